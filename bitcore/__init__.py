@@ -1,0 +1,17 @@
+"""BitLab's core: the packed format, the arithmetic, the torch ops and their kernels."""
+
+from bitcore import ops as ops
+from bitcore.config import BitQuantConfig
+from bitcore.errors import BitLabError
+from bitcore.kernels import BackendInfo, backends, use_backend
+from bitcore.packing import pack_ternary, unpack_ternary
+
+__all__ = [
+    "BackendInfo",
+    "BitLabError",
+    "BitQuantConfig",
+    "backends",
+    "pack_ternary",
+    "unpack_ternary",
+    "use_backend",
+]

@@ -1,0 +1,107 @@
+"""The argument checks of the ops: one checker serves the fake and the real implementation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitcore.errors import ArgumentError, ArgumentTypeError
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("int8_per_token", "int8_per_tensor", "float")
+# A sum of this many products of the int8 code -128 and the weight byte 128 still fits int32.
+MAX_IN_FEATURES = 131071
+
+
+def check_float(op: str, name: str, tensor: Tensor) -> None:
+    """Checks that a tensor has one of the float dtypes that the kernels know."""
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ArgumentTypeError(
+            f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}"
+        )
+
+
+def check_dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Checks that a tensor has exactly this dtype."""
+    if tensor.dtype != dtype:
+        raise ArgumentTypeError(f"{op}: {name} must be {dtype}, got {tensor.dtype}")
+
+
+def check_weight(op: str, weight: Tensor) -> None:
+    """Checks a float weight [N, K], N and K at least 1."""
+    check_float(op, "weight", weight)
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ArgumentError(
+            f"{op}: weight must be [N, K] with N and K at least 1, got {list(weight.shape)}"
+        )
+    check_in_features(op, weight.shape[1])
+
+
+def check_in_features(op: str, in_features: int) -> None:
+    """Checks that sums over K stay exact in int32."""
+    if in_features > MAX_IN_FEATURES:
+        raise ArgumentError(
+            f"{op}: in_features must be at most {MAX_IN_FEATURES} for exact int32 sums, "
+            f"got {in_features}"
+        )
+
+
+def check_group_size(op: str, in_features: int, granularity: str, group_size: int) -> None:
+    """Checks that groups divide in_features; group_size is 0 where there are none."""
+    if granularity == "per_group" and (group_size <= 0 or in_features % group_size != 0):
+        raise ArgumentError(
+            f"{op}: in_features must be a multiple of group_size {group_size}, got {in_features}\n"
+            "Leave this layer out, or use another group size or weight_granularity."
+        )
+
+
+def check_packed(op: str, qweight: Tensor, weight_scale: Tensor, out_features: int) -> None:
+    """Checks packed weights: qweight uint8 [ceil(N / 4), K], scale float32 [1], [N] or [N, K / G]."""
+    check_dtype(op, "qweight", qweight, torch.uint8)
+    check_dtype(op, "weight_scale", weight_scale, torch.float32)
+    rows = (out_features + 3) // 4
+    if qweight.dim() != 2 or qweight.shape[0] != rows or out_features < 1 or qweight.shape[1] < 1:
+        raise ArgumentError(
+            f"{op}: qweight must be [{rows}, K] for out_features {out_features}, "
+            f"got {list(qweight.shape)}"
+        )
+    in_features = qweight.shape[1]
+    shape = weight_scale.shape
+    if len(shape) == 1 and (shape[0] == 1 or shape[0] == out_features):
+        return
+    if len(shape) == 2 and shape[0] == out_features:
+        columns = shape[1]
+        if columns > 0 and in_features % columns == 0 and in_features // columns % 64 == 0:
+            return
+    raise ArgumentError(
+        f"{op}: weight_scale must be [1], [{out_features}] or [{out_features}, {in_features} / group "
+        f"size] with groups of a multiple of 64, got {list(shape)}"
+    )
+
+
+def check_input(op: str, x: Tensor, in_features: int) -> None:
+    """Checks activations [..., K]."""
+    check_float(op, "x", x)
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ArgumentError(
+            f"{op}: x must be [..., {in_features}] (in_features last), got {list(x.shape)}"
+        )
+
+
+def check_bias(op: str, bias: Tensor | None, out_features: int) -> None:
+    """Checks a bias [N] of any float dtype, or None."""
+    if bias is None:
+        return
+    check_float(op, "bias", bias)
+    if bias.dim() != 1 or bias.shape[0] != out_features:
+        raise ArgumentError(f"{op}: bias must be [{out_features}], got {list(bias.shape)}")
+
+
+def check_activation(op: str, activation: str, out_dtype: torch.dtype) -> None:
+    """Checks the activation scheme and the dtype of the output."""
+    if activation not in ACTIVATIONS:
+        raise ArgumentError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if out_dtype not in FLOAT_DTYPES:
+        raise ArgumentTypeError(
+            f"{op}: out_dtype must be float32, bfloat16 or float16, got {out_dtype}"
+        )

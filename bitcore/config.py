@@ -1,0 +1,89 @@
+"""How one layer is quantized: a frozen, validated dataclass without any dependency."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from bitcore.errors import ConfigError
+
+ALLOWED: dict[str, tuple[object, ...]] = {
+    "activation_dtype": ("int8", "float32"),
+    "activation_granularity": ("per_token", "per_tensor", "per_channel"),
+    "weight_granularity": ("per_tensor", "per_channel", "per_group"),
+    "group_size": (None, 64, 128),
+    "weight_quantizer": ("absmean",),
+}
+
+
+@dataclass(frozen=True)
+class BitQuantConfig:
+    """Quantization of one ternary layer (BitNet b1.58, arXiv 2402.17764).
+
+    Args:
+        activation_dtype: ``"int8"`` quantizes activations, ``"float32"`` leaves them as they are
+            (in the compute dtype, whatever it is).
+        activation_granularity: One scale a token (``"per_token"``; ``"per_channel"`` is another name
+            for it) or one for the whole input (``"per_tensor"``: outputs then depend on the batch,
+            on padding and on the cache).
+        weight_granularity: One scale for the matrix, a row, or a group of ``group_size`` inputs.
+        group_size: 64 or 128 with ``"per_group"``, which must divide in_features; else None.
+        weight_quantizer: ``"absmean"``, the only one so far.
+
+    Raises:
+        ConfigError: A field has a value that is not allowed; the message lists those that are.
+    """
+
+    activation_dtype: str = "int8"
+    activation_granularity: str = "per_token"
+    weight_granularity: str = "per_tensor"
+    group_size: int | None = None
+    weight_quantizer: str = "absmean"
+
+    def __post_init__(self) -> None:
+        for name, allowed in ALLOWED.items():
+            value = getattr(self, name)
+            # `True == 1` and `64.0 == 64`: the type has to match too.
+            if not any(value == item and type(value) is type(item) for item in allowed):
+                raise ConfigError(f"BitQuantConfig: {name} must be one of {allowed}, got {value!r}")
+        if self.activation_granularity == "per_channel":
+            object.__setattr__(self, "activation_granularity", "per_token")
+        grouped = self.weight_granularity == "per_group"
+        if grouped and self.group_size is None:
+            raise ConfigError(
+                "BitQuantConfig: group_size must be one of (64, 128) with "
+                "weight_granularity='per_group', got None"
+            )
+        if not grouped and self.group_size is not None:
+            raise ConfigError(
+                f"BitQuantConfig: group_size must be None with weight_granularity="
+                f"{self.weight_granularity!r}, got {self.group_size!r}\n"
+                "Set weight_granularity='per_group' to use groups."
+            )
+
+    @property
+    def activation(self) -> str:
+        """How activations are treated, as the ops name it: int8_per_token, int8_per_tensor, float."""
+        if self.activation_dtype == "float32":
+            return "float"
+        return f"int8_{self.activation_granularity}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain values that `from_dict` takes back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BitQuantConfig:
+        """Builds a configuration from `to_dict`'s result.
+
+        Raises:
+            ConfigError: A key is unknown, or a value is not allowed.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(
+                f"BitQuantConfig: keys must be among {sorted(known)}, got {', '.join(map(repr, unknown))}"
+            )
+        return cls(**values)

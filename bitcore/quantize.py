@@ -1,0 +1,120 @@
+"""The formulas of quantization, in torch, with the order of every float operation fixed.
+
+These are the definitions; the native kernels give the same bits.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import add
+
+import torch
+from torch import Tensor
+
+from bitcore.checks import check_group_size, check_weight
+
+_LANES = 16
+_LEAST = 1e-5
+
+
+def weight_scale(weight: Tensor, granularity: str, group_size: int = 0) -> Tensor:
+    """Absmean scales: ``max(mean(|W|), 1e-5)`` over the tensor, the row or the group.
+
+    Args:
+        weight: float32, bfloat16 or float16 [N, K].
+        granularity: ``"per_tensor"``, ``"per_channel"`` or ``"per_group"``.
+        group_size: G for ``"per_group"``.
+
+    Returns:
+        float32 [1], [N] or [N, K / G]; multiplies codes. NaN where the mean is not finite.
+
+    Numerics:
+        float64 sums in a fixed order, so that every backend and thread count gives the same bits:
+        lane l of 16 adds the elements l, l + 16, ... in ascending order, the lanes are added in
+        ascending order, then the rows; the mean is rounded to float32 once.
+
+    Source: BitNet b1.58, arXiv 2402.17764, equations 1 to 3.
+    """
+    check_weight("weight_scale", weight)
+    out_features, in_features = weight.shape
+    check_group_size("weight_scale", in_features, granularity, group_size)
+    width = group_size if granularity == "per_group" else in_features
+    parts = weight.reshape(-1, width).float().abs()
+    padding = -width % _LANES
+    steps = torch.nn.functional.pad(parts, (0, padding)).view(parts.shape[0], -1, _LANES)
+    lanes = torch.zeros(parts.shape[0], _LANES, dtype=torch.float64, device=weight.device)
+    for step in range(steps.shape[1]):
+        lanes += steps[:, step]
+    sums = reduce(add, lanes.unbind(1))
+    if granularity == "per_tensor":
+        # One addition after another: torch.sum's order is its own affair.
+        total = reduce(add, sums.tolist())
+        sums = torch.tensor([total], dtype=torch.float64, device=weight.device)
+        width = out_features * in_features
+    mean = (sums / width).float()
+    scale = torch.where(torch.isfinite(mean), mean.clamp(min=_LEAST), torch.nan)
+    return scale.view(out_features, -1) if granularity == "per_group" else scale
+
+
+def ternarize(weight: Tensor, scale: Tensor) -> Tensor:
+    """Ternary codes: ``clamp(round(W * (1 / scale)), -1, 1)`` in float32, half to even.
+
+    Args:
+        weight: float [N, K].
+        scale: float32 [1], [N] or [N, K / G], as `weight_scale` gives it.
+
+    Returns:
+        int8 [N, K]; a NaN gives 0.
+    """
+    out_features, in_features = weight.shape
+    inverse = (1.0 / scale).view(*scale.shape, 1)
+    if scale.dim() == 2:
+        ratio = weight.float().view(out_features, scale.shape[1], -1) * inverse
+    else:
+        ratio = weight.float() * inverse
+    # Rounding half to even and clamping to -1..1 is a comparison with one half.
+    codes = (ratio > 0.5).to(torch.int8) - (ratio < -0.5).to(torch.int8)
+    return codes.view(out_features, in_features)
+
+
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``codes * scale``, one product in float32, then rounded to dtype.
+
+    Args:
+        codes: int8 [N, K].
+        scale: float32 [1], [N] or [N, K / G].
+        dtype: dtype of the result.
+    """
+    out_features, in_features = codes.shape
+    columns = scale.shape[1] if scale.dim() == 2 else 1
+    grouped = codes.float().view(out_features, columns, -1)
+    values = grouped * scale.view(scale.shape[0], columns, 1)
+    return values.view(out_features, in_features).to(dtype)
+
+
+def quantize_activation(x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 activations.
+
+    ``m = max(max|x|, 1e-5)`` per token or over x; ``a = 127 / m``; ``codes = clamp(round(x * a), -128,
+    127)``; ``scale = m / 127``; all in float32, half to even.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K].
+        per_tensor: One scale for all of x, else one a token (the last axis).
+
+    Returns:
+        codes int8 [..., K] and scale float32 [..., 1], which multiplies codes. A token (per_tensor:
+        every token) with NaN or infinity has codes 0 and scale NaN.
+
+    Source: BitNet b1.58, arXiv 2402.17764, section 2, in the form of transformers' AutoBitLinear.
+    """
+    values = x.float()
+    most = values.abs().amax(dim=-1, keepdim=True)
+    if per_tensor and most.numel():
+        most = most.amax().expand_as(most)
+    finite = torch.isfinite(most)
+    most = torch.where(finite, most.clamp(min=_LEAST), torch.nan)
+    # `127.0 / most` would be `most.reciprocal() * 127`: two roundings.
+    factor = torch.full_like(most, 127.0) / most
+    codes = (values * factor).round().clamp(-128, 127)
+    return torch.where(finite, codes, 0.0).to(torch.int8), most / 127.0

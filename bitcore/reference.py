@@ -1,0 +1,86 @@
+"""The exact reference of every op, in plain torch: what the native kernels must equal bit for bit.
+
+It also runs wherever no native library does (the backend called ``"reference"``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bitcore import quantize
+from bitcore.packing import pack_codes, unpack_ternary
+
+
+def pack_weight(weight: Tensor, granularity: str, group_size: int) -> tuple[Tensor, Tensor]:
+    """Ternarizes and packs: returns qweight uint8 [R, K] and its float32 scale."""
+    scale = quantize.weight_scale(weight, granularity, group_size)
+    return pack_codes(quantize.ternarize(weight, scale)), scale
+
+
+def unpack_weight(
+    qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
+) -> Tensor:
+    """Returns codes times scale, [N, K] of dtype."""
+    return quantize.dequantize(unpack_ternary(qweight, out_features), weight_scale, dtype)
+
+
+def quantize_activation(x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
+    """Returns int8 codes and float32 scales; see `bitcore.quantize.quantize_activation`."""
+    return quantize.quantize_activation(x, per_tensor)
+
+
+def matmul(codes: Tensor, qweight: Tensor, out_features: int) -> Tensor:
+    """``codes @ w_q.T`` in int32, exact.
+
+    A float32 matmul gives the exact sum in any order: every partial sum is an integer of magnitude at
+    most 128 * 131071 < 2^24.
+    """
+    with torch.autocast(codes.device.type, enabled=False):
+        weight = unpack_ternary(qweight, out_features).float()
+        return F.linear(codes.float(), weight).to(torch.int32)
+
+
+def linear(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """``y = (x_q @ w_q.T) * (x_scale * weight_scale) + bias``; see `bitcore.ops` for the arguments."""
+    if activation == "float":
+        return linear_float(x, qweight, weight_scale, bias, out_features, out_dtype)
+    codes, x_scale = quantize.quantize_activation(x, activation == "int8_per_tensor")
+    if weight_scale.dim() == 1:
+        sums = matmul(codes, qweight, out_features).float()
+        y = sums * (x_scale * weight_scale)
+    else:
+        width = x.shape[-1] // weight_scale.shape[1]
+        y = torch.zeros(())
+        for column in range(weight_scale.shape[1]):
+            part = slice(column * width, (column + 1) * width)
+            sums = matmul(codes[..., part], qweight[:, part], out_features).float()
+            term = sums * weight_scale[:, column]
+            y = term if column == 0 else y + term
+        y = y * x_scale
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(out_dtype)
+
+
+def linear_float(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """``y = x @ (w_q * weight_scale).T + bias`` in the output dtype, for unquantized activations."""
+    with torch.autocast(x.device.type, enabled=False):
+        weight = unpack_weight(qweight, weight_scale, out_features, out_dtype)
+        return F.linear(x.to(out_dtype), weight, None if bias is None else bias.to(out_dtype))

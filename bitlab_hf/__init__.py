@@ -1,0 +1,11 @@
+"""BitLab in transformers: ternary models from ``from_pretrained`` to ``push_to_hub``."""
+
+from bitlab_hf.config import BitLabConfig
+from bitlab_hf.deploy import deploy
+from bitlab_hf.quantizer import BitLabHfQuantizer, register
+from bitlab_hf.replace import replace_linear
+from bitlab_hf.saving import save
+
+register()
+
+__all__ = ["BitLabConfig", "BitLabHfQuantizer", "deploy", "replace_linear", "save"]

@@ -1,0 +1,202 @@
+"""What a checkpoint holds, read from the headers of its safetensors files before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from bitcore.errors import CheckpointError
+from bitlab_hf.replace import Found
+from bitlayers.base import BitLayerBase
+
+# In the header of every file of a deployed checkpoint: the names of the converted layers, as JSON.
+LAYERS_KEY = "bitlab_layers"
+_SAFETENSORS_NAMES = {"F32": "float32", "U8": "uint8", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """A tensor of a file: the key it is stored under, its dtype as safetensors names it, its shape."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a checkpoint by the names that the model gives them.
+
+    Attributes:
+        tensors: Header of each tensor.
+        layers: Names of the converted layers, as the model calls them; None where the file does not tell.
+    """
+
+    tensors: dict[str, TensorHeader]
+    layers: set[str] | None
+
+    def sentinels(self) -> list[str]:
+        """Returns the names of the empty tensors that make a load without BitLab fail."""
+        return [
+            key
+            for name, header in self.tensors.items()
+            if name.endswith(".weight") and header.shape == (0,) and header.dtype == "U8"
+            for key in {name, header.key}
+        ]
+
+
+def read_checkpoint(model: PreTrainedModel, files: list[str] | None, quantizer: Any) -> Checkpoint | None:
+    """Reads the headers of a checkpoint's files.
+
+    Args:
+        model: The skeleton that the checkpoint is loaded into; it decides how keys are renamed.
+        files: The files, or None.
+        quantizer: The HfQuantizer at work.
+
+    Returns:
+        What the files hold; None if there are no files, or not in safetensors.
+
+    Raises:
+        CheckpointError: A file is truncated or its header is damaged.
+    """
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        return None
+    headers: list[TensorHeader] = []
+    layers: set[str] | None = None
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                metadata = handle.metadata() or {}
+                for key in handle.keys():  # noqa: SIM118  (not a mapping)
+                    part = handle.get_slice(key)
+                    headers.append(TensorHeader(key, part.get_dtype(), tuple(part.get_shape())))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{Path(file).name}: the file must be a whole safetensors file, got: {error}\n"
+                "It is truncated or damaged; fetch or write it again."
+            ) from error
+        if LAYERS_KEY in metadata:
+            layers = (layers or set()) | set(json.loads(metadata[LAYERS_KEY]))
+    rename = _Renamer(model, quantizer)
+    tensors = {name: header for header in headers for name in rename(header.key)}
+    if layers is not None:
+        layers = {
+            rename(f"{layer}.qweight")[0].removesuffix(".qweight") for layer in sorted(layers)
+        }
+    return Checkpoint(tensors, layers)
+
+
+class _Renamer:
+    """Names checkpoint keys as transformers does when it loads them."""
+
+    def __init__(self, model: PreTrainedModel, quantizer: Any) -> None:
+        mapping = get_model_conversion_mapping(model, None, quantizer)
+        self._renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
+        self._converters = [item for item in mapping if isinstance(item, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._keys: dict[str, Any] = dict(model.state_dict())
+        # Packed names are not in the skeleton yet; they follow the prefix of the weight they replace.
+        for name in list(self._keys):
+            if name.endswith(".weight"):
+                base = name.removesuffix("weight")
+                self._keys.update({base + "qweight": True, base + "qweight_scale": True})
+
+    def __call__(self, key: str) -> list[str]:
+        renamed, pattern = rename_source_key(
+            key, self._renamings, self._converters, self._prefix, self._keys
+        )
+        if pattern is None:
+            return [renamed]
+        converter = next(item for item in self._converters if pattern in item.source_patterns)
+        first = converter.target_patterns[0]
+        return [renamed.replace(first, target) for target in converter.target_patterns]
+
+
+def generalized(name: str) -> str:
+    """Returns a module name with its layer numbers replaced, the same for all layers of a kind."""
+    return re.sub(r"\d+", "*", name)
+
+
+def split_by_presence(
+    found: list[Found], checkpoint: Checkpoint, packed: bool, was_converted: bool
+) -> tuple[list[Found], list[Found]]:
+    """Tells converted layers from layers that the checkpoint does not know (new task heads).
+
+    Args:
+        found: Linear layers that would be converted.
+        checkpoint: What the files hold.
+        packed: Whether the files hold packed weights.
+        was_converted: Whether the files were written by BitLab.
+
+    Returns:
+        The layers to convert, and those that the checkpoint lacks and that stay float.
+
+    Raises:
+        CheckpointError: A converted layer has no weight in the checkpoint.
+    """
+    leaf = "qweight" if packed else "weight"
+    present, lacking = [], []
+    for layer in found:
+        there = any(f"{name}.{leaf}" in checkpoint.tensors for name in layer.names)
+        (present if there else lacking).append(layer)
+    kinds = {generalized(layer.names[0]) for layer in present}
+    for layer in lacking:
+        if checkpoint.layers is not None:
+            expected = bool(checkpoint.layers.intersection(layer.names))
+        else:
+            expected = was_converted and generalized(layer.names[0]) in kinds
+        if expected:
+            raise CheckpointError(
+                f"{layer.names[0]}.{leaf} must be in the checkpoint, got none\n"
+                "The checkpoint is incomplete; fetch or write it again."
+            )
+    return present, lacking
+
+
+def check_packed_headers(layers: list[Found], checkpoint: Checkpoint, aliases: set[str]) -> None:
+    """Checks that every packed layer has the tensors its configuration asks for.
+
+    Args:
+        layers: The packed layers.
+        checkpoint: What the files hold.
+        aliases: Names of layers whose qweight is stored under another layer's name.
+
+    Raises:
+        CheckpointError: A tensor is missing or has another dtype or shape; the message names it.
+    """
+    for found in layers:
+        layer = found.module
+        assert isinstance(layer, BitLayerBase)
+        shape, scale_shape = layer.packed_shapes()
+        wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+            "qweight": (("U8",), shape),
+            "qweight_scale": (("F32",), scale_shape),
+        }
+        if layer.bias is not None:
+            wanted["bias"] = (("F32", "BF16", "F16"), (layer.out_features,))
+        if aliases.intersection(found.names):
+            del wanted["qweight"]
+        for leaf, (dtypes, expected) in wanted.items():
+            headers = [checkpoint.tensors.get(f"{name}.{leaf}") for name in found.names]
+            header = next((item for item in headers if item is not None), None)
+            name = f"{found.names[0]}.{leaf}"
+            if header is None:
+                raise CheckpointError(
+                    f"{name} must be in the checkpoint, got none\n"
+                    "The checkpoint is incomplete; fetch or write it again."
+                )
+            if header.dtype not in dtypes or header.shape != expected:
+                dtype = _SAFETENSORS_NAMES.get(dtypes[0], dtypes[0])
+                raise CheckpointError(
+                    f"{name} must be {dtype} {list(expected)} for "
+                    f"{layer.quant_config.weight_granularity} weights, got {header.dtype} "
+                    f"{list(header.shape)}\nconfig.json and the tensors do not belong together."
+                )

@@ -1,0 +1,186 @@
+"""BitLabConfig: what transformers' ``quantization_config`` holds, in memory and in config.json."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from dataclasses import fields
+from typing import Any, cast
+
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
+
+from bitcore.config import BitQuantConfig
+from bitcore.errors import ConfigError
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "bitlab"
+_CHOICES = {
+    "weight_format": ("latent", "packed"),
+    "head": ("keep", "ternary"),
+    "mode": ("auto", "train", "infer"),
+    "latent_dtype": ("float32", "keep"),
+    "verify": (True, False),
+}
+# Given at load only; never written.
+LOADING_ATTRIBUTES = ("mode", "latent_dtype", "verify")
+_LAYER_FIELDS = tuple(field.name for field in fields(BitQuantConfig))
+
+
+class BitLabConfig(QuantizationConfigMixin):
+    """How a model is made ternary.
+
+    Args:
+        layer: The registered layer that replaces ``nn.Linear``.
+        modules_to_not_convert: Names, or patterns as transformers takes them, of further modules to leave
+            alone; transformers' own defaults and the output head always are.
+        overrides: ``{pattern: {field: value}}``: for modules whose name matches the glob pattern, other
+            values of the quantization fields; later patterns win.
+        head: ``"keep"`` leaves the output head alone, ``"ternary"`` converts it too.
+        activation_dtype, activation_granularity, weight_granularity, group_size, weight_quantizer:
+            See `bitcore.BitQuantConfig`.
+        mode: ``"auto"`` takes what the file holds: latent weights for training from a float or latent
+            file, packed ones from a deployed file. ``"train"`` insists on latent weights, ``"infer"`` packs a
+            float or latent file while it loads.
+        latent_dtype: ``"float32"`` (small updates vanish in 16 bits), or ``"keep"`` for the model's dtype.
+        verify: Whether to scan a deployed file for damage while loading; reads every weight once.
+        weight_format, format_version, quant_method: Written by BitLab; not for the user to set.
+
+    Raises:
+        ConfigError: A field is unknown or its value is not allowed (the message lists those that are), or
+            the file was written by a newer BitLab.
+    """
+
+    def __init__(
+        self,
+        layer: str = "BitLinear",
+        modules_to_not_convert: list[str] | None = None,
+        overrides: dict[str, dict[str, Any]] | None = None,
+        head: str = "keep",
+        activation_dtype: str = "int8",
+        activation_granularity: str = "per_token",
+        weight_granularity: str = "per_tensor",
+        group_size: int | None = None,
+        weight_quantizer: str = "absmean",
+        mode: str = "auto",
+        latent_dtype: str = "float32",
+        verify: bool = True,
+        weight_format: str = "latent",
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ) -> None:
+        if not isinstance(format_version, int) or isinstance(format_version, bool):
+            raise ConfigError(f"BitLabConfig: format_version must be an int, got {format_version!r}")
+        if format_version > FORMAT_VERSION:
+            raise ConfigError(
+                f"BitLabConfig: format_version must be at most {FORMAT_VERSION}, got {format_version}: the "
+                "checkpoint was written by a newer BitLab\nRun `pip install --upgrade bitlab-hf`."
+            )
+        if format_version < 1:
+            raise ConfigError(f"BitLabConfig: format_version must be 1, got {format_version}")
+        if quant_method != QUANT_METHOD:
+            raise ConfigError(f"BitLabConfig: quant_method must be 'bitlab', got {quant_method!r}")
+        if unknown:
+            raise ConfigError(
+                f"BitLabConfig: fields must be among {sorted(_KNOWN_FIELDS)}, "
+                f"got {', '.join(map(repr, sorted(unknown)))}"
+            )
+        given = {
+            "weight_format": weight_format,
+            "head": head,
+            "mode": mode,
+            "latent_dtype": latent_dtype,
+            "verify": verify,
+        }
+        for name, value in given.items():
+            if value not in _CHOICES[name] or type(value) is not type(_CHOICES[name][0]):
+                raise ConfigError(
+                    f"BitLabConfig: {name} must be one of {_CHOICES[name]}, got {value!r}"
+                )
+        if not isinstance(layer, str):
+            raise ConfigError(f"BitLabConfig: layer must be a registered name, got {layer!r}")
+        # transformers types the methods it knows as an enumeration; a plain string works everywhere.
+        self.quant_method = cast(QuantizationMethod, QUANT_METHOD)
+        self.format_version = FORMAT_VERSION
+        self.weight_format = weight_format
+        self.layer = layer
+        self.modules_to_not_convert = _checked_names(modules_to_not_convert)
+        self.head = head
+        self.mode = mode
+        self.latent_dtype = latent_dtype
+        self.verify = verify
+        base = BitQuantConfig(
+            activation_dtype=activation_dtype,
+            activation_granularity=activation_granularity,
+            weight_granularity=weight_granularity,
+            group_size=group_size,
+            weight_quantizer=weight_quantizer,
+        )
+        self.activation_dtype = base.activation_dtype
+        self.activation_granularity = base.activation_granularity
+        self.weight_granularity = base.weight_granularity
+        self.group_size = base.group_size
+        self.weight_quantizer = base.weight_quantizer
+        self.overrides = self._checked_overrides(overrides)
+
+    def _checked_overrides(
+        self, overrides: dict[str, dict[str, Any]] | None
+    ) -> dict[str, dict[str, Any]]:
+        if overrides is None:
+            return {}
+        if not isinstance(overrides, dict):
+            raise ConfigError(
+                f"BitLabConfig: overrides must be {{pattern: {{field: value}}}}, got {overrides!r}"
+            )
+        for pattern, values in overrides.items():
+            if not isinstance(pattern, str) or not isinstance(values, dict):
+                raise ConfigError(
+                    "BitLabConfig: overrides must be {pattern: {field: value}}, "
+                    f"got {pattern!r}: {values!r}"
+                )
+            BitQuantConfig.from_dict({**self._base_fields(), **values})
+        return copy.deepcopy(overrides)
+
+    def _base_fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _LAYER_FIELDS}
+
+    def layer_config(self, name: str) -> BitQuantConfig:
+        """Returns how the module of this name is quantized, overrides applied."""
+        values = self._base_fields()
+        for pattern, override in self.overrides.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                values.update(override)
+        return BitQuantConfig.from_dict(values)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Returns what a configuration given at load may say about a file that has its own."""
+        return {name: getattr(self, name) for name in LOADING_ATTRIBUTES}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what config.json holds: everything but the options of one load."""
+        return {
+            name: copy.deepcopy(value)
+            for name, value in self.__dict__.items()
+            if name not in LOADING_ATTRIBUTES
+        }
+
+
+_KNOWN_FIELDS = {
+    *_LAYER_FIELDS,
+    *_CHOICES,
+    "layer",
+    "modules_to_not_convert",
+    "overrides",
+    "format_version",
+    "quant_method",
+}
+
+
+def _checked_names(names: list[str] | None) -> list[str] | None:
+    if names is None:
+        return None
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            f"BitLabConfig: modules_to_not_convert must be a list of names, got {names!r}"
+        )
+    return list(names)

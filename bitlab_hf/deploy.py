@@ -1,0 +1,139 @@
+"""Deployment of a whole model: full-precision weights out, packed ones in, for good."""
+
+from __future__ import annotations
+
+import logging
+from typing import TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from bitcore.errors import LifecycleError
+from bitlab_hf.config import BitLabConfig
+from bitlab_hf.replace import check_single_weight, quantized_layers
+
+logger = logging.getLogger("bitlab")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def deploy(model: Model) -> Model:
+    """Packs every quantized layer of a model for good, or none.
+
+    First every layer is checked and packed beside the weights, then all are committed, so an error
+    leaves the model as it was. Norms, embeddings and the head keep their dtype. Gradients and an
+    optimizer that still hold the latent weights keep their memory: drop them first.
+
+    Args:
+        model: A model with latent quantized layers, from ``from_pretrained`` or `replace_linear`.
+
+    Returns:
+        The model, changed in place and in eval mode.
+
+    Raises:
+        LifecycleError: The model has no latent layers, is deployed already, sharded, or wrapped by an
+            adapter or a data-parallel module.
+        NonFiniteError: A weight holds NaN or infinity; the message names it.
+    """
+    _check_unwrapped(model)
+    layers = quantized_layers(model)
+    if not layers:
+        raise LifecycleError(
+            "deploy: model must hold quantized layers, got none\n"
+            "Load it with quantization_config=BitLabConfig(), or call replace_linear(model)."
+        )
+    if all(layer.module.is_deployed for layer in layers):
+        raise LifecycleError("deploy: model must be latent, got one that is deployed already")
+    latent = [layer for layer in layers if not layer.module.is_deployed]
+    for layer in latent:
+        layer.module.check_deployable(f"{layer.names[0]}.weight")
+    if any(layer.module.weight.grad is not None for layer in latent):
+        logger.warning(
+            "bitlab: deploy() found gradients; an optimizer that is still alive keeps the latent "
+            "weights in memory"
+        )
+    groups = check_single_weight(latent)
+    packed = [group[0].module._perform_deployment() for group in groups.values()]
+    for group, (qweight, scale) in zip(groups.values(), packed, strict=True):
+        for layer in group:
+            layer.module.commit_packed(qweight, scale)
+            # One Parameter for all: counted, moved and saved once.
+            layer.module.qweight = group[0].module.qweight
+    model.eval()
+    if isinstance(model, PreTrainedModel):
+        _attach(model)
+    return model
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise LifecycleError(f"deploy: model must be a torch module, got {type(model).__name__}")
+    wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    if wrapped or hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise LifecycleError(
+            f"deploy: model must have no adapters around its layers, got some{_at(wrapped)}\n"
+            "Merge or unload them first, then deploy the model that was inside."
+        )
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    if isinstance(model, parallel) or type(model).__name__ == "FullyShardedDataParallel":
+        raise LifecycleError(
+            f"deploy: model must be the module itself, got {type(model).__name__}\n"
+            "Pass model.module (accelerator.unwrap_model(model)), gathered in one process."
+        )
+
+
+def _at(names: list[str]) -> str:
+    return f" (at {names[0]} and {len(names) - 1} more)" if names else ""
+
+
+def _attach(model: PreTrainedModel) -> None:
+    """Makes transformers see a quantized model: quantizer, configuration, tied names."""
+    from bitlab_hf.quantizer import BitLabHfQuantizer, mark_quantized
+
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, BitLabConfig):
+        config = _described(model)
+    quantizer = BitLabHfQuantizer(config, pre_quantized=True)
+    quantizer.quantization_config.weight_format = "packed"
+    model.config.quantization_config = quantizer.quantization_config
+    mark_quantized(model, quantizer)
+    untie_packed(model)
+    head = model.get_output_embeddings()
+    if head is not None and getattr(head, "weight", None) is None:
+        # The head has packed weights of its own now; the embedding keeps the float ones.
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
+
+
+def _described(model: PreTrainedModel) -> BitLabConfig:
+    """Returns the configuration of a model that `replace_linear` converted without writing one."""
+    layers = quantized_layers(model)
+    names = {name for layer in layers for name in layer.names}
+    from bitlayers.registry import LAYER_REGISTRY
+
+    classes = {type(layer.module) for layer in layers}
+    registered = [name for name, known in LAYER_REGISTRY.items() if known in classes]
+    config = BitLabConfig(layer=registered[0] if registered else "BitLinear")
+    config.overrides = {
+        name: layer.module.quant_config.to_dict() for layer in layers for name in layer.names
+    }
+    config.modules_to_not_convert = sorted(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in names
+    )
+    return config
+
+
+def untie_packed(model: PreTrainedModel) -> None:
+    """Drops the tied names that packed layers have part in: they share their qweight themselves."""
+
+    def is_packed(name: str) -> bool:
+        module_name, _, leaf = name.rpartition(".")
+        return leaf == "weight" and getattr(model.get_submodule(module_name), "is_deployed", False)
+
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    model.all_tied_weights_keys = {
+        target: source
+        for target, source in tied.items()
+        if not is_packed(target) and not is_packed(source)
+    }

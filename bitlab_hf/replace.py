@@ -1,0 +1,198 @@
+"""Swaps linear layers for quantized ones, through the layer registry.
+
+Also for models outside transformers: `replace_linear` needs nothing but a module tree.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from bitcore.errors import ArgumentError, BitLabError, ConfigError
+from bitlab_hf.config import BitLabConfig
+from bitlayers.base import BitLayerBase
+from bitlayers.registry import get_layer
+
+logger = logging.getLogger("bitlab")
+
+
+@dataclass
+class Found:
+    """A layer of the model: the module and every name under which it is reachable."""
+
+    module: nn.Module
+    names: list[str] = field(default_factory=list)
+
+
+def find_modules(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[Found]:
+    """Yields the wanted modules of a model, each once with all of its names, in order."""
+    found: dict[int, Found] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if wanted(module):
+            found.setdefault(id(module), Found(module)).names.append(name)
+    yield from found.values()
+
+
+def find_linears(model: nn.Module, skip: list[str]) -> list[Found]:
+    """Returns the plain ``nn.Linear`` modules that no pattern of ``skip`` names."""
+    # Subclasses are left alone: what uses them may read their weight itself.
+    found = find_modules(model, lambda module: type(module) is nn.Linear)
+    return [
+        layer for layer in found if all(should_convert_module(name, skip) for name in layer.names)
+    ]
+
+
+def quantized_layers(model: nn.Module) -> list[Found]:
+    """Returns the quantized layers of a model, each once."""
+    return list(find_modules(model, lambda module: isinstance(module, BitLayerBase)))
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of another in the tree."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def replace_linear(model: nn.Module, config: BitLabConfig | None = None) -> nn.Module:
+    """Swaps the linear layers of any model for latent quantized ones that share their weights.
+
+    Weights become float32 unless ``config.latent_dtype == "keep"``; two layers that shared a weight share it
+    still. A model outside transformers has no known output head: name it in
+    ``config.modules_to_not_convert``.
+
+    Args:
+        model: Any module tree; it is changed in place.
+        config: What to convert, and how; default `BitLabConfig()`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: Nothing was found to convert, or a layer cannot be quantized as asked.
+    """
+    config = BitLabConfig() if config is None else config
+    skip = list(config.modules_to_not_convert or [])
+    swap_latent(model, find_linears(model, skip), config)
+    return model
+
+
+def swap_latent(model: nn.Module, linears: list[Found], config: BitLabConfig) -> None:
+    """Swaps these layers for latent ones."""
+    layer_class = get_layer(config.layer)
+    check_found(model, linears)
+    weights: dict[int, nn.Parameter] = {}
+    layers = []
+    for found in linears:
+        linear = found.module
+        assert isinstance(linear, nn.Linear)
+        weight = linear.weight
+        if config.latent_dtype == "float32" and weight.dtype != torch.float32:
+            if id(weight) not in weights:
+                weights[id(weight)] = nn.Parameter(weight.detach().float(), weight.requires_grad)
+            weight = weights[id(weight)]
+        with _naming(found.names[0]):
+            layer = layer_class.from_linear(linear, config.layer_config(found.names[0]))
+        layer.weight = weight
+        layer.latent_dtype = weight.dtype
+        layers.append(layer)
+    _swap(model, linears, layers)
+
+
+def swap_packed(model: nn.Module, linears: list[Found], config: BitLabConfig) -> None:
+    """Swaps these layers for deployed ones whose packed tensors a loader fills."""
+    layer_class = get_layer(config.layer)
+    check_found(model, linears)
+    layers = []
+    for found in linears:
+        linear = found.module
+        assert isinstance(linear, nn.Linear)
+        with _naming(found.names[0]):
+            layers.append(
+                layer_class.packed_skeleton(
+                    linear.in_features,
+                    linear.out_features,
+                    bias=linear.bias is not None,
+                    quant_config=config.layer_config(found.names[0]),
+                    device=linear.weight.device,
+                    dtype=linear.weight.dtype,
+                )
+            )
+    _swap(model, linears, layers)
+
+
+def _swap(model: nn.Module, linears: list[Found], layers: list[BitLayerBase]) -> None:
+    # All layers were built before the first is put in: an error above changes nothing.
+    for found, layer in zip(linears, layers, strict=True):
+        for name in found.names:
+            set_module(model, name, layer)
+
+
+class _naming:
+    """Adds the module's name to an error of its construction."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, BitLabError):
+            raise ConfigError(f"{self._name}: {error}") from error
+
+
+def check_found(model: nn.Module, linears: list[Found]) -> None:
+    """Raises if there is nothing to convert; warns if most of the weights stay float.
+
+    Raises:
+        ConfigError: No linear layer is left to convert; the message says what there is.
+    """
+    experts = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and "expert" in name
+    ]
+    if not linears:
+        kinds = Counter(type(m).__name__ for m in model.modules() if not list(m.children()))
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6))
+        experts_found = f"; {len(experts)} expert tensors of 3 dimensions" if experts else ""
+        raise ConfigError(
+            "bitlab: the model must hold nn.Linear layers that are not skipped, got none among "
+            f"{listed}{experts_found}\n"
+            "Conv1D layers (GPT-2) and 3D experts are not supported; see modules_to_not_convert for "
+            "what is skipped."
+        )
+    if experts:
+        total = sum(parameter.numel() for parameter in model.parameters())
+        share = sum(parameter.numel() for _, parameter in experts) / total
+        logger.warning(
+            "bitlab: %d expert tensors such as %s, %.0f %% of the weights, stay float",
+            len(experts),
+            experts[0][0],
+            100 * share,
+        )
+
+
+def check_single_weight(found: list[Found]) -> dict[int, list[Found]]:
+    """Groups latent layers by the weight they hold; layers that share one must be quantized alike.
+
+    Raises:
+        ArgumentError: Two layers share a weight but not a configuration.
+    """
+    groups: dict[int, list[Found]] = {}
+    for layer in found:
+        groups.setdefault(id(layer.module.weight), []).append(layer)
+    for group in groups.values():
+        configs = {layer.module.quant_config for layer in group}
+        if len(configs) > 1:
+            raise ArgumentError(
+                f"deploy: {', '.join(layer.names[0] for layer in group)} share one weight and must have "
+                "one configuration, got different ones"
+            )
+    return groups

@@ -1,0 +1,105 @@
+"""Atomic writes of checkpoints."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from bitcore.errors import ArgumentTypeError
+
+_WEIGHT_FILES = re.compile(
+    r"(model|pytorch_model|adapter_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$"
+)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def save(
+    model: PreTrainedModel,
+    directory: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    **kwargs: Any,
+) -> None:
+    """Saves a model so that at every moment the directory holds a whole checkpoint.
+
+    Everything is written into a new directory beside it, which then takes its place in one step. Other
+    files of the directory are kept; weight files of the previous checkpoint are not.
+
+    Args:
+        model: A transformers model, latent or deployed.
+        directory: Where to save it; made if needed.
+        tokenizer: A tokenizer or processor to save beside the model.
+        kwargs: Passed to ``model.save_pretrained``, such as ``max_shard_size``.
+
+    Raises:
+        ArgumentTypeError: model has no ``save_pretrained``.
+        OSError: Writing failed; the previous checkpoint is as it was.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ArgumentTypeError(
+            f"save: model must be a transformers PreTrainedModel, got {type(model).__name__}"
+        )
+    target = Path(directory).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        staged.chmod(0o777 & ~_umask())
+        model.save_pretrained(staged, **kwargs)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
+        for file in staged.rglob("*"):
+            _flush(file)
+        if target.exists():
+            _exchange(staged, target)
+            _move_others(staged, target)
+        else:
+            staged.rename(target)
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(staged: Path, target: Path) -> None:
+    """Swaps two directories in one step; where the system cannot, in two renames."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    rename = getattr(libc, "renameat2", None)
+    if rename is not None:
+        names = os.fsencode(staged), os.fsencode(target)
+        if rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+            return
+    previous = staged.with_name(staged.name + ".previous")
+    target.rename(previous)
+    try:
+        staged.rename(target)
+    except OSError:
+        previous.rename(target)
+        raise
+    previous.rename(staged)
+
+
+def _move_others(previous: Path, target: Path) -> None:
+    """Moves what is no part of the previous checkpoint's weights, and is not written anew, over."""
+    for entry in previous.iterdir():
+        if not _WEIGHT_FILES.fullmatch(entry.name) and not (target / entry.name).exists():
+            entry.rename(target / entry.name)

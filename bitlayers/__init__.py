@@ -1,0 +1,15 @@
+"""BitLab's layers: ternary layers, their registry and their life from training to deployment."""
+
+from bitlayers.base import BitLayerBase
+from bitlayers.bitlinear import BitLinear
+from bitlayers.registry import LAYER_REGISTRY, register_layer
+from bitlayers.utils import compare_layers, estimate_memory_usage
+
+__all__ = [
+    "LAYER_REGISTRY",
+    "BitLayerBase",
+    "BitLinear",
+    "compare_layers",
+    "estimate_memory_usage",
+    "register_layer",
+]

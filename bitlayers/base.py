@@ -1,0 +1,436 @@
+"""The life of a quantized layer: train, eval, deploy; state dict and cache.
+
+LATENT: ``weight`` is a float Parameter, in training the straight-through forward reads it, in eval mode
+packed weights derived from it are used. They are a cache, never part of the state dict, so that a
+latent layer saves and loads exactly like the float layer it came from. ``deploy()``, one way, makes
+it DEPLOYED: ``qweight`` and ``qweight_scale`` are the state, ``weight`` is None and nothing trains.
+
+A property called ``qweight`` would collide with the Parameter of the deployed state, so
+``__getattr__`` serves it, in eval mode only.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from bitcore import ops
+from bitcore.checks import check_group_size, check_in_features
+from bitcore.config import BitQuantConfig
+from bitcore.errors import ArgumentError, ArgumentTypeError, LifecycleError, NonFiniteError
+from bitcore.packing import has_invalid_code
+
+logger = logging.getLogger("bitlab")
+
+_PACKED = ("qweight", "qweight_scale")
+INIT_METHODS: dict[str, Callable[[Tensor], Any]] = {
+    "xavier_uniform": nn.init.xavier_uniform_,
+    "kaiming_uniform": lambda weight: nn.init.kaiming_uniform_(weight, a=math.sqrt(5)),
+}
+
+
+class BitLayerBase(nn.Module):
+    """Base class of all quantized layers.
+
+    A subclass writes the five methods that raise NotImplementedError here; the base owns construction,
+    the packed skeleton for loading, the state dict and the cache. It cooperates with ``nn.Linear``:
+    a class that inherits from both passes for a linear layer wherever one is looked for.
+
+    Args:
+        in_features: K; None for a subclass that makes its own parameters.
+        out_features: N.
+        bias: Whether the layer has a bias.
+        init_method: ``"xavier_uniform"`` or ``"kaiming_uniform"``.
+        quant_config: How the layer is quantized; default `BitQuantConfig()`.
+        device: Where the parameters are made.
+        dtype: Their dtype.
+
+    Attributes:
+        quant_config: The configuration.
+        latent_dtype: dtype of the latent weight, remembered after `deploy`.
+
+    Raises:
+        ArgumentError: A size or init_method is not allowed.
+        ArgumentTypeError: quant_config is not a BitQuantConfig.
+    """
+
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    qweight: Tensor
+    qweight_scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int | None = None,
+        out_features: int | None = None,
+        bias: bool = True,
+        init_method: str = "xavier_uniform",
+        quant_config: BitQuantConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if type(self) is BitLayerBase:
+            raise ArgumentTypeError("BitLayerBase: the class must be subclassed, got an instance of it")
+        config = BitQuantConfig() if quant_config is None else quant_config
+        name = type(self).__name__
+        if not isinstance(config, BitQuantConfig):
+            raise ArgumentTypeError(f"{name}: quant_config must be a BitQuantConfig, got {config!r}")
+        if init_method not in INIT_METHODS:
+            raise ArgumentError(
+                f"{name}: init_method must be one of {sorted(INIT_METHODS)}, got {init_method!r}"
+            )
+        self.quant_config = config
+        self.init_method = init_method
+        self.latent_dtype = dtype or torch.get_default_dtype()
+        self._is_deployed = False
+        self._cache: tuple[Tensor, int, Tensor, Tensor] | None = None
+        if in_features is None or out_features is None:
+            super().__init__()
+            return
+        _check_sizes(name, in_features, out_features, config)
+        if isinstance(self, nn.Linear):
+            super().__init__(in_features, out_features, bias, device, dtype)  # type: ignore[call-arg]
+        else:
+            super().__init__()
+            self.in_features, self.out_features = in_features, out_features
+            self.weight = nn.Parameter(
+                torch.empty(out_features, in_features, device=device, dtype=dtype)
+            )
+            self.bias = None
+            if bias:
+                self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+            self.reset_parameters()
+
+    # What a subclass writes.
+
+    def _train_forward(self, x: Tensor) -> Tensor:
+        """The forward in training: latent weights, gradients."""
+        raise NotImplementedError(f"{type(self).__name__} must define _train_forward(x)")
+
+    def _eval_forward(self, x: Tensor) -> Tensor:
+        """The forward in eval mode and after deployment: packed weights."""
+        raise NotImplementedError(f"{type(self).__name__} must define _eval_forward(x)")
+
+    def _on_enter_training_mode(self) -> None:
+        """Called when the layer goes from eval to training."""
+        raise NotImplementedError(f"{type(self).__name__} must define _on_enter_training_mode()")
+
+    def _on_enter_eval_mode(self) -> None:
+        """Called when the layer goes from training to eval."""
+        raise NotImplementedError(f"{type(self).__name__} must define _on_enter_eval_mode()")
+
+    def _perform_deployment(self) -> tuple[Tensor, Tensor]:
+        """Builds and returns ``(qweight, qweight_scale)``; the base commits them."""
+        raise NotImplementedError(f"{type(self).__name__} must define _perform_deployment()")
+
+    for _method in (
+        _train_forward,
+        _eval_forward,
+        _on_enter_training_mode,
+        _on_enter_eval_mode,
+        _perform_deployment,
+    ):
+        _method.__isabstractmethod__ = True  # type: ignore[attr-defined]
+    del _method
+
+    # State.
+
+    @property
+    def is_deployed(self) -> bool:
+        """Whether the layer has been deployed."""
+        return self._is_deployed
+
+    @property
+    def use_bias(self) -> bool:
+        """Whether the layer has a bias."""
+        return self.bias is not None
+
+    def reset_parameters(self) -> None:
+        """Initializes the weight by ``init_method`` and the bias to zero."""
+        if self.weight.numel():
+            INIT_METHODS[self.init_method](self.weight)
+        if getattr(self, "bias", None) is not None:
+            nn.init.zeros_(self.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Runs the layer on x [..., in_features]; returns [..., out_features]."""
+        return self._train_forward(x) if self.training else self._eval_forward(x)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training or eval mode; a deployed layer stays in eval mode and says so once.
+
+        Raises:
+            ArgumentTypeError: mode is not a bool.
+        """
+        if not isinstance(mode, bool):
+            raise ArgumentTypeError(f"train: mode must be a bool, got {mode!r}")
+        if self._is_deployed:
+            if mode:
+                _log_deployed_stays()
+            return super().train(False)
+        before = self.training
+        self.invalidate_cache()
+        super().train(mode)
+        if before != mode:
+            self._on_enter_training_mode() if mode else self._on_enter_eval_mode()
+        return self
+
+    def invalidate_cache(self) -> None:
+        """Drops the packed weights of eval mode; needed after a write through ``weight.data``."""
+        self._cache = None
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """Returns ``(qweight, qweight_scale)``: the state of a deployed layer, else the eval cache."""
+        if self._is_deployed:
+            return self.qweight, self.qweight_scale
+        weight = self.weight
+        if torch.compiler.is_compiling() or weight.is_inference():
+            return self._pack()
+        cache = self._cache
+        if cache is not None and cache[0] is weight and cache[1] == weight._version:
+            return cache[2], cache[3]
+        # A cache made under inference_mode could not be saved for a later backward pass.
+        with torch.inference_mode(False):
+            qweight, scale = self._pack()
+        self._cache = (weight, weight._version, qweight, scale)
+        return qweight, scale
+
+    def _pack(self) -> tuple[Tensor, Tensor]:
+        config = self.quant_config
+        with torch.no_grad():
+            return ops.pack_weight(self.weight, config.weight_granularity, config.group_size)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _PACKED and not self.__dict__.get("_is_deployed", False):
+            if self.training:
+                raise AttributeError(
+                    f"{type(self).__name__} has no {name} in training mode; call eval() or deploy()"
+                )
+            if self._parameters.get("weight") is not None:
+                return self.packed()[_PACKED.index(name)]
+        return super().__getattr__(name)
+
+    # Deployment.
+
+    def check_deployable(self, name: str = "weight") -> None:
+        """Checks that `deploy` can succeed, changing nothing.
+
+        Args:
+            name: What messages call the weight.
+
+        Raises:
+            LifecycleError: The layer is deployed, on the meta device, sharded or parametrized.
+            NonFiniteError: The weight holds NaN or infinity.
+        """
+        if self._is_deployed:
+            raise LifecycleError(f"deploy: {name} must be latent, got a layer that is deployed already")
+        weight = self.weight
+        if hasattr(self, "parametrizations") or type(weight.data) is not Tensor:
+            raise LifecycleError(
+                f"deploy: {name} must be a whole, plain tensor, got a sharded or parametrized one\n"
+                "Gather the weights first: save the full model, load it in one process, deploy there."
+            )
+        if weight.is_meta:
+            raise LifecycleError(f"deploy: {name} must hold data, got a tensor on the meta device")
+        if not bool(torch.isfinite(weight).all()):
+            raise NonFiniteError(f"deploy: {name} must be finite, got NaN or infinity; nothing changed")
+
+    def deploy(self) -> Self:
+        """Packs the weights for good: the latent weight is dropped and nothing trains any more.
+
+        Raises:
+            LifecycleError: See `check_deployable`.
+            NonFiniteError: The weight holds NaN or infinity; nothing is changed.
+        """
+        if self._is_deployed or self._parameters.get("weight") is not None:
+            self.check_deployable()
+        packed = self._perform_deployment()
+        if not (isinstance(packed, tuple) and len(packed) == 2):
+            raise LifecycleError(
+                f"{type(self).__name__}: _perform_deployment must return (qweight, qweight_scale), "
+                f"got {packed!r}"
+            )
+        self.commit_packed(*packed)
+        return self
+
+    def commit_packed(self, qweight: Tensor, qweight_scale: Tensor) -> None:
+        """Makes the layer deployed with these packed tensors, which it keeps.
+
+        Args:
+            qweight: uint8 [ceil(N / 4), K].
+            qweight_scale: float32 [1], [N] or [N, K / G].
+        """
+        weight = self._parameters.get("weight")
+        if weight is not None:
+            self.latent_dtype = weight.dtype
+        self.invalidate_cache()
+        # Not `del`: code outside asks for `layer.weight` and finds None.
+        self.register_parameter("weight", None)
+        self.register_parameter("qweight", nn.Parameter(qweight, requires_grad=False))
+        self.register_buffer("qweight_scale", qweight_scale)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self._is_deployed = True
+        super().train(False)
+
+    def packed_shapes(self) -> tuple[tuple[int, int], tuple[int, ...]]:
+        """Returns the shapes of qweight and qweight_scale that the configuration asks for."""
+        rows, config = (self.out_features + 3) // 4, self.quant_config
+        scale: tuple[int, ...] = (1,)
+        if config.weight_granularity == "per_channel":
+            scale = (self.out_features,)
+        elif config.group_size is not None:
+            scale = (self.out_features, self.in_features // config.group_size)
+        return (rows, self.in_features), scale
+
+    def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns codes times scale, [N, K]: exactly what the deployed layer multiplies with."""
+        qweight, scale = self.packed()
+        return ops.unpack_weight(qweight, scale, self.out_features, dtype or torch.float32)
+
+    # Construction from others.
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, quant_config: BitQuantConfig | None = None) -> Self:
+        """Returns a latent layer that shares the weight and bias of a linear layer.
+
+        Raises:
+            ArgumentTypeError: linear is not an ``nn.Linear``, or is quantized already.
+        """
+        if not isinstance(linear, nn.Linear) or isinstance(linear, BitLayerBase):
+            raise ArgumentTypeError(
+                f"{cls.__name__}.from_linear: linear must be a plain nn.Linear, "
+                f"got {type(linear).__name__}"
+            )
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            quant_config=quant_config,
+            device="meta",
+            dtype=linear.weight.dtype,
+        )
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer.train(linear.training)
+
+    @classmethod
+    def packed_skeleton(
+        cls,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        quant_config: BitQuantConfig | None = None,
+        device: torch.device | str | None = "meta",
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Returns a deployed layer with empty packed tensors, for a loader to fill."""
+        layer = cls(
+            in_features, out_features, bias, quant_config=quant_config, device="meta", dtype=dtype
+        )
+        shape, scale_shape = layer.packed_shapes()
+        layer.commit_packed(
+            torch.empty(shape, dtype=torch.uint8, device=device),
+            torch.empty(scale_shape, dtype=torch.float32, device=device),
+        )
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(torch.empty_like(layer.bias, device=device), False)
+        return layer
+
+    # State dict, moves, copies.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.invalidate_cache()
+        scale = self._buffers.get("qweight_scale")
+        super()._apply(fn, recurse)
+        moved = self._buffers.get("qweight_scale")
+        if scale is not None and moved is not None and moved.dtype != torch.float32:
+            # `.to(bfloat16)` moves the scale but must not round it.
+            self._buffers["qweight_scale"] = scale.to(moved.device)
+        weight = self._parameters.get("weight")
+        if weight is not None:
+            self.latent_dtype = weight.dtype
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self.invalidate_cache()
+        errors: list[str] = args[-1] if args else kwargs["error_msgs"]
+        problem = self._load_problem(state_dict, prefix)
+        if problem is not None:
+            errors.append(problem)
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _load_problem(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Says what in a state dict contradicts the state of the layer, whether strict or not."""
+        if not self._is_deployed:
+            if prefix + "qweight" in state_dict:
+                return (
+                    f"{prefix}qweight is packed, but the layer is latent; load the deployed "
+                    "checkpoint with from_pretrained, or into a deployed model"
+                )
+            return None
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and weight.numel():
+            return (
+                f"{prefix}weight is latent, but the layer is deployed; load it into a latent model "
+                "and call deploy() again"
+            )
+        for name in _PACKED:
+            tensor, own = state_dict.get(prefix + name), getattr(self, name)
+            if tensor is not None and tensor.dtype != own.dtype:
+                return f"{prefix}{name} must be {own.dtype}, got {tensor.dtype}"
+        qweight = state_dict.get(prefix + "qweight")
+        if qweight is not None and not qweight.is_meta and has_invalid_code(qweight):
+            return f"{prefix}qweight holds the invalid code 3; the data is damaged"
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: everything but the cache."""
+        return {**self.__dict__, "_cache": None}
+
+    def extra_repr(self) -> str:
+        config = self.quant_config
+        state = "deployed" if self._is_deployed else "latent"
+        sizes = ""
+        if hasattr(self, "in_features"):
+            sizes = (
+                f"in_features={self.in_features}, out_features={self.out_features}, "
+                f"bias={self.use_bias}, "
+            )
+        group = f", group_size={config.group_size}" if config.group_size else ""
+        return (
+            f"{sizes}{state}, weight={config.weight_granularity}{group}, "
+            f"activation={config.activation}"
+        )
+
+
+def _check_sizes(
+    name: str, in_features: int, out_features: int, config: BitQuantConfig
+) -> None:
+    for argument, value in (("in_features", in_features), ("out_features", out_features)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ArgumentError(f"{name}: {argument} must be an int of at least 1, got {value!r}")
+    check_in_features(name, in_features)
+    check_group_size(name, in_features, config.weight_granularity, config.group_size or 0)
+
+
+_deployed_stays_logged = False
+
+
+def _log_deployed_stays() -> None:
+    global _deployed_stays_logged
+    if not _deployed_stays_logged:
+        _deployed_stays_logged = True
+        logger.warning(
+            "bitlab: train() leaves deployed layers in inference mode; train adapters on them, or "
+            "the latent model"
+        )

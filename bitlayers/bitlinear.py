@@ -1,0 +1,53 @@
+"""BitLinear: ``nn.Linear`` with ternary weights."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from bitcore import ops
+from bitlayers.base import BitLayerBase
+from bitlayers.registry import register_layer
+
+
+@register_layer("BitLinear")
+class BitLinear(BitLayerBase, nn.Linear):
+    """A linear layer with 1.58-bit weights: ``y = (x_q @ w_q.T) * (x_scale * weight_scale) + bias``.
+
+    Training, evaluation and the deployed layer compute the same forward, so with int8 activations
+    their float32 outputs are equal bit for bit. The arguments are `BitLayerBase`'s.
+
+    Attributes:
+        weight: Latent weights [N, K]; None once deployed.
+        bias: [N], or None.
+        qweight: uint8 [ceil(N / 4), K], in eval mode and once deployed.
+        qweight_scale: float32 [1], [N] or [N, K / G], in eval mode and once deployed.
+
+    Source: BitNet b1.58, arXiv 2402.17764.
+    """
+
+    def _train_forward(self, x: Tensor) -> Tensor:
+        config = self.quant_config
+        return ops.qat_linear(
+            x,
+            self.weight,
+            self.bias,
+            config.weight_granularity,
+            config.group_size,
+            config.activation,
+        )
+
+    def _eval_forward(self, x: Tensor) -> Tensor:
+        qweight, scale = self.packed()
+        # Packed weights are constants, so the bias is one too: only x gets a gradient.
+        bias = None if self.bias is None else self.bias.detach()
+        return ops.linear(x, qweight, scale, bias, self.out_features, self.quant_config.activation)
+
+    def _on_enter_training_mode(self) -> None:
+        self.invalidate_cache()
+
+    def _on_enter_eval_mode(self) -> None:
+        # Packed at first use: an eval() right before another train() costs nothing.
+        self.invalidate_cache()
+
+    def _perform_deployment(self) -> tuple[Tensor, Tensor]:
+        return self._pack()

@@ -1,0 +1,65 @@
+// Float types: loads to float32 (exact) and stores from float32 (one rounding, half to even).
+// Included by each ISA file inside its anonymous namespace, so that no helper compiled with wider instructions can be
+// picked by the linker for the baseline path.
+
+inline float bits_to_float(uint32_t bits) {
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    return bits;
+}
+
+struct F32 {
+    using Storage = float;
+    static float load(float value) { return value; }
+    static float store(float value) { return value; }
+};
+
+struct Bf16 {
+    using Storage = uint16_t;
+    static float load(uint16_t value) { return bits_to_float(static_cast<uint32_t>(value) << 16); }
+    static uint16_t store(float value) {
+        const uint32_t bits = float_to_bits(value);
+        if (value != value) return 0x7FC0;
+        return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+    }
+};
+
+struct F16 {
+    using Storage = uint16_t;
+    static float load(uint16_t value) {
+        const uint32_t sign = static_cast<uint32_t>(value & 0x8000) << 16;
+        const uint32_t magnitude = static_cast<uint32_t>(value & 0x7FFF) << 13;
+        // Multiplying by 2^112 rebuilds the exponent of normal and subnormal numbers alike, exactly.
+        if (magnitude < 0x0F800000) {
+            return bits_to_float(sign | float_to_bits(bits_to_float(magnitude) * 0x1p112f));
+        }
+        return bits_to_float(sign | 0x7F800000 | magnitude);
+    }
+    static uint16_t store(float value) {
+        const uint32_t bits = float_to_bits(value);
+        const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
+        const uint32_t magnitude = bits & 0x7FFFFFFF;
+        if (magnitude > 0x7F800000) return sign | 0x7E00;
+        if (magnitude >= 0x47800000) return sign | 0x7C00;
+        if (magnitude < 0x38800000) {
+            // Subnormal: adding 0.5 aligns the last kept bit with float32's last bit and rounds half to even.
+            return static_cast<uint16_t>(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3F000000));
+        }
+        const uint32_t rounded = magnitude + 0xFFF + ((magnitude >> 13) & 1);
+        return static_cast<uint16_t>(sign | ((rounded - 0x38000000) >> 13));
+    }
+};
+
+// Calls f with the type's tag.
+template <typename F>
+inline auto with_type(int32_t type, F &&f) {
+    if (type == BK_BF16) return f(Bf16{});
+    if (type == BK_F16) return f(F16{});
+    return f(F32{});
+}

@@ -1,0 +1,126 @@
+/*
+ * BitLab's native kernels: the one public contract.
+ *
+ * Conventions, true of every function here:
+ *   - Shapes: M tokens, N out_features, K in_features; all sizes are int64_t and count elements.
+ *   - The packed format is t2: qweight is uint8 [R, K] with R = ceil(N / 4); bits 2i and 2i+1 of qweight[r, k] hold
+ *     code[r + i * R, k] + 1 for i = 0..3. Rows past N are padding: written as code 0, never read.
+ *   - A scale multiplies codes to give reals.
+ *   - Memory belongs to the caller; nothing is kept. Inputs and outputs must not overlap. No alignment is needed beyond
+ *     that of the element type.
+ *   - A function returns BK_OK, or a status with a text in bk_cpu_last_error() of the same thread; then the outputs hold
+ *     nothing of value. Nothing is printed, thrown or allocated.
+ *   - Every function may be called from several threads at once. num_threads is the most OpenMP threads to use; in a
+ *     forked child, where the OpenMP pool does not exist, one is used.
+ */
+#ifndef BITKERNELS_H
+#define BITKERNELS_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define BK_ABI_VERSION 1
+#define BK_API __attribute__((visibility("default")))
+
+/* Largest K: a sum of K products of the int8 code -128 and the byte 128 still fits int32. */
+#define BK_MAX_IN_FEATURES 131071
+
+typedef enum { BK_OK = 0, BK_INVALID_ARGUMENT = 1, BK_UNAVAILABLE = 2 } bk_status;
+
+/* Element types of float tensors. */
+typedef enum { BK_F32 = 0, BK_BF16 = 1, BK_F16 = 2 } bk_type;
+
+/* Returns BK_ABI_VERSION as it was when the library was compiled. */
+BK_API int32_t bk_cpu_abi_version(void);
+
+/* Returns the text of this thread's last failure; never null. */
+BK_API const char *bk_cpu_last_error(void);
+
+/* Returns the names of the instruction sets compiled in that this CPU can run, best first, separated by commas. */
+BK_API const char *bk_cpu_supported_isas(void);
+
+/* Returns the name of the instruction set in use. */
+BK_API const char *bk_cpu_isa(void);
+
+/*
+ * Selects an instruction set for all later calls of the process.
+ *   name: one of bk_cpu_supported_isas(), or "auto" for the best.
+ * Returns BK_UNAVAILABLE, changing nothing, if the CPU or this build lacks it. Not to be called while kernels run.
+ */
+BK_API int32_t bk_cpu_select_isa(const char *name);
+
+/*
+ * Returns the bytes of workspace that bk_cpu_linear_i8_t2 needs.
+ *   scale_columns: K / group size for per-group weight scales, else 0.
+ */
+BK_API int64_t bk_cpu_linear_workspace(int64_t M, int64_t K, int64_t scale_columns);
+
+/*
+ * y = x_q @ w_q.T * (x_scale * weight_scale) + bias: int8 activations, ternary weights, one fused call.
+ *
+ * Activations: m = max(max|x|, 1e-5) over the token, or over x if per_tensor; a = 127 / m;
+ * x_q = clamp(round_half_even(x * a), -128, 127); x_scale = m / 127. A token (per_tensor: all) with NaN or infinity
+ * gives NaN. Sums are exact int32. Per tensor and per channel: y = float(acc) * (x_scale * weight_scale[n]) + bias[n];
+ * per group: y = (sum over ascending g of float(acc_g) * weight_scale[n, g]) * x_scale + bias[n]; every operation is
+ * rounded in float32 and none is contracted; then one rounding to y's type.
+ *
+ *   x            [M, K] of x_type, rows contiguous, x_stride elements from row to row
+ *   qweight      uint8 [R, K], contiguous
+ *   weight_scale float32: [1] (scale_rows 1, scale_columns 0), [N] (N, 0) or [N, K / G] (N, K / G; G a multiple of 64)
+ *   bias         [N] of bias_type, or null
+ *   y            [M, N] of y_type, contiguous
+ *   workspace    bk_cpu_linear_workspace(M, K, scale_columns) bytes, aligned to 64
+ */
+BK_API int32_t bk_cpu_linear_i8_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
+                                   const float *weight_scale, int64_t scale_rows, int64_t scale_columns,
+                                   const void *bias, int32_t bias_type, void *y, int32_t y_type, int64_t M, int64_t N,
+                                   int64_t K, int32_t per_tensor, void *workspace, int32_t num_threads);
+
+/*
+ * Quantizes activations as bk_cpu_linear_i8_t2 does.
+ *   x     [M, K] of x_type, rows contiguous, x_stride elements from row to row
+ *   codes int8 [M, K], contiguous; scale float32 [M]
+ * A token with NaN or infinity (per_tensor: all tokens) gets codes 0 and a NaN scale.
+ */
+BK_API int32_t bk_cpu_quantize_i8(const void *x, int32_t x_type, int64_t x_stride, int8_t *codes, float *scale,
+                                  int64_t M, int64_t K, int32_t per_tensor, int32_t num_threads);
+
+/*
+ * acc = codes @ w_q.T, exact.
+ *   codes int8 [M, K], contiguous; qweight uint8 [R, K]; acc int32 [M, N], contiguous
+ *   workspace: bk_cpu_linear_workspace(M, K, 0) bytes, aligned to 64
+ */
+BK_API int32_t bk_cpu_matmul_i8_t2_i32(const int8_t *codes, const uint8_t *qweight, int32_t *acc, int64_t M, int64_t N,
+                                       int64_t K, void *workspace, int32_t num_threads);
+
+/*
+ * Absmean scales: weight_scale = max(mean|W|, 1e-5) over the tensor, the row or the group.
+ *
+ * Sums are float64 in a fixed order, so the result does not depend on num_threads or the instruction set: lane l of 16
+ * adds the elements l, l + 16, ... of a row (or group) in ascending order, the lanes are added in ascending order, then
+ * the rows in ascending order; the mean is rounded to float32 once. A mean that is not finite gives NaN.
+ *
+ *   weight       [N, K] of weight_type, contiguous
+ *   weight_scale float32, by (scale_rows, scale_columns): [1] (1, 0), [N] (N, 0) or [N, K / G] (N, K / G; G a multiple of 16)
+ *   row_sums     float64 [N] of scratch for scale_rows == 1; else unused, may be null
+ */
+BK_API int32_t bk_cpu_weight_scale(const void *weight, int32_t weight_type, float *weight_scale, int64_t scale_rows,
+                                   int64_t scale_columns, double *row_sums, int64_t N, int64_t K, int32_t num_threads);
+
+/*
+ * Ternarizes and packs: code = clamp(round_half_even(W * (1 / weight_scale)), -1, 1) in float32; NaN gives 0.
+ *   weight       [N, K] of weight_type, contiguous
+ *   weight_scale as bk_cpu_weight_scale wrote it
+ *   qweight      uint8 [R, K], contiguous
+ */
+BK_API int32_t bk_cpu_pack_t2(const void *weight, int32_t weight_type, const float *weight_scale, int64_t scale_rows,
+                              int64_t scale_columns, uint8_t *qweight, int64_t N, int64_t K, int32_t num_threads);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
