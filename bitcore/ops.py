@@ -7,6 +7,7 @@ Ops never look at values and never branch on them, so they are captured by torch
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -196,11 +197,17 @@ def _(
     return y, qweight, scale, codes, x_scale
 
 
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Keeps autocast from rounding what is computed here on purpose in another dtype."""
+    device = tensor.device.type
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
 def _input_gradient(
     dy: Tensor, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
 ) -> Tensor:
     """``dx = dy @ (w_q * s_w)``, computed in dy's dtype."""
-    with torch.autocast(dy.device.type, enabled=False):
+    with _no_autocast(dy):
         weight = torch.ops.bitlab.unpack_weight(qweight, weight_scale, out_features, dy.dtype)
         return (dy @ weight).to(dtype)
 
@@ -237,7 +244,7 @@ def _qat_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         dx = _input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype)
     rows = dy.reshape(-1, ctx.out_features)
     if ctx.needs_input_grad[1]:
-        with torch.autocast(dy.device.type, enabled=False):
+        with _no_autocast(dy):
             x = inputs[0] if len(inputs) == 1 else inputs[0].float() * inputs[1]
             x = x.to(dy.dtype).reshape(-1, x.shape[-1])
             dw = (rows.t() @ x).to(ctx.weight_dtype)
@@ -256,8 +263,9 @@ torch.library.register_autograd(
 
 def output_dtype(x: Tensor) -> torch.dtype:
     """Returns the dtype that a linear layer gives for x: autocast's under autocast, else x's."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
     return x.dtype
 
 

@@ -231,12 +231,14 @@ class BitLayerBase(nn.Module):
         """
         if self._is_deployed:
             raise LifecycleError(f"deploy: {name} must be latent, got a layer that is deployed already")
-        weight = self.weight
-        if hasattr(self, "parametrizations") or type(weight.data) is not Tensor:
+        weight = self._parameters.get("weight")
+        if hasattr(self, "parametrizations") or (weight is not None and type(weight.data) is not Tensor):
             raise LifecycleError(
                 f"deploy: {name} must be a whole, plain tensor, got a sharded or parametrized one\n"
                 "Gather the weights first: save the full model, load it in one process, deploy there."
             )
+        if weight is None:
+            return
         if weight.is_meta:
             raise LifecycleError(f"deploy: {name} must hold data, got a tensor on the meta device")
         if not bool(torch.isfinite(weight).all()):
@@ -249,8 +251,7 @@ class BitLayerBase(nn.Module):
             LifecycleError: See `check_deployable`.
             NonFiniteError: The weight holds NaN or infinity; nothing is changed.
         """
-        if self._is_deployed or self._parameters.get("weight") is not None:
-            self.check_deployable()
+        self.check_deployable()
         packed = self._perform_deployment()
         if not (isinstance(packed, tuple) and len(packed) == 2):
             raise LifecycleError(

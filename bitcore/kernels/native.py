@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch  # noqa: F401  (loads torch's OpenMP runtime first, so that the library shares it)
 
+import bitcore
 from bitcore.errors import BackendError
 
 ABI_VERSION = 1
@@ -53,10 +54,14 @@ CPU_SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
 
 
 def library_path(name: str) -> Path:
-    """Returns where a library is looked for: ``BITLAB_LIBRARY_DIR``, else beside this package."""
+    """Returns where a library is looked for: ``BITLAB_LIBRARY_DIR``, else in the installed package.
+
+    An editable install spreads the package over two folders, the sources and what was built.
+    """
     directory = os.environ.get(LIBRARY_DIRECTORY_VARIABLE)
-    base = Path(directory) if directory else Path(__file__).parent.parent / "lib"
-    return base / f"lib{name}.so"
+    bases = [Path(directory)] if directory else [Path(path) / "lib" for path in bitcore.__path__]
+    paths = [base / f"lib{name}.so" for base in bases]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def load_cpu_library() -> ctypes.CDLL:

@@ -1,0 +1,5 @@
+"""The command line: ``bitlab``."""
+
+from bitlab_hf.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,357 @@
+"""The main job end to end: a pretrained language model in, a ternary one out, and the proof.
+
+Every figure of the closing table is measured in the run; `report.json` beside the model holds them all.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from bitcore.errors import MissingExtraError
+from bitlab_hf.config import BitLabConfig
+from bitlab_hf.demo.corpus import source_files
+from bitlab_hf.demo.probe import Answer, probe
+from bitlab_hf.demo.text import Blocks, Perplexity, make_blocks, measure_perplexity
+from bitlab_hf.deploy import deploy
+from bitlab_hf.saving import save
+
+PROMPTS = (
+    "def __init__(self, name, value=None):\n        ",
+    "import os\nimport sys\n\ndef main():\n    ",
+    "    def close(self):\n        \"\"\"",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run does.
+
+    Attributes:
+        model: Folder or hub name of the original; None for the model that ships with BitLab.
+        output: Folder for the ternary model and the report.
+        tokens: Training tokens of each of the two fine-tunings.
+        eval_tokens: Held-out tokens to score.
+        length: Tokens of a block.
+        batch: Blocks of a training step.
+        learning_rate: Peak learning rate of the ternary model.
+        float_learning_rate: Peak learning rate of the full-precision model.
+        generate: Tokens to generate for each prompt.
+        seed: Of the order of the training blocks.
+    """
+
+    model: str | None
+    output: Path
+    tokens: int = 600_000
+    eval_tokens: int = 100_000
+    length: int = 512
+    batch: int = 8
+    learning_rate: float = 2e-3
+    float_learning_rate: float = 3e-4
+    generate: int = 64
+    seed: int = 0
+
+
+@dataclass
+class Report:
+    """What a run measured; ratios are of perplexities."""
+
+    model: str
+    threads: int
+    isa: str
+    train_tokens: int = 0
+    heldout_tokens: int = 0
+    original: Perplexity | None = None
+    rounded: Perplexity | None = None
+    finetuned: Perplexity | None = None
+    ternary: Perplexity | None = None
+    ratio: float = 0.0
+    logits_identical: bool = False
+    original_probe: Answer | None = None
+    ternary_probe: Answer | None = None
+    original_bytes: int = 0
+    ternary_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class _Bars(TrainerCallback):  # type: ignore[misc]
+    """Shows a Trainer's steps and loss on a progress bar."""
+
+    def __init__(self, progress: Progress, title: str) -> None:
+        self._progress, self._title = progress, title
+        self._task: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._task = self._progress.add_task(self._title, total=state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        if logs and "loss" in logs and self._task is not None:
+            text = f"{self._title}, loss {float(logs['loss']):.3f}"
+            self._progress.update(self._task, description=text)
+
+
+class Demo:
+    """One run; `run` does all of it."""
+
+    def __init__(self, settings: Settings, console: Console) -> None:
+        self._settings = settings
+        self._console = console
+        self._report = Report(settings.model or "the model that ships with BitLab", 0, "")
+
+    @contextmanager
+    def _stage(self, number: int, title: str) -> Iterator[Progress]:
+        self._console.print(f"[bold]({number}/6)[/bold] {title}")
+        started = time.perf_counter()
+        columns = (
+            TextColumn("      {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console) as progress:
+            yield progress
+        self._report.seconds[title] = time.perf_counter() - started
+
+    def run(self) -> Report:
+        """Runs the six stages and prints the table; returns what was measured.
+
+        Raises:
+            RuntimeError: The reloaded model's logits differ from the deployed one's.
+        """
+        settings, report = self._settings, self._report
+        _require_accelerate()
+        report.threads = torch.get_num_threads()
+        report.isa = _isa()
+        original = settings.model or str(files("bitlab_hf.demo") / "model")
+        self._console.print(
+            f"Model: {report.model}. Device: CPU, {report.threads} threads, {report.isa}."
+        )
+        with self._stage(1, "The original model and its text") as progress:
+            tokenizer = AutoTokenizer.from_pretrained(original)
+            model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+            train, heldout = self._blocks(tokenizer, progress)
+        with self._stage(2, "Perplexity before any training") as progress:
+            report.original = self._perplexity(model, heldout, progress, "original")
+            rounded = AutoModelForCausalLM.from_pretrained(
+                original, dtype=torch.float32, quantization_config=BitLabConfig(mode="infer")
+            )
+            report.rounded = self._perplexity(rounded, heldout, progress, "ternarized, untrained")
+            del rounded
+        with self._stage(3, "Fine-tuning: quantization-aware, and in full precision") as progress:
+            ternary = AutoModelForCausalLM.from_pretrained(
+                original, dtype=torch.float32, quantization_config=BitLabConfig()
+            )
+            self._train(ternary, train, settings.learning_rate, progress, "ternary")
+            self._train(model, train, settings.float_learning_rate, progress, "full precision")
+            report.finetuned = self._perplexity(model, heldout, progress, "full precision")
+            del model
+        with self._stage(4, "Deploy and save") as progress:
+            dtype = AutoModelForCausalLM.from_pretrained(original).dtype
+            _cast_parameters(deploy(ternary), dtype)
+            report.ternary = self._perplexity(ternary, heldout, progress, "deployed")
+            save(ternary, settings.output, tokenizer=tokenizer)
+        with self._stage(5, "Load in fresh processes") as progress:
+            ids = heldout.ids[:1]
+            with torch.no_grad():
+                expected = ternary(input_ids=ids).logits
+            report.original_probe, _ = self._probe(progress, Path(original), ids)
+            report.ternary_probe, logits = self._probe(progress, settings.output, ids)
+            report.logits_identical = torch.equal(expected, logits)
+            report.original_bytes = _weight_bytes(original)
+            report.ternary_bytes = _weight_bytes(str(settings.output))
+        best = min(report.original.value, report.finetuned.value)
+        report.ratio = report.ternary.value / best
+        with self._stage(6, "The result"):
+            self._show_texts()
+        self._show_table()
+        (settings.output / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+        if not report.logits_identical:
+            raise RuntimeError("the logits of the fresh process differ from the deployed model's")
+        return report
+
+    def _blocks(self, tokenizer: Any, progress: Progress) -> tuple[Blocks, Blocks]:
+        settings = self._settings
+        task = progress.add_task("tokenize", total=2)
+        train_files = list(source_files("train"))
+        random.Random(settings.seed).shuffle(train_files)
+        train = make_blocks(tokenizer, train_files, settings.length)
+        progress.advance(task)
+        heldout = make_blocks(tokenizer, source_files("heldout"), settings.length)
+        progress.advance(task)
+        order = torch.randperm(
+            len(train.ids), generator=torch.Generator().manual_seed(settings.seed)
+        )
+        steps = max(1, settings.tokens // (settings.batch * settings.length))
+        used = order[: steps * settings.batch]
+        train = Blocks(train.ids[used], train.bytes_per_token)
+        heldout = heldout.first(settings.eval_tokens)
+        self._report.train_tokens = train.ids.numel()
+        self._report.heldout_tokens = heldout.ids.numel()
+        return train, heldout
+
+    def _perplexity(
+        self, model: Any, heldout: Blocks, progress: Progress, title: str
+    ) -> Perplexity:
+        task = progress.add_task(f"perplexity: {title}", total=len(heldout.ids))
+        return measure_perplexity(
+            model, heldout, advance=lambda count: progress.advance(task, count)
+        )
+
+    def _train(
+        self, model: Any, train: Blocks, learning_rate: float, progress: Progress, title: str
+    ) -> None:
+        settings = self._settings
+        arguments = TrainingArguments(
+            output_dir=str(settings.output.with_name(f".{settings.output.name}.trainer")),
+            per_device_train_batch_size=settings.batch,
+            num_train_epochs=1,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            adam_beta2=0.95,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            bf16=True,
+            use_cpu=True,
+            seed=settings.seed,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=5,
+            disable_tqdm=True,
+        )
+        data = [{"input_ids": ids, "labels": ids} for ids in train.ids]
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=data, callbacks=[_Bars(progress, title)]
+        )
+        from transformers.trainer_callback import PrinterCallback
+
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+    def _probe(self, progress: Progress, model: Path, ids: Any) -> tuple[Answer, torch.Tensor]:
+        name = "ternary" if model == self._settings.output else "original"
+        task = progress.add_task(f"load, compare, generate: {name}", total=1)
+        result = probe(model, ids, list(PROMPTS), self._settings.generate, self._report.threads)
+        progress.advance(task)
+        return result
+
+    def _show_texts(self) -> None:
+        report = self._report
+        assert report.original_probe is not None
+        assert report.ternary_probe is not None
+        for index, prompt in enumerate(PROMPTS):
+            for name, answer in (
+                ("original", report.original_probe),
+                ("ternary", report.ternary_probe),
+            ):
+                self._console.rule(f"{name}, greedy", align="left", style="dim")
+                self._console.print(prompt, style="dim", end="", markup=False, highlight=False)
+                lines = answer.texts[index].splitlines()[:5]
+                self._console.print("\n".join(lines), markup=False, highlight=False)
+
+    def _show_table(self) -> None:
+        report = self._report
+        table = Table(title="BitLab demo: everything here was measured in this run")
+        table.add_column("model")
+        for name in (
+            "perplexity", "bits/byte", "weights", "resident", "load", "tokens/s",
+        ):  # fmt: skip
+            table.add_column(name, justify="right")
+        table.add_row(
+            "original", *_quality(report.original), *_cost(report.original_bytes, report.original_probe)
+        )
+        table.add_row("original, fine-tuned on the same tokens", *_quality(report.finetuned))
+        table.add_row("ternarized, no training", *_quality(report.rounded))
+        table.add_row(
+            "ternary, trained and deployed",
+            *_quality(report.ternary),
+            *_cost(report.ternary_bytes, report.ternary_probe),
+            style="bold",
+        )
+        self._console.print(table)
+        same = "bit-identical" if report.logits_identical else "DIFFERENT"
+        self._console.print(
+            f"Trained on {report.train_tokens:,} tokens, scored on {report.heldout_tokens:,} held-out "
+            f"ones. Perplexity is {report.ratio:.2f} times the better full-precision one. "
+            f"Logits after reloading in a fresh process: {same}.\n"
+            f"Total time {sum(report.seconds.values()):.0f} s. The model: {self._settings.output}"
+        )
+
+
+def _require_accelerate() -> None:
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            "bitlab demo: the extra 'train' must be installed, got no accelerate\n"
+            'Run `pip install "bitlab-hf[train]"`.'
+        ) from error
+
+
+def _cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Gives float parameters the original's dtype, as the file will hold them.
+
+    Not ``model.to(dtype)``: that rounds the rotary frequencies too, which a reload computes in float32.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _isa() -> str:
+    from bitcore.kernels import kernels_for
+
+    return str(getattr(kernels_for("cpu"), "isa", "torch reference"))
+
+
+def _weight_bytes(model: str) -> int:
+    folder = Path(model)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+
+
+def _quality(perplexity: Perplexity | None) -> tuple[str, str]:
+    assert perplexity is not None
+    return f"{perplexity.value:.2f}", f"{perplexity.bits_per_byte:.3f}"
+
+
+def _cost(size: int, answer: Answer | None) -> tuple[str, str, str, str]:
+    assert answer is not None
+    return (
+        f"{size / 1e6:.2f} MB" if size else "-",
+        f"{answer.resident_bytes / 1e6:.1f} MB",
+        f"{answer.load_seconds:.2f} s",
+        f"{answer.tokens_per_second:.0f}",
+    )

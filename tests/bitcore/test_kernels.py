@@ -1,0 +1,146 @@
+"""The native kernels against the reference: integer sums and float32 outputs bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitcore import pack_ternary, reference
+from tests.conftest import native_kernels
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Half of the last place of the output, relative.
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def random_codes(*shape: int) -> Tensor:
+    return torch.randint(-1, 2, shape, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("M", [0, 1, 2, 3, 4, 5, 7, 16, 33])
+@pytest.mark.parametrize("N", [1, 5, 64, 65])
+@pytest.mark.parametrize("K", [1, 31, 63, 64, 65, 200])
+def test_integer_sums(isa: str, M: int, N: int, K: int) -> None:  # noqa: N803
+    codes = torch.randint(-128, 128, (M, K), dtype=torch.int8)
+    weight = random_codes(N, K)
+    acc = native_kernels().matmul(codes, pack_ternary(weight), N)
+    assert acc.dtype == torch.int32
+    assert torch.equal(acc, (codes.long() @ weight.long().t()).int())
+
+
+@pytest.mark.parametrize("K", [6912, 20000, 131071])
+@pytest.mark.parametrize("weight_code", [1, -1, 0])
+@pytest.mark.parametrize("code", [127, -128])
+def test_extreme_codes(isa: str, num_threads: int, K: int, weight_code: int, code: int) -> None:  # noqa: N803
+    """All +1 weights with codes 127 overflow the int16 sums of bitnet.cpp's I2_S from K = 6912 on."""
+    codes = torch.full((3, K), code, dtype=torch.int8)
+    weight = torch.full((9, K), weight_code, dtype=torch.int8)
+    acc = native_kernels().matmul(codes, pack_ternary(weight), 9)
+    assert torch.equal(acc, torch.full((3, 9), code * weight_code * K, dtype=torch.int32))
+    assert torch.equal(acc, reference.matmul(codes, pack_ternary(weight), 9))
+
+
+def test_a_real_shape(isa: str, num_threads: int) -> None:
+    codes = torch.randint(-128, 128, (17, 2560), dtype=torch.int8)
+    weight = random_codes(6912, 2560)
+    acc = native_kernels().matmul(codes, pack_ternary(weight), 6912)
+    exact = codes.double() @ weight.double().t()
+    assert torch.equal(acc, exact.int())
+
+
+def make_linear(
+    shape: tuple[int, int, int], granularity: str, dtype: torch.dtype, bias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    tokens, out_features, in_features = shape
+    x = torch.randn(tokens, in_features).to(dtype)
+    qweight, scale = reference.pack_weight(torch.randn(out_features, in_features), granularity, 64)
+    bias = None if bias_dtype is None else torch.randn(out_features).to(bias_dtype)
+    return x, qweight, scale, bias
+
+
+@pytest.mark.parametrize("activation", ["int8_per_token", "int8_per_tensor"])
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 64), (3, 5, 128), (9, 67, 192), (33, 130, 320)])
+def test_linear_equals_the_reference(
+    isa: str,
+    num_threads: int,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    granularity: str,
+    activation: str,
+) -> None:
+    for bias_dtype in (None, torch.float32, torch.bfloat16, torch.float16):
+        x, qweight, scale, bias = make_linear(shape, granularity, dtype, bias_dtype)
+        for out_dtype in DTYPES:
+            args = (x, qweight, scale, bias, shape[1], activation, out_dtype)
+            assert torch.equal(native_kernels().linear(*args), reference.linear(*args))
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_against_float64(backend: str, granularity: str, dtype: torch.dtype) -> None:
+    x, qweight, scale, bias = make_linear((7, 65, 320), granularity, torch.float32, torch.float32)
+    assert bias is not None
+    codes, x_scale = reference.quantize_activation(x, False)
+    weight = reference.unpack_weight(
+        qweight, torch.ones_like(scale), 65, torch.float32
+    ).double()
+    columns = scale.shape[1] if scale.dim() == 2 else 1
+    scaled = weight.view(65, columns, -1) * scale.double().view(scale.shape[0], columns, 1)
+    terms = codes.double() @ scaled.view(65, -1).t() * x_scale.double()
+    exact = terms + bias.double()
+    y = torch.ops.bitlab.linear(x, qweight, scale, bias, 65, "int8_per_token", dtype)
+    # Float32 roundings of the sum, the scales, each group's product and sum, and the bias; one of the output.
+    magnitude = terms.abs() + bias.double().abs() + codes.double().abs().sum(-1, keepdim=True) * (
+        x_scale.double() * scale.double().max()
+    )
+    bound = magnitude * (4 + 2 * columns) * 2.0**-24 + exact.abs() * ROUNDING[dtype]
+    assert bool(((y.double() - exact).abs() <= bound).all())
+    # The comparison bites: a doubled output, a negated row, swapped scales must all fail.
+    for wrong in (y * 2, y * torch.where(torch.arange(65) == 11, -1, 1), y / (x_scale * 127)):
+        assert not bool(((wrong.double() - exact).abs() <= bound).all())
+
+
+def test_special_values_pass_through(isa: str) -> None:
+    """Overflow, subnormals and NaN in 16-bit outputs round as torch rounds them."""
+    qweight, _ = reference.pack_weight(torch.randn(64, 64), "per_channel", 0)
+    scale = torch.logspace(-30, 30, 64)
+    x = torch.randn(4, 64)
+    x[1, 3] = float("nan")
+    for out_dtype in DTYPES:
+        args = (x, qweight, scale, None, 64, "int8_per_token", out_dtype)
+        y, expected = native_kernels().linear(*args), reference.linear(*args)
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert y[1].isnan().all()
+        assert torch.equal(y.nan_to_num(), expected.nan_to_num())
+
+
+def test_every_float16_is_read_right(isa: str) -> None:
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16)
+    finite = bits[torch.isfinite(bits)]
+    ours = native_kernels().quantize_activation(finite.view(-1, 1), False)
+    expected = reference.quantize_activation(finite.view(-1, 1), False)
+    assert torch.equal(ours[0], expected[0])
+    assert torch.equal(ours[1], expected[1])
+
+
+def test_strided_input(isa: str) -> None:
+    x = torch.randn(6, 200)
+    qweight, scale = reference.pack_weight(torch.randn(10, 64), "per_tensor", 0)
+    for view in (x[:, 7:71], x[::2, :64], x.t()[:64].t(), x[:, :128:2]):
+        args = (view, qweight, scale, None, 10, "int8_per_token", torch.float32)
+        assert torch.equal(native_kernels().linear(*args), reference.linear(*args))
+
+
+def test_results_do_not_depend_on_threads(isa: str) -> None:
+    x, qweight, scale, bias = make_linear((33, 1030, 576), "per_group", torch.float32, torch.float32)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(
+            native_kernels().linear(x, qweight, scale, bias, 1030, "int8_per_token", torch.float32)
+        )
+    torch.set_num_threads(2)
+    assert all(torch.equal(results[0], other) for other in results)

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitcore import pack_ternary, unpack_ternary
+from bitcore.errors import ArgumentError, ArgumentTypeError
+from bitcore.packing import has_invalid_code
+
+
+@settings(deadline=None)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 2**31))
+def test_round_trip(out_features: int, in_features: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-1, 2, (out_features, in_features), generator=generator, dtype=torch.int8)
+    packed = pack_ternary(codes)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == ((out_features + 3) // 4, in_features)
+    assert torch.equal(unpack_ternary(packed, out_features), codes)
+    assert not has_invalid_code(packed)
+
+
+def test_the_layout_is_the_documented_one() -> None:
+    # N = 6, so R = 2: byte [r, k] holds rows r, r + 2, r + 4 and a row of padding, code 0.
+    codes = torch.tensor([[1], [-1], [0], [1], [-1], [0]], dtype=torch.int8)
+    packed = pack_ternary(codes)
+    assert packed.tolist() == [[2 | 1 << 2 | 0 << 4 | 1 << 6], [0 | 2 << 2 | 1 << 4 | 1 << 6]]
+
+
+def test_same_bytes_as_transformers_bitnet() -> None:
+    from transformers.integrations.bitnet import unpack_weights
+
+    codes = torch.randint(-1, 2, (64, 48), dtype=torch.int8)
+    unpacked = unpack_weights(pack_ternary(codes), dtype=torch.float32)
+    assert torch.equal(unpacked, codes.float())
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ArgumentTypeError, match="int8, got torch.float32"):
+        pack_ternary(torch.zeros(4, 4))
+    for shape in ((0, 4), (4, 0), (4,)):
+        with pytest.raises(ArgumentError, match="at least 1"):
+            pack_ternary(torch.zeros(shape, dtype=torch.int8))
+    with pytest.raises(ArgumentError, match="from 0 to 2"):
+        pack_ternary(torch.tensor([[0, 2]], dtype=torch.int8))
+    with pytest.raises(ArgumentTypeError):
+        unpack_ternary(torch.zeros(1, 4, dtype=torch.int8), 4)
+    for rows, out_features in ((1, 5), (2, 4), (1, 0)):
+        with pytest.raises(ArgumentError, match="for out_features"):
+            unpack_ternary(torch.zeros(rows, 4, dtype=torch.uint8), out_features)
+
+
+@pytest.mark.parametrize("lane", range(4))
+def test_invalid_code_is_found_in_every_lane(lane: int) -> None:
+    packed = pack_ternary(torch.zeros(600, 7, dtype=torch.int8))
+    packed[97, 5] |= 3 << (2 * lane)
+    assert has_invalid_code(packed)

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from bitcore import BitQuantConfig
+from bitcore.errors import ArgumentTypeError
+from bitlayers import LAYER_REGISTRY, BitLayerBase, BitLinear, register_layer
+
+
+def test_is_a_linear_and_a_bit_layer() -> None:
+    layer = BitLinear(512, 256)
+    assert isinstance(layer, nn.Linear)
+    assert isinstance(layer, BitLayerBase)
+    assert (layer.in_features, layer.out_features, layer.use_bias) == (512, 256, True)
+    assert layer.quant_config == BitQuantConfig()
+
+
+def test_without_bias() -> None:
+    layer = BitLinear(16, 8, bias=False)
+    assert layer.bias is None
+    assert not layer.use_bias
+    assert set(layer.state_dict()) == {"weight"}
+    assert set(layer.deploy().state_dict()) == {"qweight", "qweight_scale"}
+
+
+def test_device_and_dtype() -> None:
+    layer = BitLinear(16, 8, device="meta", dtype=torch.bfloat16)
+    assert layer.weight.is_meta
+    assert layer.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("method", "bound"),
+    [("xavier_uniform", math.sqrt(6 / (400 + 100))), ("kaiming_uniform", math.sqrt(1 / 400))],
+)
+def test_init_methods(method: str, bound: float) -> None:
+    weight = BitLinear(400, 100, init_method=method).weight
+    # 40,000 uniform samples come within a thousandth of their bound, and never above it.
+    assert weight.abs().max() <= bound
+    assert weight.abs().max() > 0.999 * bound
+
+
+def test_from_linear_shares_everything() -> None:
+    linear = nn.Linear(64, 32, dtype=torch.bfloat16).eval()
+    config = BitQuantConfig(weight_granularity="per_channel")
+    layer = BitLinear.from_linear(linear, config)
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert layer.quant_config == config
+    assert not layer.training
+    assert layer.latent_dtype == torch.bfloat16
+    assert BitLinear.from_linear(nn.Linear(64, 32, bias=False)).bias is None
+
+
+def test_from_linear_refuses_other_things() -> None:
+    for other in (nn.Conv1d(1, 1, 1), BitLinear(8, 8)):
+        with pytest.raises(ArgumentTypeError, match="must be a plain nn.Linear"):
+            BitLinear.from_linear(other)  # type: ignore[arg-type]
+
+
+def test_it_learns() -> None:
+    """A few hundred steps of straight-through training fit a ternary teacher."""
+    teacher = BitLinear(32, 16, bias=False)
+    student = BitLinear(32, 16, bias=False)
+    with torch.no_grad():
+        teacher.weight.copy_(torch.randint(-1, 2, (16, 32)).float())
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
+    losses = []
+    for _ in range(300):
+        x = torch.randn(64, 32)
+        loss = (student(x) - teacher(x).detach()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.05 * losses[0]
+
+
+def test_registry() -> None:
+    assert LAYER_REGISTRY["BitLinear"] is BitLinear
+    assert register_layer("BitLinear")(BitLinear) is BitLinear
+    with pytest.raises(ValueError, match="belongs to bitlayers.bitlinear.BitLinear"):
+
+        @register_layer("BitLinear")
+        class Other(BitLinear):
+            pass
+
+    with pytest.raises(TypeError, match="subclass of BitLayerBase"):
+        register_layer("Plain")(nn.Linear)  # type: ignore[type-var]
+    for name in ("", 3):
+        with pytest.raises(ValueError, match="non-empty string"):
+            register_layer(name)  # type: ignore[arg-type]
+    assert "Plain" not in LAYER_REGISTRY
+
+
+def test_compiled_layer_equals_eager() -> None:
+    layer = BitLinear(64, 32)
+    x = torch.randn(5, 64)
+    compiled = torch.compile(layer, fullgraph=True)
+    for mode in (True, False):
+        layer.train(mode)
+        assert torch.equal(compiled(x), layer(x))
+    with torch.no_grad():
+        layer.weight.neg_()
+    assert torch.equal(compiled(x), layer(x))
+    layer.deploy()
+    assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
