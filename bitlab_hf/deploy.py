@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import TypeVar
 
@@ -92,8 +93,9 @@ def _attach(model: PreTrainedModel) -> None:
     config = getattr(model.config, "quantization_config", None)
     if not isinstance(config, BitLabConfig):
         config = _described(model)
+    config = copy.deepcopy(config)
+    config.weight_format, config.mode = "packed", "auto"
     quantizer = BitLabHfQuantizer(config, pre_quantized=True)
-    quantizer.quantization_config.weight_format = "packed"
     model.config.quantization_config = quantizer.quantization_config
     mark_quantized(model, quantizer)
     untie_packed(model)

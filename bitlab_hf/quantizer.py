@@ -79,6 +79,8 @@ class BitLabHfQuantizer(HfQuantizer):
         config.weight_format = "packed" if self.build_packed else "latent"
         # Weights with NaN or infinity met while packing at load.
         self.nonfinite: list[str] = []
+        # Every name of a weight to pack, by each of its names.
+        self.weight_names: dict[str, set[str]] = {}
         self._aliases: dict[str, str] = {}
 
     # Before the weights.
@@ -122,7 +124,8 @@ class BitLabHfQuantizer(HfQuantizer):
             model,
             config.modules_to_not_convert,
             model._keep_in_fp32_modules,
-            add_default_skips=True,
+            # A file of ours holds the resolved list, and what was converted despite the defaults.
+            add_default_skips=not self.was_converted,
         )
         names = [name.removesuffix(".weight").removesuffix(".bias") for name in names]
         if config.head == "ternary":
@@ -144,6 +147,8 @@ class BitLabHfQuantizer(HfQuantizer):
         """Packs from the file's own values, and packs weights that layers share once."""
         keep = set(model._keep_in_fp32_modules_strict or ())
         for found in quantized_layers(model):
+            names = {f"{name}.weight" for name in found.names}
+            self.weight_names.update(dict.fromkeys(names, names))
             for name in found.names:
                 header = checkpoint.tensors.get(f"{name}.weight") if checkpoint else None
                 # transformers would round a float32 file to the model's dtype before packing.
@@ -349,7 +354,8 @@ class PackAtLoad(ConversionOps):
             for tensor in (layer.qweight, layer.qweight_scale):
                 tensor._is_hf_initialized = True  # type: ignore[union-attr]
             if missing_keys is not None:
-                missing_keys.discard(name)
+                # One module can stand under several names.
+                missing_keys -= self._quantizer.weight_names.get(name, {name})
         return {}
 
 

@@ -57,11 +57,10 @@ def save(
         for file in staged.rglob("*"):
             _flush(file)
         if target.exists():
-            _exchange(staged, target)
-            _move_others(staged, target)
+            _replace(staged, target)
         else:
             staged.rename(target)
-        _flush(target.parent)
+            _flush(target.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -98,8 +97,22 @@ def _exchange(staged: Path, target: Path) -> None:
     previous.rename(staged)
 
 
-def _move_others(previous: Path, target: Path) -> None:
-    """Moves what is no part of the previous checkpoint's weights, and is not written anew, over."""
-    for entry in previous.iterdir():
-        if not _WEIGHT_FILES.fullmatch(entry.name) and not (target / entry.name).exists():
-            entry.rename(target / entry.name)
+def _replace(staged: Path, target: Path) -> None:
+    """Exchanges the directories and takes over what is neither weights nor written anew, or neither."""
+    others = [
+        entry.name
+        for entry in target.iterdir()
+        if not _WEIGHT_FILES.fullmatch(entry.name) and not (staged / entry.name).exists()
+    ]
+    _exchange(staged, target)
+    moved = []
+    try:
+        for name in others:
+            (staged / name).rename(target / name)
+            moved.append(name)
+        _flush(target.parent)
+    except BaseException:
+        for name in moved:
+            (target / name).rename(staged / name)
+        _exchange(staged, target)
+        raise

@@ -1,0 +1,66 @@
+"""Tiny models of four architectures, and what the tests do to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    GemmaConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+VOCABULARY = 97
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**_SIZES, num_key_value_heads=2, tie_word_embeddings=False),
+    "qwen2": Qwen2Config(**_SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+    "gemma": GemmaConfig(**_SIZES, num_key_value_heads=1, head_dim=16),
+    "bert": BertConfig(**_SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+}
+
+
+def auto_class(name: str) -> Any:
+    return AutoModelForMaskedLM if name == "bert" else AutoModelForCausalLM
+
+
+def make_float_model(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Saves a random float model; its biases are not zero, so that a lost one shows."""
+    torch.manual_seed(0)
+    model = auto_class(name).from_config(CONFIGS[name])
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    path = folder / f"float-{name}-{dtype}"
+    model.to(dtype).save_pretrained(path)
+    return path
+
+
+def token_ids() -> Tensor:
+    return torch.randint(0, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(7))
+
+
+def logits_of(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=token_ids()).logits
+    return logits
+
+
+def training_data(count: int = 32) -> list[dict[str, Tensor]]:
+    ids = torch.randint(0, VOCABULARY, (count, 24), generator=torch.Generator().manual_seed(3))
+    return [{"input_ids": row, "labels": row} for row in ids]
