@@ -56,7 +56,7 @@ def check_group_size(op: str, in_features: int, granularity: str, group_size: in
 
 
 def check_packed(op: str, qweight: Tensor, weight_scale: Tensor, out_features: int) -> None:
-    """Checks packed weights: qweight uint8 [ceil(N / 4), K], scale float32 [1], [N] or [N, K / G]."""
+    """Checks a packed weight, uint8 [ceil(N / 4), K], and its float32 scale."""
     check_dtype(op, "qweight", qweight, torch.uint8)
     check_dtype(op, "weight_scale", weight_scale, torch.float32)
     rows = (out_features + 3) // 4
@@ -74,8 +74,8 @@ def check_packed(op: str, qweight: Tensor, weight_scale: Tensor, out_features: i
         if columns > 0 and in_features % columns == 0 and in_features // columns % 64 == 0:
             return
     raise ArgumentError(
-        f"{op}: weight_scale must be [1], [{out_features}] or [{out_features}, {in_features} / group "
-        f"size] with groups of a multiple of 64, got {list(shape)}"
+        f"{op}: weight_scale must be [1], [{out_features}] or [{out_features}, {in_features} / "
+        f"group size] with groups of a multiple of 64, got {list(shape)}"
     )
 
 

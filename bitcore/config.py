@@ -24,9 +24,9 @@ class BitQuantConfig:
     Args:
         activation_dtype: ``"int8"`` quantizes activations, ``"float32"`` leaves them as they are
             (in the compute dtype, whatever it is).
-        activation_granularity: One scale a token (``"per_token"``; ``"per_channel"`` is another name
-            for it) or one for the whole input (``"per_tensor"``: outputs then depend on the batch,
-            on padding and on the cache).
+        activation_granularity: One scale a token (``"per_token"``; ``"per_channel"`` is another
+            name for it) or one for the whole input (``"per_tensor"``: outputs then depend on the
+            batch, on padding and on the cache).
         weight_granularity: One scale for the matrix, a row, or a group of ``group_size`` inputs.
         group_size: 64 or 128 with ``"per_group"``, which must divide in_features; else None.
         weight_quantizer: ``"absmean"``, the only one so far.
@@ -64,7 +64,7 @@ class BitQuantConfig:
 
     @property
     def activation(self) -> str:
-        """How activations are treated, as the ops name it: int8_per_token, int8_per_tensor, float."""
+        """The ops' name of the activation scheme: int8_per_token, int8_per_tensor or float."""
         if self.activation_dtype == "float32":
             return "float"
         return f"int8_{self.activation_granularity}"
@@ -84,6 +84,7 @@ class BitQuantConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(
-                f"BitQuantConfig: keys must be among {sorted(known)}, got {', '.join(map(repr, unknown))}"
+                f"BitQuantConfig: keys must be among {sorted(known)}, "
+                f"got {', '.join(map(repr, unknown))}"
             )
         return cls(**values)

@@ -82,7 +82,9 @@ def _unpack_weight(
 
 def _matmul(codes: Tensor, qweight: Tensor, out_features: int) -> Tensor:
     checks.check_dtype("bitlab::matmul", "codes", codes, torch.int8)
-    checks.check_packed("bitlab::matmul", qweight, qweight.new_ones(1, dtype=torch.float32), out_features)
+    checks.check_packed(
+        "bitlab::matmul", qweight, qweight.new_ones(1, dtype=torch.float32), out_features
+    )
     return kernels_for(codes.device.type).matmul(codes, qweight, out_features)
 
 
@@ -209,7 +211,8 @@ def _input_gradient(
     """``dx = dy @ (w_q * s_w)``, computed in dy's dtype."""
     with _no_autocast(dy):
         weight = torch.ops.bitlab.unpack_weight(qweight, weight_scale, out_features, dy.dtype)
-        return (dy @ weight).to(dtype)
+        dx: Tensor = (dy @ weight).to(dtype)
+    return dx
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -335,8 +338,8 @@ def qat_linear(
 ) -> Tensor:
     """The same forward as `linear`, from latent weights, with straight-through gradients.
 
-    ``dx = dy @ (w_q s_w)``, ``dW = dy.T @ (x_q s_x)``, ``db = sum(dy)``; see `linear` and `pack_weight` for
-    the arguments. The backward products are computed in the output's dtype.
+    ``dx = dy @ (w_q s_w)``, ``dW = dy.T @ (x_q s_x)``, ``db = sum(dy)``; see `linear` and
+    `pack_weight` for the arguments. The backward products are computed in the output's dtype.
 
     Source: BitNet b1.58, arXiv 2402.17764, section 2; straight-through estimator, arXiv 1308.3432.
     """

@@ -2,7 +2,8 @@
 
 For codes [N, K] in {-1, 0, +1} and R = ceil(N / 4)::
 
-    qweight: uint8 [R, K];  bits 2i and 2i+1 of qweight[r, k] hold code[r + i * R, k] + 1  (i = 0..3)
+    qweight: uint8 [R, K]
+    bits 2i and 2i+1 of qweight[r, k] hold code[r + i * R, k] + 1, i = 0..3
 
 Rows past N are padding: written as code 0, never read. Disk, CPU and GPU use these very bytes; they
 are also what transformers' own `bitnet` method stores.
@@ -45,7 +46,7 @@ def pack_ternary(codes: Tensor) -> Tensor:
 
 
 def pack_codes(codes: Tensor) -> Tensor:
-    """Packs codes that are known to be valid, without looking at them; arguments as `pack_ternary`."""
+    """Packs codes as `pack_ternary` does, without looking at their values."""
     out_features, in_features = codes.shape
     rows = (out_features + 3) // 4
     padded = F.pad(codes, (0, 0, 0, 4 * rows - out_features))
@@ -82,4 +83,4 @@ def has_invalid_code(qweight: Tensor) -> bool:
     """Tells whether any of the four codes of any byte is 3, which no writer produces."""
     # Both bits of a code set: the low one meets the high one shifted down. Row by row, so that a
     # memory-mapped matrix is scanned without a copy of its size.
-    return any(bool((part & (part >> 1) & 0x55).any()) for part in qweight.split(256))
+    return any(bool((part & (part >> 1) & 0x55).any()) for part in torch.split(qweight, 256))

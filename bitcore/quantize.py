@@ -95,8 +95,8 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def quantize_activation(x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
     """Symmetric int8 activations.
 
-    ``m = max(max|x|, 1e-5)`` per token or over x; ``a = 127 / m``; ``codes = clamp(round(x * a), -128,
-    127)``; ``scale = m / 127``; all in float32, half to even.
+    ``m = max(max|x|, 1e-5)`` per token or over x; ``a = 127 / m``; ``codes = clamp(round(x * a),
+    -128, 127)``; ``scale = m / 127``; all in float32, half to even.
 
     Args:
         x: float32, bfloat16 or float16 [..., K].

@@ -34,8 +34,8 @@ def quantize_activation(x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
 def matmul(codes: Tensor, qweight: Tensor, out_features: int) -> Tensor:
     """``codes @ w_q.T`` in int32, exact.
 
-    A float32 matmul gives the exact sum in any order: every partial sum is an integer of magnitude at
-    most 128 * 131071 < 2^24.
+    A float32 matmul gives the exact sum in any order: every partial sum is an integer of magnitude
+    at most 128 * 131071 < 2^24.
     """
     with torch.autocast(codes.device.type, enabled=False):
         weight = unpack_ternary(qweight, out_features).float()
@@ -51,7 +51,7 @@ def linear(
     activation: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """``y = (x_q @ w_q.T) * (x_scale * weight_scale) + bias``; see `bitcore.ops` for the arguments."""
+    """``y = (x_q @ w_q.T) * (x_scale * weight_scale) + bias``; see `bitcore.ops`."""
     if activation == "float":
         return linear_float(x, qweight, weight_scale, bias, out_features, out_dtype)
     codes, x_scale = quantize.quantize_activation(x, activation == "int8_per_tensor")
@@ -80,7 +80,7 @@ def linear_float(
     out_features: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """``y = x @ (w_q * weight_scale).T + bias`` in the output dtype, for unquantized activations."""
+    """``y = x @ (w_q * weight_scale).T + bias`` in the output dtype: activations as they are."""
     with torch.autocast(x.device.type, enabled=False):
         weight = unpack_weight(qweight, weight_scale, out_features, out_dtype)
         return F.linear(x.to(out_dtype), weight, None if bias is None else bias.to(out_dtype))

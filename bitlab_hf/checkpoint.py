@@ -1,4 +1,6 @@
-"""What a checkpoint holds, read from the headers of its safetensors files before anything is loaded."""
+"""What a checkpoint holds, read from the headers of its safetensors files before anything is
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from bitcore.errors import CheckpointError
+from bitcore.packing import has_invalid_code
 from bitlab_hf.replace import Found
 from bitlayers.base import BitLayerBase
 
@@ -24,7 +29,9 @@ _SAFETENSORS_NAMES = {"F32": "float32", "U8": "uint8", "BF16": "bfloat16", "F16"
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """A tensor of a file: the key it is stored under, its dtype as safetensors names it, its shape."""
+    """A tensor of a file: the key it is stored under, its dtype as safetensors names it, its
+    shape.
+    """
 
     key: str
     dtype: str
@@ -37,7 +44,8 @@ class Checkpoint:
 
     Attributes:
         tensors: Header of each tensor.
-        layers: Names of the converted layers, as the model calls them; None where the file does not tell.
+        layers: Names of the converted layers, as the model calls them; None where the file does
+            not tell.
     """
 
     tensors: dict[str, TensorHeader]
@@ -53,7 +61,9 @@ class Checkpoint:
         ]
 
 
-def read_checkpoint(model: PreTrainedModel, files: list[str] | None, quantizer: Any) -> Checkpoint | None:
+def read_checkpoint(
+    model: PreTrainedModel, files: list[str] | None, quantizer: Any
+) -> Checkpoint | None:
     """Reads the headers of a checkpoint's files.
 
     Args:
@@ -103,7 +113,8 @@ class _Renamer:
         self._converters = [item for item in mapping if isinstance(item, WeightConverter)]
         self._prefix = model.base_model_prefix
         self._keys: dict[str, Any] = dict(model.state_dict())
-        # Packed names are not in the skeleton yet; they follow the prefix of the weight they replace.
+        # Packed names are not in the skeleton yet; they follow the prefix of the weight they
+        # replace.
         for name in list(self._keys):
             if name.endswith(".weight"):
                 base = name.removesuffix("weight")
@@ -126,8 +137,8 @@ def generalized(name: str) -> str:
 
 
 def split_by_presence(
-    found: list[Found], checkpoint: Checkpoint, packed: bool, was_converted: bool
-) -> tuple[list[Found], list[Found]]:
+    found: list[Found[nn.Linear]], checkpoint: Checkpoint, packed: bool, was_converted: bool
+) -> tuple[list[Found[nn.Linear]], list[Found[nn.Linear]]]:
     """Tells converted layers from layers that the checkpoint does not know (new task heads).
 
     Args:
@@ -143,7 +154,8 @@ def split_by_presence(
         CheckpointError: A converted layer has no weight in the checkpoint.
     """
     leaf = "qweight" if packed else "weight"
-    present, lacking = [], []
+    present: list[Found[nn.Linear]] = []
+    lacking: list[Found[nn.Linear]] = []
     for layer in found:
         there = any(f"{name}.{leaf}" in checkpoint.tensors for name in layer.names)
         (present if there else lacking).append(layer)
@@ -161,7 +173,9 @@ def split_by_presence(
     return present, lacking
 
 
-def check_packed_headers(layers: list[Found], checkpoint: Checkpoint, aliases: set[str]) -> None:
+def check_packed_headers(
+    layers: list[Found[BitLayerBase]], checkpoint: Checkpoint, aliases: set[str]
+) -> None:
     """Checks that every packed layer has the tensors its configuration asks for.
 
     Args:
@@ -174,7 +188,6 @@ def check_packed_headers(layers: list[Found], checkpoint: Checkpoint, aliases: s
     """
     for found in layers:
         layer = found.module
-        assert isinstance(layer, BitLayerBase)
         shape, scale_shape = layer.packed_shapes()
         wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
             "qweight": (("U8",), shape),
@@ -200,3 +213,38 @@ def check_packed_headers(layers: list[Found], checkpoint: Checkpoint, aliases: s
                     f"{layer.quant_config.weight_granularity} weights, got {header.dtype} "
                     f"{list(header.shape)}\nconfig.json and the tensors do not belong together."
                 )
+
+
+def with_tied(checkpoint: Checkpoint, model: PreTrainedModel, packed: bool) -> Checkpoint:
+    """Counts a tied weight as present if the weight it is tied to is."""
+    tensors = dict(checkpoint.tensors)
+    leaf = "qweight" if packed else "weight"
+    for pair in model.all_tied_weights_keys.items():
+        names = [name.removesuffix("weight") + leaf for name in pair]
+        known = next((tensors[name] for name in names if name in tensors), None)
+        if known is not None:
+            tensors.update({name: tensors.get(name, known) for name in names})
+    return Checkpoint(tensors, checkpoint.layers)
+
+
+def verify_packed(layers: list[Found[BitLayerBase]]) -> None:
+    """Scans packed tensors for what no writer produces.
+
+    Raises:
+        CheckpointError: A qweight holds the code 3, or a scale is not a finite positive number.
+    """
+    for found in layers:
+        layer = found.module
+        qweight, scale = layer.packed()
+        if qweight.is_meta:
+            continue
+        if has_invalid_code(qweight):
+            raise CheckpointError(
+                f"{found.names[0]}.qweight must hold the codes 0, 1 and 2, got the invalid code 3\n"
+                "The file is damaged; fetch or write it again."
+            )
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise CheckpointError(
+                f"{found.names[0]}.qweight_scale must be finite and positive, got other values\n"
+                "The file is damaged; fetch or write it again."
+            )

@@ -31,23 +31,24 @@ class BitLabConfig(QuantizationConfigMixin):
 
     Args:
         layer: The registered layer that replaces ``nn.Linear``.
-        modules_to_not_convert: Names, or patterns as transformers takes them, of further modules to leave
-            alone; transformers' own defaults and the output head always are.
-        overrides: ``{pattern: {field: value}}``: for modules whose name matches the glob pattern, other
-            values of the quantization fields; later patterns win.
+        modules_to_not_convert: Names, or patterns as transformers takes them, of further modules
+            to leave alone; transformers' own defaults and the output head always are.
+        overrides: ``{pattern: {field: value}}``: for modules whose name matches the glob pattern,
+            other values of the quantization fields; later patterns win.
         head: ``"keep"`` leaves the output head alone, ``"ternary"`` converts it too.
         activation_dtype, activation_granularity, weight_granularity, group_size, weight_quantizer:
             See `bitcore.BitQuantConfig`.
-        mode: ``"auto"`` takes what the file holds: latent weights for training from a float or latent
-            file, packed ones from a deployed file. ``"train"`` insists on latent weights, ``"infer"`` packs a
-            float or latent file while it loads.
-        latent_dtype: ``"float32"`` (small updates vanish in 16 bits), or ``"keep"`` for the model's dtype.
+        mode: ``"auto"`` takes what the file holds: latent weights for training from a float or
+            latent file, packed ones from a deployed file. ``"train"`` insists on latent weights,
+            ``"infer"`` packs a float or latent file while it loads.
+        latent_dtype: ``"float32"`` (small updates vanish in 16 bits), or ``"keep"`` for the
+            model's dtype.
         verify: Whether to scan a deployed file for damage while loading; reads every weight once.
         weight_format, format_version, quant_method: Written by BitLab; not for the user to set.
 
     Raises:
-        ConfigError: A field is unknown or its value is not allowed (the message lists those that are), or
-            the file was written by a newer BitLab.
+        ConfigError: A field is unknown or its value is not allowed (the message lists those that
+            are), or the file was written by a newer BitLab.
     """
 
     def __init__(
@@ -70,11 +71,14 @@ class BitLabConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         if not isinstance(format_version, int) or isinstance(format_version, bool):
-            raise ConfigError(f"BitLabConfig: format_version must be an int, got {format_version!r}")
+            raise ConfigError(
+                f"BitLabConfig: format_version must be an int, got {format_version!r}"
+            )
         if format_version > FORMAT_VERSION:
             raise ConfigError(
-                f"BitLabConfig: format_version must be at most {FORMAT_VERSION}, got {format_version}: the "
-                "checkpoint was written by a newer BitLab\nRun `pip install --upgrade bitlab-hf`."
+                f"BitLabConfig: format_version must be at most {FORMAT_VERSION}, "
+                f"got {format_version}: the checkpoint was written by a newer BitLab\n"
+                "Run `pip install --upgrade bitlab-hf`."
             )
         if format_version < 1:
             raise ConfigError(f"BitLabConfig: format_version must be 1, got {format_version}")
@@ -99,7 +103,8 @@ class BitLabConfig(QuantizationConfigMixin):
                 )
         if not isinstance(layer, str):
             raise ConfigError(f"BitLabConfig: layer must be a registered name, got {layer!r}")
-        # transformers types the methods it knows as an enumeration; a plain string works everywhere.
+        # transformers types the methods it knows as an enumeration; a plain string works
+        # everywhere.
         self.quant_method = cast(QuantizationMethod, QUANT_METHOD)
         self.format_version = FORMAT_VERSION
         self.weight_format = weight_format

@@ -31,8 +31,8 @@ def deploy(model: Model) -> Model:
         The model, changed in place and in eval mode.
 
     Raises:
-        LifecycleError: The model has no latent layers, is deployed already, sharded, or wrapped by an
-            adapter or a data-parallel module.
+        LifecycleError: The model has no latent layers, is deployed already, sharded, or wrapped by
+            an adapter or a data-parallel module.
         NonFiniteError: A weight holds NaN or infinity; the message names it.
     """
     _check_unwrapped(model)

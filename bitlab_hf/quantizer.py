@@ -26,18 +26,18 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from bitcore.errors import CheckpointError, ConfigError, LifecycleError, NonFiniteError
-from bitcore.packing import has_invalid_code
 from bitlab_hf.checkpoint import (
     LAYERS_KEY,
     Checkpoint,
     check_packed_headers,
     read_checkpoint,
     split_by_presence,
+    verify_packed,
+    with_tied,
 )
 from bitlab_hf.config import LOADING_ATTRIBUTES, QUANT_METHOD, BitLabConfig
 from bitlab_hf.deploy import untie_packed
 from bitlab_hf.replace import (
-    Found,
     find_linears,
     quantized_layers,
     set_module,
@@ -71,7 +71,7 @@ class BitLabHfQuantizer(HfQuantizer):
         if self.file_is_packed and config.mode == "train":
             raise LifecycleError(
                 "bitlab: mode must be 'auto' or 'infer' for a deployed checkpoint, got 'train'\n"
-                "A deployed checkpoint has no latent weights: train the latent one, or adapters on this."
+                "It has no latent weights: train the latent checkpoint, or adapters on this one."
             )
         # transformers must treat a file of latent weights like any float file.
         self.pre_quantized = self.file_is_packed
@@ -99,7 +99,7 @@ class BitLabHfQuantizer(HfQuantizer):
         found = find_linears(model, skip)
         if checkpoint is not None:
             found, lacking = split_by_presence(
-                found, _with_tied(checkpoint, model, self.file_is_packed), self.file_is_packed,
+                found, with_tied(checkpoint, model, self.file_is_packed), self.file_is_packed,
                 self.was_converted,
             )  # fmt: skip
             skip += [name for layer in lacking for name in layer.names]
@@ -123,7 +123,7 @@ class BitLabHfQuantizer(HfQuantizer):
         names = self.get_modules_to_not_convert(
             model,
             config.modules_to_not_convert,
-            model._keep_in_fp32_modules,
+            sorted(model._keep_in_fp32_modules or ()),
             # A file of ours holds the resolved list, and what was converted despite the defaults.
             add_default_skips=not self.was_converted,
         )
@@ -138,7 +138,7 @@ class BitLabHfQuantizer(HfQuantizer):
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ConfigError(
                 "bitlab: device_map must not offload to disk while packing at load, got 'disk'\n"
-                "Deploy and save the model once, then load the packed checkpoint with any device_map."
+                "Deploy and save the model once, then load that checkpoint with any device_map."
             )
 
     def _prepare_packing(
@@ -172,10 +172,12 @@ class BitLabHfQuantizer(HfQuantizer):
                 if self.file_is_packed:
                     raise CheckpointError(
                         f"{target}: tied weights must be packed together or not at all, got a "
-                        "configuration that packs one of them\nSet tie_word_embeddings to false in config.json."
+                        "configuration that packs one of them\n"
+                        "Set tie_word_embeddings to false in config.json."
                     )
                 raise ConfigError(
-                    f"bitlab: {target} must not be tied to be packed at load, got one tied to {source}\n"
+                    f"bitlab: {target} must not be tied to be packed at load, got one tied to "
+                    f"{source}\n"
                     'Load it latent with head="ternary", then call deploy(model).'
                 )
         for target in self._aliases:
@@ -218,7 +220,6 @@ class BitLabHfQuantizer(HfQuantizer):
         layers = quantized_layers(model)
         for found in layers:
             layer = found.module
-            assert isinstance(layer, BitLayerBase)
             if not layer.is_deployed:
                 raise CheckpointError(
                     f"{found.names[0]}.weight must be in the checkpoint to be packed, got none"
@@ -227,30 +228,21 @@ class BitLabHfQuantizer(HfQuantizer):
             if layer.bias is not None:
                 layer.bias.requires_grad_(False)
         if self.file_is_packed and self.quantization_config.verify:
-            _verify(layers)
+            verify_packed(layers)
         untie_packed(model)
-        self._forget_conversions(model)
         for name in LOADING_ATTRIBUTES:
             setattr(self.quantization_config, name, getattr(_DEFAULTS, name))
         mark_quantized(model, self)
 
     def _share_aliased(self, model: PreTrainedModel) -> None:
         for target, source in self._aliases.items():
-            pair = [model.get_submodule(name) for name in (target, source)]
+            layers: Any = [model.get_submodule(name) for name in (target, source)]
             if not self.file_is_packed:
                 # Whichever the file named was packed when it came.
-                pair.sort(key=lambda layer: layer.is_deployed)
-                if not pair[0].is_deployed:
-                    pair[0].commit_packed(pair[1].qweight, pair[1].qweight_scale)
-            pair[0].qweight = pair[1].qweight
-
-    def _forget_conversions(self, model: PreTrainedModel) -> None:
-        """Drops what only the load needed, so that saving has nothing to revert."""
-        conversions = getattr(model, "_weight_conversions", None)
-        if conversions:
-            model._weight_conversions = [
-                item for item in conversions if not isinstance(item, PackAtLoad)
-            ]
+                layers.sort(key=lambda layer: layer.is_deployed)
+                if not layers[0].is_deployed:
+                    layers[0].commit_packed(layers[1].qweight, layers[1].qweight_scale)
+            layers[0].qweight = layers[1].qweight
 
     # Saving, training, undoing.
 
@@ -276,12 +268,13 @@ class BitLabHfQuantizer(HfQuantizer):
         state[f"{layers[0].names[0]}.weight"] = torch.empty(0, dtype=torch.uint8)
         return state, {LAYERS_KEY: json.dumps([found.names[0] for found in layers])}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
         """Puts ``nn.Linear`` layers back, with exactly codes times scale (rounded to dtype)."""
         weights: dict[int, nn.Parameter] = {}
         for found in quantized_layers(model):
             layer = found.module
-            assert isinstance(layer, BitLayerBase)
             linear = nn.Linear(
                 layer.in_features, layer.out_features, bias=layer.use_bias, device="meta"
             )
@@ -330,29 +323,25 @@ class PackAtLoad(ConversionOps):
         input_dict: dict[str, Any],
         source_patterns: list[str],
         target_patterns: list[str],
-        full_layer_name: str | None = None,
-        model: PreTrainedModel | None = None,
-        missing_keys: set[str] | None = None,
         **kwargs: Any,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, list[Tensor]]:
         """Packs each tensor into its module; nothing is left for transformers to set."""
-        assert model is not None
+        model: PreTrainedModel = kwargs["model"]
+        missing_keys: set[str] | None = kwargs.get("missing_keys")
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             layer = model.get_submodule(name.rpartition(".")[0])
             assert isinstance(layer, BitLayerBase)
             expected = (layer.out_features, layer.in_features)
             if tuple(weight.shape) != expected:
-                raise CheckpointError(
-                    f"{name} must be {list(expected)}, got {list(weight.shape)}"
-                )
+                raise CheckpointError(f"{name} must be {list(expected)}, got {list(weight.shape)}")
             layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
             qweight, scale = layer._perform_deployment()
             if not bool(torch.isfinite(scale).all()):
                 self._quantizer.nonfinite.append(name)
             layer.commit_packed(qweight, scale)
             for tensor in (layer.qweight, layer.qweight_scale):
-                tensor._is_hf_initialized = True  # type: ignore[union-attr]
+                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
             if missing_keys is not None:
                 # One module can stand under several names.
                 missing_keys -= self._quantizer.weight_names.get(name, {name})
@@ -361,16 +350,18 @@ class PackAtLoad(ConversionOps):
 
 def mark_quantized(model: PreTrainedModel, quantizer: BitLabHfQuantizer) -> None:
     """Makes a model with packed layers a quantized one in transformers' eyes."""
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = QUANT_METHOD
+    attributes: Any = model
+    attributes.hf_quantizer = quantizer
+    attributes.is_quantized = True
+    attributes.quantization_method = QUANT_METHOD
 
 
 def _mark_latent(model: PreTrainedModel) -> None:
     """Makes a latent model a float model in transformers' eyes; its configuration stays."""
-    del model.hf_quantizer
-    model.is_quantized = False
-    del model.quantization_method
+    attributes: Any = model
+    del attributes.hf_quantizer
+    attributes.is_quantized = False
+    del attributes.quantization_method
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = False
@@ -383,42 +374,6 @@ def _ignore(model: PreTrainedModel, kind: str, names: list[str]) -> None:
     setattr(model, attribute, set(getattr(model, attribute) or ()) | patterns)
 
 
-def _with_tied(checkpoint: Checkpoint, model: PreTrainedModel, packed: bool) -> Checkpoint:
-    """Counts a tied weight as present if the weight it is tied to is."""
-    tensors = dict(checkpoint.tensors)
-    leaf = "qweight" if packed else "weight"
-    for pair in model.all_tied_weights_keys.items():
-        names = [name.removesuffix("weight") + leaf for name in pair]
-        known = next((tensors[name] for name in names if name in tensors), None)
-        if known is not None:
-            tensors.update({name: tensors.get(name, known) for name in names})
-    return Checkpoint(tensors, checkpoint.layers)
-
-
-def _verify(layers: list[Found]) -> None:
-    """Scans packed tensors for what no writer produces.
-
-    Raises:
-        CheckpointError: A qweight holds the code 3, or a scale is not a finite positive number.
-    """
-    for found in layers:
-        layer = found.module
-        assert isinstance(layer, BitLayerBase)
-        qweight, scale = layer.packed()
-        if qweight.is_meta:
-            continue
-        if has_invalid_code(qweight):
-            raise CheckpointError(
-                f"{found.names[0]}.qweight must hold the codes 0, 1 and 2, got the invalid code 3\n"
-                "The file is damaged; fetch or write it again."
-            )
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise CheckpointError(
-                f"{found.names[0]}.qweight_scale must be finite and positive, got other values\n"
-                "The file is damaged; fetch or write it again."
-            )
-
-
 def register() -> None:
     """Registers BitLab with transformers; calling it again changes nothing."""
     from transformers.quantizers import auto
@@ -428,4 +383,5 @@ def register() -> None:
     register_quantization_config(QUANT_METHOD)(BitLabConfig)
     register_quantizer(QUANT_METHOD)(BitLabHfQuantizer)
     # Only classes in this tuple may say something at load about a file that has a configuration.
-    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, BitLabConfig)
+    types: tuple[Any, ...] = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, BitLabConfig)
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = types

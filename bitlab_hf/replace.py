@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -22,35 +22,40 @@ from bitlayers.registry import get_layer
 logger = logging.getLogger("bitlab")
 
 
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
 @dataclass
-class Found:
+class Found(Generic[Layer]):
     """A layer of the model: the module and every name under which it is reachable."""
 
-    module: nn.Module
+    module: Layer
     names: list[str] = field(default_factory=list)
 
 
-def find_modules(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[Found]:
-    """Yields the wanted modules of a model, each once with all of its names, in order."""
-    found: dict[int, Found] = {}
+def find_modules(model: nn.Module, kind: type[Layer]) -> list[Found[Layer]]:
+    """Returns the modules of a kind, each once with all of its names, in order."""
+    found: dict[int, Found[Layer]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if wanted(module):
+        if isinstance(module, kind):
             found.setdefault(id(module), Found(module)).names.append(name)
-    yield from found.values()
+    return list(found.values())
 
 
-def find_linears(model: nn.Module, skip: list[str]) -> list[Found]:
+def find_linears(model: nn.Module, skip: list[str]) -> list[Found[nn.Linear]]:
     """Returns the plain ``nn.Linear`` modules that no pattern of ``skip`` names."""
     # Subclasses are left alone: what uses them may read their weight itself.
-    found = find_modules(model, lambda module: type(module) is nn.Linear)
     return [
-        layer for layer in found if all(should_convert_module(name, skip) for name in layer.names)
+        found
+        for found in find_modules(model, nn.Linear)
+        if type(found.module) is nn.Linear
+        and all(should_convert_module(name, skip) for name in found.names)
     ]
 
 
-def quantized_layers(model: nn.Module) -> list[Found]:
+def quantized_layers(model: nn.Module) -> list[Found[BitLayerBase]]:
     """Returns the quantized layers of a model, each once."""
-    return list(find_modules(model, lambda module: isinstance(module, BitLayerBase)))
+    return find_modules(model, BitLayerBase)
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -62,8 +67,8 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def replace_linear(model: nn.Module, config: BitLabConfig | None = None) -> nn.Module:
     """Swaps the linear layers of any model for latent quantized ones that share their weights.
 
-    Weights become float32 unless ``config.latent_dtype == "keep"``; two layers that shared a weight share it
-    still. A model outside transformers has no known output head: name it in
+    Weights become float32 unless ``config.latent_dtype == "keep"``; two layers that shared a
+    weight share it still. A model outside transformers has no known output head: name it in
     ``config.modules_to_not_convert``.
 
     Args:
@@ -82,7 +87,7 @@ def replace_linear(model: nn.Module, config: BitLabConfig | None = None) -> nn.M
     return model
 
 
-def swap_latent(model: nn.Module, linears: list[Found], config: BitLabConfig) -> None:
+def swap_latent(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLabConfig) -> None:
     """Swaps these layers for latent ones."""
     layer_class = get_layer(config.layer)
     check_found(model, linears)
@@ -90,13 +95,12 @@ def swap_latent(model: nn.Module, linears: list[Found], config: BitLabConfig) ->
     layers = []
     for found in linears:
         linear = found.module
-        assert isinstance(linear, nn.Linear)
-        weight = linear.weight
+        weight: torch.Tensor = linear.weight
         if config.latent_dtype == "float32" and weight.dtype != torch.float32:
             if id(weight) not in weights:
                 weights[id(weight)] = nn.Parameter(weight.detach().float(), weight.requires_grad)
             weight = weights[id(weight)]
-        with _naming(found.names[0]):
+        with _Naming(found.names[0]):
             layer = layer_class.from_linear(linear, config.layer_config(found.names[0]))
         layer.weight = weight
         layer.latent_dtype = weight.dtype
@@ -104,15 +108,14 @@ def swap_latent(model: nn.Module, linears: list[Found], config: BitLabConfig) ->
     _swap(model, linears, layers)
 
 
-def swap_packed(model: nn.Module, linears: list[Found], config: BitLabConfig) -> None:
+def swap_packed(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLabConfig) -> None:
     """Swaps these layers for deployed ones whose packed tensors a loader fills."""
     layer_class = get_layer(config.layer)
     check_found(model, linears)
     layers = []
     for found in linears:
         linear = found.module
-        assert isinstance(linear, nn.Linear)
-        with _naming(found.names[0]):
+        with _Naming(found.names[0]):
             layers.append(
                 layer_class.packed_skeleton(
                     linear.in_features,
@@ -126,14 +129,14 @@ def swap_packed(model: nn.Module, linears: list[Found], config: BitLabConfig) ->
     _swap(model, linears, layers)
 
 
-def _swap(model: nn.Module, linears: list[Found], layers: list[BitLayerBase]) -> None:
+def _swap(model: nn.Module, linears: list[Found[nn.Linear]], layers: list[BitLayerBase]) -> None:
     # All layers were built before the first is put in: an error above changes nothing.
     for found, layer in zip(linears, layers, strict=True):
         for name in found.names:
             set_module(model, name, layer)
 
 
-class _naming:
+class _Naming:
     """Adds the module's name to an error of its construction."""
 
     def __init__(self, name: str) -> None:
@@ -142,12 +145,14 @@ class _naming:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
         if isinstance(error, BitLabError):
             raise ConfigError(f"{self._name}: {error}") from error
 
 
-def check_found(model: nn.Module, linears: list[Found]) -> None:
+def check_found(model: nn.Module, linears: list[Found[nn.Linear]]) -> None:
     """Raises if there is nothing to convert; warns if most of the weights stay float.
 
     Raises:
@@ -165,7 +170,7 @@ def check_found(model: nn.Module, linears: list[Found]) -> None:
         raise ConfigError(
             "bitlab: the model must hold nn.Linear layers that are not skipped, got none among "
             f"{listed}{experts_found}\n"
-            "Conv1D layers (GPT-2) and 3D experts are not supported; see modules_to_not_convert for "
+            "Conv1D layers (GPT-2) and 3D experts are not supported; modules_to_not_convert says "
             "what is skipped."
         )
     if experts:
@@ -179,20 +184,20 @@ def check_found(model: nn.Module, linears: list[Found]) -> None:
         )
 
 
-def check_single_weight(found: list[Found]) -> dict[int, list[Found]]:
+def check_single_weight(found: list[Found[BitLayerBase]]) -> dict[int, list[Found[BitLayerBase]]]:
     """Groups latent layers by the weight they hold; layers that share one must be quantized alike.
 
     Raises:
         ArgumentError: Two layers share a weight but not a configuration.
     """
-    groups: dict[int, list[Found]] = {}
+    groups: dict[int, list[Found[BitLayerBase]]] = {}
     for layer in found:
         groups.setdefault(id(layer.module.weight), []).append(layer)
     for group in groups.values():
         configs = {layer.module.quant_config for layer in group}
         if len(configs) > 1:
             raise ArgumentError(
-                f"deploy: {', '.join(layer.names[0] for layer in group)} share one weight and must have "
-                "one configuration, got different ones"
+                f"deploy: {', '.join(layer.names[0] for layer in group)} share one weight and "
+                "must have one configuration, got different ones"
             )
     return groups

@@ -29,8 +29,8 @@ def save(
 ) -> None:
     """Saves a model so that at every moment the directory holds a whole checkpoint.
 
-    Everything is written into a new directory beside it, which then takes its place in one step. Other
-    files of the directory are kept; weight files of the previous checkpoint are not.
+    Everything is written into a new directory beside it, which then takes its place in one step.
+    Other files of the directory are kept; weight files of the previous checkpoint are not.
 
     Args:
         model: A transformers model, latent or deployed.
@@ -98,7 +98,9 @@ def _exchange(staged: Path, target: Path) -> None:
 
 
 def _replace(staged: Path, target: Path) -> None:
-    """Exchanges the directories and takes over what is neither weights nor written anew, or neither."""
+    """Exchanges the directories and takes over what is neither weights nor written anew, or
+    neither.
+    """
     others = [
         entry.name
         for entry in target.iterdir()

@@ -1,8 +1,9 @@
 """The life of a quantized layer: train, eval, deploy; state dict and cache.
 
-LATENT: ``weight`` is a float Parameter, in training the straight-through forward reads it, in eval mode
-packed weights derived from it are used. They are a cache, never part of the state dict, so that a
-latent layer saves and loads exactly like the float layer it came from. ``deploy()``, one way, makes
+LATENT: ``weight`` is a float Parameter, in training the straight-through forward reads it, in eval
+mode packed weights derived from it are used. They are a cache, never part of the state dict, so
+that a latent layer saves and loads exactly like the float layer it came from. ``deploy()``, one
+way, makes
 it DEPLOYED: ``qweight`` and ``qweight_scale`` are the state, ``weight`` is None and nothing trains.
 
 A property called ``qweight`` would collide with the Parameter of the deployed state, so
@@ -20,10 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from bitcore import ops
-from bitcore.checks import check_group_size, check_in_features
 from bitcore.config import BitQuantConfig
-from bitcore.errors import ArgumentError, ArgumentTypeError, LifecycleError, NonFiniteError
-from bitcore.packing import has_invalid_code
+from bitcore.errors import ArgumentError, ArgumentTypeError, LifecycleError
+from bitlayers.checks import check_deployable, check_sizes, load_problem
 
 logger = logging.getLogger("bitlab")
 
@@ -37,9 +37,10 @@ INIT_METHODS: dict[str, Callable[[Tensor], Any]] = {
 class BitLayerBase(nn.Module):
     """Base class of all quantized layers.
 
-    A subclass writes the five methods that raise NotImplementedError here; the base owns construction,
-    the packed skeleton for loading, the state dict and the cache. It cooperates with ``nn.Linear``:
-    a class that inherits from both passes for a linear layer wherever one is looked for.
+    A subclass writes the five methods that raise NotImplementedError here; the base owns
+    construction, the packed skeleton for loading, the state dict and the cache. It cooperates with
+    ``nn.Linear``: a class that inherits from both passes for a linear layer wherever one is looked
+    for.
 
     Args:
         in_features: K; None for a subclass that makes its own parameters.
@@ -61,8 +62,9 @@ class BitLayerBase(nn.Module):
 
     in_features: int
     out_features: int
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    # Any: nn.Linear declares both as plain tensors, and they can be None.
+    weight: Any
+    bias: Any
     qweight: Tensor
     qweight_scale: Tensor
 
@@ -77,11 +79,15 @@ class BitLayerBase(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         if type(self) is BitLayerBase:
-            raise ArgumentTypeError("BitLayerBase: the class must be subclassed, got an instance of it")
+            raise ArgumentTypeError(
+                "BitLayerBase: the class must be subclassed, got an instance of it"
+            )
         config = BitQuantConfig() if quant_config is None else quant_config
         name = type(self).__name__
         if not isinstance(config, BitQuantConfig):
-            raise ArgumentTypeError(f"{name}: quant_config must be a BitQuantConfig, got {config!r}")
+            raise ArgumentTypeError(
+                f"{name}: quant_config must be a BitQuantConfig, got {config!r}"
+            )
         if init_method not in INIT_METHODS:
             raise ArgumentError(
                 f"{name}: init_method must be one of {sorted(INIT_METHODS)}, got {init_method!r}"
@@ -94,9 +100,9 @@ class BitLayerBase(nn.Module):
         if in_features is None or out_features is None:
             super().__init__()
             return
-        _check_sizes(name, in_features, out_features, config)
+        check_sizes(name, in_features, out_features, config)
         if isinstance(self, nn.Linear):
-            super().__init__(in_features, out_features, bias, device, dtype)  # type: ignore[call-arg]
+            super().__init__(in_features, out_features, bias, device, dtype)
         else:
             super().__init__()
             self.in_features, self.out_features = in_features, out_features
@@ -130,6 +136,7 @@ class BitLayerBase(nn.Module):
         """Builds and returns ``(qweight, qweight_scale)``; the base commits them."""
         raise NotImplementedError(f"{type(self).__name__} must define _perform_deployment()")
 
+    # Not an ABC: a subclass may leave methods out, and is told so when they are called.
     for _method in (
         _train_forward,
         _eval_forward,
@@ -137,7 +144,7 @@ class BitLayerBase(nn.Module):
         _on_enter_eval_mode,
         _perform_deployment,
     ):
-        _method.__isabstractmethod__ = True  # type: ignore[attr-defined]
+        vars(_method)["__isabstractmethod__"] = True
     del _method
 
     # State.
@@ -157,7 +164,7 @@ class BitLayerBase(nn.Module):
         if self.weight.numel():
             INIT_METHODS[self.init_method](self.weight)
         if getattr(self, "bias", None) is not None:
-            nn.init.zeros_(self.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Runs the layer on x [..., in_features]; returns [..., out_features]."""
@@ -187,7 +194,9 @@ class BitLayerBase(nn.Module):
         self._cache = None
 
     def packed(self) -> tuple[Tensor, Tensor]:
-        """Returns ``(qweight, qweight_scale)``: the state of a deployed layer, else the eval cache."""
+        """Returns ``(qweight, qweight_scale)``: the state of a deployed layer, else the eval
+        cache.
+        """
         if self._is_deployed:
             return self.qweight, self.qweight_scale
         weight = self.weight
@@ -229,20 +238,7 @@ class BitLayerBase(nn.Module):
             LifecycleError: The layer is deployed, on the meta device, sharded or parametrized.
             NonFiniteError: The weight holds NaN or infinity.
         """
-        if self._is_deployed:
-            raise LifecycleError(f"deploy: {name} must be latent, got a layer that is deployed already")
-        weight = self._parameters.get("weight")
-        if hasattr(self, "parametrizations") or (weight is not None and type(weight.data) is not Tensor):
-            raise LifecycleError(
-                f"deploy: {name} must be a whole, plain tensor, got a sharded or parametrized one\n"
-                "Gather the weights first: save the full model, load it in one process, deploy there."
-            )
-        if weight is None:
-            return
-        if weight.is_meta:
-            raise LifecycleError(f"deploy: {name} must hold data, got a tensor on the meta device")
-        if not bool(torch.isfinite(weight).all()):
-            raise NonFiniteError(f"deploy: {name} must be finite, got NaN or infinity; nothing changed")
+        check_deployable(self, name)
 
     def deploy(self) -> Self:
         """Packs the weights for good: the latent weight is dropped and nothing trains any more.
@@ -364,41 +360,18 @@ class BitLayerBase(nn.Module):
     ) -> None:
         self.invalidate_cache()
         errors: list[str] = args[-1] if args else kwargs["error_msgs"]
-        problem = self._load_problem(state_dict, prefix)
+        problem = load_problem(self, state_dict, prefix)
         if problem is not None:
             errors.append(problem)
             return
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _load_problem(self, state_dict: dict[str, Any], prefix: str) -> str | None:
-        """Says what in a state dict contradicts the state of the layer, whether strict or not."""
-        if not self._is_deployed:
-            if prefix + "qweight" in state_dict:
-                return (
-                    f"{prefix}qweight is packed, but the layer is latent; load the deployed "
-                    "checkpoint with from_pretrained, or into a deployed model"
-                )
-            return None
-        weight = state_dict.get(prefix + "weight")
-        if weight is not None and weight.numel():
-            return (
-                f"{prefix}weight is latent, but the layer is deployed; load it into a latent model "
-                "and call deploy() again"
-            )
-        for name in _PACKED:
-            tensor, own = state_dict.get(prefix + name), getattr(self, name)
-            if tensor is not None and tensor.dtype != own.dtype:
-                return f"{prefix}{name} must be {own.dtype}, got {tensor.dtype}"
-        qweight = state_dict.get(prefix + "qweight")
-        if qweight is not None and not qweight.is_meta and has_invalid_code(qweight):
-            return f"{prefix}qweight holds the invalid code 3; the data is damaged"
-        return None
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: everything but the cache."""
         return {**self.__dict__, "_cache": None}
 
     def extra_repr(self) -> str:
+        """Returns what ``repr`` shows: sizes, state and scheme."""
         config = self.quant_config
         state = "deployed" if self._is_deployed else "latent"
         sizes = ""
@@ -412,16 +385,6 @@ class BitLayerBase(nn.Module):
             f"{sizes}{state}, weight={config.weight_granularity}{group}, "
             f"activation={config.activation}"
         )
-
-
-def _check_sizes(
-    name: str, in_features: int, out_features: int, config: BitQuantConfig
-) -> None:
-    for argument, value in (("in_features", in_features), ("out_features", out_features)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ArgumentError(f"{name}: {argument} must be an int of at least 1, got {value!r}")
-    check_in_features(name, in_features)
-    check_group_size(name, in_features, config.weight_granularity, config.group_size or 0)
 
 
 _deployed_stays_logged = False

@@ -11,7 +11,8 @@ from bitlayers.registry import register_layer
 
 @register_layer("BitLinear")
 class BitLinear(BitLayerBase, nn.Linear):
-    """A linear layer with 1.58-bit weights: ``y = (x_q @ w_q.T) * (x_scale * weight_scale) + bias``.
+    """A linear layer with 1.58-bit weights: ``y = (x_q @ w_q.T) * (x_scale * weight_scale) +
+    bias``.
 
     Training, evaluation and the deployed layer compute the same forward, so with int8 activations
     their float32 outputs are equal bit for bit. The arguments are `BitLayerBase`'s.

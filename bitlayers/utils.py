@@ -46,8 +46,8 @@ def estimate_memory_usage(layer: BitLayerBase) -> MemoryUsage:
         layer: A layer with in_features and out_features.
 
     Returns:
-        ``original`` (bytes of the latent weight and the bias), ``quantized`` (bytes of the packed weight,
-        its scales and the bias) and ``savings`` (share of the original that is saved).
+        ``original`` (bytes of the latent weight and the bias), ``quantized`` (bytes of the packed
+        weight, its scales and the bias) and ``savings`` (share of the original that is saved).
 
     Raises:
         ArgumentTypeError: layer is not a BitLayerBase.
@@ -68,8 +68,8 @@ def compare_layers(
 ) -> Comparison:
     """Measures a regular layer against a quantized one, on this machine, now.
 
-    Both are timed in eval mode without gradients, in turn, on the same random input; a latent layer is
-    compared by a deployed copy. Neither layer is changed.
+    Both are timed in eval mode without gradients, in turn, on the same random input; a latent
+    layer is compared by a deployed copy. Neither layer is changed.
 
     Args:
         regular: A layer such as ``nn.Linear``.
@@ -78,8 +78,8 @@ def compare_layers(
         repeats: Timed calls of each; the median counts.
 
     Returns:
-        ``reduction`` (share of bytes saved) and ``speedup`` (regular time over quantized time), and the
-        bytes, median seconds, tokens and threads behind them.
+        ``reduction`` (share of bytes saved) and ``speedup`` (regular time over quantized time),
+        and the bytes, median seconds, tokens and threads behind them.
 
     Raises:
         ArgumentTypeError: quantized is not a BitLayerBase.
@@ -117,8 +117,7 @@ def compare_layers(
     # The first three calls warm caches and threads up.
     seconds = [statistics.median(measured[3:]) for measured in times.values()]
     sizes_in_bytes = [
-        sum(_bytes(tensor) for tensor in (*layer.parameters(), *layer.buffers()))
-        for layer in times
+        sum(_bytes(tensor) for tensor in (*layer.parameters(), *layer.buffers())) for layer in times
     ]
     return {
         "reduction": 1 - sizes_in_bytes[1] / sizes_in_bytes[0],

@@ -51,6 +51,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model() -> LlamaForCausalLM:
+    """Builds the model with random weights."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -97,8 +98,11 @@ def schedule(step: int, steps: int) -> float:
 
 
 def main() -> None:
+    """Trains and saves the model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write the model to")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="the folder to write the model to"
+    )
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--batch", type=int, default=16, help="blocks of 512 tokens a step")
     parser.add_argument("--muon-lr", type=float, default=0.01)
@@ -122,9 +126,7 @@ def main() -> None:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
-        torch.optim.Muon(
-            matrices, lr=args.muon_lr, weight_decay=0.1, adjust_lr_fn="original"
-        ),
+        torch.optim.Muon(matrices, lr=args.muon_lr, weight_decay=0.1, adjust_lr_fn="original"),
         torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     base_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
@@ -152,7 +154,9 @@ def main() -> None:
             print(f"step {step + 1} loss {running:.4f} tokens/s {rate:.0f}", flush=True)
         if step % 200 == 199 or step + 1 == args.steps:
             nats = heldout_loss(model, heldout)
-            print(f"step {step + 1} held-out {nats:.4f} perplexity {math.exp(nats):.2f}", flush=True)
+            print(
+                f"step {step + 1} held-out {nats:.4f} perplexity {math.exp(nats):.2f}", flush=True
+            )
 
     model.to(torch.bfloat16).eval()
     model.generation_config.do_sample = False

@@ -21,8 +21,8 @@ class CpuKernels:
     """libbitkernels_cpu on torch's OpenMP threads.
 
     Raises:
-        BackendError: The library cannot be loaded, or ``BITLAB_CPU_ISA`` names an instruction set that
-            this CPU or build lacks.
+        BackendError: The library cannot be loaded, or ``BITLAB_CPU_ISA`` names an instruction set
+            that this CPU or build lacks.
     """
 
     def __init__(self) -> None:
@@ -140,9 +140,7 @@ class CpuKernels:
     ) -> Tensor:
         """See `bitcore.reference.linear`: one native call, activations included."""
         if activation == "float":
-            return reference.linear_float(
-                x, qweight, weight_scale, bias, out_features, out_dtype
-            )
+            return reference.linear_float(x, qweight, weight_scale, bias, out_features, out_dtype)
         in_features = x.shape[-1]
         tokens = x.reshape(-1, in_features)
         if tokens.stride(1) != 1:

@@ -73,8 +73,8 @@ def load_cpu_library() -> ctypes.CDLL:
     path = library_path("bitkernels_cpu")
     if not path.is_file():
         raise BackendError(
-            f"libbitkernels_cpu is not installed (looked for {path}); build it with `pip install .` "
-            f"or name its folder in {LIBRARY_DIRECTORY_VARIABLE}"
+            f"libbitkernels_cpu is not installed (looked for {path}); build it "
+            f"with `pip install .` or name its folder in {LIBRARY_DIRECTORY_VARIABLE}"
         )
     try:
         library = ctypes.CDLL(str(path))
@@ -87,6 +87,7 @@ def load_cpu_library() -> ctypes.CDLL:
     version = library.bk_cpu_abi_version()
     if version != ABI_VERSION:
         raise BackendError(
-            f"{path} must have ABI version {ABI_VERSION}, got {version}; rebuild it with `pip install .`"
+            f"{path} must have ABI version {ABI_VERSION}, got {version}; "
+            "rebuild it with `pip install .`"
         )
     return library

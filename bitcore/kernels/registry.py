@@ -30,11 +30,17 @@ class Kernels(Protocol):
 
     def pack_weight(
         self, weight: Tensor, granularity: str, group_size: int
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]:
+        """Ternarizes and packs a float weight."""
+        ...
 
-    def quantize_activation(self, x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]: ...
+    def quantize_activation(self, x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
+        """Quantizes activations to int8."""
+        ...
 
-    def matmul(self, codes: Tensor, qweight: Tensor, out_features: int) -> Tensor: ...
+    def matmul(self, codes: Tensor, qweight: Tensor, out_features: int) -> Tensor:
+        """Multiplies int8 codes with packed ones, exactly."""
+        ...
 
     def linear(
         self,
@@ -45,7 +51,9 @@ class Kernels(Protocol):
         out_features: int,
         activation: str,
         out_dtype: torch.dtype,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Runs the whole layer."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,8 @@ def _choose(device: str) -> Kernels:
     if wanted != "auto":
         if wanted not in _names(device):
             raise BackendError(
-                f"bitlab: backend must be one of {_names(device)} on device {device!r}, got {wanted!r}"
+                f"bitlab: backend must be one of {_names(device)} on device {device!r}, "
+                f"got {wanted!r}"
             )
         loaded = _load(device, wanted)
         if isinstance(loaded, BackendError):
@@ -149,7 +158,7 @@ def _choose(device: str) -> Kernels:
 
 
 def backends() -> list[BackendInfo]:
-    """Tells for each device type which backends there are, which one runs, and why not the others."""
+    """Tells which backends there are for each device, which one runs, and why not the others."""
     wanted = _wanted()
     infos = []
     for device in _CANDIDATES:

@@ -1,4 +1,6 @@
-"""The commands of ``bitlab``; each imports what it needs when it runs, so that ``--help`` is quick."""
+"""The commands of ``bitlab``; each imports what it needs when it runs, so that ``--help`` is
+quick.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,10 @@ def demo(
     settings = Settings(model=model, output=output)
     if quick:
         settings = dataclasses.replace(
-            settings, tokens=settings.tokens // 10, eval_tokens=settings.eval_tokens // 4, generate=32
+            settings,
+            tokens=settings.tokens // 10,
+            eval_tokens=settings.eval_tokens // 4,
+            generate=32,
         )
     if tokens is not None:
         settings = dataclasses.replace(settings, tokens=tokens)

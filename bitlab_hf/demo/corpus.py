@@ -52,8 +52,8 @@ def source_files(
 
     Args:
         split: ``"train"`` or ``"heldout"``.
-        with_tests: Also the library's test suite, which Debian's Python does not install; evaluation
-            leaves it out so that its figures mean the same everywhere.
+        with_tests: Also the library's test suite, which Debian's Python does not install;
+            evaluation leaves it out so that its figures mean the same everywhere.
         root: The library's folder; default: this interpreter's.
     """
     base = root if root is not None else Path(sysconfig.get_path("stdlib"))

@@ -1,6 +1,7 @@
 """Measures one model from a folder, in a process of its own.
 
-``python -m bitlab_hf.demo.probe MODEL REQUEST`` reads a JSON request, loads the model as any user would, and
+``python -m bitlab_hf.demo.probe MODEL REQUEST`` reads a JSON request, loads the model as any user
+would, and
 writes its answer where the request says: logits for given tokens, generated text, load time,
 resident memory and decoding speed.
 """
@@ -15,6 +16,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,14 +96,15 @@ def _main() -> None:
     torch.nn.Linear(64, 64, dtype=torch.bfloat16)(torch.zeros(64, 64, dtype=torch.bfloat16))
     before = _resident()
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(model_path)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path)
     load_seconds = time.perf_counter() - started
     ids = torch.tensor(request["ids"])
     with torch.no_grad():
         model(input_ids=ids[:, :16])
         resident = _resident() - before
         logits = model(input_ids=ids).logits
-    texts, speeds = [], []
+    texts: list[str] = []
+    speeds: list[float] = []
     for prompt in request["prompts"]:
         encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         started = time.perf_counter()
@@ -112,7 +115,7 @@ def _main() -> None:
             max_new_tokens=request["tokens"],
         )
         speeds.append(request["tokens"] / (time.perf_counter() - started))
-        texts.append(tokenizer.decode(output[0, encoded["input_ids"].shape[1] :]))
+        texts.append(str(tokenizer.decode(output[0, encoded["input_ids"].shape[1] :])))
     save_file({"logits": logits.contiguous()}, request_path.with_suffix(".safetensors"))
     answer = Answer(load_seconds, resident, statistics.median(speeds), texts)
     request_path.with_suffix(".answer").write_text(json.dumps(asdict(answer)))

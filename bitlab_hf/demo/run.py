@@ -1,6 +1,7 @@
 """The main job end to end: a pretrained language model in, a ternary one out, and the proof.
 
-Every figure of the closing table is measured in the run; `report.json` beside the model holds them all.
+Every figure of the closing table is measured in the run; `report.json` beside the model holds them
+all.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from bitlab_hf.saving import save
 PROMPTS = (
     "def __init__(self, name, value=None):\n        ",
     "import os\nimport sys\n\ndef main():\n    ",
-    "    def close(self):\n        \"\"\"",
+    '    def close(self):\n        """',
 )
 
 
@@ -100,7 +101,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-class _Bars(TrainerCallback):  # type: ignore[misc]
+class _Bars(TrainerCallback):
     """Shows a Trainer's steps and loss on a progress bar."""
 
     def __init__(self, progress: Progress, title: str) -> None:
@@ -114,7 +115,12 @@ class _Bars(TrainerCallback):  # type: ignore[misc]
         self._progress.update(self._task, completed=state.global_step)
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
     ) -> None:
         if logs and "loss" in logs and self._task is not None:
             text = f"{self._title}, loss {float(logs['loss']):.3f}"
@@ -291,7 +297,9 @@ class Demo:
         ):  # fmt: skip
             table.add_column(name, justify="right")
         table.add_row(
-            "original", *_quality(report.original), *_cost(report.original_bytes, report.original_probe)
+            "original",
+            *_quality(report.original),
+            *_cost(report.original_bytes, report.original_probe),
         )
         table.add_row("original, fine-tuned on the same tokens", *_quality(report.finetuned))
         table.add_row("ternarized, no training", *_quality(report.rounded))
@@ -304,8 +312,8 @@ class Demo:
         self._console.print(table)
         same = "bit-identical" if report.logits_identical else "DIFFERENT"
         self._console.print(
-            f"Trained on {report.train_tokens:,} tokens, scored on {report.heldout_tokens:,} held-out "
-            f"ones. Perplexity is {report.ratio:.2f} times the better full-precision one. "
+            f"Trained on {report.train_tokens:,} tokens, scored on {report.heldout_tokens:,} "
+            f"held-out ones. Perplexity is {report.ratio:.2f} times the better full-precision one. "
             f"Logits after reloading in a fresh process: {same}.\n"
             f"Total time {sum(report.seconds.values()):.0f} s. The model: {self._settings.output}"
         )
@@ -324,7 +332,8 @@ def _require_accelerate() -> None:
 def _cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Gives float parameters the original's dtype, as the file will hold them.
 
-    Not ``model.to(dtype)``: that rounds the rotary frequencies too, which a reload computes in float32.
+    Not ``model.to(dtype)``: that rounds the rotary frequencies too, which a reload computes in
+    float32.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -339,7 +348,9 @@ def _isa() -> str:
 
 def _weight_bytes(model: str) -> int:
     folder = Path(model)
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    return (
+        sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    )
 
 
 def _quality(perplexity: Perplexity | None) -> tuple[str, str]:

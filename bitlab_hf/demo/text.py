@@ -79,7 +79,7 @@ def measure_perplexity(
     training = model.training
     model.eval()
     total, count = 0.0, 0
-    for ids in blocks.ids.split(batch):
+    for ids in torch.split(blocks.ids, batch):
         ids = ids.to(model.device)
         logits = model(input_ids=ids).logits[:, :-1].float()
         targets = ids[:, 1:]

@@ -43,8 +43,8 @@ struct Startup {
         for (const Kernels *kernels : kTable) {
             if (!kernels->supported()) continue;
             if (!selected.load()) selected.store(kernels);
-            const int written = snprintf(supported_isas + used, sizeof(supported_isas) - used, "%s%s", used ? "," : "",
-                                         kernels->name);
+            const int written =
+                snprintf(supported_isas + used, sizeof(supported_isas) - used, "%s%s", used ? "," : "", kernels->name);
             used += static_cast<size_t>(written);
         }
         pthread_atfork(nullptr, nullptr, [] { forked_child.store(true); });
@@ -189,15 +189,16 @@ int32_t bk_cpu_linear_i8_t2(const void *x, int32_t x_type, int64_t x_stride, con
                             const float *weight_scale, int64_t scale_rows, int64_t scale_columns, const void *bias,
                             int32_t bias_type, void *y, int32_t y_type, int64_t M, int64_t N, int64_t K,
                             int32_t per_tensor, void *workspace, int32_t num_threads) {
-    if (const char *text = check_shape(M, N, K, scale_rows, scale_columns, kPadK)) return fail(BK_INVALID_ARGUMENT, text);
+    if (const char *text = check_shape(M, N, K, scale_rows, scale_columns, kPadK))
+        return fail(BK_INVALID_ARGUMENT, text);
     if (!valid_type(x_type) || !valid_type(y_type) || (bias && !valid_type(bias_type))) {
         return fail(BK_INVALID_ARGUMENT, "x_type, y_type and bias_type must be a bk_type");
     }
     if (M == 0) return BK_OK;
     const Kernels &kernels = *selected.load(std::memory_order_relaxed);
     const Workspace parts(workspace, M, K);
-    quantize_tokens(kernels, {x, x_type, x_stride, M, K, padded(K), groups(scale_columns), per_tensor != 0}, parts.codes,
-                    parts.scale, parts.sums, threads_for(M * K, M, num_threads));
+    quantize_tokens(kernels, {x, x_type, x_stride, M, K, padded(K), groups(scale_columns), per_tensor != 0},
+                    parts.codes, parts.scale, parts.sums, threads_for(M * K, M, num_threads));
     const LinearArgs args = {{parts.codes, parts.scale, parts.sums, groups(scale_columns)},
                              qweight,
                              weight_scale,
@@ -219,8 +220,8 @@ int32_t bk_cpu_quantize_i8(const void *x, int32_t x_type, int64_t x_stride, int8
                            int64_t K, int32_t per_tensor, int32_t num_threads) {
     if (const char *text = check_shape(M, 1, K, 1, 0, 1)) return fail(BK_INVALID_ARGUMENT, text);
     if (!valid_type(x_type)) return fail(BK_INVALID_ARGUMENT, "x_type must be a bk_type");
-    quantize_tokens(*selected.load(std::memory_order_relaxed), {x, x_type, x_stride, M, K, K, 1, per_tensor != 0}, codes,
-                    scale, nullptr, threads_for(M * K, M, num_threads));
+    quantize_tokens(*selected.load(std::memory_order_relaxed), {x, x_type, x_stride, M, K, K, 1, per_tensor != 0},
+                    codes, scale, nullptr, threads_for(M * K, M, num_threads));
     return BK_OK;
 }
 

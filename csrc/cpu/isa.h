@@ -14,10 +14,10 @@ constexpr int64_t kRowBlock = 16;
 constexpr int64_t padded(int64_t K) { return (K + kPadK - 1) / kPadK * kPadK; }
 
 struct Activations {
-    const int8_t *codes;    // [M, padded(K)]
-    const float *scale;     // [M]
-    const int32_t *sums;    // [M, columns]: the sum of the codes of each group of K
-    int64_t columns;        // groups along K; 1 unless the weight scales are per group
+    const int8_t *codes;  // [M, padded(K)]
+    const float *scale;   // [M]
+    const int32_t *sums;  // [M, columns]: the sum of the codes of each group of K
+    int64_t columns;      // groups along K; 1 unless the weight scales are per group
 };
 
 struct LinearArgs {
@@ -25,7 +25,7 @@ struct LinearArgs {
     const uint8_t *qweight;
     const float *weight_scale;
     int64_t scale_rows;
-    bool grouped;           // weight_scale is [N, x.columns]
+    bool grouped;  // weight_scale is [N, x.columns]
     const void *bias;
     int32_t bias_type;
     void *y;
@@ -38,7 +38,8 @@ struct Kernels {
     bool (*supported)();
     // Returns max|x| of a row; NaN if the row holds NaN.
     float (*absmax)(const void *x, int32_t type, int64_t K);
-    // codes[0..K) = clamp(round(x * a)), zeros up to padded_to; sums[c] = the sum over the c-th of `columns` parts of K.
+    // codes[0..K) = clamp(round(x * a)), zeros up to padded_to; sums[c] = the sum over the c-th of `columns` parts of
+    // K.
     void (*quantize)(const void *x, int32_t type, float a, int64_t K, int64_t padded_to, int8_t *codes, int32_t *sums,
                      int64_t columns);
     // The fused linear for packed rows [first, last).

@@ -72,8 +72,7 @@ void write_outputs(const LinearArgs &args, int64_t m, int64_t n0, int64_t count,
     const auto *bias = static_cast<const typename B::Storage *>(args.bias);
     auto *y = static_cast<typename Y::Storage *>(args.y) + m * args.N + n0;
     for (int64_t j = 0; j < count; ++j) {
-        const float scale =
-            args.grouped ? x_scale : x_scale * args.weight_scale[args.scale_rows == 1 ? 0 : n0 + j];
+        const float scale = args.grouped ? x_scale : x_scale * args.weight_scale[args.scale_rows == 1 ? 0 : n0 + j];
         float value = sums[j] * scale;
         if (bias) value = value + B::load(bias[n0 + j]);
         y[j] = Y::store(value);
@@ -141,8 +140,7 @@ void walk(const LinearArgs &args, int64_t first, int64_t last, Many &&many, One 
 
 void linear(const LinearArgs &args, int64_t first, int64_t last) {
     walk(
-        args, first, last,
-        [&](int64_t row, int64_t rows, int64_t m) { linear_block<kTokens>(args, row, rows, m); },
+        args, first, last, [&](int64_t row, int64_t rows, int64_t m) { linear_block<kTokens>(args, row, rows, m); },
         [&](int64_t row, int64_t rows, int64_t m) { linear_block<1>(args, row, rows, m); });
 }
 

@@ -8,8 +8,8 @@
  *   - A scale multiplies codes to give reals.
  *   - Memory belongs to the caller; nothing is kept. Inputs and outputs must not overlap. No alignment is needed beyond
  *     that of the element type.
- *   - A function returns BK_OK, or a status with a text in bk_cpu_last_error() of the same thread; then the outputs hold
- *     nothing of value. Nothing is printed, thrown or allocated.
+ *   - A function returns BK_OK, or a status with a text in bk_cpu_last_error() of the same thread; then the outputs
+ * hold nothing of value. Nothing is printed, thrown or allocated.
  *   - Every function may be called from several threads at once. num_threads is the most OpenMP threads to use; in a
  *     forked child, where the OpenMP pool does not exist, one is used.
  */
@@ -104,8 +104,8 @@ BK_API int32_t bk_cpu_matmul_i8_t2_i32(const int8_t *codes, const uint8_t *qweig
  * the rows in ascending order; the mean is rounded to float32 once. A mean that is not finite gives NaN.
  *
  *   weight       [N, K] of weight_type, contiguous
- *   weight_scale float32, by (scale_rows, scale_columns): [1] (1, 0), [N] (N, 0) or [N, K / G] (N, K / G; G a multiple of 16)
- *   row_sums     float64 [N] of scratch for scale_rows == 1; else unused, may be null
+ *   weight_scale float32, by (scale_rows, scale_columns): [1] (1, 0), [N] (N, 0) or [N, K / G] (N, K / G; G a multiple
+ * of 16) row_sums     float64 [N] of scratch for scale_rows == 1; else unused, may be null
  */
 BK_API int32_t bk_cpu_weight_scale(const void *weight, int32_t weight_type, float *weight_scale, int64_t scale_rows,
                                    int64_t scale_columns, double *row_sums, int64_t N, int64_t K, int32_t num_threads);

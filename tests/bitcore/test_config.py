@@ -53,7 +53,9 @@ def test_frozen() -> None:
 @given(
     st.sampled_from(ALLOWED["activation_dtype"]),
     st.sampled_from(ALLOWED["activation_granularity"]),
-    st.sampled_from([("per_tensor", None), ("per_channel", None), ("per_group", 64), ("per_group", 128)]),
+    st.sampled_from(
+        [("per_tensor", None), ("per_channel", None), ("per_group", 64), ("per_group", 128)]
+    ),
 )
 def test_round_trip(dtype: str, granularity: str, weights: tuple[str, int | None]) -> None:
     config = BitQuantConfig(

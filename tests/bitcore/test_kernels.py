@@ -33,7 +33,8 @@ def test_integer_sums(isa: str, M: int, N: int, K: int) -> None:  # noqa: N803
 @pytest.mark.parametrize("weight_code", [1, -1, 0])
 @pytest.mark.parametrize("code", [127, -128])
 def test_extreme_codes(isa: str, num_threads: int, K: int, weight_code: int, code: int) -> None:  # noqa: N803
-    """All +1 weights with codes 127 overflow the int16 sums of bitnet.cpp's I2_S from K = 6912 on."""
+    """All +1 weights with codes 127 overflow the int16 sums of bitnet.cpp's I2_S from K = 6912
+    on."""
     codes = torch.full((3, K), code, dtype=torch.int8)
     weight = torch.full((9, K), weight_code, dtype=torch.int8)
     acc = native_kernels().matmul(codes, pack_ternary(weight), 9)
@@ -50,7 +51,10 @@ def test_a_real_shape(isa: str, num_threads: int) -> None:
 
 
 def make_linear(
-    shape: tuple[int, int, int], granularity: str, dtype: torch.dtype, bias_dtype: torch.dtype | None
+    shape: tuple[int, int, int],
+    granularity: str,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     tokens, out_features, in_features = shape
     x = torch.randn(tokens, in_features).to(dtype)
@@ -84,17 +88,18 @@ def test_linear_against_float64(backend: str, granularity: str, dtype: torch.dty
     x, qweight, scale, bias = make_linear((7, 65, 320), granularity, torch.float32, torch.float32)
     assert bias is not None
     codes, x_scale = reference.quantize_activation(x, False)
-    weight = reference.unpack_weight(
-        qweight, torch.ones_like(scale), 65, torch.float32
-    ).double()
+    weight = reference.unpack_weight(qweight, torch.ones_like(scale), 65, torch.float32).double()
     columns = scale.shape[1] if scale.dim() == 2 else 1
     scaled = weight.view(65, columns, -1) * scale.double().view(scale.shape[0], columns, 1)
     terms = codes.double() @ scaled.view(65, -1).t() * x_scale.double()
     exact = terms + bias.double()
     y = torch.ops.bitlab.linear(x, qweight, scale, bias, 65, "int8_per_token", dtype)
-    # Float32 roundings of the sum, the scales, each group's product and sum, and the bias; one of the output.
-    magnitude = terms.abs() + bias.double().abs() + codes.double().abs().sum(-1, keepdim=True) * (
-        x_scale.double() * scale.double().max()
+    # Float32 roundings of the sum, the scales, each group's product and sum, and the bias; one of
+    # the output.
+    magnitude = (
+        terms.abs()
+        + bias.double().abs()
+        + codes.double().abs().sum(-1, keepdim=True) * (x_scale.double() * scale.double().max())
     )
     bound = magnitude * (4 + 2 * columns) * 2.0**-24 + exact.abs() * ROUNDING[dtype]
     assert bool(((y.double() - exact).abs() <= bound).all())
@@ -135,7 +140,9 @@ def test_strided_input(isa: str) -> None:
 
 
 def test_results_do_not_depend_on_threads(isa: str) -> None:
-    x, qweight, scale, bias = make_linear((33, 1030, 576), "per_group", torch.float32, torch.float32)
+    x, qweight, scale, bias = make_linear(
+        (33, 1030, 576), "per_group", torch.float32, torch.float32
+    )
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)

@@ -76,7 +76,9 @@ def test_packed_linear_gives_a_gradient_to_its_input_only(backend: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_training_and_packed_forwards_are_equal(backend: str, num_threads: int, activation: str) -> None:
+def test_training_and_packed_forwards_are_equal(
+    backend: str, num_threads: int, activation: str
+) -> None:
     x, weight, bias = torch.randn(7, 128), torch.randn(70, 128), torch.randn(70)
     for granularity, group in (("per_tensor", None), ("per_channel", None), ("per_group", 64)):
         trained = ops.qat_linear(x, weight, bias, granularity, group, activation)
@@ -129,7 +131,11 @@ BAD_LINEAR: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"x": torch.zeros(2, 128, dtype=torch.float64)}, ArgumentTypeError, "x must be float32"),
     ({"x": torch.zeros(2, 128, dtype=torch.int8)}, ArgumentTypeError, "x must be float32"),
     ({"x": torch.tensor(1.0)}, ArgumentError, "x must be"),
-    ({"qweight": torch.zeros(2, 128, dtype=torch.uint8)}, ArgumentError, r"qweight must be \[3, K\]"),
+    (
+        {"qweight": torch.zeros(2, 128, dtype=torch.uint8)},
+        ArgumentError,
+        r"qweight must be \[3, K\]",
+    ),
     ({"qweight": torch.zeros(3, 128)}, ArgumentTypeError, "qweight must be torch.uint8"),
     ({"qweight": torch.zeros(3, 0, dtype=torch.uint8)}, ArgumentError, "qweight must be"),
     ({"scale": torch.ones(8)}, ArgumentError, "weight_scale must be"),
@@ -182,6 +188,8 @@ def test_empty_and_high_rank_inputs(backend: str) -> None:
         y = ops.linear(torch.randn(shape), qweight, scale, None, 9, "int8_per_token")
         assert y.shape == (*shape[:-1], 9)
     weight = torch.randn(9, 128, requires_grad=True)
-    ops.qat_linear(torch.randn(0, 128), weight, None, "per_tensor", None, "int8_per_token").sum().backward()
+    ops.qat_linear(
+        torch.randn(0, 128), weight, None, "per_tensor", None, "int8_per_token"
+    ).sum().backward()
     assert weight.grad is not None
     assert weight.grad.eq(0).all()

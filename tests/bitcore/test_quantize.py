@@ -51,7 +51,12 @@ def test_nonfinite_weight_gives_nan_scale_where_it_stands(
 @pytest.mark.parametrize(("granularity", "group"), GRANULARITIES)
 @pytest.mark.parametrize("shape", [(1, 64), (5, 64), (64, 192), (65, 128), (130, 2560), (33, 6912)])
 def test_pack_weight_equals_the_reference(
-    isa: str, num_threads: int, shape: tuple[int, int], granularity: str, group: int, dtype: torch.dtype
+    isa: str,
+    num_threads: int,
+    shape: tuple[int, int],
+    granularity: str,
+    group: int,
+    dtype: torch.dtype,
 ) -> None:
     weight = (torch.randn(shape) * 0.04).to(dtype)
     qweight, scale = native_kernels().pack_weight(weight, granularity, group)
@@ -81,7 +86,8 @@ def test_activations_against_float64() -> None:
 
 
 def test_activation_codes_equal_autobitlinears() -> None:
-    """transformers computes ``127 / m`` as a reciprocal and a product; codes differ only at exact ties."""
+    """transformers computes ``127 / m`` as a reciprocal and a product; codes differ only at exact
+    ties."""
     x = torch.randn(64, 256)
     codes, _ = quantize.quantize_activation(x, per_tensor=False)
     scale = 127 / x.abs().max(dim=-1, keepdim=True).values.clamp_(min=1e-5)

@@ -54,7 +54,10 @@ def test_use_backend_nests_and_restores() -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(BackendError, match="must be one of .*'reference'.*got 'gpu'"), bitcore.use_backend("gpu"):
+    with (
+        pytest.raises(BackendError, match="must be one of .*'reference'.*got 'gpu'"),
+        bitcore.use_backend("gpu"),
+    ):
         pass
 
 

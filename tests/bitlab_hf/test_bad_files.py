@@ -61,7 +61,9 @@ def rewrite_config(folder: Path, **fields: Any) -> None:
 @pytest.mark.parametrize("keep_metadata", [True, False])
 def test_missing_tensor(deployed: Path, leaf: str, keep_metadata: bool) -> None:
     rewrite(deployed, drop(f"{LAYER}.{leaf}"), keep_metadata)
-    with pytest.raises(CheckpointError, match=re.escape(f"{LAYER}.{leaf} must be in the checkpoint")):
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"{LAYER}.{leaf} must be in the checkpoint")
+    ):
         load(deployed)
 
 
@@ -90,7 +92,9 @@ def test_another_shape_or_dtype(deployed: Path, leaf: str, tensor: Tensor) -> No
 
 def test_config_that_contradicts_the_tensors(deployed: Path) -> None:
     rewrite_config(deployed, weight_granularity="per_channel")
-    with pytest.raises(CheckpointError, match=r"qweight_scale must be float32 \[64\] for per_channel"):
+    with pytest.raises(
+        CheckpointError, match=r"qweight_scale must be float32 \[64\] for per_channel"
+    ):
         load(deployed)
 
 
@@ -183,7 +187,9 @@ def test_missing_weight_of_a_latent_checkpoint(tmp_path: Path) -> None:
     source = make_float_model("llama", tmp_path)
     save(load(source, quantization_config=BitLabConfig()), tmp_path / "latent")
     rewrite(tmp_path / "latent", drop(f"{LAYER}.weight"))
-    with pytest.raises(CheckpointError, match=re.escape(f"{LAYER}.weight must be in the checkpoint")):
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"{LAYER}.weight must be in the checkpoint")
+    ):
         load(tmp_path / "latent")
 
 

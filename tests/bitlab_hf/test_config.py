@@ -10,8 +10,8 @@ from bitcore.errors import ConfigError
 from bitlab_hf import BitLabConfig
 
 ON_DISK = {
-    "quant_method", "format_version", "weight_format", "layer", "modules_to_not_convert", "overrides",
-    "head", "weight_quantizer", "weight_granularity", "group_size", "activation_dtype",
+    "quant_method", "format_version", "weight_format", "layer", "modules_to_not_convert",
+    "overrides", "head", "weight_quantizer", "weight_granularity", "group_size", "activation_dtype",
     "activation_granularity",
 }  # fmt: skip
 
@@ -82,6 +82,8 @@ def test_overrides_apply_by_pattern_and_later_ones_win() -> None:
         }
     )
     assert config.layer_config("model.layers.0.self_attn.q_proj") == BitQuantConfig()
-    up, down = (config.layer_config(f"model.layers.0.mlp.{name}") for name in ("up_proj", "down_proj"))
+    up, down = (
+        config.layer_config(f"model.layers.0.mlp.{name}") for name in ("up_proj", "down_proj")
+    )
     assert up == BitQuantConfig(weight_granularity="per_channel")
     assert down == BitQuantConfig(weight_granularity="per_group", group_size=64)

@@ -167,7 +167,9 @@ def test_sharded_files(tmp_path: Path) -> None:
     # Over the very files that the model is mapped from.
     save(again, tmp_path / "deployed")
     assert [f.name for f in (tmp_path / "deployed").glob("*.safetensors")] == ["model.safetensors"]
-    assert torch.equal(logits_of(auto_class("llama").from_pretrained(tmp_path / "deployed")), expected)
+    assert torch.equal(
+        logits_of(auto_class("llama").from_pretrained(tmp_path / "deployed")), expected
+    )
 
 
 def test_generate_with_a_static_cache_and_compiled(tmp_path: Path) -> None:

@@ -172,15 +172,18 @@ def test_custom_layer(source: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_to_convert(tmp_path: Path) -> None:
-    GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(ConfigError, match="Conv1D"):
         load(tmp_path, BitLabConfig())
 
 
 def test_experts_that_stay_float_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_experts=4,
-        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=32,
+        vocab_size=64, hidden_size=64, intermediate_size=64, moe_intermediate_size=64,
+        num_experts=4, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=32,
     )  # fmt: skip
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING, logger="bitlab"):
@@ -254,7 +257,9 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64, dtype=torch.bfloat16))
+        self.body = nn.Sequential(
+            nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64, dtype=torch.bfloat16)
+        )
         self.twin = self.body[0]
         self.head = nn.Linear(64, 3)
 
@@ -288,9 +293,13 @@ def test_replace_linear_changes_nothing_when_it_fails() -> None:
         replace_linear(nn.Sequential(nn.ReLU()))
 
 
-def test_replace_linear_on_a_transformers_model_deploys_and_reloads(source: Path, tmp_path: Path) -> None:
+def test_replace_linear_on_a_transformers_model_deploys_and_reloads(
+    source: Path, tmp_path: Path
+) -> None:
     model = load(source)
-    replace_linear(model, BitLabConfig(modules_to_not_convert=["lm_head"], weight_granularity="per_channel"))
+    replace_linear(
+        model, BitLabConfig(modules_to_not_convert=["lm_head"], weight_granularity="per_channel")
+    )
     expected = logits_of(model)
     save(deploy(model), tmp_path / "deployed")
     assert torch.equal(logits_of(load(tmp_path / "deployed")), expected)
@@ -305,4 +314,3 @@ def test_from_config_builds_plain_linears_as_documented(deployed: Path) -> None:
 def test_registering_twice_changes_nothing() -> None:
     register()
     register()
-

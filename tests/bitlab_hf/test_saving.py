@@ -170,7 +170,9 @@ except Exception as error:
 dist.destroy_process_group()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "LifecycleError deploy: 0.weight must be a whole, plain tensor" in done.stdout, done.stderr
+    assert "LifecycleError deploy: 0.weight must be a whole, plain tensor" in done.stdout, (
+        done.stderr
+    )
 
 
 def test_deploy_is_all_or_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,9 @@ def test_deployed_layer_stays_in_eval_mode_and_says_so_once(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_deploy_refuses_nonfinite_weights_and_changes_nothing(layer: BitLinear, value: float) -> None:
+def test_deploy_refuses_nonfinite_weights_and_changes_nothing(
+    layer: BitLinear, value: float
+) -> None:
     with torch.no_grad():
         layer.weight[7, 9] = value
     with pytest.raises(NonFiniteError, match="finite"):
@@ -142,7 +144,9 @@ def step(layer: BitLinear) -> None:
     "change",
     [write_in_place, write_data_then_eval, write_data_then_invalidate, new_parameter, load, step],
 )
-def test_no_change_of_the_weight_leaves_a_stale_cache(layer: BitLinear, x: Tensor, change: Any) -> None:
+def test_no_change_of_the_weight_leaves_a_stale_cache(
+    layer: BitLinear, x: Tensor, change: Any
+) -> None:
     layer.eval()
     before = layer(x)
     change(layer)

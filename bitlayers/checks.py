@@ -1,0 +1,75 @@
+"""What a layer checks before it is built, deployed or loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bitcore.checks import check_group_size, check_in_features
+from bitcore.config import BitQuantConfig
+from bitcore.errors import ArgumentError, LifecycleError, NonFiniteError
+from bitcore.packing import has_invalid_code
+
+if TYPE_CHECKING:
+    from bitlayers.base import BitLayerBase
+
+
+def check_sizes(name: str, in_features: int, out_features: int, config: BitQuantConfig) -> None:
+    """Checks the sizes of a layer against each other and its configuration.
+
+    Raises:
+        ArgumentError: A size is no int, is below 1 or too large, or groups do not divide it.
+    """
+    for argument, value in (("in_features", in_features), ("out_features", out_features)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ArgumentError(f"{name}: {argument} must be an int of at least 1, got {value!r}")
+    check_in_features(name, in_features)
+    check_group_size(name, in_features, config.weight_granularity, config.group_size or 0)
+
+
+def check_deployable(layer: BitLayerBase, name: str) -> None:
+    """See `BitLayerBase.check_deployable`."""
+    if layer.is_deployed:
+        raise LifecycleError(f"deploy: {name} must be latent, got a layer that is deployed already")
+    weight = layer._parameters.get("weight")
+    if hasattr(layer, "parametrizations") or (
+        weight is not None and type(weight.data) is not Tensor
+    ):
+        raise LifecycleError(
+            f"deploy: {name} must be a whole, plain tensor, got a sharded or parametrized one\n"
+            "Gather the weights first: save the full model, load it in one process, deploy there."
+        )
+    if weight is None:
+        return
+    if weight.is_meta:
+        raise LifecycleError(f"deploy: {name} must hold data, got a tensor on the meta device")
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFiniteError(f"deploy: {name} must be finite, got NaN or infinity; nothing changed")
+
+
+def load_problem(layer: BitLayerBase, state_dict: Mapping[str, Any], prefix: str) -> str | None:
+    """Says what in a state dict contradicts the state of the layer, whether strict or not."""
+    if not layer.is_deployed:
+        if prefix + "qweight" in state_dict:
+            return (
+                f"{prefix}qweight is packed, but the layer is latent; load the deployed "
+                "checkpoint with from_pretrained, or into a deployed model"
+            )
+        return None
+    weight = state_dict.get(prefix + "weight")
+    if weight is not None and weight.numel():
+        return (
+            f"{prefix}weight is latent, but the layer is deployed; load it into a latent model "
+            "and call deploy() again"
+        )
+    for name in ("qweight", "qweight_scale"):
+        tensor, own = state_dict.get(prefix + name), getattr(layer, name)
+        if tensor is not None and tensor.dtype != own.dtype:
+            return f"{prefix}{name} must be {own.dtype}, got {tensor.dtype}"
+    qweight = state_dict.get(prefix + "qweight")
+    if qweight is not None and not qweight.is_meta and has_invalid_code(qweight):
+        return f"{prefix}qweight holds the invalid code 3; the data is damaged"
+    return None
