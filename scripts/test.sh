@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The checks and the tests, from a bare clone: makes a virtual environment and runs them in it.
+#   scripts/test.sh [pytest's arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/environment.sh dev
+bin=$(cd "${BITLAB_VENV:-.venv}/bin" && pwd)
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/clang-format" --dry-run --Werror $(git ls-files '*.h' '*.cpp' '*.inl')
+"$bin/mypy"
+"$bin/lint-imports"
+exec "$bin/pytest" "$@"
