@@ -94,7 +94,7 @@ def test_lengths_of_files() -> None:
 
 @pytest.mark.slow
 def test_wheel(tmp_path: Path) -> None:
-    """The wheel serves every Python 3, holds the library and the demo model, and no machine's name."""
+    """One wheel for every Python 3, with the library and the demo model, and no trace of us."""
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

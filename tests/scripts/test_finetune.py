@@ -1,0 +1,89 @@
+"""The fine-tuning script: files, resuming, two processes, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import bitlab_hf  # noqa: F401  (registers the quantizer)
+from bitlab_hf.demo.corpus import source_files
+
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).parents[2] / "scripts" / "finetune.py"
+MODEL = str(files("bitlab_hf.demo") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for index, file in zip(range(4), source_files("heldout"), strict=False):
+        (folder / f"{index}.txt").write_text(file.text)
+    return folder
+
+
+def run(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [*(launcher or (sys.executable,)), str(SCRIPT), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if launcher else dict(os.environ)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, env=environment
+    )
+
+
+def options(text: Path, output: Path, steps: int, **more: Any) -> list[object]:
+    values = {"model": MODEL, "data": text, "output": output, "max-steps": steps, "save-steps": 2,
+              "block": 64, "batch": 2, **more}  # fmt: skip
+    return [item for name, value in values.items() for item in (f"--{name}", value)] + ["--cpu"]
+
+
+def result(output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "finetune.json").read_text())
+    return found
+
+
+def test_trains_resumes_and_deploys(text: Path, tmp_path: Path) -> None:
+    done = run(*options(text, tmp_path, 4))
+    assert done.returncode == 0, done.stderr
+    first = result(tmp_path)
+    assert first["resumed_from"] is None
+    assert first["perplexity_trained"] < first["perplexity_ternarized_untrained"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.hf_quantizer is not None
+    AutoTokenizer.from_pretrained(tmp_path)
+    done = run(*options(text, tmp_path, 6))
+    assert done.returncode == 0, done.stderr
+    assert result(tmp_path)["resumed_from"] == "checkpoint-4"
+    assert result(tmp_path)["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("accelerate", "launch", "--cpu", "--num_processes", "1"),
+        ("torchrun", "--nproc-per-node", "2", "--master-port", "0"),
+    ],
+    ids=["accelerate", "two processes"],
+)
+def test_launchers(text: Path, tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    program = str(Path(sys.executable).with_name(launcher[0]))
+    done = run(*options(text, tmp_path, 2), launcher=(program, *launcher[1:]))
+    assert done.returncode == 0, done.stderr
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_bad_input(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("  ")
+    for data, message in (
+        ([tmp_path / "empty.txt"], "--data must hold text"),
+        ([tmp_path / "a.txt", tmp_path / "b.txt"], "--data must name existing files"),
+    ):
+        done = run("--model", MODEL, "--output", tmp_path / "out", "--data", *data)
+        assert done.returncode != 0
+        assert message in done.stderr
