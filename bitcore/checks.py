@@ -8,6 +8,7 @@ from torch import Tensor
 from bitcore.errors import ArgumentError, ArgumentTypeError
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 ACTIVATIONS = ("int8_per_token", "int8_per_tensor", "float")
 # A sum of this many products of the int8 code -128 and the weight byte 128 still fits int32.
 MAX_IN_FEATURES = 131071
@@ -48,23 +49,33 @@ def check_in_features(op: str, in_features: int) -> None:
 
 def check_group_size(op: str, in_features: int, granularity: str, group_size: int) -> None:
     """Checks that groups divide in_features; group_size is 0 where there are none."""
-    if granularity == "per_group" and (group_size <= 0 or in_features % group_size != 0):
+    if granularity not in GRANULARITIES:
+        raise ArgumentError(
+            f"{op}: granularity must be one of {GRANULARITIES}, got {granularity!r}"
+        )
+    if granularity != "per_group":
+        return
+    if group_size <= 0 or group_size % 64 != 0:
+        raise ArgumentError(f"{op}: group_size must be a multiple of 64, got {group_size}")
+    if in_features % group_size != 0:
         raise ArgumentError(
             f"{op}: in_features must be a multiple of group_size {group_size}, got {in_features}\n"
             "Leave this layer out, or use another group size or weight_granularity."
         )
 
 
-def check_packed(op: str, qweight: Tensor, weight_scale: Tensor, out_features: int) -> None:
-    """Checks a packed weight, uint8 [ceil(N / 4), K], and its float32 scale."""
+def check_packed(op: str, qweight: Tensor, weight_scale: Tensor | None, out_features: int) -> None:
+    """Checks a packed weight, uint8 [ceil(N / 4), K], and its float32 scale if one is used."""
     check_dtype(op, "qweight", qweight, torch.uint8)
-    check_dtype(op, "weight_scale", weight_scale, torch.float32)
     rows = (out_features + 3) // 4
     if qweight.dim() != 2 or qweight.shape[0] != rows or out_features < 1 or qweight.shape[1] < 1:
         raise ArgumentError(
             f"{op}: qweight must be [{rows}, K] for out_features {out_features}, "
             f"got {list(qweight.shape)}"
         )
+    if weight_scale is None:
+        return
+    check_dtype(op, "weight_scale", weight_scale, torch.float32)
     in_features = qweight.shape[1]
     shape = weight_scale.shape
     if len(shape) == 1 and (shape[0] == 1 or shape[0] == out_features):
@@ -82,9 +93,23 @@ def check_packed(op: str, qweight: Tensor, weight_scale: Tensor, out_features: i
 def check_input(op: str, x: Tensor, in_features: int) -> None:
     """Checks activations [..., K]."""
     check_float(op, "x", x)
-    if x.dim() == 0 or x.shape[-1] != in_features:
+    check_last_axis(op, "x", x, in_features)
+
+
+def check_last_axis(op: str, name: str, tensor: Tensor, in_features: int) -> None:
+    """Checks that the last axis is in_features."""
+    if tensor.dim() == 0 or tensor.shape[-1] != in_features:
         raise ArgumentError(
-            f"{op}: x must be [..., {in_features}] (in_features last), got {list(x.shape)}"
+            f"{op}: {name} must be [..., {in_features}] (in_features last), "
+            f"got {list(tensor.shape)}"
+        )
+
+
+def check_tokens(op: str, name: str, tensor: Tensor) -> None:
+    """Checks that a tensor has a last axis of at least one element."""
+    if tensor.dim() == 0 or tensor.shape[-1] == 0:
+        raise ArgumentError(
+            f"{op}: {name} must be [..., K] with K at least 1, got {list(tensor.shape)}"
         )
 
 

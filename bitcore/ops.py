@@ -63,8 +63,20 @@ def _check_pack(op: str, weight: Tensor, granularity: str, group_size: int) -> N
     checks.check_group_size(op, weight.shape[1], granularity, group_size)
 
 
+def _check_quantize(x: Tensor) -> None:
+    checks.check_float("bitlab::quantize_activation", "x", x)
+    checks.check_tokens("bitlab::quantize_activation", "x", x)
+
+
+def _check_matmul(codes: Tensor, qweight: Tensor, out_features: int) -> None:
+    checks.check_dtype("bitlab::matmul", "codes", codes, torch.int8)
+    checks.check_packed("bitlab::matmul", qweight, None, out_features)
+    checks.check_in_features("bitlab::matmul", qweight.shape[1])
+    checks.check_last_axis("bitlab::matmul", "codes", codes, qweight.shape[1])
+
+
 def _quantize_activation(x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
-    checks.check_input("bitlab::quantize_activation", x, x.shape[-1] if x.dim() else 0)
+    _check_quantize(x)
     return kernels_for(x.device.type).quantize_activation(x, per_tensor)
 
 
@@ -81,10 +93,7 @@ def _unpack_weight(
 
 
 def _matmul(codes: Tensor, qweight: Tensor, out_features: int) -> Tensor:
-    checks.check_dtype("bitlab::matmul", "codes", codes, torch.int8)
-    checks.check_packed(
-        "bitlab::matmul", qweight, qweight.new_ones(1, dtype=torch.float32), out_features
-    )
+    _check_matmul(codes, qweight, out_features)
     return kernels_for(codes.device.type).matmul(codes, qweight, out_features)
 
 
@@ -132,7 +141,7 @@ for _device in _DEVICES:
 
 @torch.library.register_fake("bitlab::quantize_activation", lib=_library)
 def _(x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
-    checks.check_input("bitlab::quantize_activation", x, x.shape[-1] if x.dim() else 0)
+    _check_quantize(x)
     return (
         x.new_empty(x.shape, dtype=torch.int8),
         x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
@@ -163,7 +172,7 @@ def _(qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dty
 
 @torch.library.register_fake("bitlab::matmul", lib=_library)
 def _(codes: Tensor, qweight: Tensor, out_features: int) -> Tensor:
-    checks.check_dtype("bitlab::matmul", "codes", codes, torch.int8)
+    _check_matmul(codes, qweight, out_features)
     return codes.new_empty((*codes.shape[:-1], out_features), dtype=torch.int32)
 
 

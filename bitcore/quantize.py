@@ -69,12 +69,12 @@ def ternarize(weight: Tensor, scale: Tensor) -> Tensor:
     out_features, in_features = weight.shape
     inverse = (1.0 / scale).view(*scale.shape, 1)
     if scale.dim() == 2:
-        ratio = weight.float().view(out_features, scale.shape[1], -1) * inverse
+        ratio = weight.float().reshape(out_features, scale.shape[1], -1) * inverse
     else:
         ratio = weight.float() * inverse
     # Rounding half to even and clamping to -1..1 is a comparison with one half.
     codes = (ratio > 0.5).to(torch.int8) - (ratio < -0.5).to(torch.int8)
-    return codes.view(out_features, in_features)
+    return codes.reshape(out_features, in_features).contiguous()
 
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -117,4 +117,5 @@ def quantize_activation(x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
     # `127.0 / most` would be `most.reciprocal() * 127`: two roundings.
     factor = torch.full_like(most, 127.0) / most
     codes = (values * factor).round().clamp(-128, 127)
-    return torch.where(finite, codes, 0.0).to(torch.int8), most / 127.0
+    codes = torch.where(finite, codes, 0.0).to(torch.int8)
+    return codes.contiguous(), (most / 127.0).contiguous()

@@ -39,7 +39,7 @@ def matmul(codes: Tensor, qweight: Tensor, out_features: int) -> Tensor:
     """
     with torch.autocast(codes.device.type, enabled=False):
         weight = unpack_ternary(qweight, out_features).float()
-        return F.linear(codes.float(), weight).to(torch.int32)
+        return F.linear(codes.float(), weight).to(torch.int32).contiguous()
 
 
 def linear(
@@ -69,7 +69,7 @@ def linear(
         y = y * x_scale
     if bias is not None:
         y = y + bias.float()
-    return y.to(out_dtype)
+    return y.to(out_dtype).contiguous()
 
 
 def linear_float(
@@ -83,4 +83,5 @@ def linear_float(
     """``y = x @ (w_q * weight_scale).T + bias`` in the output dtype: activations as they are."""
     with torch.autocast(x.device.type, enabled=False):
         weight = unpack_weight(qweight, weight_scale, out_features, out_dtype)
-        return F.linear(x.to(out_dtype), weight, None if bias is None else bias.to(out_dtype))
+        bias = None if bias is None else bias.to(out_dtype)
+        return F.linear(x.to(out_dtype), weight, bias).contiguous()

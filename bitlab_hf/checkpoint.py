@@ -94,7 +94,12 @@ def read_checkpoint(
                 "It is truncated or damaged; fetch or write it again."
             ) from error
         if LAYERS_KEY in metadata:
-            layers = (layers or set()) | set(json.loads(metadata[LAYERS_KEY]))
+            try:
+                layers = (layers or set()) | set(json.loads(metadata[LAYERS_KEY]))
+            except (ValueError, TypeError) as error:
+                raise CheckpointError(
+                    f"{Path(file).name}: {LAYERS_KEY} must be a JSON list, got: {error}"
+                ) from error
     rename = _Renamer(model, quantizer)
     tensors = {name: header for header in headers for name in rename(header.key)}
     if layers is not None:
@@ -131,11 +136,6 @@ class _Renamer:
         return [renamed.replace(first, target) for target in converter.target_patterns]
 
 
-def generalized(name: str) -> str:
-    """Returns a module name with its layer numbers replaced, the same for all layers of a kind."""
-    return re.sub(r"\d+", "*", name)
-
-
 def split_by_presence(
     found: list[Found[nn.Linear]], checkpoint: Checkpoint, packed: bool, was_converted: bool
 ) -> tuple[list[Found[nn.Linear]], list[Found[nn.Linear]]]:
@@ -159,12 +159,15 @@ def split_by_presence(
     for layer in found:
         there = any(f"{name}.{leaf}" in checkpoint.tensors for name in layer.names)
         (present if there else lacking).append(layer)
-    kinds = {generalized(layer.names[0]) for layer in present}
     for layer in lacking:
         if checkpoint.layers is not None:
             expected = bool(checkpoint.layers.intersection(layer.names))
         else:
-            expected = was_converted and generalized(layer.names[0]) in kinds
+            # A new head stands alone; a lost layer leaves the rest of its block in the file.
+            parent = layer.names[0].rpartition(".")[0]
+            expected = (was_converted and parent != "") and any(
+                name.startswith(f"{parent}.") for name in checkpoint.tensors
+            )
         if expected:
             raise CheckpointError(
                 f"{layer.names[0]}.{leaf} must be in the checkpoint, got none\n"
@@ -173,15 +176,68 @@ def split_by_presence(
     return present, lacking
 
 
-def check_packed_headers(
-    layers: list[Found[BitLayerBase]], checkpoint: Checkpoint, aliases: set[str]
-) -> None:
+def check_format(checkpoint: Checkpoint, packed: bool, found: list[Found[nn.Linear]]) -> None:
+    """Checks that ``weight_format`` in config.json is what the file holds.
+
+    Raises:
+        CheckpointError: The configuration says latent over packed tensors, or the reverse.
+    """
+    leaves = {True: "qweight", False: "weight"}
+    full = {name for name, header in checkpoint.tensors.items() if header.shape != (0,)}
+    held = {
+        kind: any(f"{name}.{leaf}" in full for layer in found for name in layer.names)
+        for kind, leaf in leaves.items()
+    }
+    if not held[packed] and held[not packed]:
+        says, holds = ("packed", "latent") if packed else ("latent", "packed")
+        raise CheckpointError(
+            f"bitlab: weight_format must be {holds!r} for these tensors, got {says!r}\n"
+            "config.json and the tensors do not belong together."
+        )
+
+
+def check_nothing_left_packed(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Checks that no layer that is packed in the file is built as a plain one.
+
+    Raises:
+        CheckpointError: The configuration skips a layer that the file holds packed.
+    """
+    for name, module in model.named_modules():
+        packed = f"{name}.qweight" in checkpoint.tensors or name in (checkpoint.layers or ())
+        if packed and not isinstance(module, BitLayerBase):
+            raise CheckpointError(
+                f"{name} must not be in modules_to_not_convert, got one that is packed in the "
+                "checkpoint\nconfig.json and the tensors do not belong together."
+            )
+
+
+def check_float_header(name: str, header: TensorHeader, layer: BitLayerBase) -> None:
+    """Checks a float weight that is to be packed.
+
+    Raises:
+        CheckpointError: It has another shape, or a dtype that cannot be packed.
+    """
+    shape = (layer.out_features, layer.in_features)
+    if header.shape != shape or header.dtype not in ("F32", "BF16", "F16"):
+        raise CheckpointError(
+            f"{name} must be float32, bfloat16 or float16 {list(shape)} to be packed, "
+            f"got {header.dtype} {list(header.shape)}"
+        )
+
+
+def ignore_unexpected(model: PreTrainedModel, names: list[str]) -> None:
+    """Adds keys that a load may find without a word."""
+    patterns = {f"^{re.escape(name)}$" for name in names}
+    known = set(model._keys_to_ignore_on_load_unexpected or ())
+    model._keys_to_ignore_on_load_unexpected = known | patterns
+
+
+def check_packed_headers(layers: list[Found[BitLayerBase]], checkpoint: Checkpoint) -> None:
     """Checks that every packed layer has the tensors its configuration asks for.
 
     Args:
         layers: The packed layers.
         checkpoint: What the files hold.
-        aliases: Names of layers whose qweight is stored under another layer's name.
 
     Raises:
         CheckpointError: A tensor is missing or has another dtype or shape; the message names it.
@@ -195,8 +251,6 @@ def check_packed_headers(
         }
         if layer.bias is not None:
             wanted["bias"] = (("F32", "BF16", "F16"), (layer.out_features,))
-        if aliases.intersection(found.names):
-            del wanted["qweight"]
         for leaf, (dtypes, expected) in wanted.items():
             headers = [checkpoint.tensors.get(f"{name}.{leaf}") for name in found.names]
             header = next((item for item in headers if item is not None), None)
@@ -215,15 +269,13 @@ def check_packed_headers(
                 )
 
 
-def with_tied(checkpoint: Checkpoint, model: PreTrainedModel, packed: bool) -> Checkpoint:
+def with_tied(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:
     """Counts a tied weight as present if the weight it is tied to is."""
     tensors = dict(checkpoint.tensors)
-    leaf = "qweight" if packed else "weight"
     for pair in model.all_tied_weights_keys.items():
-        names = [name.removesuffix("weight") + leaf for name in pair]
-        known = next((tensors[name] for name in names if name in tensors), None)
+        known = next((tensors[name] for name in pair if name in tensors), None)
         if known is not None:
-            tensors.update({name: tensors.get(name, known) for name in names})
+            tensors.update({name: tensors.get(name, known) for name in pair})
     return Checkpoint(tensors, checkpoint.layers)
 
 

@@ -149,11 +149,11 @@ class BitLabConfig(QuantizationConfigMixin):
     def _base_fields(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _LAYER_FIELDS}
 
-    def layer_config(self, name: str) -> BitQuantConfig:
-        """Returns how the module of this name is quantized, overrides applied."""
+    def layer_config(self, *names: str) -> BitQuantConfig:
+        """Returns how the module of this name (or these names) is quantized, overrides applied."""
         values = self._base_fields()
         for pattern, override in self.overrides.items():
-            if fnmatch.fnmatchcase(name, pattern):
+            if any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 values.update(override)
         return BitQuantConfig.from_dict(values)
 

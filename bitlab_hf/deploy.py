@@ -36,7 +36,9 @@ def deploy(model: Model) -> Model:
         NonFiniteError: A weight holds NaN or infinity; the message names it.
     """
     _check_unwrapped(model)
-    layers = quantized_layers(model)
+    # torch.compile wraps the module that is meant.
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    layers = quantized_layers(inner)
     if not layers:
         raise LifecycleError(
             "deploy: model must hold quantized layers, got none\n"
@@ -60,8 +62,8 @@ def deploy(model: Model) -> Model:
             # One Parameter for all: counted, moved and saved once.
             layer.module.qweight = group[0].module.qweight
     model.eval()
-    if isinstance(model, PreTrainedModel):
-        _attach(model)
+    if isinstance(inner, PreTrainedModel):
+        _attach(inner)
     return model
 
 

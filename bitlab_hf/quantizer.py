@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from typing import Any
 
 import torch
@@ -29,7 +28,11 @@ from bitcore.errors import CheckpointError, ConfigError, LifecycleError, NonFini
 from bitlab_hf.checkpoint import (
     LAYERS_KEY,
     Checkpoint,
+    check_float_header,
+    check_format,
+    check_nothing_left_packed,
     check_packed_headers,
+    ignore_unexpected,
     read_checkpoint,
     split_by_presence,
     verify_packed,
@@ -38,9 +41,11 @@ from bitlab_hf.checkpoint import (
 from bitlab_hf.config import LOADING_ATTRIBUTES, QUANT_METHOD, BitLabConfig
 from bitlab_hf.deploy import untie_packed
 from bitlab_hf.replace import (
+    Found,
     find_linears,
     quantized_layers,
     set_module,
+    skipped_modules,
     swap_latent,
     swap_packed,
 )
@@ -81,7 +86,6 @@ class BitLabHfQuantizer(HfQuantizer):
         self.nonfinite: list[str] = []
         # Every name of a weight to pack, by each of its names.
         self.weight_names: dict[str, set[str]] = {}
-        self._aliases: dict[str, str] = {}
 
     # Before the weights.
 
@@ -95,44 +99,68 @@ class BitLabHfQuantizer(HfQuantizer):
     ) -> None:
         config = self.quantization_config
         checkpoint = read_checkpoint(model, checkpoint_files, self)
-        skip = self._skipped(model)
+        if self.file_is_packed and checkpoint is None:
+            raise CheckpointError(
+                "bitlab: a deployed checkpoint must be read from its safetensors files, got a "
+                "state dict or other files"
+            )
+        skip = skipped_modules(model, config, defaults=not self.was_converted)
         found = find_linears(model, skip)
         if checkpoint is not None:
+            known = with_tied(checkpoint, model)
+            if self.was_converted:
+                check_format(known, self.file_is_packed, found)
             found, lacking = split_by_presence(
-                found, with_tied(checkpoint, model, self.file_is_packed), self.file_is_packed,
-                self.was_converted,
-            )  # fmt: skip
+                found, known, self.file_is_packed, self.was_converted
+            )
             skip += [name for layer in lacking for name in layer.names]
         config.modules_to_not_convert = sorted(set(skip))
-        if self.build_packed and not self.file_is_packed:
-            self._check_offload(device_map)
-        if not self.file_is_packed:
+        if config.head == "ternary":
+            self._check_ternary_head(model, found, dtype)
+        if self.file_is_packed:
+            assert checkpoint is not None
+            swap_packed(model, found, config)
+            check_packed_headers(quantized_layers(model), checkpoint)
+            check_nothing_left_packed(model, checkpoint)
+            ignore_unexpected(model, checkpoint.sentinels())
+        else:
             swap_latent(model, found, config)
             if self.build_packed:
                 self._prepare_packing(model, dtype, checkpoint)
-            return
-        swap_packed(model, found, config)
-        self._alias_tied(model)
-        if checkpoint is not None:
-            check_packed_headers(quantized_layers(model), checkpoint, set(self._aliases))
-            _ignore(model, "unexpected", checkpoint.sentinels())
+                self._check_offload(device_map)
 
-    def _skipped(self, model: PreTrainedModel) -> list[str]:
-        """Returns the patterns of modules to leave alone: defaults, the user's, the output head."""
-        config = self.quantization_config
-        names = self.get_modules_to_not_convert(
-            model,
-            config.modules_to_not_convert,
-            sorted(model._keep_in_fp32_modules or ()),
-            # A file of ours holds the resolved list, and what was converted despite the defaults.
-            add_default_skips=not self.was_converted,
-        )
-        names = [name.removesuffix(".weight").removesuffix(".bias") for name in names]
-        if config.head == "ternary":
-            head = model.get_output_embeddings()
-            own = {name for name, module in model.named_modules() if module is head}
-            names = [name for name in names if name not in own]
-        return sorted(set(names))
+    def _check_ternary_head(
+        self, model: PreTrainedModel, found: list[Found[nn.Linear]], dtype: torch.dtype | None
+    ) -> None:
+        """Refuses heads that cannot be converted as asked, rather than leave them as they are."""
+        head = model.get_output_embeddings()
+        if head is None and self.was_converted:
+            # The base model of a file whose head is ternary.
+            return
+        if not any(layer.module is head for layer in found):
+            raise ConfigError(
+                'bitlab: head="ternary" must find an output head that is an nn.Linear, got '
+                f"{type(head).__name__}"
+            )
+        names = {f"{name}.weight" for layer in found for name in layer.names}
+        tied = any(names.intersection(pair) for pair in model.all_tied_weights_keys.items())
+        if not tied:
+            return
+        if self.file_is_packed:
+            raise CheckpointError(
+                "bitlab: a packed head must not be tied, got tie_word_embeddings=true\n"
+                "config.json and the tensors do not belong together."
+            )
+        if self.build_packed:
+            raise ConfigError(
+                "bitlab: a tied head must not be packed at load, got one tied to the embedding\n"
+                'Load it latent with head="ternary", then call deploy(model).'
+            )
+        if self.quantization_config.latent_dtype == "float32" and dtype != torch.float32:
+            raise ConfigError(
+                f"bitlab: a tied ternary head must be float32 with the embedding, got {dtype}\n"
+                'Pass dtype=torch.float32, or latent_dtype="keep".'
+            )
 
     def _check_offload(self, device_map: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():
@@ -144,45 +172,20 @@ class BitLabHfQuantizer(HfQuantizer):
     def _prepare_packing(
         self, model: PreTrainedModel, dtype: torch.dtype | None, checkpoint: Checkpoint | None
     ) -> None:
-        """Packs from the file's own values, and packs weights that layers share once."""
+        """Packs from the file's own values, checked before anything is loaded."""
         keep = set(model._keep_in_fp32_modules_strict or ())
         for found in quantized_layers(model):
             names = {f"{name}.weight" for name in found.names}
             self.weight_names.update(dict.fromkeys(names, names))
-            for name in found.names:
-                header = checkpoint.tensors.get(f"{name}.weight") if checkpoint else None
-                # transformers would round a float32 file to the model's dtype before packing.
-                if header is not None and header.dtype == "F32" and dtype != torch.float32:
-                    keep.add(f"{name}.weight")
+            for name in names:
+                header = checkpoint.tensors.get(name) if checkpoint else None
+                if header is None:
+                    continue
+                check_float_header(name, header, found.module)
+                if header.dtype == "F32" and dtype != torch.float32:
+                    # transformers would round it to the model's dtype before packing.
+                    keep.add(name)
         model._keep_in_fp32_modules_strict = keep
-        self._alias_tied(model)
-
-    def _alias_tied(self, model: PreTrainedModel) -> None:
-        """Takes the tied weights of converted layers out of transformers' hands.
-
-        The target's tensors are the source's; transformers' own tying expects float weights.
-        """
-        names = {name for layer in quantized_layers(model) for name in layer.names}
-        leaf = "qweight" if self.file_is_packed else "weight"
-        for target, source in list(model.all_tied_weights_keys.items()):
-            first, second = target.removesuffix(".weight"), source.removesuffix(".weight")
-            if first in names and second in names:
-                self._aliases[first] = second
-            elif first in names or second in names:
-                if self.file_is_packed:
-                    raise CheckpointError(
-                        f"{target}: tied weights must be packed together or not at all, got a "
-                        "configuration that packs one of them\n"
-                        "Set tie_word_embeddings to false in config.json."
-                    )
-                raise ConfigError(
-                    f"bitlab: {target} must not be tied to be packed at load, got one tied to "
-                    f"{source}\n"
-                    'Load it latent with head="ternary", then call deploy(model).'
-                )
-        for target in self._aliases:
-            model.all_tied_weights_keys.pop(f"{target}.weight")
-        _ignore(model, "missing", [f"{target}.{leaf}" for target in self._aliases])
 
     # While the weights arrive.
 
@@ -211,12 +214,13 @@ class BitLabHfQuantizer(HfQuantizer):
         if not self.build_packed:
             _mark_latent(model)
             return
+        if not self.file_is_packed:
+            self._check_offload(getattr(model, "hf_device_map", None))
         if self.nonfinite:
             raise NonFiniteError(
                 f"{self.nonfinite[0]} must be finite to be packed, got NaN or infinity"
                 + (f" (and {len(self.nonfinite) - 1} more)" if len(self.nonfinite) > 1 else "")
             )
-        self._share_aliased(model)
         layers = quantized_layers(model)
         for found in layers:
             layer = found.module
@@ -234,16 +238,6 @@ class BitLabHfQuantizer(HfQuantizer):
             setattr(self.quantization_config, name, getattr(_DEFAULTS, name))
         mark_quantized(model, self)
 
-    def _share_aliased(self, model: PreTrainedModel) -> None:
-        for target, source in self._aliases.items():
-            layers: Any = [model.get_submodule(name) for name in (target, source)]
-            if not self.file_is_packed:
-                # Whichever the file named was packed when it came.
-                layers.sort(key=lambda layer: layer.is_deployed)
-                if not layers[0].is_deployed:
-                    layers[0].commit_packed(layers[1].qweight, layers[1].qweight_scale)
-            layers[0].qweight = layers[1].qweight
-
     # Saving, training, undoing.
 
     def get_state_dict_and_metadata(
@@ -254,16 +248,17 @@ class BitLabHfQuantizer(HfQuantizer):
             return None, {}
         layers = quantized_layers(model)
         state = dict(model.state_dict())
-        seen: dict[int, str] = {}
+        seen: set[int] = set()
         for found in layers:
-            # One module under two names, or one qweight in two layers, is stored once.
+            # One module under two names is stored once; a qweight that two layers share, twice: a
+            # file has no way to say so.
             for alias in found.names[1:]:
                 for leaf in ("qweight", "qweight_scale", "bias"):
                     state.pop(f"{alias}.{leaf}", None)
-            name, layer = found.names[0], found.module
-            if id(layer.qweight) in seen:
-                del state[f"{name}.qweight"]
-            seen[id(layer.qweight)] = name
+            name = found.names[0]
+            if id(found.module.qweight) in seen:
+                state[f"{name}.qweight"] = state[f"{name}.qweight"].clone()
+            seen.add(id(found.module.qweight))
             state[f"{name}.qweight_scale"] = state[f"{name}.qweight_scale"].clone()
         state[f"{layers[0].names[0]}.weight"] = torch.empty(0, dtype=torch.uint8)
         return state, {LAYERS_KEY: json.dumps([found.names[0] for found in layers])}
@@ -332,9 +327,6 @@ class PackAtLoad(ConversionOps):
             weight = value[0] if isinstance(value, list) else value
             layer = model.get_submodule(name.rpartition(".")[0])
             assert isinstance(layer, BitLayerBase)
-            expected = (layer.out_features, layer.in_features)
-            if tuple(weight.shape) != expected:
-                raise CheckpointError(f"{name} must be {list(expected)}, got {list(weight.shape)}")
             layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
             qweight, scale = layer._perform_deployment()
             if not bool(torch.isfinite(scale).all()):
@@ -365,13 +357,6 @@ def _mark_latent(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = False
-
-
-def _ignore(model: PreTrainedModel, kind: str, names: list[str]) -> None:
-    """Adds keys that a load may find missing or unexpected without a word."""
-    attribute = f"_keys_to_ignore_on_load_{kind}"
-    patterns = {f"^{re.escape(name)}$" for name in names}
-    setattr(model, attribute, set(getattr(model, attribute) or ()) | patterns)
 
 
 def register() -> None:

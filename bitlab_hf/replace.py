@@ -5,6 +5,7 @@ Also for models outside transformers: `replace_linear` needs nothing but a modul
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from bitcore.errors import ArgumentError, BitLabError, ConfigError
@@ -42,6 +45,20 @@ def find_modules(model: nn.Module, kind: type[Layer]) -> list[Found[Layer]]:
     return list(found.values())
 
 
+def aliases_of(model: nn.Module, name: str) -> list[str]:
+    """Returns the names of a module in the model and in its family: with and without the prefix.
+
+    A configuration written by a causal language model says ``model.layers.0``; the same layer of
+    the base model that is loaded from it is called ``layers.0``.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix:
+        return [name]
+    if name.startswith(f"{prefix}."):
+        return [name, name.removeprefix(f"{prefix}.")]
+    return [name, f"{prefix}.{name}"]
+
+
 def find_linears(model: nn.Module, skip: list[str]) -> list[Found[nn.Linear]]:
     """Returns the plain ``nn.Linear`` modules that no pattern of ``skip`` names."""
     # Subclasses are left alone: what uses them may read their weight itself.
@@ -49,8 +66,57 @@ def find_linears(model: nn.Module, skip: list[str]) -> list[Found[nn.Linear]]:
         found
         for found in find_modules(model, nn.Linear)
         if type(found.module) is nn.Linear
-        and all(should_convert_module(name, skip) for name in found.names)
+        and all(
+            should_convert_module(alias, skip)
+            for name in found.names
+            for alias in aliases_of(model, name)
+        )
     ]
+
+
+def skipped_modules(model: PreTrainedModel, config: BitLabConfig, defaults: bool) -> list[str]:
+    """Returns the patterns of modules to leave alone in a transformers model.
+
+    Args:
+        model: The model.
+        config: Whose ``modules_to_not_convert`` and ``head`` count.
+        defaults: Whether to add what transformers skips by default (a file of ours holds them).
+    """
+    names = HfQuantizer.get_modules_to_not_convert(
+        model,
+        list(config.modules_to_not_convert or []),
+        sorted(model._keep_in_fp32_modules or ()),
+        add_default_skips=defaults,
+    )
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    stripped = {name: name.removesuffix(".weight").removesuffix(".bias") for name in names}
+    # transformers names parameters; one that is no linear layer's must not skip its whole parent.
+    names = [short if short in linears else name for name, short in stripped.items()]
+    output = model.get_output_embeddings()
+    head = {name for name, module in model.named_modules() if module is output}
+    if config.head == "keep":
+        return sorted(set(names) | head)
+    return sorted(set(names) - head)
+
+
+def check_overrides(
+    model: nn.Module, linears: list[Found[nn.Linear]], config: BitLabConfig
+) -> None:
+    """Raises if an override's pattern names no layer that is converted.
+
+    Raises:
+        ConfigError: A pattern matches nothing.
+    """
+    names = [
+        alias for found in linears for name in found.names for alias in aliases_of(model, name)
+    ]
+    for pattern in config.overrides:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(
+                f"BitLabConfig: overrides must match converted layers, got {pattern!r}, which "
+                f"matches none\nPatterns match whole names such as {linears[0].names[0]!r}; "
+                f"try '*{pattern}'."
+            )
 
 
 def quantized_layers(model: nn.Module) -> list[Found[BitLayerBase]]:
@@ -82,8 +148,16 @@ def replace_linear(model: nn.Module, config: BitLabConfig | None = None) -> nn.M
         ConfigError: Nothing was found to convert, or a layer cannot be quantized as asked.
     """
     config = BitLabConfig() if config is None else config
+    if isinstance(model, nn.Linear):
+        raise ConfigError(
+            "replace_linear: model must hold linear layers, got one itself\n"
+            "Use BitLinear.from_linear(linear)."
+        )
     skip = list(config.modules_to_not_convert or [])
-    swap_latent(model, find_linears(model, skip), config)
+    if isinstance(model, PreTrainedModel):
+        skip = skipped_modules(model, config, defaults=True)
+    linears = find_linears(model, skip)
+    swap_latent(model, linears, config)
     return model
 
 
@@ -91,6 +165,7 @@ def swap_latent(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLa
     """Swaps these layers for latent ones."""
     layer_class = get_layer(config.layer)
     check_found(model, linears)
+    check_overrides(model, linears, config)
     weights: dict[int, nn.Parameter] = {}
     layers = []
     for found in linears:
@@ -101,7 +176,9 @@ def swap_latent(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLa
                 weights[id(weight)] = nn.Parameter(weight.detach().float(), weight.requires_grad)
             weight = weights[id(weight)]
         with _Naming(found.names[0]):
-            layer = layer_class.from_linear(linear, config.layer_config(found.names[0]))
+            layer = layer_class.from_linear(
+                linear, config.layer_config(*aliases_of(model, found.names[0]))
+            )
         layer.weight = weight
         layer.latent_dtype = weight.dtype
         layers.append(layer)
@@ -121,7 +198,7 @@ def swap_packed(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLa
                     linear.in_features,
                     linear.out_features,
                     bias=linear.bias is not None,
-                    quant_config=config.layer_config(found.names[0]),
+                    quant_config=config.layer_config(*aliases_of(model, found.names[0])),
                     device=linear.weight.device,
                     dtype=linear.weight.dtype,
                 )
@@ -134,6 +211,10 @@ def _swap(model: nn.Module, linears: list[Found[nn.Linear]], layers: list[BitLay
     for found, layer in zip(linears, layers, strict=True):
         for name in found.names:
             set_module(model, name, layer)
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                # Its fast path in eval mode reads the weights itself; 0 turns it off.
+                parent.activation_relu_or_gelu = 0
 
 
 class _Naming:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from bitcore.errors import ArgumentTypeError
+from bitcore.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
 _WEIGHT_FILES = re.compile(
     r"(model|pytorch_model|adapter_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$"
@@ -39,28 +39,44 @@ def save(
         kwargs: Passed to ``model.save_pretrained``, such as ``max_shard_size``.
 
     Raises:
-        ArgumentTypeError: model has no ``save_pretrained``.
+        ArgumentTypeError: model is no transformers model.
+        ArgumentError: directory holds the working directory, or push_to_hub is asked for.
         OSError: Writing failed; the previous checkpoint is as it was.
     """
     if not isinstance(model, PreTrainedModel):
         raise ArgumentTypeError(
             f"save: model must be a transformers PreTrainedModel, got {type(model).__name__}"
         )
-    target = Path(directory).absolute()
+    if kwargs.pop("push_to_hub", False):
+        raise ArgumentError(
+            "save: push_to_hub must be left out, got it set\n"
+            "Call model.push_to_hub(repo) after saving."
+        )
+    target = Path(directory).resolve()
+    if target == Path.cwd() or target in Path.cwd().parents:
+        raise ArgumentError(
+            f"save: directory must not hold the working directory, got {directory}\n"
+            "The directory is exchanged for a new one; name a folder inside it."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         staged.chmod(0o777 & ~_umask())
         model.save_pretrained(staged, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
+        if not any(_WEIGHT_FILES.fullmatch(entry.name) for entry in staged.iterdir()):
+            raise CheckpointError("save: save_pretrained must write weights, got none")
+        if target.exists():
+            _take_over(target, staged)
         for file in staged.rglob("*"):
             _flush(file)
         if target.exists():
-            _replace(staged, target)
+            _exchange(staged, target)
         else:
             staged.rename(target)
-            _flush(target.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -72,6 +88,8 @@ def _umask() -> int:
 
 
 def _flush(path: Path) -> None:
+    if path.is_symlink():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -97,24 +115,20 @@ def _exchange(staged: Path, target: Path) -> None:
     previous.rename(staged)
 
 
-def _replace(staged: Path, target: Path) -> None:
-    """Exchanges the directories and takes over what is neither weights nor written anew, or
-    neither.
-    """
-    others = [
-        entry.name
-        for entry in target.iterdir()
-        if not _WEIGHT_FILES.fullmatch(entry.name) and not (staged / entry.name).exists()
-    ]
-    _exchange(staged, target)
-    moved = []
+def _take_over(previous: Path, staged: Path) -> None:
+    """Links what is no part of the previous checkpoint's weights, and is not written anew, over."""
+    for entry in previous.iterdir():
+        copy = staged / entry.name
+        if _WEIGHT_FILES.fullmatch(entry.name) or copy.exists():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, copy, symlinks=True, copy_function=_link)
+        else:
+            _link(entry, copy)
+
+
+def _link(source: str | Path, destination: str | Path) -> None:
     try:
-        for name in others:
-            (staged / name).rename(target / name)
-            moved.append(name)
-        _flush(target.parent)
-    except BaseException:
-        for name in moved:
-            (target / name).rename(staged / name)
-        _exchange(staged, target)
-        raise
+        os.link(source, destination, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, destination, follow_symlinks=False)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -96,7 +97,8 @@ class BitLayerBase(nn.Module):
         self.init_method = init_method
         self.latent_dtype = dtype or torch.get_default_dtype()
         self._is_deployed = False
-        self._cache: tuple[Tensor, int, Tensor, Tensor] | None = None
+        # The weight is held weakly: the cache must not keep one alive that was offloaded.
+        self._cache: tuple[weakref.ref[Tensor], int, Tensor, Tensor] | None = None
         if in_features is None or out_features is None:
             super().__init__()
             return
@@ -202,13 +204,13 @@ class BitLayerBase(nn.Module):
         weight = self.weight
         if torch.compiler.is_compiling() or weight.is_inference():
             return self._pack()
-        cache = self._cache
-        if cache is not None and cache[0] is weight and cache[1] == weight._version:
+        cache, version = self._cache, weight._version
+        if cache is not None and cache[0]() is weight and cache[1] == version:
             return cache[2], cache[3]
         # A cache made under inference_mode could not be saved for a later backward pass.
         with torch.inference_mode(False):
             qweight, scale = self._pack()
-        self._cache = (weight, weight._version, qweight, scale)
+        self._cache = (weakref.ref(weight), version, qweight, scale)
         return qweight, scale
 
     def _pack(self) -> tuple[Tensor, Tensor]:
@@ -356,15 +358,26 @@ class BitLayerBase(nn.Module):
         return self
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         self.invalidate_cache()
-        errors: list[str] = args[-1] if args else kwargs["error_msgs"]
         problem = load_problem(self, state_dict, prefix)
         if problem is not None:
-            errors.append(problem)
+            error_msgs.append(problem)
             return
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if self._is_deployed and prefix + "weight" in unexpected_keys:
+            # The empty tensor that makes a deployed file fail to load without BitLab.
+            unexpected_keys.remove(prefix + "weight")
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: everything but the cache."""

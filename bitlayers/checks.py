@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bitcore.checks import check_group_size, check_in_features
+from bitcore.checks import check_float, check_group_size, check_in_features
 from bitcore.config import BitQuantConfig
 from bitcore.errors import ArgumentError, LifecycleError, NonFiniteError
 from bitcore.packing import has_invalid_code
@@ -44,6 +44,7 @@ def check_deployable(layer: BitLayerBase, name: str) -> None:
         )
     if weight is None:
         return
+    check_float("deploy", name, weight)
     if weight.is_meta:
         raise LifecycleError(f"deploy: {name} must hold data, got a tensor on the meta device")
     if not bool(torch.isfinite(weight).all()):

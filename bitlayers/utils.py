@@ -57,7 +57,8 @@ def estimate_memory_usage(layer: BitLayerBase) -> MemoryUsage:
             f"estimate_memory_usage: layer must be a BitLayerBase, got {type(layer).__name__}"
         )
     bias = _bytes(layer.bias)
-    original = layer.out_features * layer.in_features * layer.latent_dtype.itemsize + bias
+    dtype = layer.latent_dtype if layer.is_deployed else layer.weight.dtype
+    original = layer.out_features * layer.in_features * dtype.itemsize + bias
     shape, scale_shape = layer.packed_shapes()
     quantized = shape[0] * shape[1] + 4 * torch.Size(scale_shape).numel() + bias
     return {"original": original, "quantized": quantized, "savings": 1 - quantized / original}

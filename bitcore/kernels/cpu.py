@@ -11,9 +11,8 @@ from torch import Tensor
 
 from bitcore import reference
 from bitcore.errors import BackendError
-from bitcore.kernels.native import load_cpu_library
+from bitcore.kernels.native import ISA_VARIABLE, load_cpu_library
 
-ISA_VARIABLE = "BITLAB_CPU_ISA"
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

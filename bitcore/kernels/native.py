@@ -14,6 +14,7 @@ from bitcore.errors import BackendError
 
 ABI_VERSION = 1
 LIBRARY_DIRECTORY_VARIABLE = "BITLAB_LIBRARY_DIR"
+ISA_VARIABLE = "BITLAB_CPU_ISA"
 
 # name: (result, arguments); pointers are c_void_p. A test compares this with bitkernels.h.
 CPU_SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {

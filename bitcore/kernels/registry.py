@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bitcore import reference
 from bitcore.errors import BackendError
+from bitcore.kernels.native import ISA_VARIABLE
 
 logger = logging.getLogger("bitlab")
 ENVIRONMENT_VARIABLE = "BITLAB_BACKEND"
@@ -153,6 +154,9 @@ def _choose(device: str) -> Kernels:
         loaded = _load(device, name)
         if not isinstance(loaded, BackendError):
             return loaded
+        if name == "cpu" and os.environ.get(ISA_VARIABLE, "auto") != "auto":
+            # An instruction set was asked for by name: no silent fallback.
+            raise loaded
         logger.warning("bitlab: backend %r is not available, falling back: %s", name, loaded)
     raise AssertionError("the reference backend is always available")
 

@@ -253,6 +253,9 @@ int32_t bk_cpu_weight_scale(const void *weight, int32_t weight_type, float *weig
                             int64_t scale_columns, double *row_sums, int64_t N, int64_t K, int32_t num_threads) {
     if (const char *text = check_shape(0, N, K, scale_rows, scale_columns, 16)) return fail(BK_INVALID_ARGUMENT, text);
     if (!valid_type(weight_type)) return fail(BK_INVALID_ARGUMENT, "weight_type must be a bk_type");
+    if (scale_rows == 1 && scale_columns == 0 && N > 1 && !row_sums) {
+        return fail(BK_INVALID_ARGUMENT, "row_sums must be given for a per-tensor scale");
+    }
     const Kernels &kernels = *selected.load(std::memory_order_relaxed);
     const auto finish = [](double sum, int64_t count) {
         const float mean = static_cast<float>(sum / static_cast<double>(count));

@@ -182,6 +182,37 @@ def test_bad_weights() -> None:
         OPS.pack_weight(torch.zeros(1, 131072), "per_tensor", 0)
 
 
+def test_bad_matmul_and_schemes() -> None:
+    qweight, _ = packed()
+    for device in ("cpu", "meta"):
+        codes = torch.zeros(2, 100000, dtype=torch.int8, device=device)
+        with pytest.raises(ArgumentError, match=r"codes must be \[\.\.\., 128\]"):
+            OPS.matmul(codes, qweight.to(device), 9)
+        with pytest.raises(ArgumentTypeError, match=r"codes must be torch\.int8"):
+            OPS.matmul(torch.zeros(2, 128, device=device), qweight.to(device), 9)
+        for shape in ((2, 0), ()):
+            with pytest.raises(ArgumentError, match="K at least 1"):
+                OPS.quantize_activation(torch.zeros(shape, device=device), False)
+    with pytest.raises(ArgumentError, match="granularity must be one of"):
+        OPS.pack_weight(torch.zeros(4, 64), "per_row", 0)
+    with pytest.raises(ArgumentError, match="group_size must be a multiple of 64, got 5"):
+        OPS.pack_weight(torch.zeros(4, 65), "per_group", 5)
+
+
+def test_outputs_are_contiguous_as_the_fakes_say(backend: str) -> None:
+    weight, x = torch.randn(128, 9).t(), torch.randn(128, 5).t()
+    for granularity in ("per_tensor", "per_channel", "per_group"):
+        torch.library.opcheck(OPS.pack_weight.default, (weight, granularity, 64))
+        qweight, scale = OPS.pack_weight(weight, granularity, 64)
+        torch.library.opcheck(OPS.unpack_weight.default, (qweight, scale, 9, torch.float32))
+        for activation in ACTIVATIONS:
+            args = (x, qweight, scale, None, 9, activation, torch.float32)
+            torch.library.opcheck(OPS.linear.default, args)
+    torch.library.opcheck(OPS.quantize_activation.default, (x, False))
+    codes = torch.randint(-9, 9, (128, 5), dtype=torch.int8).t()
+    torch.library.opcheck(OPS.matmul.default, (codes, qweight, 9))
+
+
 def test_empty_and_high_rank_inputs(backend: str) -> None:
     qweight, scale = packed()
     for shape in ((0, 128), (2, 0, 128), (128,), (2, 3, 4, 128)):

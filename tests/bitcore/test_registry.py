@@ -88,8 +88,10 @@ def test_environment_variables() -> None:
     assert "must be one of" in run(code, BITLAB_BACKEND="nonsense").stderr
     code = "import bitcore; from bitcore.kernels import kernels_for as k; print(k('cpu').isa)"
     assert run(code, BITLAB_CPU_ISA="portable").stdout.strip() == "portable"
-    failed = run(code, BITLAB_CPU_ISA="neon", BITLAB_BACKEND="cpu")
-    assert "BITLAB_CPU_ISA: instruction set must be one of" in failed.stderr
+    for backend in ("cpu", "auto"):
+        failed = run(code, BITLAB_CPU_ISA="neon", BITLAB_BACKEND=backend)
+        assert failed.returncode != 0
+        assert "BITLAB_CPU_ISA: instruction set must be one of" in failed.stderr
 
 
 def test_forcing_a_missing_isa_changes_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,14 @@ def auto_class(name: str) -> Any:
     return AutoModelForMaskedLM if name == "bert" else AutoModelForCausalLM
 
 
-def make_float_model(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def make_float_model(
+    name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
     """Saves a random float model; its biases are not zero, so that a lost one shows."""
     torch.manual_seed(0)
-    model = auto_class(name).from_config(CONFIGS[name])
+    config = copy.deepcopy(CONFIGS[name])
+    config.update(changes)
+    model = auto_class(name).from_config(config)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias"):

@@ -13,13 +13,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
 
 from bitcore.errors import CheckpointError, ConfigError, NonFiniteError
-from bitlab_hf import BitLabConfig, save
+from bitlab_hf import BitLabConfig, deploy, save
 from tests.bitlab_hf.models import logits_of, make_float_model
 
 LAYER = "model.layers.1.mlp.up_proj"
+LAST = "model.layers.1.mlp.down_proj"
 
 
 def load(path: Path, **options: Any) -> Any:
@@ -100,7 +101,40 @@ def test_config_that_contradicts_the_tensors(deployed: Path) -> None:
 
 def test_latent_config_over_packed_tensors(deployed: Path) -> None:
     rewrite_config(deployed, weight_format="latent")
-    with pytest.raises((CheckpointError, ConfigError)):
+    with pytest.raises(CheckpointError, match="must be 'packed' for these tensors, got 'latent'"):
+        load(deployed)
+
+
+@pytest.mark.parametrize("keep_metadata", [True, False])
+def test_skip_list_that_contradicts_the_tensors(deployed: Path, keep_metadata: bool) -> None:
+    rewrite(deployed, lambda tensors: None, keep_metadata)
+    rewrite_config(deployed, modules_to_not_convert=["lm_head", "up_proj"])
+    with pytest.raises(CheckpointError, match="up_proj must not be in modules_to_not_convert"):
+        load(deployed)
+
+
+def test_packed_weights_from_a_state_dict(deployed: Path) -> None:
+    state = load_file(deployed / "model.safetensors")
+    config = AutoConfig.from_pretrained(deployed)
+    with pytest.raises(CheckpointError, match="must be read from its safetensors files"):
+        Qwen2ForCausalLM.from_pretrained(None, config=config, state_dict=state)
+
+
+def test_a_lost_layer_of_a_kind_that_occurs_once(tmp_path: Path) -> None:
+    source = make_float_model("llama", tmp_path, num_hidden_layers=1)
+    save(load(source, quantization_config=BitLabConfig()), tmp_path / "latent")
+    name = "model.layers.0.mlp.up_proj"
+    rewrite(tmp_path / "latent", drop(f"{name}.weight"))
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"{name}.weight must be in the checkpoint")
+    ):
+        load(tmp_path / "latent")
+
+
+def test_damaged_metadata(deployed: Path) -> None:
+    file = deployed / "model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", "bitlab_layers": "{"})
+    with pytest.raises(CheckpointError, match="bitlab_layers must be a JSON list"):
         load(deployed)
 
 
@@ -108,7 +142,7 @@ def test_packed_config_over_float_tensors(tmp_path: Path) -> None:
     source = make_float_model("llama", tmp_path)
     save(load(source, quantization_config=BitLabConfig()), tmp_path / "latent")
     rewrite_config(tmp_path / "latent", weight_format="packed")
-    with pytest.raises((CheckpointError, ConfigError)):
+    with pytest.raises(CheckpointError, match="must be 'latent' for these tensors, got 'packed'"):
         load(tmp_path / "latent")
 
 
@@ -164,20 +198,18 @@ def test_damaged_header(deployed: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("mode", ["infer", "deploy"])
 def test_nonfinite_weights_are_named(tmp_path: Path, value: float, mode: str) -> None:
-    from bitlab_hf import deploy
-
     source = make_float_model("llama", tmp_path)
 
     def spoil(tensors: dict[str, Tensor]) -> None:
-        tensors[f"{LAYER}.weight"][3, 4] = value
+        tensors[f"{LAST}.weight"][63, 191] = value
 
     rewrite(source, spoil)
     if mode == "infer":
-        with pytest.raises(NonFiniteError, match=re.escape(f"{LAYER}.weight must be finite")):
+        with pytest.raises(NonFiniteError, match=re.escape(f"{LAST}.weight must be finite")):
             load(source, quantization_config=BitLabConfig(mode="infer"))
         return
     model = load(source, quantization_config=BitLabConfig())
-    with pytest.raises(NonFiniteError, match=re.escape(f"{LAYER}.weight must be finite")):
+    with pytest.raises(NonFiniteError, match=re.escape(f"{LAST}.weight must be finite")):
         deploy(model)
     assert not any(getattr(module, "is_deployed", False) for module in model.modules())
     assert not hasattr(model, "hf_quantizer")
@@ -196,9 +228,10 @@ def test_missing_weight_of_a_latent_checkpoint(tmp_path: Path) -> None:
 def test_another_shape_in_a_float_file(tmp_path: Path) -> None:
     source = make_float_model("llama", tmp_path)
     rewrite(source, lambda tensors: tensors.update({f"{LAYER}.weight": torch.zeros(192, 63)}))
-    for mode in ("auto", "infer"):
-        with pytest.raises((CheckpointError, RuntimeError)):
-            load(source, quantization_config=BitLabConfig(mode=mode))
+    with pytest.raises(CheckpointError, match=re.escape(f"{LAYER}.weight must be float32")):
+        load(source, quantization_config=BitLabConfig(mode="infer"))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(source, quantization_config=BitLabConfig())
 
 
 def test_disk_offload_while_packing(tmp_path: Path) -> None:
@@ -208,6 +241,18 @@ def test_disk_offload_while_packing(tmp_path: Path) -> None:
             source,
             quantization_config=BitLabConfig(mode="infer"),
             device_map={"model": "disk", "lm_head": "cpu"},
+            offload_folder=tmp_path / "offload",
+        )
+
+
+def test_automatic_offload_while_packing(tmp_path: Path) -> None:
+    source = make_float_model("llama", tmp_path)
+    with pytest.raises(ConfigError, match="must not offload to disk while packing"):
+        load(
+            source,
+            quantization_config=BitLabConfig(mode="infer"),
+            device_map="auto",
+            max_memory={"cpu": 60_000},
             offload_folder=tmp_path / "offload",
         )
 

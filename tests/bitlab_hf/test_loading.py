@@ -228,28 +228,50 @@ def test_shared_modules_and_shared_weights(tmp_path: Path) -> None:
     source = tmp_path / "float"
     latent = TwoNames.from_pretrained(source, quantization_config=BitLabConfig())
     packed = TwoNames.from_pretrained(source, quantization_config=BitLabConfig(mode="infer"))
-    # transformers' defaults skip tied weights; replace_linear has no defaults.
-    assert type(latent.first) is nn.Linear
-    whole = replace_linear(TwoNames.from_pretrained(source))
-    assert whole.first.weight is whole.second.weight
-    for model, stored in ((latent, 1), (packed, 1), (whole, 2)):
-        assert isinstance(model.once, BitLinear)
-        assert model.once is model.again
-        expected = model.eval()(x)
-        if not model.once.is_deployed:
-            assert torch.equal(model.train()(x), expected)
-            deploy(model)
-        if model is whole:
-            assert model.first.qweight is model.second.qweight
-        assert torch.equal(model(x), expected)
-        save(model, tmp_path / "deployed")
-        keys = load_file(tmp_path / "deployed" / "model.safetensors")
-        assert len([key for key in keys if key.endswith(".qweight")]) == stored
+    replaced = replace_linear(TwoNames.from_pretrained(source))
+    for result in (latent, packed, replaced):
+        # transformers' defaults skip tied weights.
+        assert type(result.first) is type(result.second) is nn.Linear
+        assert isinstance(result.once, BitLinear)
+        assert result.once is result.again
+        expected = result.eval()(x)
+        if not result.once.is_deployed:
+            assert torch.equal(result.train()(x), expected)
+            deploy(result)
+        assert torch.equal(result(x), expected)
+        save(result, tmp_path / "deployed")
+        stored = load_file(tmp_path / "deployed" / "model.safetensors")
+        assert [key for key in stored if key.endswith(".qweight")] == ["once.qweight"]
         again = TwoNames.from_pretrained(tmp_path / "deployed")
         assert again.once is again.again
         assert torch.equal(again(x), expected)
-        if model is whole:
-            assert again.first.qweight is again.second.qweight
+
+
+class Undeclared(LlamaPreTrainedModel):
+    """Two Linears with one weight, of which transformers knows nothing."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.a = nn.Linear(64, 64)
+        self.b = nn.Linear(64, 64)
+        self.b.weight = self.a.weight
+        self.norm = nn.LayerNorm(64)
+        self.post_init()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.b(self.a(x)))
+
+
+def test_layers_that_share_one_weight_share_one_qweight(tmp_path: Path) -> None:
+    model = replace_linear(Undeclared(LlamaConfig(hidden_size=64)))
+    assert model.a.weight is model.b.weight
+    x = torch.randn(3, 64)
+    expected = model.eval()(x)
+    deploy(model)
+    assert model.a.qweight is model.b.qweight
+    assert torch.equal(model(x), expected)
+    save(model, tmp_path)
+    assert torch.equal(Undeclared.from_pretrained(tmp_path)(x), expected)
 
 
 class Plain(nn.Module):
@@ -281,6 +303,78 @@ def test_replace_linear_outside_transformers() -> None:
     assert torch.equal(deploy(model)(x), expected)
     with pytest.raises(LifecycleError, match="deployed already"):
         deploy(model)
+
+
+def test_replace_linear_in_torchs_own_encoder() -> None:
+    """Its fast path in eval mode reads the weights past the layers' forward; it is turned off."""
+    encoder = nn.TransformerEncoderLayer(64, 2, 128, dropout=0.0, batch_first=True)
+    replace_linear(encoder)
+    assert isinstance(encoder.linear1, BitLinear)
+    x = torch.randn(2, 5, 64)
+    trained = encoder.train()(x)
+    with torch.no_grad():
+        evaluated = encoder.eval()(x)
+        # Attention has a fast path of its own, which rounds differently.
+        torch.testing.assert_close(evaluated, trained, rtol=1e-4, atol=1e-4)
+        assert torch.equal(deploy(encoder)(x), evaluated)
+
+
+def test_replace_linear_keeps_a_tied_head(tmp_path: Path) -> None:
+    model = load(make_float_model("qwen2", tmp_path, torch.bfloat16))
+    replace_linear(model)
+    assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_replace_linear_refuses_a_bare_linear() -> None:
+    with pytest.raises(ConfigError, match="BitLinear.from_linear"):
+        replace_linear(nn.Linear(4, 4))
+
+
+def test_a_compiled_model_deploys(source: Path, tmp_path: Path) -> None:
+    model = load(source, BitLabConfig())
+    expected = logits_of(model)
+    deploy(torch.compile(model))
+    save(model, tmp_path / "deployed")
+    assert torch.equal(logits_of(load(tmp_path / "deployed")), expected)
+
+
+def test_names_with_and_without_the_prefix(source: Path, tmp_path: Path) -> None:
+    """What a causal model's configuration says of a layer holds for the base model too."""
+    config = BitLabConfig(
+        modules_to_not_convert=["model.layers.0.mlp.down_proj"],
+        overrides={"model.layers.1.*": {"activation_granularity": "per_tensor"}},
+    )
+    model = load(source, config)
+    expected = model.model(input_ids=token_ids()).last_hidden_state
+    for state in ("latent", "deployed"):
+        if state == "deployed":
+            deploy(model)
+        save(model, tmp_path / state)
+        base = AutoModel.from_pretrained(tmp_path / state)
+        assert type(base.layers[0].mlp.down_proj) is nn.Linear
+        assert torch.equal(base(input_ids=token_ids()).last_hidden_state, expected)
+    # And the other way: a base model's file in a causal model.
+    save(base, tmp_path / "base")
+    again = load(tmp_path / "base")
+    assert type(again.lm_head) is nn.Linear
+    assert torch.equal(again.model(input_ids=token_ids()).last_hidden_state, expected)
+
+
+def test_an_override_that_matches_nothing_is_refused(source: Path) -> None:
+    config = BitLabConfig(overrides={"q_proj": {"weight_granularity": "per_channel"}})
+    with pytest.raises(ConfigError, match=r"'q_proj', which matches none"):
+        load(source, config)
+
+
+def test_ternary_heads_that_cannot_be(tmp_path: Path) -> None:
+    tied = make_float_model("qwen2", tmp_path, torch.bfloat16)
+    with pytest.raises(ConfigError, match="must be float32 with the embedding"):
+        load(tied, BitLabConfig(head="ternary"))
+    with pytest.raises(ConfigError, match="tied head must not be packed at load"):
+        load(tied, BitLabConfig(head="ternary", mode="infer"))
+    with pytest.raises(ConfigError, match='head="ternary" must find'):
+        AutoModel.from_pretrained(tied, quantization_config=BitLabConfig(head="ternary"))
 
 
 def test_replace_linear_changes_nothing_when_it_fails() -> None:

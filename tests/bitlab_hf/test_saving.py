@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bitlab_hf.saving
-from bitcore.errors import ArgumentError, LifecycleError
+from bitcore.errors import ArgumentError, ArgumentTypeError, LifecycleError
 from bitlab_hf import BitLabConfig, deploy, replace_linear, save
 from bitlab_hf.replace import quantized_layers
 from tests.bitlab_hf.models import logits_of, make_float_model
@@ -128,6 +128,38 @@ def test_old_shards_go_and_other_files_stay(model: Any, tmp_path: Path) -> None:
     assert (target.stat().st_mode & 0o777) == 0o777 & ~bitlab_hf.saving._umask()
 
 
+def test_save_through_a_link(model: Any, tmp_path: Path) -> None:
+    save(model, tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    expected = logits_of(deploy(model))
+    save(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "real")
+    assert torch.equal(logits_of(again), expected)
+    assert {p.name for p in tmp_path.iterdir() if p.name.startswith(".")} == set()
+
+
+def test_other_processes_than_the_main_one_write_nothing(model: Any, tmp_path: Path) -> None:
+    save(model, tmp_path / "target")
+    previous = contents(tmp_path / "target")
+    save(deploy(model), tmp_path / "target", is_main_process=False)
+    assert contents(tmp_path / "target") == previous
+
+
+def test_save_refuses_the_working_directory_and_pushing(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for directory in (".", "..", str(tmp_path / "here")):
+        with pytest.raises(ArgumentError, match="must not hold the working directory"):
+            save(model, directory)
+    with pytest.raises(ArgumentError, match="push_to_hub must be left out"):
+        save(model, "new", push_to_hub=True)
+    save(model, "new")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "here" / "below" / "new")
+
+
 def test_save_refuses_other_things(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="must be a transformers PreTrainedModel, got Linear"):
         save(nn.Linear(4, 4), tmp_path)  # type: ignore[arg-type]
@@ -190,6 +222,15 @@ def test_one_weight_with_two_configurations() -> None:
     model[1].weight = model[0].weight
     replace_linear(model, BitLabConfig(overrides={"1": {"weight_granularity": "per_channel"}}))
     with pytest.raises(ArgumentError, match="0, 1 share one weight"):
+        deploy(model)
+
+
+def test_a_dtype_that_cannot_be_packed_is_named(tmp_path: Path) -> None:
+    source = make_float_model("llama", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=BitLabConfig()
+    ).double()
+    with pytest.raises(ArgumentTypeError, match=r"layers\.0.*weight must be float32.*float64"):
         deploy(model)
 
 

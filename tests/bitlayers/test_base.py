@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -277,6 +278,21 @@ def test_deployed_state_dict_loads_and_is_checked(layer: BitLinear, x: Tensor) -
         with pytest.raises(RuntimeError, match=name):
             other.load_state_dict({**state, name: tensor})
     assert torch.equal(other(x), expected)
+
+
+def test_a_deployed_files_tensors_load_with_their_sentinel(layer: BitLinear, x: Tensor) -> None:
+    expected = layer.deploy()(x)
+    state = {**layer.state_dict(), "weight": torch.empty(0, dtype=torch.uint8)}
+    other = BitLinear(128, 30).deploy()
+    other.load_state_dict(state)
+    assert torch.equal(other(x), expected)
+
+
+def test_the_cache_keeps_no_weight_alive(layer: BitLinear, x: Tensor) -> None:
+    layer.eval()(x)
+    weight = weakref.ref(layer.weight)
+    layer.weight = nn.Parameter(torch.zeros(30, 128))
+    assert weight() is None
 
 
 def test_train_refuses_a_mode_that_is_no_bool(layer: BitLinear) -> None:
