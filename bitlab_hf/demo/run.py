@@ -60,21 +60,23 @@ class Settings:
         tokens: Training tokens of each of the two fine-tunings.
         eval_tokens: Held-out tokens to score.
         length: Tokens of a block.
-        batch: Blocks of a training step.
-        learning_rate: Peak learning rate of the ternary model.
-        float_learning_rate: Peak learning rate of the full-precision model.
+        batch: Blocks of a training step of the ternary model.
+        learning_rate: Its peak learning rate.
+        float_batch: Blocks of a training step of the full-precision model.
+        float_learning_rate: Its peak learning rate.
         generate: Tokens to generate for each prompt.
         seed: Of the order of the training blocks.
     """
 
     model: str | None
     output: Path
-    tokens: int = 600_000
+    tokens: int = 500_000
     eval_tokens: int = 100_000
     length: int = 512
-    batch: int = 8
-    learning_rate: float = 2e-3
-    float_learning_rate: float = 3e-4
+    batch: int = 2
+    learning_rate: float = 1e-3
+    float_batch: int = 8
+    float_learning_rate: float = 1e-4
     generate: int = 64
     seed: int = 0
 
@@ -125,6 +127,27 @@ class _Bars(TrainerCallback):
         if logs and "loss" in logs and self._task is not None:
             text = f"{self._title}, loss {float(logs['loss']):.3f}"
             self._progress.update(self._task, description=text)
+
+
+class _Distiller(Trainer):
+    """A Trainer whose model learns the original's whole distribution of the next token.
+
+    The loss is the cross-entropy against the teacher's probabilities, at temperature 1; the data and
+    their order are the plain Trainer's.
+    """
+
+    def __init__(self, *args: Any, teacher: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._teacher = teacher.eval()
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        with torch.no_grad():
+            target = self._teacher(input_ids=inputs["input_ids"]).logits.float().softmax(-1)
+        outputs = model(input_ids=inputs["input_ids"])
+        loss = -(target * outputs.logits.float().log_softmax(-1)).sum(-1).mean()
+        return (loss, outputs) if return_outputs else loss
 
 
 class Demo:
@@ -182,8 +205,8 @@ class Demo:
             ternary = AutoModelForCausalLM.from_pretrained(
                 original, dtype=torch.float32, quantization_config=BitLabConfig()
             )
-            self._train(ternary, train, settings.learning_rate, progress, "ternary")
-            self._train(model, train, settings.float_learning_rate, progress, "full precision")
+            self._train(ternary, train, progress, "ternary", teacher=model)
+            self._train(model, train, progress, "full precision")
             report.finetuned = self._perplexity(model, heldout, progress, "full precision")
             del model
         with self._stage(4, "Deploy and save") as progress:
@@ -222,8 +245,7 @@ class Demo:
         order = torch.randperm(
             len(train.ids), generator=torch.Generator().manual_seed(settings.seed)
         )
-        steps = max(1, settings.tokens // (settings.batch * settings.length))
-        used = order[: steps * settings.batch]
+        used = order[: max(1, settings.tokens // settings.length)]
         train = Blocks(train.ids[used], train.bytes_per_token)
         heldout = heldout.first(settings.eval_tokens)
         self._report.train_tokens = train.ids.numel()
@@ -239,14 +261,15 @@ class Demo:
         )
 
     def _train(
-        self, model: Any, train: Blocks, learning_rate: float, progress: Progress, title: str
+        self, model: Any, train: Blocks, progress: Progress, title: str, teacher: Any = None
     ) -> None:
         settings = self._settings
+        ternary = teacher is not None
         arguments = TrainingArguments(
             output_dir=str(settings.output.with_name(f".{settings.output.name}.trainer")),
-            per_device_train_batch_size=settings.batch,
+            per_device_train_batch_size=settings.batch if ternary else settings.float_batch,
             num_train_epochs=1,
-            learning_rate=learning_rate,
+            learning_rate=settings.learning_rate if ternary else settings.float_learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=0.05,
             adam_beta2=0.95,
@@ -261,9 +284,13 @@ class Demo:
             disable_tqdm=True,
         )
         data = [{"input_ids": ids, "labels": ids} for ids in train.ids]
-        trainer = Trainer(
-            model=model, args=arguments, train_dataset=data, callbacks=[_Bars(progress, title)]
-        )
+        common = {
+            "model": model,
+            "args": arguments,
+            "train_dataset": data,
+            "callbacks": [_Bars(progress, title)],
+        }
+        trainer = _Distiller(**common, teacher=teacher) if ternary else Trainer(**common)
         from transformers.trainer_callback import PrinterCallback
 
         trainer.remove_callback(PrinterCallback)
