@@ -44,8 +44,8 @@ from bitlab_hf.deploy import deploy
 from bitlab_hf.saving import save
 
 PROMPTS = (
-    "def __init__(self, name, value=None):\n        ",
-    "import os\nimport sys\n\ndef main():\n    ",
+    "class Queue:\n    def __init__(self, maxsize=0):\n",
+    "import os\nimport sys\n\ndef main():\n",
     '    def close(self):\n        """',
 )
 
@@ -132,8 +132,8 @@ class _Bars(TrainerCallback):
 class _Distiller(Trainer):
     """A Trainer whose model learns the original's whole distribution of the next token.
 
-    The loss is the cross-entropy against the teacher's probabilities, at temperature 1; the data and
-    their order are the plain Trainer's.
+    The loss is the cross-entropy against the teacher's probabilities, at temperature 1; the data
+    and their order are the plain Trainer's.
     """
 
     def __init__(self, *args: Any, teacher: Any, **kwargs: Any) -> None:
@@ -141,7 +141,11 @@ class _Distiller(Trainer):
         self._teacher = teacher.eval()
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         with torch.no_grad():
             target = self._teacher(input_ids=inputs["input_ids"]).logits.float().softmax(-1)
