@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from bitcore.errors import LifecycleError
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.replace import check_single_weight, quantized_layers
+from bitlayers.checks import check_deployable
+from bitlayers.registry import LAYER_REGISTRY
 
 logger = logging.getLogger("bitlab")
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,7 +50,7 @@ def deploy(model: Model) -> Model:
         raise LifecycleError("deploy: model must be latent, got one that is deployed already")
     latent = [layer for layer in layers if not layer.module.is_deployed]
     for layer in latent:
-        layer.module.check_deployable(f"{layer.names[0]}.weight")
+        check_deployable(layer.module, f"{layer.names[0]}.weight")
     if any(layer.module.weight.grad is not None for layer in latent):
         logger.warning(
             "bitlab: deploy() found gradients; an optimizer that is still alive keeps the latent "
@@ -112,8 +114,6 @@ def _described(model: PreTrainedModel) -> BitLabConfig:
     """Returns the configuration of a model that `replace_linear` converted without writing one."""
     layers = quantized_layers(model)
     names = {name for layer in layers for name in layer.names}
-    from bitlayers.registry import LAYER_REGISTRY
-
     classes = {type(layer.module) for layer in layers}
     registered = [name for name, known in LAYER_REGISTRY.items() if known in classes]
     config = BitLabConfig(layer=registered[0] if registered else "BitLinear")

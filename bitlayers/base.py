@@ -13,9 +13,9 @@ A property called ``qweight`` would collide with the Parameter of the deployed s
 from __future__ import annotations
 
 import logging
-import math
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -25,14 +25,11 @@ from bitcore import ops
 from bitcore.config import BitQuantConfig
 from bitcore.errors import ArgumentError, ArgumentTypeError, LifecycleError
 from bitlayers.checks import check_deployable, check_sizes, load_problem
+from bitlayers.init import INIT_METHODS
 
 logger = logging.getLogger("bitlab")
 
 _PACKED = ("qweight", "qweight_scale")
-INIT_METHODS: dict[str, Callable[[Tensor], Any]] = {
-    "xavier_uniform": nn.init.xavier_uniform_,
-    "kaiming_uniform": lambda weight: nn.init.kaiming_uniform_(weight, a=math.sqrt(5)),
-}
 
 
 class BitLayerBase(nn.Module):
@@ -230,26 +227,14 @@ class BitLayerBase(nn.Module):
 
     # Deployment.
 
-    def check_deployable(self, name: str = "weight") -> None:
-        """Checks that `deploy` can succeed, changing nothing.
-
-        Args:
-            name: What messages call the weight.
-
-        Raises:
-            LifecycleError: The layer is deployed, on the meta device, sharded or parametrized.
-            NonFiniteError: The weight holds NaN or infinity.
-        """
-        check_deployable(self, name)
-
     def deploy(self) -> Self:
         """Packs the weights for good: the latent weight is dropped and nothing trains any more.
 
         Raises:
-            LifecycleError: See `check_deployable`.
+            LifecycleError: See `bitlayers.checks.check_deployable`.
             NonFiniteError: The weight holds NaN or infinity; nothing is changed.
         """
-        self.check_deployable()
+        check_deployable(self, "weight")
         packed = self._perform_deployment()
         if not (isinstance(packed, tuple) and len(packed) == 2):
             raise LifecycleError(
@@ -400,14 +385,10 @@ class BitLayerBase(nn.Module):
         )
 
 
-_deployed_stays_logged = False
-
-
+@cache
 def _log_deployed_stays() -> None:
-    global _deployed_stays_logged
-    if not _deployed_stays_logged:
-        _deployed_stays_logged = True
-        logger.warning(
-            "bitlab: train() leaves deployed layers in inference mode; train adapters on them, or "
-            "the latent model"
-        )
+    """Logs once a process."""
+    logger.warning(
+        "bitlab: train() leaves deployed layers in inference mode; train adapters on them, or the "
+        "latent model"
+    )

@@ -31,7 +31,17 @@ def check_sizes(name: str, in_features: int, out_features: int, config: BitQuant
 
 
 def check_deployable(layer: BitLayerBase, name: str) -> None:
-    """See `BitLayerBase.check_deployable`."""
+    """Checks that a layer can be deployed, changing nothing.
+
+    Args:
+        layer: The layer.
+        name: What messages call its weight.
+
+    Raises:
+        LifecycleError: The layer is deployed, on the meta device, sharded or parametrized.
+        ArgumentTypeError: The weight has a dtype that cannot be packed.
+        NonFiniteError: The weight holds NaN or infinity.
+    """
     if layer.is_deployed:
         raise LifecycleError(f"deploy: {name} must be latent, got a layer that is deployed already")
     weight = layer._parameters.get("weight")

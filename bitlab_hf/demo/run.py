@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -39,15 +39,10 @@ from bitcore.errors import MissingExtraError
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.demo.corpus import source_files
 from bitlab_hf.demo.probe import Answer, probe
+from bitlab_hf.demo.report import PROMPTS, Report, show_table, show_texts
 from bitlab_hf.demo.text import Blocks, Perplexity, make_blocks, measure_perplexity
 from bitlab_hf.deploy import deploy
 from bitlab_hf.saving import save
-
-PROMPTS = (
-    "class Queue:\n    def __init__(self, maxsize=0):\n",
-    "import os\nimport sys\n\ndef main():\n",
-    '    def close(self):\n        """',
-)
 
 
 @dataclass(frozen=True)
@@ -79,28 +74,6 @@ class Settings:
     float_learning_rate: float = 1e-4
     generate: int = 64
     seed: int = 0
-
-
-@dataclass
-class Report:
-    """What a run measured; ratios are of perplexities."""
-
-    model: str
-    threads: int
-    isa: str
-    train_tokens: int = 0
-    heldout_tokens: int = 0
-    original: Perplexity | None = None
-    rounded: Perplexity | None = None
-    finetuned: Perplexity | None = None
-    ternary: Perplexity | None = None
-    ratio: float = 0.0
-    logits_identical: bool = False
-    original_probe: Answer | None = None
-    ternary_probe: Answer | None = None
-    original_bytes: int = 0
-    ternary_bytes: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class _Bars(TrainerCallback):
@@ -161,6 +134,8 @@ class Demo:
         self._settings = settings
         self._console = console
         self._bf16 = _bf16_is_faster()
+        # The Trainer insists on a folder, though it is told to save nothing.
+        self._scratch = tempfile.TemporaryDirectory()
         self._report = Report(settings.model or "the model that ships with BitLab", 0, "")
 
     @contextmanager
@@ -230,8 +205,8 @@ class Demo:
         best = min(report.original.value, report.finetuned.value)
         report.ratio = report.ternary.value / best
         with self._stage(6, "The result"):
-            self._show_texts()
-        self._show_table()
+            show_texts(report, self._console)
+        show_table(report, self._console, settings.output)
         (settings.output / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
         if not report.logits_identical:
             raise RuntimeError("the logits of the fresh process differ from the deployed model's")
@@ -270,7 +245,7 @@ class Demo:
         settings = self._settings
         ternary = teacher is not None
         arguments = TrainingArguments(
-            output_dir=str(settings.output.with_name(f".{settings.output.name}.trainer")),
+            output_dir=self._scratch.name,
             per_device_train_batch_size=settings.batch if ternary else settings.float_batch,
             num_train_epochs=1,
             learning_rate=settings.learning_rate if ternary else settings.float_learning_rate,
@@ -306,50 +281,6 @@ class Demo:
         result = probe(model, ids, list(PROMPTS), self._settings.generate, self._report.threads)
         progress.advance(task)
         return result
-
-    def _show_texts(self) -> None:
-        report = self._report
-        assert report.original_probe is not None
-        assert report.ternary_probe is not None
-        for index, prompt in enumerate(PROMPTS):
-            for name, answer in (
-                ("original", report.original_probe),
-                ("ternary", report.ternary_probe),
-            ):
-                self._console.rule(f"{name}, greedy", align="left", style="dim")
-                self._console.print(prompt, style="dim", end="", markup=False, highlight=False)
-                lines = answer.texts[index].splitlines()[:5]
-                self._console.print("\n".join(lines), markup=False, highlight=False)
-
-    def _show_table(self) -> None:
-        report = self._report
-        table = Table(title="BitLab demo: everything here was measured in this run")
-        table.add_column("model")
-        for name in (
-            "perplexity", "bits/byte", "weights", "resident", "load", "tokens/s",
-        ):  # fmt: skip
-            table.add_column(name, justify="right")
-        table.add_row(
-            "original",
-            *_quality(report.original),
-            *_cost(report.original_bytes, report.original_probe),
-        )
-        table.add_row("original, fine-tuned on the same tokens", *_quality(report.finetuned))
-        table.add_row("ternarized, no training", *_quality(report.rounded))
-        table.add_row(
-            "ternary, trained and deployed",
-            *_quality(report.ternary),
-            *_cost(report.ternary_bytes, report.ternary_probe),
-            style="bold",
-        )
-        self._console.print(table)
-        same = "bit-identical" if report.logits_identical else "DIFFERENT"
-        self._console.print(
-            f"Trained on {report.train_tokens:,} tokens, scored on {report.heldout_tokens:,} "
-            f"held-out ones. Perplexity is {report.ratio:.2f} times the better full-precision one. "
-            f"Logits after reloading in a fresh process: {same}.\n"
-            f"Total time {sum(report.seconds.values()):.0f} s. The model: {self._settings.output}"
-        )
 
 
 def _require_accelerate() -> None:
@@ -397,19 +328,4 @@ def _weight_bytes(model: str) -> int:
     folder = Path(model)
     return (
         sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    )
-
-
-def _quality(perplexity: Perplexity | None) -> tuple[str, str]:
-    assert perplexity is not None
-    return f"{perplexity.value:.2f}", f"{perplexity.bits_per_byte:.3f}"
-
-
-def _cost(size: int, answer: Answer | None) -> tuple[str, str, str, str]:
-    assert answer is not None
-    return (
-        f"{size / 1e6:.2f} MB" if size else "-",
-        f"{answer.resident_bytes / 1e6:.1f} MB",
-        f"{answer.load_seconds:.2f} s",
-        f"{answer.tokens_per_second:.0f}",
     )

@@ -33,7 +33,9 @@ class Blocks:
 def make_blocks(tokenizer: Any, files: Iterable[SourceFile], length: int) -> Blocks:
     """Concatenates files, a separator before each, and cuts them into blocks; a rest is dropped."""
     texts = [file.text for file in files]
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = [
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts
+    ]
     separator = tokenizer.bos_token_id
     if separator is None:
         separator = tokenizer.eos_token_id

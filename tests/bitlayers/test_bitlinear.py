@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from bitcore import BitQuantConfig
-from bitcore.errors import ArgumentTypeError
+from bitcore.errors import ArgumentError, ArgumentTypeError
 from bitlayers import LAYER_REGISTRY, BitLayerBase, BitLinear, register_layer
 
 
@@ -109,3 +110,24 @@ def test_compiled_layer_equals_eager() -> None:
     assert torch.equal(compiled(x), layer(x))
     layer.deploy()
     assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"in_features": 0}, ArgumentError, "in_features must be an int of at least 1, got 0"),
+    ({"out_features": -3}, ArgumentError, "out_features"),
+    ({"in_features": 8.0}, ArgumentError, "in_features"),
+    ({"in_features": 131072}, ArgumentError, "at most 131071"),
+    ({"init_method": "zeros"}, ArgumentError, "'kaiming_uniform', 'xavier_uniform'"),
+    ({"quant_config": {"weight_granularity": "per_tensor"}}, ArgumentTypeError, "BitQuantConfig"),
+    (
+        {"quant_config": BitQuantConfig(weight_granularity="per_group", group_size=64)},
+        ArgumentError,
+        "multiple of group_size 64, got 100",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_ARGUMENTS)
+def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        BitLinear(**{"in_features": 100, "out_features": 8, **change})

@@ -33,7 +33,7 @@ def run(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.Comple
     command = [*(launcher or (sys.executable,)), str(SCRIPT), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if launcher else dict(os.environ)
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env=environment
+        command, capture_output=True, text=True, check=False, timeout=180, env=environment
     )
 
 
@@ -67,7 +67,7 @@ def test_trains_resumes_and_deploys(text: Path, tmp_path: Path) -> None:
     "launcher",
     [
         ("accelerate", "launch", "--cpu", "--num_processes", "1"),
-        ("torchrun", "--nproc-per-node", "2", "--master-port", "0"),
+        ("torchrun", "--standalone", "--nproc-per-node", "2"),
     ],
     ids=["accelerate", "two processes"],
 )

@@ -1,0 +1,101 @@
+"""What a run of the demo measured, and how it is shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bitlab_hf.demo.probe import Answer
+from bitlab_hf.demo.text import Perplexity
+
+PROMPTS = (
+    "class Queue:\n    def __init__(self, maxsize=0):\n",
+    "import os\nimport sys\n\ndef main():\n",
+    '    def close(self):\n        """',
+)
+
+
+@dataclass
+class Report:
+    """What a run measured; ratios are of perplexities."""
+
+    model: str
+    threads: int
+    isa: str
+    train_tokens: int = 0
+    heldout_tokens: int = 0
+    original: Perplexity | None = None
+    rounded: Perplexity | None = None
+    finetuned: Perplexity | None = None
+    ternary: Perplexity | None = None
+    ratio: float = 0.0
+    logits_identical: bool = False
+    original_probe: Answer | None = None
+    ternary_probe: Answer | None = None
+    original_bytes: int = 0
+    ternary_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def show_texts(report: Report, console: Console) -> None:
+    """Prints what the original and the ternary model continue each prompt with."""
+    assert report.original_probe is not None
+    assert report.ternary_probe is not None
+    for index, prompt in enumerate(PROMPTS):
+        for name, answer in (
+            ("original", report.original_probe),
+            ("ternary", report.ternary_probe),
+        ):
+            console.rule(f"{name}, greedy", align="left", style="dim")
+            console.print(prompt, style="dim", end="", markup=False, highlight=False)
+            lines = answer.texts[index].splitlines()[:5]
+            console.print("\n".join(lines), markup=False, highlight=False)
+
+
+def show_table(report: Report, console: Console, output: Path) -> None:
+    """Prints the closing table."""
+    table = Table(title="BitLab demo: everything here was measured in this run")
+    table.add_column("model")
+    for name in (
+        "perplexity", "bits/byte", "weights", "resident", "load", "tokens/s",
+    ):  # fmt: skip
+        table.add_column(name, justify="right")
+    table.add_row(
+        "original",
+        *_quality(report.original),
+        *_cost(report.original_bytes, report.original_probe),
+    )
+    table.add_row("original, fine-tuned on the same tokens", *_quality(report.finetuned))
+    table.add_row("ternarized, no training", *_quality(report.rounded))
+    table.add_row(
+        "ternary, trained and deployed",
+        *_quality(report.ternary),
+        *_cost(report.ternary_bytes, report.ternary_probe),
+        style="bold",
+    )
+    console.print(table)
+    same = "bit-identical" if report.logits_identical else "DIFFERENT"
+    console.print(
+        f"Trained on {report.train_tokens:,} tokens, scored on {report.heldout_tokens:,} "
+        f"held-out ones. Perplexity is {report.ratio:.2f} times the better full-precision one. "
+        f"Logits after reloading in a fresh process: {same}.\n"
+        f"Total time {sum(report.seconds.values()):.0f} s. The model: {output}"
+    )
+
+
+def _quality(perplexity: Perplexity | None) -> tuple[str, str]:
+    assert perplexity is not None
+    return f"{perplexity.value:.2f}", f"{perplexity.bits_per_byte:.3f}"
+
+
+def _cost(size: int, answer: Answer | None) -> tuple[str, str, str, str]:
+    assert answer is not None
+    return (
+        f"{size / 1e6:.2f} MB" if size else "-",
+        f"{answer.resident_bytes / 1e6:.1f} MB",
+        f"{answer.load_seconds:.2f} s",
+        f"{answer.tokens_per_second:.0f}",
+    )
