@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -13,7 +14,7 @@ from bitlab_hf.demo.text import Perplexity
 
 PROMPTS = (
     "class Queue:\n    def __init__(self, maxsize=0):\n",
-    "import os\nimport sys\n\ndef main():\n",
+    "    def __len__(self):\n        return",
     '    def close(self):\n        """',
 )
 
@@ -57,21 +58,22 @@ def show_texts(report: Report, console: Console) -> None:
 
 def show_table(report: Report, console: Console, output: Path) -> None:
     """Prints the closing table."""
-    table = Table(title="BitLab demo: everything here was measured in this run")
-    table.add_column("model")
-    for name in (
-        "perplexity", "bits/byte", "weights", "resident", "load", "tokens/s",
-    ):  # fmt: skip
-        table.add_column(name, justify="right")
+    # Fits 80 columns.
+    table = Table(
+        title="Everything here was measured in this run", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("model", no_wrap=True)
+    for name in ("perplexity", "bits/byte", "weights", "memory", "load", "tokens/s"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_row(
         "original",
         *_quality(report.original),
         *_cost(report.original_bytes, report.original_probe),
     )
-    table.add_row("original, fine-tuned on the same tokens", *_quality(report.finetuned))
-    table.add_row("ternarized, no training", *_quality(report.rounded))
+    table.add_row("original, fine-tuned too", *_quality(report.finetuned))
+    table.add_row("ternarized, untrained", *_quality(report.rounded))
     table.add_row(
-        "ternary, trained and deployed",
+        "ternary, trained",
         *_quality(report.ternary),
         *_cost(report.ternary_bytes, report.ternary_probe),
         style="bold",
@@ -79,7 +81,7 @@ def show_table(report: Report, console: Console, output: Path) -> None:
     console.print(table)
     same = "bit-identical" if report.logits_identical else "DIFFERENT"
     console.print(
-        f"Trained on {report.train_tokens:,} tokens, scored on {report.heldout_tokens:,} "
+        f"Both fine-tunings saw the same {report.train_tokens:,} tokens; scored on {report.heldout_tokens:,} "
         f"held-out ones. Perplexity is {report.ratio:.2f} times the better full-precision one. "
         f"Logits after reloading in a fresh process: {same}.\n"
         f"Total time {sum(report.seconds.values()):.0f} s. The model: {output}"

@@ -144,7 +144,7 @@ class Demo:
         started = time.perf_counter()
         columns = (
             TextColumn("      {task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
