@@ -60,17 +60,17 @@ def show_table(report: Report, console: Console, output: Path) -> None:
     """Prints the closing table."""
     # Fits 80 columns.
     table = Table(
-        title="Everything here was measured in this run", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title="Everything here was measured in this run", box=box.SIMPLE_HEAD, pad_edge=False
     )
     table.add_column("model", no_wrap=True)
-    for name in ("perplexity", "bits/byte", "weights", "memory", "load", "tokens/s"):
+    for name in ("perplexity", "bits/byte", "weights", "memory", "load", "tok/s"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_row(
         "original",
         *_quality(report.original),
         *_cost(report.original_bytes, report.original_probe),
     )
-    table.add_row("original, fine-tuned too", *_quality(report.finetuned))
+    table.add_row("original, fine-tuned", *_quality(report.finetuned))
     table.add_row("ternarized, untrained", *_quality(report.rounded))
     table.add_row(
         "ternary, trained",
@@ -81,7 +81,8 @@ def show_table(report: Report, console: Console, output: Path) -> None:
     console.print(table)
     same = "bit-identical" if report.logits_identical else "DIFFERENT"
     console.print(
-        f"Both fine-tunings saw the same {report.train_tokens:,} tokens; scored on {report.heldout_tokens:,} "
+        f"Both fine-tunings saw the same {report.train_tokens:,} tokens; scored on "
+        f"{report.heldout_tokens:,} "
         f"held-out ones. Perplexity is {report.ratio:.2f} times the better full-precision one. "
         f"Logits after reloading in a fresh process: {same}.\n"
         f"Total time {sum(report.seconds.values()):.0f} s. The model: {output}"
