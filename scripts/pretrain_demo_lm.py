@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="the folder to write the model to"
     )
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=1900)
     parser.add_argument("--batch", type=int, default=16, help="blocks of 512 tokens a step")
     parser.add_argument("--muon-lr", type=float, default=0.01)
     parser.add_argument("--adam-lr", type=float, default=3e-3)

@@ -59,9 +59,7 @@ def show_texts(report: Report, console: Console) -> None:
 def show_table(report: Report, console: Console, output: Path) -> None:
     """Prints the closing table."""
     # Fits 80 columns.
-    table = Table(
-        title="Everything here was measured in this run", box=box.SIMPLE_HEAD, pad_edge=False
-    )
+    table = Table(title="Everything here was measured in this run", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("model", no_wrap=True)
     for name in ("perplexity", "bits/byte", "weights", "memory", "load", "tok/s"):
         table.add_column(name, justify="right", no_wrap=True)
