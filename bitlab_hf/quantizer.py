@@ -116,7 +116,7 @@ class BitLabHfQuantizer(HfQuantizer):
             skip += [name for layer in lacking for name in layer.names]
         config.modules_to_not_convert = sorted(set(skip))
         if config.head == "ternary":
-            self._check_ternary_head(model, found, dtype)
+            self._check_ternary_head(model, found)
         if self.file_is_packed:
             assert checkpoint is not None
             swap_packed(model, found, config)
@@ -129,9 +129,7 @@ class BitLabHfQuantizer(HfQuantizer):
                 self._prepare_packing(model, dtype, checkpoint)
                 self._check_offload(device_map)
 
-    def _check_ternary_head(
-        self, model: PreTrainedModel, found: list[Found[nn.Linear]], dtype: torch.dtype | None
-    ) -> None:
+    def _check_ternary_head(self, model: PreTrainedModel, found: list[Found[nn.Linear]]) -> None:
         """Refuses heads that cannot be converted as asked, rather than leave them as they are."""
         head = model.get_output_embeddings()
         if head is None and self.was_converted:
@@ -156,9 +154,10 @@ class BitLabHfQuantizer(HfQuantizer):
                 "bitlab: a tied head must not be packed at load, got one tied to the embedding\n"
                 'Load it latent with head="ternary", then call deploy(model).'
             )
-        if self.quantization_config.latent_dtype == "float32" and dtype != torch.float32:
+        held = head.weight.dtype
+        if self.quantization_config.latent_dtype == "float32" and held != torch.float32:
             raise ConfigError(
-                f"bitlab: a tied ternary head must be float32 with the embedding, got {dtype}\n"
+                f"bitlab: a tied ternary head must be float32 with the embedding, got {held}\n"
                 'Pass dtype=torch.float32, or latent_dtype="keep".'
             )
 

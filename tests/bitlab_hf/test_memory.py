@@ -72,6 +72,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measure(path: Path, **fields: Any) -> dict[str, int]:
+    """Loads in three processes; the least counts, since an allocator's whims only ever add."""
+    found = [measure_once(path, **fields) for _ in range(3)]
+    return {name: min(result[name] for result in found) for name in found[0]}
+
+
+def measure_once(path: Path, **fields: Any) -> dict[str, int]:
     command = [sys.executable, "-c", CODE, str(path), json.dumps(fields)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
