@@ -57,7 +57,7 @@ def deploy(model: Model) -> Model:
             "weights in memory"
         )
     groups = check_single_weight(latent)
-    packed = [group[0].module._perform_deployment() for group in groups.values()]
+    packed = [group[0].module.build_packed() for group in groups.values()]
     for group, (qweight, scale) in zip(groups.values(), packed, strict=True):
         for layer in group:
             layer.module.commit_packed(qweight, scale)

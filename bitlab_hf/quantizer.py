@@ -327,7 +327,7 @@ class PackAtLoad(ConversionOps):
             layer = model.get_submodule(name.rpartition(".")[0])
             assert isinstance(layer, BitLayerBase)
             layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
-            qweight, scale = layer._perform_deployment()
+            qweight, scale = layer.build_packed()
             if not bool(torch.isfinite(scale).all()):
                 self._quantizer.nonfinite.append(name)
             layer.commit_packed(qweight, scale)

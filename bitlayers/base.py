@@ -235,14 +235,18 @@ class BitLayerBase(nn.Module):
             NonFiniteError: The weight holds NaN or infinity; nothing is changed.
         """
         check_deployable(self, "weight")
+        self.commit_packed(*self.build_packed())
+        return self
+
+    def build_packed(self) -> tuple[Tensor, Tensor]:
+        """Returns what `_perform_deployment` built, checked to be a pair; changes nothing."""
         packed = self._perform_deployment()
         if not (isinstance(packed, tuple) and len(packed) == 2):
             raise LifecycleError(
                 f"{type(self).__name__}: _perform_deployment must return (qweight, qweight_scale), "
                 f"got {packed!r}"
             )
-        self.commit_packed(*packed)
-        return self
+        return packed
 
     def commit_packed(self, qweight: Tensor, qweight_scale: Tensor) -> None:
         """Makes the layer deployed with these packed tensors, which it keeps.

@@ -73,7 +73,7 @@ def test_a_save_that_fails_leaves_the_previous_one_whole(
         save(model, target, tokenizer=tokenizer)
     except OSError:
         failed = True
-    if point != "_flush":
+    if point != "_flush" or after == 0:
         assert failed
     monkeypatch.undo()
     now = contents(target)
@@ -215,6 +215,16 @@ def test_deploy_is_all_or_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -
         deploy(model)
     assert not any(f.module.is_deployed for f in quantized_layers(model))
     assert torch.equal(logits_of(model), expected)
+
+
+def test_a_layer_that_builds_nothing_stops_deploy_before_any_commit(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = quantized_layers(model)[-1].module
+    monkeypatch.setattr(last, "_perform_deployment", lambda: None)
+    with pytest.raises(LifecycleError, match="_perform_deployment must return"):
+        deploy(model)
+    assert not any(f.module.is_deployed for f in quantized_layers(model))
 
 
 def test_one_weight_with_two_configurations() -> None:
