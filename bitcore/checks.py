@@ -90,6 +90,20 @@ def check_packed(op: str, qweight: Tensor, weight_scale: Tensor | None, out_feat
     )
 
 
+def check_int8(op: str, qweight: Tensor, weight_scale: Tensor) -> None:
+    """Checks an int8 weight [N, K] and its float32 scale [N]."""
+    check_dtype(op, "qweight", qweight, torch.int8)
+    check_dtype(op, "weight_scale", weight_scale, torch.float32)
+    if qweight.dim() != 2 or qweight.shape[0] == 0 or qweight.shape[1] == 0:
+        raise ArgumentError(
+            f"{op}: qweight must be [N, K] with N and K at least 1, got {list(qweight.shape)}"
+        )
+    if list(weight_scale.shape) != [qweight.shape[0]]:
+        raise ArgumentError(
+            f"{op}: weight_scale must be [{qweight.shape[0]}], got {list(weight_scale.shape)}"
+        )
+
+
 def check_input(op: str, x: Tensor, in_features: int) -> None:
     """Checks activations [..., K]."""
     check_float(op, "x", x)

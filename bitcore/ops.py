@@ -1,4 +1,4 @@
-"""The torch ops ``torch.ops.bitlab.*``: schemas, fakes, autograd.
+"""The torch ops ``torch.ops.bitlab.*``: implementations and fakes.
 
 Ops never look at values and never branch on them, so they are captured by torch.compile and export.
 
@@ -7,37 +7,12 @@ Ops never look at values and never branch on them, so they are captured by torch
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from bitcore import checks, reference
+from bitcore import checks, gradients  # noqa: F401  (gradients registers itself)
 from bitcore.kernels.registry import kernels_for
-
-_library = torch.library.Library("bitlab", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-_library.define("quantize_activation(Tensor x, bool per_tensor) -> (Tensor, Tensor)", tags=_TAGS)
-_library.define(
-    "pack_weight(Tensor weight, str granularity, int group_size) -> (Tensor, Tensor)", tags=_TAGS
-)
-_library.define(
-    "unpack_weight(Tensor qweight, Tensor weight_scale, SymInt out_features, ScalarType dtype)"
-    " -> Tensor",
-    tags=_TAGS,
-)
-_library.define("matmul(Tensor codes, Tensor qweight, SymInt out_features) -> Tensor", tags=_TAGS)
-_library.define(
-    "linear(Tensor x, Tensor qweight, Tensor weight_scale, Tensor? bias, SymInt out_features,"
-    " str activation, ScalarType out_dtype) -> Tensor",
-    tags=_TAGS,
-)
-_library.define(
-    "qat_linear(Tensor x, Tensor weight, Tensor? bias, str granularity, int group_size,"
-    " str activation, ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
+from bitcore.schemas import library as _library
 
 _DEVICES = ("CPU", "CUDA")
 
@@ -89,7 +64,9 @@ def _unpack_weight(
     qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
 ) -> Tensor:
     checks.check_packed("bitlab::unpack_weight", qweight, weight_scale, out_features)
-    return reference.unpack_weight(qweight, weight_scale, out_features, dtype)
+    return kernels_for(qweight.device.type).unpack_weight(
+        qweight, weight_scale, out_features, dtype
+    )
 
 
 def _matmul(codes: Tensor, qweight: Tensor, out_features: int) -> Tensor:
@@ -109,6 +86,49 @@ def _linear(
     _check_linear(x, qweight, weight_scale, bias, out_features, activation, out_dtype)
     return kernels_for(x.device.type).linear(
         x, qweight, weight_scale, bias, out_features, activation, out_dtype
+    )
+
+
+def _check_linear_int8(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> None:
+    checks.check_int8("bitlab::linear_int8", qweight, weight_scale)
+    checks.check_in_features("bitlab::linear_int8", qweight.shape[1])
+    checks.check_input("bitlab::linear_int8", x, qweight.shape[1])
+    checks.check_bias("bitlab::linear_int8", bias, qweight.shape[0])
+    checks.check_activation("bitlab::linear_int8", "int8_per_token", out_dtype)
+
+
+def _linear_int8(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    _check_linear_int8(x, qweight, weight_scale, bias, out_dtype)
+    return kernels_for(x.device.type).linear_int8(x, qweight, weight_scale, bias, out_dtype)
+
+
+def _check_gradient(
+    dy: Tensor, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
+) -> None:
+    checks.check_packed("bitlab::input_gradient", qweight, weight_scale, out_features)
+    checks.check_float("bitlab::input_gradient", "dy", dy)
+    checks.check_last_axis("bitlab::input_gradient", "dy", dy, out_features)
+    checks.check_activation("bitlab::input_gradient", "float", dtype)
+
+
+def _input_gradient_op(
+    dy: Tensor, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
+) -> Tensor:
+    _check_gradient(dy, qweight, weight_scale, out_features, dtype)
+    return kernels_for(dy.device.type).input_gradient(
+        dy, qweight, weight_scale, out_features, dtype
     )
 
 
@@ -137,6 +157,8 @@ for _device in _DEVICES:
     _library.impl("matmul", _matmul, _device)
     _library.impl("linear", _linear, _device)
     _library.impl("qat_linear", _qat_linear, _device)
+    _library.impl("linear_int8", _linear_int8, _device)
+    _library.impl("input_gradient", _input_gradient_op, _device)
 
 
 @torch.library.register_fake("bitlab::quantize_activation", lib=_library)
@@ -190,6 +212,26 @@ def _fake_linear(
     return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
 
 
+@torch.library.register_fake("bitlab::linear_int8", lib=_library)
+def _(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    _check_linear_int8(x, qweight, weight_scale, bias, out_dtype)
+    return x.new_empty((*x.shape[:-1], qweight.shape[0]), dtype=out_dtype)
+
+
+@torch.library.register_fake("bitlab::input_gradient", lib=_library)
+def _(
+    dy: Tensor, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
+) -> Tensor:
+    _check_gradient(dy, qweight, weight_scale, out_features, dtype)
+    return dy.new_empty((*dy.shape[:-1], qweight.shape[1]), dtype=dtype)
+
+
 @torch.library.register_fake("bitlab::qat_linear", lib=_library)
 def _(
     x: Tensor,
@@ -206,71 +248,6 @@ def _(
     codes = x.new_empty(x.shape if quantized else (0,), dtype=torch.int8)
     x_scale = x.new_empty((*x.shape[:-1], 1) if quantized else (0,), dtype=torch.float32)
     return y, qweight, scale, codes, x_scale
-
-
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Keeps autocast from rounding what is computed here on purpose in another dtype."""
-    device = tensor.device.type
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
-
-
-def _input_gradient(
-    dy: Tensor, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
-) -> Tensor:
-    """``dx = dy @ (w_q * s_w)``, computed in dy's dtype."""
-    with _no_autocast(dy):
-        weight = torch.ops.bitlab.unpack_weight(qweight, weight_scale, out_features, dy.dtype)
-        dx: Tensor = (dy @ weight).to(dtype)
-    return dx
-
-
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, weight_scale, _, out_features, _, _ = inputs
-    ctx.save_for_backward(qweight, weight_scale)
-    ctx.out_features, ctx.x_dtype = out_features, x.dtype
-
-
-def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Packed weights are constants: only the input has a gradient (straight-through rounding)."""
-    qweight, weight_scale = ctx.saved_tensors
-    dx = _input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype)
-    return dx, None, None, None, None, None, None
-
-
-def _qat_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _, _, activation, _ = inputs
-    _, qweight, weight_scale, codes, x_scale = output
-    if activation == "float":
-        ctx.save_for_backward(qweight, weight_scale, x)
-    else:
-        ctx.save_for_backward(qweight, weight_scale, codes, x_scale)
-    ctx.out_features, ctx.x_dtype = weight.shape[0], x.dtype
-    ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
-
-
-def _qat_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    """Straight-through gradients: ``dx = dy @ (w_q s_w)``, ``dW = dy.T @ (x_q s_x)``."""
-    qweight, weight_scale, *inputs = ctx.saved_tensors
-    dx = dw = db = None
-    if ctx.needs_input_grad[0]:
-        dx = _input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype)
-    rows = dy.reshape(-1, ctx.out_features)
-    if ctx.needs_input_grad[1]:
-        with _no_autocast(dy):
-            x = inputs[0] if len(inputs) == 1 else inputs[0].float() * inputs[1]
-            x = x.to(dy.dtype).reshape(-1, x.shape[-1])
-            dw = (rows.t() @ x).to(ctx.weight_dtype)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-        db = rows.float().sum(0).to(ctx.bias_dtype)
-    return dx, dw, db, None, None, None, None
-
-
-torch.library.register_autograd(
-    "bitlab::linear", _linear_backward, setup_context=_linear_setup, lib=_library
-)
-torch.library.register_autograd(
-    "bitlab::qat_linear", _qat_backward, setup_context=_qat_setup, lib=_library
-)
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
@@ -331,10 +308,54 @@ def linear(
         The sums are exact integers; every float32 operation is rounded in the order written, and
         the result once more to the output dtype. A token with NaN or infinity gives NaN.
     """
+    out_dtype = output_dtype(x)
+    if _is_plain(x) and _fits(x, qweight, weight_scale, bias, out_features, activation):
+        return kernels_for("cpu").linear(
+            x, qweight, weight_scale, bias, out_features, activation, out_dtype
+        )
     y: Tensor = torch.ops.bitlab.linear(
-        x, qweight, weight_scale, bias, out_features, activation, output_dtype(x)
+        x, qweight, weight_scale, bias, out_features, activation, out_dtype
     )
     return y
+
+
+def _fits(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str,
+) -> bool:
+    """Tells in passing what `_check_linear` would find right at length for the usual case."""
+    rows, in_features = qweight.shape
+    return (
+        bias is None
+        and activation in checks.ACTIVATIONS
+        and x.shape[-1] == in_features
+        and 4 * rows - 4 < out_features <= 4 * rows
+        and weight_scale.numel() == 1
+        and qweight.dtype is torch.uint8
+        and weight_scale.dtype is torch.float32
+        and x.dtype in checks.FLOAT_DTYPES
+        and in_features <= checks.MAX_IN_FEATURES
+    )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Tells whether an op on x can be called past the dispatcher, which costs more than a small
+    layer: eager inference, with nothing that records, traces, batches or replaces calls.
+    """
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._autograd._profiler_enabled()
+    )
 
 
 def qat_linear(

@@ -85,3 +85,30 @@ def linear_float(
         weight = unpack_weight(qweight, weight_scale, out_features, out_dtype)
         bias = None if bias is None else bias.to(out_dtype)
         return F.linear(x.to(out_dtype), weight, bias).contiguous()
+
+
+def linear_int8(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """``y = (x_q @ qweight.T) * (x_scale * weight_scale) + bias``, sums exact; int8 weights."""
+    codes, x_scale = quantize.quantize_activation(x, False)
+    with torch.autocast(x.device.type, enabled=False):
+        # Exact: every partial sum is an integer of magnitude at most 127 * 127 * 131071 < 2^53.
+        sums = F.linear(codes.double(), qweight.double()).float()
+    y = sums * (x_scale * weight_scale)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(out_dtype).contiguous()
+
+
+def input_gradient(
+    dy: Tensor, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
+) -> Tensor:
+    """``dx = dy @ (w_q * weight_scale)``, computed in dy's dtype."""
+    with torch.autocast(dy.device.type, enabled=False):
+        weight = unpack_weight(qweight, weight_scale, out_features, dy.dtype)
+        return (dy @ weight).to(dtype).contiguous()

@@ -16,7 +16,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -197,7 +197,9 @@ class BitLayerBase(nn.Module):
         cache.
         """
         if self._is_deployed:
-            return self.qweight, self.qweight_scale
+            # Not by attribute: nn.Module's look-up costs as much as a small layer.
+            packed = self._parameters["qweight"], self._buffers["qweight_scale"]
+            return cast(tuple[Tensor, Tensor], packed)
         weight = self.weight
         if torch.compiler.is_compiling() or weight.is_inference():
             return self._pack()

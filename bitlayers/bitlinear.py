@@ -40,7 +40,9 @@ class BitLinear(BitLayerBase, nn.Linear):
     def _eval_forward(self, x: Tensor) -> Tensor:
         qweight, scale = self.packed()
         # Packed weights are constants, so the bias is one too: only x gets a gradient.
-        bias = None if self.bias is None else self.bias.detach()
+        bias: Tensor | None = self._parameters["bias"]
+        if bias is not None and bias.requires_grad:
+            bias = bias.detach()
         return ops.linear(x, qweight, scale, bias, self.out_features, self.quant_config.activation)
 
     def _on_enter_training_mode(self) -> None:

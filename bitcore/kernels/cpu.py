@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,13 @@ from bitcore.errors import BackendError
 from bitcore.kernels.native import ISA_VARIABLE, load_cpu_library
 
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FLOAT_PLANES = 4
+# From more tokens on, torch's float32 product of unpacked blocks is faster than exact sums.
+_FEW_FLOAT_TOKENS = 16
+# Elements of a block unpacked for torch: 4 MiB of float32.
+_BLOCK_ELEMENTS = 2**20
+# Bytes of workspace that each thread keeps.
+_KEPT_WORKSPACE = 2**20
 
 
 class CpuKernels:
@@ -27,6 +35,8 @@ class CpuKernels:
     def __init__(self) -> None:
         self._library = load_cpu_library()
         self._linear = self._library.bk_cpu_linear_i8_t2
+        self._sizes: dict[tuple[int, int, int, int, int], int] = {}
+        self._kept = threading.local()
         self.select_isa(os.environ.get(ISA_VARIABLE, "auto"), source=ISA_VARIABLE)
 
     @property
@@ -111,13 +121,25 @@ class CpuKernels:
         )  # fmt: skip
         return codes, scale
 
+    def _workspace(self, count: int, in_features: int, columns: int, planes: int) -> Tensor:
+        """Scratch memory of a call; a small one is kept for the next call of the same thread."""
+        key = (count, in_features, columns, planes, torch.get_num_threads())
+        size = self._sizes.get(key)
+        if size is None:
+            size = self._sizes[key] = self._library.bk_cpu_linear_workspace(*key)
+        if size > _KEPT_WORKSPACE:
+            return torch.empty(size, dtype=torch.uint8)
+        kept: Tensor | None = getattr(self._kept, "workspace", None)
+        if kept is None:
+            kept = self._kept.workspace = torch.empty(_KEPT_WORKSPACE, dtype=torch.uint8)
+        return kept
+
     def matmul(self, codes: Tensor, qweight: Tensor, out_features: int) -> Tensor:
         """See `bitcore.reference.matmul`."""
         tokens = codes.reshape(-1, codes.shape[-1]).contiguous()
         count, in_features = tokens.shape
         acc = torch.empty((*codes.shape[:-1], out_features), dtype=torch.int32)
-        size = self._library.bk_cpu_linear_workspace(count, in_features, 0)
-        workspace = torch.empty(size, dtype=torch.uint8)
+        workspace = self._workspace(count, in_features, 0, 1)
         qweight = qweight.contiguous()
         self._check(
             self._library.bk_cpu_matmul_i8_t2_i32(
@@ -138,26 +160,149 @@ class CpuKernels:
         out_dtype: torch.dtype,
     ) -> Tensor:
         """See `bitcore.reference.linear`: one native call, activations included."""
-        if activation == "float":
-            return reference.linear_float(x, qweight, weight_scale, bias, out_features, out_dtype)
         in_features = x.shape[-1]
-        tokens = x.reshape(-1, in_features)
+        tokens = x if x.dim() == 2 else x.reshape(-1, in_features)
         if tokens.stride(1) != 1:
             tokens = tokens.contiguous()
         count = tokens.shape[0]
+        is_float = activation == "float"
+        if is_float and count > _FEW_FLOAT_TOKENS:
+            y = self._linear_in_blocks(tokens, qweight, weight_scale, bias, out_features)
+            return y.to(out_dtype).view(*x.shape[:-1], out_features)
         columns = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
         y = torch.empty((*x.shape[:-1], out_features), dtype=out_dtype)
-        size = count * (in_features + 63 & -64) + 4 * count * (1 + (columns or 1))
-        workspace = torch.empty(size, dtype=torch.uint8)
+        workspace = self._workspace(count, in_features, columns, _FLOAT_PLANES if is_float else 1)
         qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
         bias = None if bias is None else bias.contiguous()
-        status = self._linear(
+        arguments = (
             tokens.data_ptr(), _TYPE_CODES[x.dtype], tokens.stride(0), qweight.data_ptr(),
             weight_scale.data_ptr(), weight_scale.shape[0], columns,
             None if bias is None else bias.data_ptr(),
             0 if bias is None else _TYPE_CODES[bias.dtype], y.data_ptr(), _TYPE_CODES[out_dtype],
-            count, out_features, in_features, activation == "int8_per_tensor",
-            workspace.data_ptr(), torch.get_num_threads(),
+            count, out_features, in_features,
         )  # fmt: skip
-        self._check(status)
+        end = (workspace.data_ptr(), torch.get_num_threads())
+        if is_float:
+            self._check(self._library.bk_cpu_linear_f32_t2(*arguments, *end))
+        else:
+            self._check(self._linear(*arguments, activation == "int8_per_tensor", *end))
         return y
+
+    def _linear_in_blocks(
+        self,
+        tokens: Tensor,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+    ) -> Tensor:
+        """Float activations of many tokens: packed rows unpacked block by block for torch's own
+        float32 product, which is faster there than exact sums.
+        """
+        rows, in_features = qweight.shape
+        step = max(1, _BLOCK_ELEMENTS // (4 * in_features))
+        x = tokens.float()
+        y = torch.empty((x.shape[0], 4 * rows), dtype=torch.float32)
+        lanes = y.view(-1, 4, rows)
+        with torch.autocast("cpu", enabled=False):
+            for first in range(0, rows, step):
+                last = min(first + step, rows)
+                weight = self._unpack_block(
+                    qweight,
+                    weight_scale,
+                    torch.float32,
+                    out_features,
+                    (first, last, 0, in_features),
+                )
+                lanes[:, :, first:last] = (x @ weight.t()).view(-1, 4, last - first)
+        y = y[:, :out_features]
+        return y if bias is None else y + bias.float()
+
+    def linear_int8(
+        self,
+        x: Tensor,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """See `bitcore.reference.linear_int8`: one native call, activations included."""
+        out_features, in_features = qweight.shape
+        tokens = x.reshape(-1, in_features)
+        if tokens.stride(1) != 1:
+            tokens = tokens.contiguous()
+        count = tokens.shape[0]
+        y = torch.empty((*x.shape[:-1], out_features), dtype=out_dtype)
+        workspace = self._workspace(count, in_features, 0, 1)
+        qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        self._check(
+            self._library.bk_cpu_linear_i8_i8(
+                tokens.data_ptr(), _TYPE_CODES[x.dtype], tokens.stride(0), qweight.data_ptr(),
+                weight_scale.data_ptr(), None if bias is None else bias.data_ptr(),
+                0 if bias is None else _TYPE_CODES[bias.dtype], y.data_ptr(),
+                _TYPE_CODES[out_dtype], count, out_features, in_features, workspace.data_ptr(),
+                torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        return y
+
+    def _unpack_block(
+        self,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        dtype: torch.dtype,
+        out_features: int,
+        block: tuple[int, int, int, int],
+    ) -> Tensor:
+        """Codes times scale of packed rows and columns ``[first, last)``, one lane of rows after
+        the other; what stands for missing rows is zero.
+        """
+        first_row, last_row, first_column, last_column = block
+        rows, in_features = qweight.shape
+        shape = (4 * (last_row - first_row), last_column - first_column)
+        make = torch.empty if out_features == 4 * rows else torch.zeros
+        weight = make(shape, dtype=dtype)
+        columns = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
+        self._check(
+            self._library.bk_cpu_unpack_t2(
+                qweight.data_ptr(), weight_scale.data_ptr(), weight_scale.shape[0], columns,
+                weight.data_ptr(), _TYPE_CODES[dtype], out_features, in_features, *block,
+                torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        return weight
+
+    def unpack_weight(
+        self, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
+    ) -> Tensor:
+        """See `bitcore.reference.unpack_weight`."""
+        if dtype not in _TYPE_CODES:
+            return reference.unpack_weight(qweight, weight_scale, out_features, dtype)
+        qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
+        block = (0, qweight.shape[0], 0, qweight.shape[1])
+        weight = self._unpack_block(qweight, weight_scale, dtype, out_features, block)
+        return weight if weight.shape[0] == out_features else weight[:out_features].clone()
+
+    def input_gradient(
+        self,
+        dy: Tensor,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        out_features: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """See `bitcore.reference.input_gradient`: columns unpacked block by block, in float32."""
+        rows, in_features = qweight.shape
+        qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
+        step = max(64, _BLOCK_ELEMENTS // (4 * rows) // 64 * 64)
+        tokens = dy.reshape(-1, out_features).float()
+        dx = torch.empty((tokens.shape[0], in_features), dtype=dtype)
+        with torch.autocast("cpu", enabled=False):
+            for first in range(0, in_features, step):
+                last = min(first + step, in_features)
+                weight = self._unpack_block(
+                    qweight, weight_scale, torch.float32, out_features, (0, rows, first, last)
+                )
+                dx[:, first:last] = tokens @ weight[:out_features]
+        return dx.view(*dy.shape[:-1], in_features)

@@ -12,7 +12,7 @@ import torch  # noqa: F401  (loads torch's OpenMP runtime first, so that the lib
 import bitcore
 from bitcore.errors import BackendError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY_DIRECTORY_VARIABLE = "BITLAB_LIBRARY_DIR"
 ISA_VARIABLE = "BITLAB_CPU_ISA"
 
@@ -23,12 +23,26 @@ CPU_SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
     "bk_cpu_supported_isas": (c_char_p, ()),
     "bk_cpu_isa": (c_char_p, ()),
     "bk_cpu_select_isa": (c_int32, (c_char_p,)),
-    "bk_cpu_linear_workspace": (c_int64, (c_int64, c_int64, c_int64)),
+    "bk_cpu_linear_workspace": (c_int64, (c_int64, c_int64, c_int64, c_int32, c_int32)),
     "bk_cpu_linear_i8_t2": (
         c_int32,
         (
             c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32,
             c_void_p, c_int32, c_int64, c_int64, c_int64, c_int32, c_void_p, c_int32,
+        ),
+    ),
+    "bk_cpu_linear_f32_t2": (
+        c_int32,
+        (
+            c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32,
+            c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_int32,
+        ),
+    ),
+    "bk_cpu_linear_i8_i8": (
+        c_int32,
+        (
+            c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_int32,
+            c_int64, c_int64, c_int64, c_void_p, c_int32,
         ),
     ),
     "bk_cpu_quantize_i8": (
@@ -49,6 +63,13 @@ CPU_SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
         c_int32,
         (
             c_void_p, c_int32, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int32,
+        ),
+    ),
+    "bk_cpu_unpack_t2": (
+        c_int32,
+        (
+            c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32, c_int64, c_int64, c_int64,
+            c_int64, c_int64, c_int64, c_int32,
         ),
     ),
 }  # fmt: skip

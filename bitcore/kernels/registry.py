@@ -43,6 +43,34 @@ class Kernels(Protocol):
         """Multiplies int8 codes with packed ones, exactly."""
         ...
 
+    def unpack_weight(
+        self, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Unpacks to codes times scale."""
+        ...
+
+    def input_gradient(
+        self,
+        dy: Tensor,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        out_features: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Multiplies an output's gradient with the packed weight."""
+        ...
+
+    def linear_int8(
+        self,
+        x: Tensor,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """Runs a layer with int8 weights."""
+        ...
+
     def linear(
         self,
         x: Tensor,

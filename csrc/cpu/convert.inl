@@ -63,3 +63,9 @@ inline auto with_type(int32_t type, F &&f) {
     if (type == BK_F16) return f(F16{});
     return f(F32{});
 }
+
+// An integer known at compile time, as an argument.
+template <int N>
+struct Constant {
+    static constexpr int value = N;
+};

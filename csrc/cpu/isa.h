@@ -1,23 +1,34 @@
-// What an instruction set provides: the table that api.cpp dispatches through.
+// What an instruction set provides: the table that the C functions dispatch through.
 #ifndef BITLAB_CPU_ISA_H
 #define BITLAB_CPU_ISA_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 namespace bitlab {
 
-// Token codes are padded with zeros to a multiple of this, so that vector loops need no tail on the activations.
+// Codes of a token are padded with zeros to a multiple of this, so that vector loops need no tail on the activations.
 constexpr int64_t kPadK = 64;
-// Packed rows that one task of the linear kernel handles; their outputs are written as four contiguous runs.
-constexpr int64_t kRowBlock = 16;
+// Packed rows that one task handles: the weight rows of its four lanes are written as four contiguous runs.
+constexpr int64_t kBlock = 16;
+constexpr int64_t kBlockOutputs = 4 * kBlock;
+// Columns of a block that are unpacked at once for many tokens: with the tokens' codes they stay in the L1 cache.
+constexpr int64_t kPanelK = 512;
+// Tokens whose sums a task keeps at once; a multiple of BK_FLOAT_PLANES times the tokens of every tile.
+constexpr int64_t kMostTokens = 288;
+// Every instruction set unpacks from at least this many rows of codes on, and from at most that many.
+constexpr int64_t kLeastPanel = 8;
+constexpr int64_t kMostDirect = 48;
 
 constexpr int64_t padded(int64_t K) { return (K + kPadK - 1) / kPadK * kPadK; }
 
+// Rows of codes are tokens, or with planes == BK_FLOAT_PLANES the digits of one token after the other, lowest first.
 struct Activations {
-    const int8_t *codes;  // [M, padded(K)]
-    const float *scale;   // [M]
-    const int32_t *sums;  // [M, columns]: the sum of the codes of each group of K
+    const int8_t *codes;  // [rows, padded(K)]
+    const float *scale;   // [M]: of the codes; with planes the exponent of the lowest digit
+    const int32_t *sums;  // [rows, columns]: the sum of the codes of each group of K
     int64_t columns;      // groups along K; 1 unless the weight scales are per group
+    int64_t planes;
 };
 
 struct LinearArgs {
@@ -29,8 +40,30 @@ struct LinearArgs {
     const void *bias;
     int32_t bias_type;
     void *y;
-    int32_t y_type;
+    int32_t y_type;  // BK_I32: y is [M, N] of the exact sums
     int64_t M, N, K;
+};
+
+constexpr int32_t kI32 = -1;
+
+struct PackArgs {
+    const void *weight;  // const or not, by the function
+    int32_t type;
+    const float *weight_scale;
+    int64_t scale_rows, columns;  // columns: groups along K
+    uint8_t *qweight;
+    int64_t N, K;
+};
+
+struct Block {
+    int64_t first_row, last_row, first_column, last_column;
+};
+
+// Memory of one thread for linear() with kLeastPanel rows of codes or more, aligned to 64.
+struct Scratch {
+    alignas(64) uint8_t panel[4 * kBlock * kPanelK];
+    int32_t acc[kMostTokens * kBlockOutputs];
+    float totals[kMostTokens * kBlockOutputs];
 };
 
 struct Kernels {
@@ -38,25 +71,33 @@ struct Kernels {
     bool (*supported)();
     // Returns max|x| of a row; NaN if the row holds NaN.
     float (*absmax)(const void *x, int32_t type, int64_t K);
-    // codes[0..K) = clamp(round(x * a)), zeros up to padded_to; sums[c] = the sum over the c-th of `columns` parts of
-    // K.
+    // codes[0..K) = clamp(round(x * a)), zeros up to padded_to; sums[c] = the sum over the c-th of `columns` parts.
     void (*quantize)(const void *x, int32_t type, float a, int64_t K, int64_t padded_to, int8_t *codes, int32_t *sums,
                      int64_t columns);
-    // The fused linear for packed rows [first, last).
-    void (*linear)(const LinearArgs &args, int64_t first, int64_t last);
-    // Exact integer sums for packed rows [first, last); acc is [M, N].
-    void (*matmul)(const LinearArgs &args, int32_t *acc, int64_t first, int64_t last);
+    // The BK_FLOAT_PLANES digits of round(x * factor), each as quantize() writes them.
+    void (*quantize_planes)(const void *x, int32_t type, double factor, int64_t K, int64_t padded_to, int8_t *codes,
+                            int32_t *sums, int64_t columns);
+    // The fused linear for packed rows [first, last); scratch may be null below kLeastPanel rows of codes.
+    void (*linear)(const LinearArgs &args, int64_t first, int64_t last, Scratch *scratch);
+    // The fused linear with int8 weights for rows [first, last).
+    void (*linear_i8)(const LinearArgs &args, int64_t first, int64_t last);
     // float64 sum of |w| over count elements, in the order that bitkernels.h fixes.
     double (*abs_sum)(const void *weight, int32_t type, int64_t offset, int64_t count);
-    // Ternarizes packed row r; inverse scales are computed from weight_scale.
-    void (*pack_row)(const void *weight, int32_t type, const float *weight_scale, int64_t scale_rows,
-                     int64_t scale_columns, uint8_t *qweight, int64_t N, int64_t K, int64_t r);
+    // Ternarizes packed rows [first, last).
+    void (*pack)(const PackArgs &args, int64_t first, int64_t last);
+    // Unpacks rows [first, last) of a block into args.weight.
+    void (*unpack)(const PackArgs &args, const Block &block, int64_t first, int64_t last);
 };
 
 extern const Kernels kKernelsPortable;
 #if defined(__x86_64__)
 extern const Kernels kKernelsAvx2;
+extern const Kernels kKernelsAvxVnni;
+extern const Kernels kKernelsAvx512Bw;
 extern const Kernels kKernelsAvx512Vnni;
+#elif defined(__aarch64__)
+extern const Kernels kKernelsNeonDotprod;
+extern const Kernels kKernelsNeonI8mm;
 #endif
 
 }  // namespace bitlab

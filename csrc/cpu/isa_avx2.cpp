@@ -1,6 +1,7 @@
-// AVX2: bytes of weights (at most 128) times int8 codes by vpmaddubsw. A pair is at most 2 * 128 * 128 in magnitude and
-// reaches that only as -32768, so it never saturates; vpmaddwd widens every pair at once, because summing lane 3 even
-// twice in int16 would overflow (the defect that bitnet.cpp's I2_S kernel has).
+// AVX2: unsigned bytes times int8 codes by vpmaddubsw, added up in int16 and widened in time. The upper two lanes are
+// shifted down by 4, so that a pair of products is at most 2 * 8 * 128 = 2^11 in magnitude, negative: 16 of them fit
+// int16. Codes of a panel are 0 to 2, a pair 2 * 2 * 128 = 2^9: 64 fit. Widening every pair at once would cost a third
+// multiplication; not widening is the defect that bitnet.cpp's I2_S kernel has.
 #include <immintrin.h>
 
 #include "bitkernels.h"
@@ -9,46 +10,37 @@
 namespace bitlab {
 namespace {
 
-// 2 tokens x 4 lanes = 8 accumulators, 4 masks, the weights, a token, one and a product: 16 registers.
-constexpr int kTokens = 2;
+#include "x86_256.inl"
 
-inline int32_t sum_of(__m256i v) {
-    const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    const __m128i quarter = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
-    return _mm_cvtsi128_si32(_mm_add_epi32(quarter, _mm_shuffle_epi32(quarter, 0xB1)));
+constexpr int64_t kSplitChunk = 16;
+constexpr int64_t kPanelChunk = 64;
+constexpr int kLaneShift[4] = {0, 2, 0, 2};
+// 16 registers: 8 parts, 2 lanes and their masks, the codes, a product.
+constexpr int kWholeSums = 4;
+constexpr int kTokens = 4;
+// 8 parts, 2 vectors of weights, the codes, a product.
+constexpr int kPanelVectors = 2;
+constexpr int kPanelTokens = 4;
+constexpr int64_t kPanelFrom = 32;
+constexpr uint32_t kInt8Offset = 0;
+
+template <int L>
+inline void split(Bytes w, int lane, Bytes lanes[L]) {
+    for (int i = 0; i < L; i += 2) {
+        const Bytes pair = lane + i == 0 ? w : _mm256_srli_epi16(w, 4);
+        lanes[i] = _mm256_and_si256(pair, _mm256_set1_epi8(0x03));
+        lanes[i + 1] = _mm256_and_si256(pair, _mm256_set1_epi8(0x0C));
+    }
 }
-
-template <int T>
-inline void step(__m256i w, const int8_t *x, int64_t x_stride, __m256i acc[4][T]) {
-    const __m256i one = _mm256_set1_epi16(1);
-    for (int i = 0; i < 4; ++i) {
-        const __m256i lane = _mm256_and_si256(w, _mm256_set1_epi8(static_cast<char>(3 << (2 * i))));
-        for (int t = 0; t < T; ++t) {
-            const __m256i code = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(x + t * x_stride));
-            acc[i][t] = _mm256_add_epi32(acc[i][t], _mm256_madd_epi16(_mm256_maddubs_epi16(lane, code), one));
-        }
-    }
+inline Part multiply_add(Part part, Bytes w, Bytes code) {
+    return _mm256_add_epi16(part, _mm256_maddubs_epi16(w, code));
 }
-
-template <int T>
-void dot(const uint8_t *w, const int8_t *x, int64_t x_stride, int64_t k, int32_t raw[4][T]) {
-    __m256i acc[4][T];
-    for (int i = 0; i < 4; ++i) {
-        for (int t = 0; t < T; ++t) acc[i][t] = _mm256_setzero_si256();
-    }
-    int64_t p = 0;
-    for (; p + 32 <= k; p += 32) {
-        _mm_prefetch(reinterpret_cast<const char *>(w + p + 4096), _MM_HINT_T0);
-        step<T>(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(w + p)), x + p, x_stride, acc);
-    }
-    if (p < k) {
-        alignas(32) uint8_t tail[32] = {};
-        __builtin_memcpy(tail, w + p, static_cast<size_t>(k - p));
-        step<T>(_mm256_load_si256(reinterpret_cast<const __m256i *>(tail)), x + p, x_stride, acc);
-    }
-    for (int i = 0; i < 4; ++i) {
-        for (int t = 0; t < T; ++t) raw[i][t] = sum_of(acc[i][t]);
-    }
+inline Sums widen(Sums sums, Part part) {
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));
+}
+// |w| times the code with w's sign: at most 2 * 127 * 127 for a pair, as quantized codes are never -128.
+inline Sums multiply_add_i8(Sums sums, Bytes w, Bytes code) {
+    return widen(sums, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(code, w)));
 }
 
 #include "loops.inl"
@@ -57,6 +49,6 @@ bool supported() { return __builtin_cpu_supports("avx2"); }
 
 }  // namespace
 
-const Kernels kKernelsAvx2 = {"avx2", supported, absmax, quantize, linear, matmul, abs_sum, pack_row};
+extern const Kernels kKernelsAvx2 = BITLAB_KERNELS("avx2", supported);
 
 }  // namespace bitlab

@@ -1,25 +1,65 @@
-// Portable C++: right everywhere, and what the other instruction sets are compared with.
+// Plain C++ for any CPU: vectors of one machine's smallest width, element by element.
 #include "bitkernels.h"
 #include "isa.h"
 
 namespace bitlab {
 namespace {
 
-constexpr int kTokens = 2;
+constexpr int kWidth = 16;
+constexpr int kRows = 4;
+struct Bytes {
+    uint8_t at[kWidth];
+};
+typedef int32_t Sums __attribute__((vector_size(16)));
+using Part = Sums;
 
-template <int T>
-void dot(const uint8_t *w, const int8_t *x, int64_t x_stride, int64_t k, int32_t raw[4][T]) {
-    int32_t acc[4][T] = {};
-    for (int64_t p = 0; p < k; ++p) {
-        for (int t = 0; t < T; ++t) {
-            const int32_t code = x[t * x_stride + p];
-            acc[0][t] += (w[p] & 0x03) * code;
-            acc[1][t] += (w[p] & 0x0C) * code;
-            acc[2][t] += (w[p] & 0x30) * code;
-            acc[3][t] += (w[p] & 0xC0) * code;
-        }
+constexpr int64_t kSplitChunk = int64_t{1} << 20;
+constexpr int64_t kPanelChunk = int64_t{1} << 20;
+constexpr int kLaneShift[4] = {0, 0, 0, 0};
+constexpr int kWholeSums = 4;
+constexpr int kTokens = 1;
+constexpr int kPanelVectors = 1;
+constexpr int kPanelTokens = 1;
+constexpr int64_t kPanelFrom = 8;
+constexpr uint32_t kInt8Offset = 0;
+
+inline Bytes load(const void *from) {
+    Bytes bytes;
+    __builtin_memcpy(&bytes, from, kWidth);
+    return bytes;
+}
+inline Bytes broadcast(const int8_t *four) {
+    Bytes bytes;
+    for (int b = 0; b < kWidth; b += 4) __builtin_memcpy(bytes.at + b, four, 4);
+    return bytes;
+}
+template <typename Vector>
+inline void in_order(Vector &) {}
+inline Part zero_part() { return Part{}; }
+inline Sums zero_sums() { return Sums{}; }
+inline Sums load_sums(const int32_t *from) {
+    Sums sums;
+    __builtin_memcpy(&sums, from, kWidth);
+    return sums;
+}
+inline void store_sums(int32_t *to, Sums sums) { __builtin_memcpy(to, &sums, kWidth); }
+inline Sums widen(Sums sums, Part part) { return sums + part; }
+inline void reduce(const Sums sums[4], int32_t out[4]) {
+    for (int i = 0; i < 4; ++i) out[i] = sums[i][0] + sums[i][1] + sums[i][2] + sums[i][3];
+}
+template <int L>
+inline void split(const Bytes &w, int lane, Bytes lanes[L]) {
+    for (int i = 0; i < L; ++i) {
+        for (int b = 0; b < kWidth; ++b) lanes[i].at[b] = static_cast<uint8_t>(w.at[b] >> (2 * (lane + i)) & 3);
     }
-    __builtin_memcpy(raw, acc, sizeof(acc));
+}
+inline Part multiply_add(Part part, const Bytes &w, const Bytes &code) {
+    for (int b = 0; b < kWidth; ++b) part[b / 4] += w.at[b] * static_cast<int8_t>(code.at[b]);
+    return part;
+}
+inline Sums multiply_add_i8(Sums sums, const Bytes &w, const Bytes &code) {
+    for (int b = 0; b < kWidth; ++b) sums[b / 4] += static_cast<int8_t>(w.at[b]) * static_cast<int8_t>(code.at[b]);
+    return sums;
 }
 
 #include "loops.inl"
@@ -28,6 +68,6 @@ bool supported() { return true; }
 
 }  // namespace
 
-const Kernels kKernelsPortable = {"portable", supported, absmax, quantize, linear, matmul, abs_sum, pack_row};
+extern const Kernels kKernelsPortable = BITLAB_KERNELS("portable", supported);
 
 }  // namespace bitlab

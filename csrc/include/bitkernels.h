@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define BK_ABI_VERSION 1
+#define BK_ABI_VERSION 2
 #define BK_API __attribute__((visibility("default")))
 
 /* Largest K: a sum of K products of the int8 code -128 and the byte 128 still fits int32. */
@@ -52,11 +52,16 @@ BK_API const char *bk_cpu_isa(void);
  */
 BK_API int32_t bk_cpu_select_isa(const char *name);
 
+/* Codes that one element becomes where activations are not quantized: see bk_cpu_linear_f32_t2. */
+#define BK_FLOAT_PLANES 4
+
 /*
- * Returns the bytes of workspace that bk_cpu_linear_i8_t2 needs.
+ * Returns the bytes of workspace that a linear or matmul call needs.
  *   scale_columns: K / group size for per-group weight scales, else 0.
+ *   planes:        1, or BK_FLOAT_PLANES for bk_cpu_linear_f32_t2.
  */
-BK_API int64_t bk_cpu_linear_workspace(int64_t M, int64_t K, int64_t scale_columns);
+BK_API int64_t bk_cpu_linear_workspace(int64_t M, int64_t K, int64_t scale_columns, int32_t planes,
+                                       int32_t num_threads);
 
 /*
  * y = x_q @ w_q.T * (x_scale * weight_scale) + bias: int8 activations, ternary weights, one fused call.
@@ -72,12 +77,44 @@ BK_API int64_t bk_cpu_linear_workspace(int64_t M, int64_t K, int64_t scale_colum
  *   weight_scale float32: [1] (scale_rows 1, scale_columns 0), [N] (N, 0) or [N, K / G] (N, K / G; G a multiple of 64)
  *   bias         [N] of bias_type, or null
  *   y            [M, N] of y_type, contiguous
- *   workspace    bk_cpu_linear_workspace(M, K, scale_columns) bytes, aligned to 64
+ *   workspace    bk_cpu_linear_workspace(M, K, scale_columns, 1, num_threads) bytes, aligned to 64
  */
 BK_API int32_t bk_cpu_linear_i8_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
                                    const float *weight_scale, int64_t scale_rows, int64_t scale_columns,
                                    const void *bias, int32_t bias_type, void *y, int32_t y_type, int64_t M, int64_t N,
                                    int64_t K, int32_t per_tensor, void *workspace, int32_t num_threads);
+
+/*
+ * y = x @ (w_q * weight_scale).T + bias: ternary weights, activations as they are.
+ *
+ * Each token becomes integers of 31 bits, x_i = round_half_even(x * 2^(30 - e)) with 2^(e - 1) <= max|x| < 2^e, and
+ * these four int8 digits of base 256, whose sums are exact: an element is changed only where its lowest bit is below
+ * 2^(e - 30), so 16-bit activations within 2^19 of the token's largest are taken as they are. The sums of a token,
+ * exact in int64, are scaled (and, per group, added) in float64, the bias is added in float64, and the result is
+ * rounded once to float32 and from there to y's type. It depends neither on num_threads nor on the instruction set.
+ * A token with NaN or infinity gives NaN.
+ *
+ *   Arguments as in bk_cpu_linear_i8_t2.
+ *   workspace    bk_cpu_linear_workspace(M, K, scale_columns, BK_FLOAT_PLANES, num_threads) bytes, aligned to 64
+ */
+BK_API int32_t bk_cpu_linear_f32_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
+                                    const float *weight_scale, int64_t scale_rows, int64_t scale_columns,
+                                    const void *bias, int32_t bias_type, void *y, int32_t y_type, int64_t M, int64_t N,
+                                    int64_t K, void *workspace, int32_t num_threads);
+
+/*
+ * y = x_q @ w_q.T * (x_scale * weight_scale) + bias with int8 weights, for output heads.
+ *
+ * Activations are quantized per token as in bk_cpu_linear_i8_t2 and the float operations are those of its per-channel
+ * form; sums are exact int32.
+ *   qweight      int8 [N, K], contiguous, -127 to 127
+ *   weight_scale float32 [N]
+ *   workspace    bk_cpu_linear_workspace(M, K, 0, 1, num_threads) bytes, aligned to 64
+ */
+BK_API int32_t bk_cpu_linear_i8_i8(const void *x, int32_t x_type, int64_t x_stride, const int8_t *qweight,
+                                   const float *weight_scale, const void *bias, int32_t bias_type, void *y,
+                                   int32_t y_type, int64_t M, int64_t N, int64_t K, void *workspace,
+                                   int32_t num_threads);
 
 /*
  * Quantizes activations as bk_cpu_linear_i8_t2 does.
@@ -91,7 +128,7 @@ BK_API int32_t bk_cpu_quantize_i8(const void *x, int32_t x_type, int64_t x_strid
 /*
  * acc = codes @ w_q.T, exact.
  *   codes int8 [M, K], contiguous; qweight uint8 [R, K]; acc int32 [M, N], contiguous
- *   workspace: bk_cpu_linear_workspace(M, K, 0) bytes, aligned to 64
+ *   workspace: bk_cpu_linear_workspace(M, K, 0, 1, num_threads) bytes, aligned to 64
  */
 BK_API int32_t bk_cpu_matmul_i8_t2_i32(const int8_t *codes, const uint8_t *qweight, int32_t *acc, int64_t M, int64_t N,
                                        int64_t K, void *workspace, int32_t num_threads);
@@ -118,6 +155,18 @@ BK_API int32_t bk_cpu_weight_scale(const void *weight, int32_t weight_type, floa
  */
 BK_API int32_t bk_cpu_pack_t2(const void *weight, int32_t weight_type, const float *weight_scale, int64_t scale_rows,
                               int64_t scale_columns, uint8_t *qweight, int64_t N, int64_t K, int32_t num_threads);
+
+/*
+ * Unpacks a block: codes times weight_scale, one float32 product, rounded to weight_type.
+ *   qweight      uint8 [R, K], contiguous
+ *   weight_scale as bk_cpu_linear_i8_t2 takes it
+ *   weight       [4, last_row - first_row, last_column - first_column] of weight_type, contiguous: lane i holds the
+ * rows i * R + first_row on; rows past N are left as they are. The whole matrix is rows [0, R), columns [0, K).
+ */
+BK_API int32_t bk_cpu_unpack_t2(const uint8_t *qweight, const float *weight_scale, int64_t scale_rows,
+                                int64_t scale_columns, void *weight, int32_t weight_type, int64_t N, int64_t K,
+                                int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column,
+                                int32_t num_threads);
 
 #ifdef __cplusplus
 }

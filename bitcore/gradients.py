@@ -1,0 +1,74 @@
+"""The gradients of ``torch.ops.bitlab.linear`` and ``qat_linear``."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitcore.schemas import library as _library
+
+
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Keeps autocast from rounding what is computed here on purpose in another dtype."""
+    device = tensor.device.type
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+def _input_gradient(
+    dy: Tensor, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
+) -> Tensor:
+    """``dx = dy @ (w_q * s_w)``."""
+    dx: Tensor = torch.ops.bitlab.input_gradient(dy, qweight, weight_scale, out_features, dtype)
+    return dx
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qweight, weight_scale, _, out_features, _, _ = inputs
+    ctx.save_for_backward(qweight, weight_scale)
+    ctx.out_features, ctx.x_dtype = out_features, x.dtype
+
+
+def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Packed weights are constants: only the input has a gradient (straight-through rounding)."""
+    qweight, weight_scale = ctx.saved_tensors
+    dx = _input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype)
+    return dx, None, None, None, None, None, None
+
+
+def _qat_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _, _, activation, _ = inputs
+    _, qweight, weight_scale, codes, x_scale = output
+    if activation == "float":
+        ctx.save_for_backward(qweight, weight_scale, x)
+    else:
+        ctx.save_for_backward(qweight, weight_scale, codes, x_scale)
+    ctx.out_features, ctx.x_dtype = weight.shape[0], x.dtype
+    ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+
+
+def _qat_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    """Straight-through gradients: ``dx = dy @ (w_q s_w)``, ``dW = dy.T @ (x_q s_x)``."""
+    qweight, weight_scale, *inputs = ctx.saved_tensors
+    dx = dw = db = None
+    if ctx.needs_input_grad[0]:
+        dx = _input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype)
+    rows = dy.reshape(-1, ctx.out_features)
+    if ctx.needs_input_grad[1]:
+        with _no_autocast(dy):
+            x = inputs[0] if len(inputs) == 1 else inputs[0].float() * inputs[1]
+            x = x.to(dy.dtype).reshape(-1, x.shape[-1])
+            dw = (rows.t() @ x).to(ctx.weight_dtype)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+        db = rows.float().sum(0).to(ctx.bias_dtype)
+    return dx, dw, db, None, None, None, None
+
+
+torch.library.register_autograd(
+    "bitlab::linear", _linear_backward, setup_context=_linear_setup, lib=_library
+)
+torch.library.register_autograd(
+    "bitlab::qat_linear", _qat_backward, setup_context=_qat_setup, lib=_library
+)

@@ -1,0 +1,45 @@
+// AVX-512 VNNI: unsigned bytes times int8 codes straight into int32 sums, in 512-bit vectors.
+#include <immintrin.h>
+
+#include "bitkernels.h"
+#include "isa.h"
+
+namespace bitlab {
+namespace {
+
+#include "x86_512.inl"
+#include "x86_vnni.inl"
+
+// 32 registers: 16 sums, 4 lanes and their masks; the codes come from memory.
+constexpr int kWholeSums = 16;
+constexpr int kTokens = 8;
+// 24 sums, 4 vectors of weights: a block's four lanes; the codes are broadcast from memory.
+constexpr int kPanelVectors = 4;
+constexpr int kPanelTokens = 6;
+constexpr int64_t kPanelFrom = 24;
+
+template <int L>
+inline void split(Bytes w, int lane, Bytes lanes[L]) {
+    for (int i = 0; i < L; ++i) {
+        lanes[i] = _mm512_and_si512(w, _mm512_set1_epi8(static_cast<char>(3 << (2 * (lane + i)))));
+    }
+}
+inline Part multiply_add(Part part, Bytes w, Bytes code) { return _mm512_dpbusd_epi32(part, w, code); }
+inline Sums widen(Sums sums, Part part) { return _mm512_add_epi32(sums, part); }
+// Weights plus 128 are unsigned; the sums' offset comes off by kInt8Offset.
+inline Sums multiply_add_i8(Sums sums, Bytes w, Bytes code) {
+    return _mm512_dpbusd_epi32(sums, _mm512_xor_si512(w, _mm512_set1_epi8(static_cast<char>(0x80))), code);
+}
+
+#include "loops.inl"
+
+bool supported() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+
+}  // namespace
+
+extern const Kernels kKernelsAvx512Vnni = BITLAB_KERNELS("avx512vnni", supported);
+
+}  // namespace bitlab

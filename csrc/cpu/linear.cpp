@@ -1,0 +1,274 @@
+// The functions that multiply: checks, activations, and packed rows shared out among the threads.
+#include <math.h>
+#include <string.h>
+
+#include "common.h"
+
+namespace bitlab {
+namespace {
+
+// How one call's tokens become codes.
+struct QuantizeArgs {
+    const void *x;
+    int32_t type;
+    int64_t stride, M, K, padded_to, columns, planes;
+    bool per_tensor;
+};
+
+// The parts of the workspace; `scratch` is null where few tokens need none.
+struct Workspace {
+    int8_t *codes;
+    Scratch *scratch;
+    float *scale;
+    int32_t *sums;
+
+    static int64_t scratch_bytes(int64_t rows, int32_t num_threads) {
+        const int64_t threads = num_threads < 1 ? 1 : num_threads;
+        return rows < kLeastPanel ? 0 : threads * static_cast<int64_t>(sizeof(Scratch));
+    }
+    static int64_t bytes(int64_t M, int64_t K, int64_t columns, int64_t planes, int32_t num_threads) {
+        const int64_t rows = M * planes;
+        return rows * padded(K) + scratch_bytes(rows, num_threads) + 4 * M + 4 * rows * columns;
+    }
+    Workspace(void *memory, int64_t M, int64_t K, int64_t planes, int32_t num_threads) {
+        const int64_t rows = M * planes;
+        codes = static_cast<int8_t *>(memory);
+        int8_t *next = codes + rows * padded(K);
+        const int64_t size = scratch_bytes(rows, num_threads);
+        scratch = size ? reinterpret_cast<Scratch *>(next) : nullptr;
+        scale = reinterpret_cast<float *>(next + size);
+        sums = reinterpret_cast<int32_t *>(scale + M);
+    }
+};
+
+const void *token(const QuantizeArgs &args, int64_t m) {
+    return static_cast<const char *>(args.x) + m * args.stride * size_of(args.type);
+}
+
+// One token's codes, scale and sums. `most` is what counts as its max|x|.
+void quantize_token(const Kernels &kernels, const QuantizeArgs &args, float most, int8_t *codes, float *scale,
+                    int32_t *sums, int64_t m) {
+    if (!isfinite(most)) {
+        memset(codes, 0, static_cast<size_t>(args.planes * args.padded_to));
+        memset(sums, 0, static_cast<size_t>(args.planes * args.columns) * sizeof(int32_t));
+        *scale = NAN;
+        return;
+    }
+    if (args.planes == 1) {
+        most = most < 1e-5f ? 1e-5f : most;
+        kernels.quantize(token(args, m), args.type, 127.0f / most, args.K, args.padded_to, codes, sums, args.columns);
+        *scale = most / 127.0f;
+        return;
+    }
+    int exponent = 0;
+    frexp(static_cast<double>(most), &exponent);
+    kernels.quantize_planes(token(args, m), args.type, ldexp(1.0, 30 - exponent), args.K, args.padded_to, codes, sums,
+                            args.columns);
+    *scale = static_cast<float>(exponent - 30);
+}
+
+// Tokens [first, last). tensor_max is the max|x| of the whole tensor, or null to take each token's.
+void quantize_tokens(const Kernels &kernels, const QuantizeArgs &args, const float *tensor_max, int8_t *codes,
+                     float *scale, int32_t *sums, int64_t first, int64_t last) {
+    for (int64_t m = first; m < last; ++m) {
+        const float most = tensor_max ? *tensor_max : kernels.absmax(token(args, m), args.type, args.K);
+        quantize_token(kernels, args, most, codes + m * args.planes * args.padded_to, scale + m,
+                       sums + m * args.planes * args.columns, m);
+    }
+}
+
+// max|x| over all tokens; scale is [M] of scratch.
+float absmax_tensor(const Kernels &kernels, const QuantizeArgs &args, float *scale, int threads) {
+    parallel(args.M, threads, [&](int64_t first, int64_t last) {
+        for (int64_t m = first; m < last; ++m) scale[m] = kernels.absmax(token(args, m), args.type, args.K);
+    });
+    float most = 0.0f;
+    for (int64_t m = 0; m < args.M; ++m) {
+        if (!(scale[m] <= most)) most = scale[m];
+        if (!isfinite(most)) break;
+    }
+    return most;
+}
+
+// The codes of all tokens, then f(first, last, thread) on shares of the tasks; with one wake-up of the threads.
+template <typename F>
+void quantize_then(const Kernels &kernels, const QuantizeArgs &x, const Workspace &parts, int64_t tasks, int threads,
+                   F &&f) {
+    float most = 0.0f;
+    const float *tensor_max = nullptr;
+    if (x.per_tensor) {
+        most = absmax_tensor(kernels, x, parts.scale, threads);
+        tensor_max = &most;
+    }
+    // One token is quantized once, by the caller: the others would wait for it in any case.
+    const bool alone = threads == 1 || x.M == 1;
+    if (alone) quantize_tokens(kernels, x, tensor_max, parts.codes, parts.scale, parts.sums, 0, x.M);
+    if (threads == 1) {
+        f(int64_t{0}, tasks, int64_t{0});
+        return;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t count = omp_get_num_threads();
+        const int64_t me = omp_get_thread_num();
+        if (!alone) {
+            quantize_tokens(kernels, x, tensor_max, parts.codes, parts.scale, parts.sums, x.M * me / count,
+                            x.M * (me + 1) / count);
+#pragma omp barrier
+        }
+        f(tasks * me / count, tasks * (me + 1) / count, me);
+    }
+}
+
+int64_t blocks(int64_t N) { return ((N + 3) / 4 + kBlock - 1) / kBlock; }
+
+// Packed rows in whole blocks, so that every thread writes whole runs of outputs.
+void linear_blocks(const Kernels &kernels, const LinearArgs &args, Scratch *scratch, int64_t first, int64_t last,
+                   int64_t thread) {
+    const int64_t R = (args.N + 3) / 4;
+    const int64_t end = last * kBlock < R ? last * kBlock : R;
+    if (first * kBlock < end) kernels.linear(args, first * kBlock, end, scratch ? scratch + thread : nullptr);
+}
+
+// Many tokens cost arithmetic, not memory: eight of them as much as reading the weights.
+int linear_threads(int64_t rows, int64_t packed_bytes, int64_t tasks, int32_t limit) {
+    return threads_for(packed_bytes * (1 + rows / 8), kBytesPerThread, tasks, limit);
+}
+
+int32_t linear_t2(const void *x, int32_t x_type, int64_t x_stride, const LinearArgs &weights, int64_t planes,
+                  bool per_tensor, int64_t scale_columns, void *workspace, int32_t num_threads) {
+    LinearArgs args = weights;
+    if (const char *text = check_shape(args.M, args.N, args.K, args.scale_rows, scale_columns, kPadK)) {
+        return fail(BK_INVALID_ARGUMENT, text);
+    }
+    if (!valid_type(x_type) || !valid_type(args.y_type) || (args.bias && !valid_type(args.bias_type))) {
+        return fail(BK_INVALID_ARGUMENT, "x_type, y_type and bias_type must be a bk_type");
+    }
+    if (args.M == 0) return BK_OK;
+    const int64_t columns = groups(scale_columns);
+    const Kernels &kernels = selected_kernels();
+    const Workspace parts(workspace, args.M, args.K, planes, num_threads);
+    args.x = {parts.codes, parts.scale, parts.sums, columns, planes};
+    args.grouped = scale_columns != 0;
+    const QuantizeArgs quantize = {x, x_type, x_stride, args.M, args.K, padded(args.K), columns, planes, per_tensor};
+    const int threads = linear_threads(args.M * planes, (args.N + 3) / 4 * args.K, blocks(args.N), num_threads);
+    quantize_then(kernels, quantize, parts, blocks(args.N), threads, [&](int64_t first, int64_t last, int64_t thread) {
+        linear_blocks(kernels, args, parts.scratch, first, last, thread);
+    });
+    return BK_OK;
+}
+
+}  // namespace
+}  // namespace bitlab
+
+using namespace bitlab;
+
+extern "C" {
+
+int64_t bk_cpu_linear_workspace(int64_t M, int64_t K, int64_t scale_columns, int32_t planes, int32_t num_threads) {
+    return Workspace::bytes(M, K, groups(scale_columns), planes, num_threads);
+}
+
+int32_t bk_cpu_linear_i8_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
+                            const float *weight_scale, int64_t scale_rows, int64_t scale_columns, const void *bias,
+                            int32_t bias_type, void *y, int32_t y_type, int64_t M, int64_t N, int64_t K,
+                            int32_t per_tensor, void *workspace, int32_t num_threads) {
+    const LinearArgs args = {{}, qweight, weight_scale, scale_rows, false, bias, bias_type, y, y_type, M, N, K};
+    return linear_t2(x, x_type, x_stride, args, 1, per_tensor != 0, scale_columns, workspace, num_threads);
+}
+
+int32_t bk_cpu_linear_f32_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
+                             const float *weight_scale, int64_t scale_rows, int64_t scale_columns, const void *bias,
+                             int32_t bias_type, void *y, int32_t y_type, int64_t M, int64_t N, int64_t K,
+                             void *workspace, int32_t num_threads) {
+    const LinearArgs args = {{}, qweight, weight_scale, scale_rows, false, bias, bias_type, y, y_type, M, N, K};
+    return linear_t2(x, x_type, x_stride, args, BK_FLOAT_PLANES, false, scale_columns, workspace, num_threads);
+}
+
+int32_t bk_cpu_linear_i8_i8(const void *x, int32_t x_type, int64_t x_stride, const int8_t *qweight,
+                            const float *weight_scale, const void *bias, int32_t bias_type, void *y, int32_t y_type,
+                            int64_t M, int64_t N, int64_t K, void *workspace, int32_t num_threads) {
+    if (const char *text = check_shape(M, N, K, N, 0, 1)) return fail(BK_INVALID_ARGUMENT, text);
+    if (!valid_type(x_type) || !valid_type(y_type) || (bias && !valid_type(bias_type))) {
+        return fail(BK_INVALID_ARGUMENT, "x_type, y_type and bias_type must be a bk_type");
+    }
+    if (M == 0) return BK_OK;
+    const Kernels &kernels = selected_kernels();
+    const Workspace parts(workspace, M, K, 1, num_threads);
+    const LinearArgs args = {{parts.codes, parts.scale, parts.sums, 1, 1},
+                             reinterpret_cast<const uint8_t *>(qweight),
+                             weight_scale,
+                             N,
+                             false,
+                             bias,
+                             bias_type,
+                             y,
+                             y_type,
+                             M,
+                             N,
+                             K};
+    const int64_t tasks = (N + kBlock - 1) / kBlock;
+    const QuantizeArgs quantize = {x, x_type, x_stride, M, K, padded(K), 1, 1, false};
+    quantize_then(kernels, quantize, parts, tasks, linear_threads(M, N * K, tasks, num_threads),
+                  [&](int64_t first, int64_t last, int64_t) {
+                      const int64_t end = last * kBlock < N ? last * kBlock : N;
+                      kernels.linear_i8(args, first * kBlock, end);
+                  });
+    return BK_OK;
+}
+
+int32_t bk_cpu_quantize_i8(const void *x, int32_t x_type, int64_t x_stride, int8_t *codes, float *scale, int64_t M,
+                           int64_t K, int32_t per_tensor, int32_t num_threads) {
+    if (const char *text = check_shape(M, 1, K, 1, 0, 1)) return fail(BK_INVALID_ARGUMENT, text);
+    if (!valid_type(x_type)) return fail(BK_INVALID_ARGUMENT, "x_type must be a bk_type");
+    const Kernels &kernels = selected_kernels();
+    const QuantizeArgs args = {x, x_type, x_stride, M, K, K, 1, 1, per_tensor != 0};
+    const int threads = threads_for(M * K, kElementsPerThread, M, num_threads);
+    const float most = per_tensor ? absmax_tensor(kernels, args, scale, threads) : 0.0f;
+    parallel(M, threads, [&](int64_t first, int64_t last) {
+        for (int64_t m = first; m < last; ++m) {
+            int32_t sum;
+            const float own = per_tensor ? most : kernels.absmax(token(args, m), x_type, K);
+            quantize_token(kernels, args, own, codes + m * K, scale + m, &sum, m);
+        }
+    });
+    return BK_OK;
+}
+
+int32_t bk_cpu_matmul_i8_t2_i32(const int8_t *codes, const uint8_t *qweight, int32_t *acc, int64_t M, int64_t N,
+                                int64_t K, void *workspace, int32_t num_threads) {
+    if (const char *text = check_shape(M, N, K, 1, 0, 1)) return fail(BK_INVALID_ARGUMENT, text);
+    if (M == 0) return BK_OK;
+    const Workspace parts(workspace, M, K, 1, num_threads);
+    for (int64_t m = 0; m < M; ++m) {
+        int8_t *row = parts.codes + m * padded(K);
+        memset(row, 0, static_cast<size_t>(padded(K)));
+        memcpy(row, codes + m * K, static_cast<size_t>(K));
+        parts.sums[m] = 0;
+        for (int64_t k = 0; k < K; ++k) parts.sums[m] += row[k];
+    }
+    LinearArgs args = {};
+    args.x = {parts.codes, nullptr, parts.sums, 1, 1};
+    args.qweight = qweight;
+    args.scale_rows = 1;
+    args.y = acc;
+    args.y_type = kI32;
+    args.M = M;
+    args.N = N;
+    args.K = K;
+    const Kernels &kernels = selected_kernels();
+    const int threads = linear_threads(M, (N + 3) / 4 * K, blocks(N), num_threads);
+    if (threads == 1) {
+        linear_blocks(kernels, args, parts.scratch, 0, blocks(N), 0);
+        return BK_OK;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t count = omp_get_num_threads();
+        const int64_t me = omp_get_thread_num();
+        linear_blocks(kernels, args, parts.scratch, blocks(N) * me / count, blocks(N) * (me + 1) / count, me);
+    }
+    return BK_OK;
+}
+
+}  // extern "C"

@@ -1,0 +1,242 @@
+// The fused linear: sums by matmul.inl, then scales, bias and the output's type, in the order that bitkernels.h fixes.
+// Included by each ISA file inside its anonymous namespace.
+
+// What one block of packed rows needs to know of its place.
+struct Place {
+    int64_t row, rows;  // packed rows
+    int64_t m, count;   // rows of codes
+    int32_t *acc;       // [count, 4, kBlock]
+    float *totals;      // the same, as float32, or float64 for count / planes: sums of the groups so far
+};
+
+inline double pow2(float exponent) {
+    if (exponent != exponent) return static_cast<double>(exponent);
+    const uint64_t bits = static_cast<uint64_t>(static_cast<int64_t>(exponent) + 1023) << 52;
+    double value;
+    __builtin_memcpy(&value, &bits, 8);
+    return value;
+}
+
+// The value of a token's digits, an integer of less than 2^48; acc holds their sums kBlockOutputs apart.
+inline double from_digits(const int32_t *acc) {
+    double value = 0.0;
+    for (int p = BK_FLOAT_PLANES - 1; p >= 0; --p) value = value * 256.0 + acc[p * kBlockOutputs];
+    return value;
+}
+
+// totals (+)= the sums of one group times its scale.
+inline void add_group(const LinearArgs &args, const Place &place, int64_t column) {
+    const int64_t R = (args.N + 3) / 4;
+    float scales[kBlockOutputs] = {};
+    for (int i = 0; i < 4; ++i) {
+        for (int64_t j = 0; j < place.rows; ++j) {
+            const int64_t n = i * R + place.row + j;
+            if (n < args.N) scales[i * kBlock + j] = args.weight_scale[n * args.x.columns + column];
+        }
+    }
+    if (args.x.planes == 1) {
+        for (int64_t m = 0; m < place.count; ++m) {
+            float *totals = place.totals + m * kBlockOutputs;
+            const int32_t *acc = place.acc + m * kBlockOutputs;
+            for (int64_t o = 0; o < kBlockOutputs; ++o) {
+                const float value = static_cast<float>(acc[o]) * scales[o];
+                totals[o] = column == 0 ? value : totals[o] + value;
+            }
+        }
+        return;
+    }
+    for (int64_t m = 0; m < place.count / BK_FLOAT_PLANES; ++m) {
+        double *totals = reinterpret_cast<double *>(place.totals) + m * kBlockOutputs;
+        const int32_t *acc = place.acc + m * BK_FLOAT_PLANES * kBlockOutputs;
+        for (int64_t o = 0; o < kBlockOutputs; ++o) {
+            const double value = from_digits(acc + o) * static_cast<double>(scales[o]);
+            totals[o] = column == 0 ? value : totals[o] + value;
+        }
+    }
+}
+
+// One lane's outputs of one token: contiguous, `count` of them from row n0 on. count is constant where it is kBlock.
+template <typename Y, typename B>
+inline void write_run(const LinearArgs &args, const Place &place, int64_t m, int64_t at, int64_t n0, int64_t count) {
+    const auto *bias = static_cast<const typename B::Storage *>(args.bias);
+    auto *y = static_cast<typename Y::Storage *>(args.y);
+    const bool per_row = args.scale_rows != 1;
+    const float *scales = args.weight_scale + (per_row ? n0 : 0);
+    if (args.x.planes == 1) {
+        const float x_scale = args.x.scale[place.m + m];
+        const int32_t *acc = place.acc + m * kBlockOutputs + at;
+        const float *totals = place.totals + m * kBlockOutputs + at;
+        y += (place.m + m) * args.N + n0;
+        float values[kBlock];
+        if (args.grouped) {
+            for (int64_t j = 0; j < count; ++j) values[j] = totals[j] * x_scale;
+        } else if (per_row) {
+            for (int64_t j = 0; j < count; ++j) values[j] = static_cast<float>(acc[j]) * (x_scale * scales[j]);
+        } else {
+            const float scale = x_scale * scales[0];
+            for (int64_t j = 0; j < count; ++j) values[j] = static_cast<float>(acc[j]) * scale;
+        }
+        if (bias) {
+            for (int64_t j = 0; j < count; ++j) values[j] = values[j] + B::load(bias[n0 + j]);
+        }
+        for (int64_t j = 0; j < count; ++j) y[j] = Y::store(values[j]);
+        return;
+    }
+    const int64_t token = place.m / BK_FLOAT_PLANES + m;
+    const double x_scale = pow2(args.x.scale[token]);
+    const int32_t *acc = place.acc + m * BK_FLOAT_PLANES * kBlockOutputs + at;
+    const double *totals = reinterpret_cast<const double *>(place.totals) + m * kBlockOutputs + at;
+    y += token * args.N + n0;
+    for (int64_t j = 0; j < count; ++j) {
+        double value = args.grouped ? totals[j] * x_scale
+                                    : from_digits(acc + j) * (x_scale * static_cast<double>(scales[per_row ? j : 0]));
+        if (bias) value = value + static_cast<double>(B::load(bias[n0 + j]));
+        y[j] = Y::store(static_cast<float>(value));
+    }
+}
+
+inline void write_sums(const LinearArgs &args, const Place &place) {
+    const int64_t R = (args.N + 3) / 4;
+    for (int64_t m = 0; m < place.count; ++m) {
+        for (int i = 0; i < 4; ++i) {
+            int32_t *y = static_cast<int32_t *>(args.y) + (place.m + m) * args.N;
+            for (int64_t j = 0; j < place.rows && i * R + place.row + j < args.N; ++j) {
+                y[i * R + place.row + j] = place.acc[m * kBlockOutputs + i * kBlock + j];
+            }
+        }
+    }
+}
+
+inline void write_block(const LinearArgs &args, const Place &place) {
+    if (args.y_type == kI32) {
+        write_sums(args, place);
+        return;
+    }
+    const int64_t R = (args.N + 3) / 4;
+    with_type(args.y_type, [&](auto y_tag) {
+        with_type(args.bias_type, [&](auto bias_tag) {
+            using Y = decltype(y_tag);
+            using B = decltype(bias_tag);
+            for (int64_t m = 0; m < place.count / args.x.planes; ++m) {
+                for (int i = 0; i < 4; ++i) {
+                    const int64_t n0 = i * R + place.row;
+                    const int64_t count = args.N - n0 < place.rows ? args.N - n0 : place.rows;
+                    if (count == kBlock) {
+                        write_run<Y, B>(args, place, m, i * kBlock, n0, kBlock);
+                    } else if (count > 0) {
+                        write_run<Y, B>(args, place, m, i * kBlock, n0, count);
+                    }
+                }
+            }
+        });
+    });
+}
+
+inline void linear_block(const LinearArgs &args, const Place &place, uint8_t *panel) {
+    const int64_t stride = padded(args.K);
+    const int64_t width = args.K / args.x.columns;
+    for (int64_t column = 0; column < args.x.columns; ++column) {
+        for (int64_t m = 0; m < place.count; ++m) {
+            // (code + 1) x is what is added up: the sum of the codes comes off here.
+            const int32_t sum = args.x.sums[(place.m + m) * args.x.columns + column];
+            for (int64_t o = 0; o < kBlockOutputs; ++o) place.acc[m * kBlockOutputs + o] = -sum;
+        }
+        const uint8_t *w = args.qweight + place.row * args.K + column * width;
+        const int8_t *x = args.x.codes + place.m * stride + column * width;
+        if (panel) {
+            add_panels(w, args.K, place.rows, x, stride, place.count, width, panel, place.acc);
+        } else {
+            add_rows(w, args.K, place.rows, x, stride, place.count, width, place.acc);
+        }
+        if (args.grouped) add_group(args, place, column);
+    }
+    write_block(args, place);
+}
+
+void linear(const LinearArgs &args, int64_t first, int64_t last, Scratch *scratch) {
+    const int64_t total = args.M * args.x.planes;
+    alignas(64) int32_t few_acc[kMostDirect * kBlockOutputs];
+    alignas(64) float few_totals[kMostDirect * kBlockOutputs];
+    static_assert(kPanelFrom >= kLeastPanel && kPanelFrom <= kMostDirect, "scratch and stack suffice");
+    const bool few = total < kPanelFrom;
+    // Parts of equal size, whole tiles but for the last.
+    const int64_t parts = few ? 1 : (total + kMostTokens - 1) / kMostTokens;
+    constexpr int64_t kUnit = kPanelTokens * BK_FLOAT_PLANES;
+    static_assert(kMostTokens % kUnit == 0, "a part is at most kMostTokens");
+    const int64_t size = few ? total : ((total + parts - 1) / parts + kUnit - 1) / kUnit * kUnit;
+    for (int64_t row = first; row < last; row += kBlock) {
+        const int64_t rows = last - row < kBlock ? last - row : kBlock;
+        for (int64_t m = 0; m < total; m += size) {
+            const Place place = {row,
+                                 rows,
+                                 m,
+                                 total - m < size ? total - m : size,
+                                 few ? few_acc : scratch->acc,
+                                 few ? few_totals : scratch->totals};
+            linear_block(args, place, few ? nullptr : scratch->panel);
+        }
+    }
+}
+
+// raw[t][i] = the sum over k of w_i * x_t, plus kInt8Offset times that of x_t, modulo 2^32.
+template <int T>
+inline void dot_i8(const int8_t *const w[4], const int8_t *x, int64_t stride, int64_t k, int32_t raw[T][4]) {
+    Sums sums[T][4];
+    for (int t = 0; t < T; ++t) {
+        for (int i = 0; i < 4; ++i) sums[t][i] = zero_sums();
+    }
+    const int64_t whole = k / kWidth * kWidth;
+    for (int64_t p = 0; p < whole; p += kWidth) {
+        Bytes rows[4];
+        for (int i = 0; i < 4; ++i) {
+            __builtin_prefetch(w[i] + p + 1024);
+            rows[i] = load(w[i] + p);
+        }
+        for (int t = 0; t < T; ++t) {
+            const Bytes code = load(x + t * stride + p);
+            for (int i = 0; i < 4; ++i) sums[t][i] = multiply_add_i8(sums[t][i], rows[i], code);
+        }
+    }
+    if (whole < k) {
+        for (int i = 0; i < 4; ++i) {
+            alignas(64) int8_t tail[kWidth] = {};
+            __builtin_memcpy(tail, w[i] + whole, static_cast<size_t>(k - whole));
+            for (int t = 0; t < T; ++t) {
+                sums[t][i] = multiply_add_i8(sums[t][i], load(tail), load(x + t * stride + whole));
+            }
+        }
+    }
+    for (int t = 0; t < T; ++t) reduce(sums[t], raw[t]);
+}
+
+void linear_i8(const LinearArgs &args, int64_t first, int64_t last) {
+    const int64_t stride = padded(args.K);
+    const auto *weight = reinterpret_cast<const int8_t *>(args.qweight);
+    with_type(args.y_type, [&](auto y_tag) {
+        with_type(args.bias_type, [&](auto bias_tag) {
+            using Y = decltype(y_tag);
+            using B = decltype(bias_tag);
+            const auto *bias = static_cast<const typename B::Storage *>(args.bias);
+            for (int64_t n = first; n < last; n += 4) {
+                const int64_t rows = last - n < 4 ? last - n : 4;
+                const int8_t *w[4];
+                for (int64_t i = 0; i < 4; ++i) w[i] = weight + (n + (i < rows ? i : 0)) * args.K;
+                by_tokens<kTokens>(args.M, [&](int64_t m, auto tokens) {
+                    constexpr int T = decltype(tokens)::value;
+                    int32_t raw[T][4];
+                    dot_i8<T>(w, args.x.codes + m * stride, stride, args.K, raw);
+                    for (int t = 0; t < T; ++t) {
+                        const uint32_t offset = static_cast<uint32_t>(args.x.sums[m + t]) * kInt8Offset;
+                        auto *y = static_cast<typename Y::Storage *>(args.y) + (m + t) * args.N + n;
+                        for (int64_t i = 0; i < rows; ++i) {
+                            const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(raw[t][i]) - offset);
+                            float value = static_cast<float>(sum) * (args.x.scale[m + t] * args.weight_scale[n + i]);
+                            if (bias) value = value + B::load(bias[n + i]);
+                            y[i] = Y::store(value);
+                        }
+                    }
+                });
+            }
+        });
+    });
+}

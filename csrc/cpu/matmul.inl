@@ -1,0 +1,212 @@
+// Exact integer sums of packed rows and codes. Included by each ISA file inside its anonymous namespace, after
+//
+//     kWidth, kRows              bytes in a vector; int32 lanes in one (kWidth / 4)
+//     Bytes, Part, Sums          vectors of bytes; of what multiply_add() adds up; of int32
+//     kSplitChunk, kPanelChunk   how often one Part may be added to, by the lanes of split(), by codes of 0 to 2
+//     kLaneShift[4]              what the sums of each lane of split() are shifted right by
+//     kWholeSums, kTokens        sums for which all four lanes are taken at once, else two; tokens dot() takes at once
+//     kPanelVectors, kPanelTokens, kPanelFrom   shape of a tile; rows of codes from which unpacking pays
+//     load, broadcast, split, zero_part, zero_sums, multiply_add, widen, reduce, load_sums, store_sums
+//     in_order(vector)           keeps it in a register, and GCC from moving what comes before past what comes after:
+//                                it would load all operands first and spill sums for them
+//
+// Two ways to the same sums. dot() reads one packed row as it lies in memory, for few tokens: the four lanes of a byte
+// come apart by masks, and memory is read strictly in sequence. tile() reads a panel: a block of columns of 64 rows,
+// unpacked once into the L1 cache with four columns of one row side by side, which all tokens then share.
+
+typedef uint8_t U8x16 __attribute__((vector_size(16)));
+typedef uint32_t U32x4 __attribute__((vector_size(16)));
+
+// One step of 16 columns may be read past a row's end only if it is in the codes, never in the weights.
+constexpr int64_t kPrefetch = 4096;
+constexpr int64_t kLine = 64;
+// What one pass over the codes of few tokens may take of the L1 cache.
+constexpr int64_t kCodesInCache = 24 * 1024;
+
+// One vector of a packed row: L lanes from `lane` on, times the codes of T tokens.
+template <int L, int T>
+inline void step(Bytes w, int lane, const int8_t *x, int64_t stride, Part part[T][L]) {
+    Bytes lanes[L];
+    split<L>(w, lane, lanes);
+    for (int t = 0; t < T; ++t) {
+        Bytes code = load(x + t * stride);
+        in_order(code);
+        for (int i = 0; i < L; ++i) part[t][i] = multiply_add(part[t][i], lanes[i], code);
+    }
+}
+
+template <int L, int T>
+inline void clear(Part part[T][L]) {
+    for (int t = 0; t < T; ++t) {
+        for (int i = 0; i < L; ++i) part[t][i] = zero_part();
+    }
+}
+
+// Not inlined, as tile() is not: each is compiled with the registers of its own loop alone.
+template <int L, int T>
+__attribute__((noinline)) void dot_lanes(const uint8_t *w, int lane, const int8_t *x, int64_t stride, int64_t k,
+                                         int64_t ahead, Sums sums[T][4]) {
+    Part part[T][L];
+    const auto add = [&] {
+        for (int t = 0; t < T; ++t) {
+            for (int i = 0; i < L; ++i) sums[t][lane + i] = widen(sums[t][lane + i], part[t][i]);
+        }
+    };
+    const int64_t whole = k / kWidth * kWidth;
+    for (int64_t p = 0; p < whole;) {
+        const int64_t end = whole - p < kSplitChunk * kWidth ? whole : p + kSplitChunk * kWidth;
+        clear<L, T>(part);
+        for (; p + kLine <= end; p += kLine) {
+            __builtin_prefetch(w + p + ahead);
+            for (int64_t u = 0; u < kLine; u += kWidth) step<L, T>(load(w + p + u), lane, x + p + u, stride, part);
+        }
+        for (; p < end; p += kWidth) step<L, T>(load(w + p), lane, x + p, stride, part);
+        add();
+    }
+    if (whole < k) {
+        alignas(64) uint8_t tail[kWidth] = {};
+        __builtin_memcpy(tail, w + whole, static_cast<size_t>(k - whole));
+        clear<L, T>(part);
+        step<L, T>(load(tail), lane, x + whole, stride, part);
+        add();
+    }
+}
+
+// acc[t][i * kBlock] += the sum over k of (code_i + 1) * x_t, for one packed row w and T tokens.
+template <int T>
+inline void dot(const uint8_t *w, const int8_t *x, int64_t stride, int64_t k, int64_t ahead, int32_t *acc) {
+    Sums sums[T][4];
+    for (int t = 0; t < T; ++t) {
+        for (int i = 0; i < 4; ++i) sums[t][i] = zero_sums();
+    }
+    if constexpr (4 * T <= kWholeSums) {
+        dot_lanes<4, T>(w, 0, x, stride, k, ahead, sums);
+    } else {
+        // Two lanes at a time leave registers for twice the tokens; the row is in the L1 cache the second time.
+        dot_lanes<2, T>(w, 0, x, stride, k, ahead, sums);
+        dot_lanes<2, T>(w, 2, x, stride, k, 0, sums);
+    }
+    for (int t = 0; t < T; ++t) {
+        int32_t raw[4];
+        reduce(sums[t], raw);
+        for (int i = 0; i < 4; ++i) acc[t * kBlockOutputs + i * kBlock] += raw[i] >> kLaneShift[i];
+    }
+}
+
+// Calls f with the constants kMost, ..., kMost, rest: how `count` tokens are shared out.
+template <int kMost, typename F>
+inline void rest_of(int64_t rest, int64_t m, F &&f) {
+    if constexpr (kMost > 0) {
+        if (rest == kMost) {
+            f(m, Constant<kMost>{});
+        } else {
+            rest_of<kMost - 1>(rest, m, f);
+        }
+    }
+}
+
+template <int kMost, typename F>
+inline void by_tokens(int64_t count, F &&f) {
+    int64_t m = 0;
+    for (; m + kMost <= count; m += kMost) f(m, Constant<kMost>{});
+    rest_of<kMost - 1>(count - m, m, f);
+}
+
+// acc[m][i][j] += the sums of packed rows w + j * K and codes of columns [0, k).
+inline void add_rows(const uint8_t *w, int64_t K, int64_t rows, const int8_t *x, int64_t stride, int64_t count,
+                     int64_t k, int32_t *acc) {
+    const int64_t parts = count > 1 ? (count * k + kCodesInCache - 1) / kCodesInCache : 1;
+    const int64_t width = padded((k + parts - 1) / parts);
+    for (int64_t first = 0; first < k; first += width) {
+        const int64_t size = k - first < width ? k - first : width;
+        const int64_t ahead = parts == 1 ? kPrefetch : K;
+        for (int64_t j = 0; j < rows; ++j) {
+            by_tokens<kTokens>(count, [&](int64_t m, auto tokens) {
+                dot<decltype(tokens)::value>(w + j * K + first, x + m * stride + first, stride, size, ahead,
+                                             acc + m * kBlockOutputs + j);
+            });
+        }
+    }
+}
+
+// Unpacks `rows` packed rows of k columns: panel[i * kBlock + j, in vectors of kRows rows][k / 4][row][4], codes + 1.
+// Rows that are missing are left as they are; columns are filled up with zeros to a multiple of 16.
+inline void unpack_panel(const uint8_t *w, int64_t K, int64_t rows, int64_t k, int64_t quads, uint8_t *panel) {
+    for (int64_t j = 0; j < rows; j += 4) {
+        for (int64_t p = 0; p < k; p += 16) {
+            U32x4 row[4];
+            for (int64_t r = 0; r < 4; ++r) {
+                const uint8_t *from = w + (j + r < rows ? j + r : j) * K + p;
+                alignas(16) uint8_t bytes[16] = {};
+                if (p + 16 <= k) {
+                    __builtin_memcpy(&row[r], from, 16);
+                } else {
+                    __builtin_memcpy(bytes, from, static_cast<size_t>(k - p));
+                    __builtin_memcpy(&row[r], bytes, 16);
+                }
+            }
+            const U32x4 low02 = __builtin_shufflevector(row[0], row[2], 0, 4, 1, 5);
+            const U32x4 low13 = __builtin_shufflevector(row[1], row[3], 0, 4, 1, 5);
+            const U32x4 high02 = __builtin_shufflevector(row[0], row[2], 2, 6, 3, 7);
+            const U32x4 high13 = __builtin_shufflevector(row[1], row[3], 2, 6, 3, 7);
+            const U32x4 quad[4] = {__builtin_shufflevector(low02, low13, 0, 4, 1, 5),
+                                   __builtin_shufflevector(low02, low13, 2, 6, 3, 7),
+                                   __builtin_shufflevector(high02, high13, 0, 4, 1, 5),
+                                   __builtin_shufflevector(high02, high13, 2, 6, 3, 7)};
+            for (int i = 0; i < 4; ++i) {
+                uint8_t *to = panel + ((i * kBlock + j) / kRows * quads + p / 4) * kWidth + j % kRows * 4;
+                for (int q = 0; q < 4; ++q) {
+                    const U32x4 codes = (quad[q] >> (2 * i)) & 0x03030303u;
+                    __builtin_memcpy(to + q * kWidth, &codes, 16);
+                }
+            }
+        }
+    }
+}
+
+// One quad of columns: V vectors of panel rows, `quads` apart, times the codes of T tokens.
+template <int V, int T>
+inline void tile_step(const uint8_t *panel, int64_t quads, const int8_t *x, int64_t stride, Part part[T][V]) {
+    Bytes w[V];
+    for (int v = 0; v < V; ++v) w[v] = load(panel + v * quads * kWidth);
+    for (int t = 0; t < T; ++t) {
+        const Bytes code = broadcast(x + t * stride);
+        for (int v = 0; v < V; ++v) {
+            part[t][v] = multiply_add(part[t][v], w[v], code);
+            in_order(part[t][v]);
+        }
+    }
+}
+
+// acc[t][v * kRows ...] += the sums of V vectors of panel rows and T tokens over `quads` times 4 columns.
+template <int V, int T>
+__attribute__((noinline)) void tile(const uint8_t *panel, int64_t quads, const int8_t *x, int64_t stride,
+                                    int32_t *acc) {
+    for (int64_t q = 0; q < quads;) {
+        const int64_t end = quads - q < kPanelChunk ? quads : q + kPanelChunk;
+        Part part[T][V];
+        clear<V, T>(part);
+        for (; q < end; ++q) tile_step<V, T>(panel + q * kWidth, quads, x + 4 * q, stride, part);
+        for (int t = 0; t < T; ++t) {
+            for (int v = 0; v < V; ++v) {
+                int32_t *to = acc + t * kBlockOutputs + v * kRows;
+                store_sums(to, widen(load_sums(to), part[t][v]));
+            }
+        }
+    }
+}
+
+inline void add_panels(const uint8_t *w, int64_t K, int64_t rows, const int8_t *x, int64_t stride, int64_t count,
+                       int64_t k, uint8_t *panel, int32_t *acc) {
+    for (int64_t first = 0; first < k; first += kPanelK) {
+        const int64_t size = k - first < kPanelK ? k - first : kPanelK;
+        const int64_t quads = (size + 15) / 16 * 4;
+        unpack_panel(w + first, K, rows, size, quads, panel);
+        for (int64_t v = 0; v < kBlockOutputs / kRows; v += kPanelVectors) {
+            by_tokens<kPanelTokens>(count, [&](int64_t m, auto tokens) {
+                tile<kPanelVectors, decltype(tokens)::value>(panel + v * quads * kWidth, quads, x + m * stride + first,
+                                                             stride, acc + m * kBlockOutputs + v * kRows);
+            });
+        }
+    }
+}
