@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitcore import ops
 from bitcore.errors import ArgumentError, ArgumentTypeError
@@ -26,6 +27,11 @@ def test_opcheck_of_the_simple_ops(backend: str, granularity: str) -> None:
     torch.library.opcheck(OPS.quantize_activation.default, (torch.randn(2, 3, 128), True))
     codes = torch.randint(-128, 128, (3, 128), dtype=torch.int8)
     torch.library.opcheck(OPS.matmul.default, (codes, qweight, 9))
+    dy = torch.randn(2, 3, 9)
+    torch.library.opcheck(OPS.input_gradient.default, (dy, qweight, scale, 9, torch.bfloat16))
+    weight, row_scale = torch.randint(-127, 128, (5, 128), dtype=torch.int8), torch.rand(5)
+    x = torch.randn(2, 3, 128)
+    torch.library.opcheck(OPS.linear_int8.default, (x, weight, row_scale, None, torch.float32))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -224,3 +230,42 @@ def test_empty_and_high_rank_inputs(backend: str) -> None:
     ).sum().backward()
     assert weight.grad is not None
     assert weight.grad.eq(0).all()
+
+
+class Watching(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_eager_inference_goes_past_the_dispatcher_only_if_nobody_watches() -> None:
+    x = torch.randn(3, 64)
+    qweight, scale = ops.pack_weight(torch.randn(10, 64), "per_tensor", None)
+    with torch.no_grad():
+        plain = ops.linear(x, qweight, scale, None, 10, "int8_per_token")
+        with Watching() as mode:
+            watched = ops.linear(x, qweight, scale, None, 10, "int8_per_token")
+        with torch.profiler.profile() as profile:
+            ops.linear(x, qweight, scale, None, 10, "int8_per_token")
+    assert torch.equal(plain, watched)
+    assert "bitlab.linear.default" in mode.seen
+    assert any(event.key == "bitlab::linear" for event in profile.key_averages())
+    needs_grad = ops.linear(x.clone().requires_grad_(), qweight, scale, None, 10, "int8_per_token")
+    assert needs_grad.requires_grad
+
+
+def test_eager_inference_checks_its_arguments() -> None:
+    qweight, scale = ops.pack_weight(torch.randn(10, 64), "per_tensor", None)
+    with torch.no_grad():
+        with pytest.raises(ArgumentError, match="in_features last"):
+            ops.linear(torch.randn(3, 63), qweight, scale, None, 10, "int8_per_token")
+        with pytest.raises(ArgumentError, match="out_features 13"):
+            ops.linear(torch.randn(3, 64), qweight, scale, None, 13, "int8_per_token")
+        with pytest.raises(ArgumentTypeError, match="x must be"):
+            ops.linear(torch.randn(3, 64).double(), qweight, scale, None, 10, "int8_per_token")
+        with pytest.raises(ArgumentError, match="activation must be"):
+            ops.linear(torch.randn(3, 64), qweight, scale, None, 10, "int4")
