@@ -283,6 +283,21 @@ def unpack_weight(
     return weight
 
 
+def has_invalid_code(qweight: Tensor) -> bool:
+    """Tells whether any of the four codes of any byte is 3, which no writer produces.
+
+    Not an op: it looks at values, and waits for them on a GPU.
+
+    Args:
+        qweight: uint8, any shape.
+
+    Raises:
+        ArgumentTypeError: qweight is not uint8.
+    """
+    checks.check_dtype("has_invalid_code", "qweight", qweight, torch.uint8)
+    return kernels_for(qweight.device.type).has_invalid_code(qweight)
+
+
 def linear(
     x: Tensor,
     qweight: Tensor,

@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from bitcore.errors import CheckpointError
-from bitcore.packing import has_invalid_code
+from bitcore.ops import has_invalid_code
 from bitlab_hf.replace import Found
 from bitlayers.base import BitLayerBase
 

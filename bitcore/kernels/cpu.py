@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Iterator
@@ -106,6 +107,17 @@ class CpuKernels:
             )
         )  # fmt: skip
         return qweight, scale
+
+    def has_invalid_code(self, qweight: Tensor) -> bool:
+        """See `bitcore.reference.has_invalid_code`."""
+        qweight = qweight.contiguous()
+        found = ctypes.c_int32()
+        self._check(
+            self._library.bk_cpu_has_invalid_t2(
+                qweight.data_ptr(), qweight.numel(), ctypes.byref(found), torch.get_num_threads()
+            )
+        )
+        return bool(found.value)
 
     def quantize_activation(self, x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
         """See `bitcore.reference.quantize_activation`."""

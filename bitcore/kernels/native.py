@@ -12,7 +12,7 @@ import torch  # noqa: F401  (loads torch's OpenMP runtime first, so that the lib
 import bitcore
 from bitcore.errors import BackendError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY_DIRECTORY_VARIABLE = "BITLAB_LIBRARY_DIR"
 ISA_VARIABLE = "BITLAB_CPU_ISA"
 
@@ -72,6 +72,7 @@ CPU_SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
             c_int64, c_int64, c_int64, c_int32,
         ),
     ),
+    "bk_cpu_has_invalid_t2": (c_int32, (c_void_p, c_int64, c_void_p, c_int32)),
 }  # fmt: skip
 
 

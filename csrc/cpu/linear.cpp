@@ -15,9 +15,10 @@ struct QuantizeArgs {
     bool per_tensor;
 };
 
-// The parts of the workspace; `scratch` is null where few tokens need none.
+// The parts of the workspace; `panels` and `scratch` are null where few tokens need none.
 struct Workspace {
     int8_t *codes;
+    int8_t *panels;
     Scratch *scratch;
     float *scale;
     int32_t *sums;
@@ -26,14 +27,19 @@ struct Workspace {
         const int64_t threads = num_threads < 1 ? 1 : num_threads;
         return rows < kLeastPanel ? 0 : threads * static_cast<int64_t>(sizeof(Scratch));
     }
+    static int64_t panel_bytes(int64_t rows, int64_t K) {
+        return rows < kLeastPanel ? 0 : (rows + kMostPanelTokens - 1) * padded(K);
+    }
     static int64_t bytes(int64_t M, int64_t K, int64_t columns, int64_t planes, int32_t num_threads) {
         const int64_t rows = M * planes;
-        return rows * padded(K) + scratch_bytes(rows, num_threads) + 4 * M + 4 * rows * columns;
+        return rows * padded(K) + panel_bytes(rows, K) + scratch_bytes(rows, num_threads) + 4 * M + 4 * rows * columns;
     }
-    Workspace(void *memory, int64_t M, int64_t K, int64_t planes, int32_t num_threads) {
+    Workspace(const Kernels &kernels, void *memory, int64_t M, int64_t K, int64_t planes, int32_t num_threads) {
         const int64_t rows = M * planes;
         codes = static_cast<int8_t *>(memory);
         int8_t *next = codes + rows * padded(K);
+        panels = rows < kernels.panel_from ? nullptr : next;
+        next += panel_bytes(rows, K);
         const int64_t size = scratch_bytes(rows, num_threads);
         scratch = size ? reinterpret_cast<Scratch *>(next) : nullptr;
         scale = reinterpret_cast<float *>(next + size);
@@ -100,9 +106,16 @@ void quantize_then(const Kernels &kernels, const QuantizeArgs &x, const Workspac
         most = absmax_tensor(kernels, x, parts.scale, threads);
         tensor_max = &most;
     }
+    const auto quantize = [&](int64_t first, int64_t last) {
+        quantize_tokens(kernels, x, tensor_max, parts.codes, parts.scale, parts.sums, first, last);
+        if (parts.panels && first < last) {
+            const int64_t row = first * x.planes * x.padded_to;
+            kernels.interleave(parts.codes + row, x.padded_to, (last - first) * x.planes, parts.panels + row);
+        }
+    };
     // One token is quantized once, by the caller: the others would wait for it in any case.
     const bool alone = threads == 1 || x.M == 1;
-    if (alone) quantize_tokens(kernels, x, tensor_max, parts.codes, parts.scale, parts.sums, 0, x.M);
+    if (alone) quantize(0, x.M);
     if (threads == 1) {
         f(int64_t{0}, tasks, int64_t{0});
         return;
@@ -112,8 +125,11 @@ void quantize_then(const Kernels &kernels, const QuantizeArgs &x, const Workspac
         const int64_t count = omp_get_num_threads();
         const int64_t me = omp_get_thread_num();
         if (!alone) {
-            quantize_tokens(kernels, x, tensor_max, parts.codes, parts.scale, parts.sums, x.M * me / count,
-                            x.M * (me + 1) / count);
+            // Shares of whole panels.
+            const int64_t unit = kernels.panel_tokens;
+            const int64_t units = (x.M + unit - 1) / unit;
+            const int64_t last = units * (me + 1) / count * unit;
+            quantize(units * me / count * unit, last < x.M ? last : x.M);
 #pragma omp barrier
         }
         f(tasks * me / count, tasks * (me + 1) / count, me);
@@ -147,8 +163,8 @@ int32_t linear_t2(const void *x, int32_t x_type, int64_t x_stride, const LinearA
     if (args.M == 0) return BK_OK;
     const int64_t columns = groups(scale_columns);
     const Kernels &kernels = selected_kernels();
-    const Workspace parts(workspace, args.M, args.K, planes, num_threads);
-    args.x = {parts.codes, parts.scale, parts.sums, columns, planes};
+    const Workspace parts(kernels, workspace, args.M, args.K, planes, num_threads);
+    args.x = {parts.codes, parts.panels, parts.scale, parts.sums, columns, planes};
     args.grouped = scale_columns != 0;
     const QuantizeArgs quantize = {x, x_type, x_stride, args.M, args.K, padded(args.K), columns, planes, per_tensor};
     const int threads = linear_threads(args.M * planes, (args.N + 3) / 4 * args.K, blocks(args.N), num_threads);
@@ -194,8 +210,9 @@ int32_t bk_cpu_linear_i8_i8(const void *x, int32_t x_type, int64_t x_stride, con
     }
     if (M == 0) return BK_OK;
     const Kernels &kernels = selected_kernels();
-    const Workspace parts(workspace, M, K, 1, num_threads);
-    const LinearArgs args = {{parts.codes, parts.scale, parts.sums, 1, 1},
+    Workspace parts(kernels, workspace, M, K, 1, num_threads);
+    parts.panels = nullptr;
+    const LinearArgs args = {{parts.codes, nullptr, parts.scale, parts.sums, 1, 1},
                              reinterpret_cast<const uint8_t *>(qweight),
                              weight_scale,
                              N,
@@ -239,7 +256,8 @@ int32_t bk_cpu_matmul_i8_t2_i32(const int8_t *codes, const uint8_t *qweight, int
                                 int64_t K, void *workspace, int32_t num_threads) {
     if (const char *text = check_shape(M, N, K, 1, 0, 1)) return fail(BK_INVALID_ARGUMENT, text);
     if (M == 0) return BK_OK;
-    const Workspace parts(workspace, M, K, 1, num_threads);
+    const Kernels &kernels = selected_kernels();
+    const Workspace parts(kernels, workspace, M, K, 1, num_threads);
     for (int64_t m = 0; m < M; ++m) {
         int8_t *row = parts.codes + m * padded(K);
         memset(row, 0, static_cast<size_t>(padded(K)));
@@ -248,7 +266,8 @@ int32_t bk_cpu_matmul_i8_t2_i32(const int8_t *codes, const uint8_t *qweight, int
         for (int64_t k = 0; k < K; ++k) parts.sums[m] += row[k];
     }
     LinearArgs args = {};
-    args.x = {parts.codes, nullptr, parts.sums, 1, 1};
+    if (parts.panels) kernels.interleave(parts.codes, padded(K), M, parts.panels);
+    args.x = {parts.codes, parts.panels, nullptr, parts.sums, 1, 1};
     args.qweight = qweight;
     args.scale_rows = 1;
     args.y = acc;
@@ -256,7 +275,6 @@ int32_t bk_cpu_matmul_i8_t2_i32(const int8_t *codes, const uint8_t *qweight, int
     args.M = M;
     args.N = N;
     args.K = K;
-    const Kernels &kernels = selected_kernels();
     const int threads = linear_threads(M, (N + 3) / 4 * K, blocks(N), num_threads);
     if (threads == 1) {
         linear_blocks(kernels, args, parts.scratch, 0, blocks(N), 0);

@@ -142,10 +142,11 @@ inline void linear_block(const LinearArgs &args, const Place &place, uint8_t *pa
             for (int64_t o = 0; o < kBlockOutputs; ++o) place.acc[m * kBlockOutputs + o] = -sum;
         }
         const uint8_t *w = args.qweight + place.row * args.K + column * width;
-        const int8_t *x = args.x.codes + place.m * stride + column * width;
         if (panel) {
+            const int8_t *x = args.x.panels + place.m * stride + column * width * kPanelTokens;
             add_panels(w, args.K, place.rows, x, stride, place.count, width, panel, place.acc);
         } else {
+            const int8_t *x = args.x.codes + place.m * stride + column * width;
             add_rows(w, args.K, place.rows, x, stride, place.count, width, place.acc);
         }
         if (args.grouped) add_group(args, place, column);
@@ -158,7 +159,8 @@ void linear(const LinearArgs &args, int64_t first, int64_t last, Scratch *scratc
     alignas(64) int32_t few_acc[kMostDirect * kBlockOutputs];
     alignas(64) float few_totals[kMostDirect * kBlockOutputs];
     static_assert(kPanelFrom >= kLeastPanel && kPanelFrom <= kMostDirect, "scratch and stack suffice");
-    const bool few = total < kPanelFrom;
+    static_assert(kPanelTokens <= kMostPanelTokens, "the workspace holds whole panels");
+    const bool few = !args.x.panels;
     // Parts of equal size, whole tiles but for the last.
     const int64_t parts = few ? 1 : (total + kMostTokens - 1) / kMostTokens;
     constexpr int64_t kUnit = kPanelTokens * BK_FLOAT_PLANES;

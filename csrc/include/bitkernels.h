@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define BK_ABI_VERSION 2
+#define BK_ABI_VERSION 3
 #define BK_API __attribute__((visibility("default")))
 
 /* Largest K: a sum of K products of the int8 code -128 and the byte 128 still fits int32. */
@@ -167,6 +167,13 @@ BK_API int32_t bk_cpu_unpack_t2(const uint8_t *qweight, const float *weight_scal
                                 int64_t scale_columns, void *weight, int32_t weight_type, int64_t N, int64_t K,
                                 int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column,
                                 int32_t num_threads);
+
+/*
+ * Tells whether any of the four codes of any byte is 3, which no writer produces.
+ *   qweight uint8 [count]
+ *   found   1 or 0
+ */
+BK_API int32_t bk_cpu_has_invalid_t2(const uint8_t *qweight, int64_t count, int32_t *found, int32_t num_threads);
 
 #ifdef __cplusplus
 }
