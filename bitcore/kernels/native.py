@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -24,27 +25,9 @@ CPU_SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
     "bk_cpu_isa": (c_char_p, ()),
     "bk_cpu_select_isa": (c_int32, (c_char_p,)),
     "bk_cpu_linear_workspace": (c_int64, (c_int64, c_int64, c_int64, c_int32, c_int32)),
-    "bk_cpu_linear_i8_t2": (
-        c_int32,
-        (
-            c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32,
-            c_void_p, c_int32, c_int64, c_int64, c_int64, c_int32, c_void_p, c_int32,
-        ),
-    ),
-    "bk_cpu_linear_f32_t2": (
-        c_int32,
-        (
-            c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32,
-            c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_int32,
-        ),
-    ),
-    "bk_cpu_linear_i8_i8": (
-        c_int32,
-        (
-            c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_int32,
-            c_int64, c_int64, c_int64, c_void_p, c_int32,
-        ),
-    ),
+    "bk_cpu_linear_i8_t2": (c_int32, (c_void_p,)),
+    "bk_cpu_linear_f32_t2": (c_int32, (c_void_p,)),
+    "bk_cpu_linear_i8_i8": (c_int32, (c_void_p,)),
     "bk_cpu_quantize_i8": (
         c_int32,
         (c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32),
@@ -74,6 +57,11 @@ CPU_SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
     ),
     "bk_cpu_has_invalid_t2": (c_int32, (c_void_p, c_int64, c_void_p, c_int32)),
 }  # fmt: skip
+
+# The two halves of a bk_linear_args, fields of eight bytes each. As one record they cost a tenth of
+# what ctypes takes for as many arguments.
+linear_constants = struct.Struct("@9q").pack
+linear_inputs = struct.Struct("@8q").pack
 
 
 def library_path(name: str) -> Path:
