@@ -42,12 +42,15 @@ class BitLinear(BitLayerBase, nn.Linear):
     def _eval_forward(self, x: Tensor) -> Tensor:
         qweight, scale = self.packed()
         bias: Tensor | None = self._parameters["bias"]
+        if torch.compiler.is_compiling():
+            bias = None if bias is None else bias.detach()
+            activation = self.quant_config.activation
+            return ops.linear(x, qweight, scale, bias, self.out_features, activation)
         prepared = self._prepared
         if prepared is None or not prepared.holds(qweight, scale, bias):
             activation = self.quant_config.activation
             prepared = PreparedLinear(qweight, scale, bias, self.out_features, activation)
-            if not torch.compiler.is_compiling():
-                self._prepared = prepared
+            self._prepared = prepared
         return prepared(x)
 
     def _on_enter_training_mode(self) -> None:
