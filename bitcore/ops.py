@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitcore import checks, gradients  # noqa: F401  (gradients registers itself)
+from bitcore import checks, gradients, reference  # noqa: F401  (gradients registers itself)
 from bitcore.kernels.registry import kernels_for
 from bitcore.schemas import library as _library
 
@@ -132,6 +132,23 @@ def _input_gradient_op(
     )
 
 
+def _check_gradient_int8(
+    dy: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype
+) -> None:
+    checks.check_int8("bitlab::input_gradient_int8", qweight, weight_scale)
+    checks.check_float("bitlab::input_gradient_int8", "dy", dy)
+    checks.check_last_axis("bitlab::input_gradient_int8", "dy", dy, qweight.shape[0])
+    checks.check_activation("bitlab::input_gradient_int8", "float", dtype)
+
+
+def _input_gradient_int8(
+    dy: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    # On every device torch's own float product of blocks: it is not on the way of inference.
+    _check_gradient_int8(dy, qweight, weight_scale, dtype)
+    return reference.input_gradient_int8(dy, qweight, weight_scale, dtype)
+
+
 def _qat_linear(
     x: Tensor,
     weight: Tensor,
@@ -159,6 +176,7 @@ for _device in _DEVICES:
     _library.impl("qat_linear", _qat_linear, _device)
     _library.impl("linear_int8", _linear_int8, _device)
     _library.impl("input_gradient", _input_gradient_op, _device)
+    _library.impl("input_gradient_int8", _input_gradient_int8, _device)
 
 
 @torch.library.register_fake("bitlab::quantize_activation", lib=_library)
@@ -229,6 +247,12 @@ def _(
     dy: Tensor, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
 ) -> Tensor:
     _check_gradient(dy, qweight, weight_scale, out_features, dtype)
+    return dy.new_empty((*dy.shape[:-1], qweight.shape[1]), dtype=dtype)
+
+
+@torch.library.register_fake("bitlab::input_gradient_int8", lib=_library)
+def _(dy: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    _check_gradient_int8(dy, qweight, weight_scale, dtype)
     return dy.new_empty((*dy.shape[:-1], qweight.shape[1]), dtype=dtype)
 
 
@@ -340,6 +364,29 @@ def _fits(
         and x.dtype in checks.FLOAT_DTYPES
         and in_features <= checks.MAX_IN_FEATURES
     )
+
+
+def linear_int8(x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``y = (x_q @ qweight.T) * (x_scale * weight_scale) + bias`` on int8 weights.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K]; quantized to int8 per token.
+        qweight: int8 [N, K].
+        weight_scale: float32 [N].
+        bias: float [N], or None; it gets no gradient.
+
+    Returns:
+        [..., N] of x's dtype, or autocast's under autocast. Its gradient reaches x only.
+
+    Numerics:
+        As `linear`: exact integer sums, every float32 operation rounded in the order written.
+    """
+    out_dtype = output_dtype(x)
+    if _is_plain(x) and qweight.device == x.device:
+        _check_linear_int8(x, qweight, weight_scale, bias, out_dtype)
+        return kernels_for("cpu").linear_int8(x, qweight, weight_scale, bias, out_dtype)
+    y: Tensor = torch.ops.bitlab.linear_int8(x, qweight, weight_scale, bias, out_dtype)
+    return y
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -36,3 +36,8 @@ library.define(
     " ScalarType dtype) -> Tensor",
     tags=_TAGS,
 )
+library.define(
+    "input_gradient_int8(Tensor dy, Tensor qweight, Tensor weight_scale, ScalarType dtype)"
+    " -> Tensor",
+    tags=_TAGS,
+)
