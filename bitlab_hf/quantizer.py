@@ -25,6 +25,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from bitcore.errors import CheckpointError, ConfigError, LifecycleError, NonFiniteError
+from bitcore.quantize import quantize_rows_int8
 from bitlab_hf.checkpoint import (
     LAYERS_KEY,
     Checkpoint,
@@ -35,11 +36,23 @@ from bitlab_hf.checkpoint import (
     ignore_unexpected,
     read_checkpoint,
     split_by_presence,
+    stored_int8,
+    verify_int8,
     verify_packed,
     with_tied,
 )
 from bitlab_hf.config import LOADING_ATTRIBUTES, QUANT_METHOD, BitLabConfig
 from bitlab_hf.deploy import untie_packed
+from bitlab_hf.head import (
+    Rows,
+    find_head,
+    finish,
+    int8_modules,
+    is_borrower,
+    restore_float,
+    swap_quantized,
+    swap_skeletons,
+)
 from bitlab_hf.replace import (
     Found,
     find_linears,
@@ -50,6 +63,7 @@ from bitlab_hf.replace import (
     swap_packed,
 )
 from bitlayers.base import BitLayerBase
+from bitlayers.int8 import Int8Rows
 from bitlayers.registry import get_layer
 
 
@@ -86,6 +100,8 @@ class BitLabHfQuantizer(HfQuantizer):
         self.nonfinite: list[str] = []
         # Every name of a weight to pack, by each of its names.
         self.weight_names: dict[str, set[str]] = {}
+        # What becomes int8 while loading: the output head with what is tied to it.
+        self.int8: list[Rows] = []
 
     # Before the weights.
 
@@ -120,13 +136,19 @@ class BitLabHfQuantizer(HfQuantizer):
         if self.file_is_packed:
             assert checkpoint is not None
             swap_packed(model, found, config)
+            self.int8 = stored_int8(model, checkpoint, config)
+            for rows in self.int8:
+                swap_skeletons(model, rows)
             check_packed_headers(quantized_layers(model), checkpoint)
             check_nothing_left_packed(model, checkpoint)
             ignore_unexpected(model, checkpoint.sentinels())
         else:
+            head = self._int8_head(model)
             swap_latent(model, found, config)
             if self.build_packed:
                 self._prepare_packing(model, dtype, checkpoint)
+                if head is not None:
+                    self._prepare_int8(model, head, checkpoint)
                 self._check_offload(device_map)
 
     def _check_ternary_head(self, model: PreTrainedModel, found: list[Found[nn.Linear]]) -> None:
@@ -161,6 +183,35 @@ class BitLabHfQuantizer(HfQuantizer):
                 'Pass dtype=torch.float32, or latent_dtype="keep".'
             )
 
+    def _int8_head(self, model: PreTrainedModel) -> Rows | None:
+        """Returns the head that is to be int8, refused early where it cannot be."""
+        if self.quantization_config.head != "int8":
+            return None
+        head = find_head(model)
+        if head is None and not self.was_converted:
+            raise ConfigError(
+                'bitlab: head="int8" must find an output head that is an nn.Linear, got none'
+            )
+        return head
+
+    def _prepare_int8(
+        self, model: PreTrainedModel, rows: Rows, checkpoint: Checkpoint | None
+    ) -> None:
+        names = {f"{name}.weight" for name in rows.names}
+        self.weight_names.update(dict.fromkeys(names, names))
+        # Quantized from the model's dtype, unlike packed layers: so deploy() quantizes it.
+        self.int8 = [rows]
+        if checkpoint is None:
+            return
+        known = with_tied(checkpoint, model)
+        for name in sorted(names):
+            if name not in known.tensors:
+                raise ConfigError(
+                    f'bitlab: head="int8" must find {name} in the checkpoint, got a new head\n'
+                    'Load it latent with head="int8", then call deploy(model).'
+                )
+            check_float_header(name, known.tensors[name], tuple(rows.tensor.shape))
+
     def _check_offload(self, device_map: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ConfigError(
@@ -180,7 +231,8 @@ class BitLabHfQuantizer(HfQuantizer):
                 header = checkpoint.tensors.get(name) if checkpoint else None
                 if header is None:
                     continue
-                check_float_header(name, header, found.module)
+                layer = found.module
+                check_float_header(name, header, (layer.out_features, layer.in_features))
                 if header.dtype == "F32" and dtype != torch.float32:
                     # transformers would round it to the model's dtype before packing.
                     keep.add(name)
@@ -197,11 +249,21 @@ class BitLabHfQuantizer(HfQuantizer):
         module_name, _, leaf = param_name.rpartition(".")
         if leaf != "weight":
             return False
+        if any(module_name in rows.names for rows in self.int8):
+            return True
         module = model.get_submodule(module_name)
         return isinstance(module, BitLayerBase) and not module.is_deployed
 
     def get_quantize_ops(self) -> ConversionOps:
         return PackAtLoad(self)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Returns the bytes of an element of a parameter once it is loaded."""
+        if any(param_name == f"{name}.weight" for rows in self.int8 for name in rows.names):
+            # Not packed four to a byte, as the layers are.
+            return 1
+        size: float = super().param_element_size(model, param_name, param)
+        return size
 
     @property
     def quantized_element_size(self) -> float | None:
@@ -230,8 +292,16 @@ class BitLabHfQuantizer(HfQuantizer):
             layer.qweight.requires_grad_(False)
             if layer.bias is not None:
                 layer.bias.requires_grad_(False)
+        for rows in self.int8:
+            if not isinstance(rows.members[0].module, Int8Rows):
+                raise CheckpointError(
+                    f"{rows.owner}.weight must be in the checkpoint to be quantized, got none"
+                )
+            finish(model, rows)
+        self.int8 = []
         if self.file_is_packed and self.quantization_config.verify:
             verify_packed(layers)
+            verify_int8(model)
         untie_packed(model)
         for name in LOADING_ATTRIBUTES:
             setattr(self.quantization_config, name, getattr(_DEFAULTS, name))
@@ -260,7 +330,15 @@ class BitLabHfQuantizer(HfQuantizer):
             seen.add(id(found.module.qweight))
             state[f"{name}.qweight_scale"] = state[f"{name}.qweight_scale"].clone()
         state[f"{layers[0].names[0]}.weight"] = torch.empty(0, dtype=torch.uint8)
-        return state, {LAYERS_KEY: json.dumps([found.names[0] for found in layers])}
+        names = [found.names[0] for found in layers]
+        for rows in int8_modules(model):
+            names.append(rows.names[0])
+            stored = () if is_borrower(model, rows) else rows.names[:1]
+            for alias in rows.names:
+                if alias not in stored:
+                    for leaf in ("qweight", "qweight_scale"):
+                        state.pop(f"{alias}.{leaf}", None)
+        return state, {LAYERS_KEY: json.dumps(names)}
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
@@ -281,6 +359,7 @@ class BitLabHfQuantizer(HfQuantizer):
             linear.train(layer.training)
             for name in found.names:
                 set_module(model, name, linear)
+        restore_float(model, dtype)
         return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
@@ -324,6 +403,11 @@ class PackAtLoad(ConversionOps):
         missing_keys: set[str] | None = kwargs.get("missing_keys")
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
+            if missing_keys is not None:
+                # One module can stand under several names.
+                missing_keys -= self._quantizer.weight_names.get(name, {name})
+            if self._pack_head(model, name, weight):
+                continue
             layer = model.get_submodule(name.rpartition(".")[0])
             assert isinstance(layer, BitLayerBase)
             layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
@@ -333,10 +417,26 @@ class PackAtLoad(ConversionOps):
             layer.commit_packed(qweight, scale)
             for tensor in (layer.qweight, layer.qweight_scale):
                 tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-            if missing_keys is not None:
-                # One module can stand under several names.
-                missing_keys -= self._quantizer.weight_names.get(name, {name})
         return {}
+
+    def _pack_head(self, model: PreTrainedModel, name: str, weight: Tensor) -> bool:
+        """Quantizes a weight that is to be int8; returns whether it is one."""
+        for rows in self._quantizer.int8:
+            if name.removesuffix(".weight") not in rows.names:
+                continue
+            qweight, scale = quantize_rows_int8(weight)
+            if not bool(torch.isfinite(scale).all()):
+                self._quantizer.nonfinite.append(name)
+            module = rows.members[0].module
+            if not isinstance(module, Int8Rows):
+                swap_quantized(model, rows, qweight, scale)
+            elif not (torch.equal(module.qweight, qweight)):
+                raise CheckpointError(
+                    f"{name} must be equal to {rows.owner}.weight, to which it is tied, got other "
+                    "values\nSet tie_word_embeddings to false in config.json."
+                )
+            return True
+        return False
 
 
 def mark_quantized(model: PreTrainedModel, quantizer: BitLabHfQuantizer) -> None:
