@@ -308,7 +308,9 @@ def stored_int8(model: PreTrainedModel, checkpoint: Checkpoint, config: BitLabCo
     head = model.get_output_embeddings()
     result: list[Rows] = []
     for module in (head, input_embeddings(model)):
-        if module is None or any(module is f.module for rows in result for f in rows.members):
+        if not isinstance(module, (nn.Linear, nn.Embedding)) or any(
+            module is found.module for rows in result for found in rows.members
+        ):
             continue
         rows = find_rows(model, module)
         held = {

@@ -1,4 +1,4 @@
-"""BitLabHfQuantizer: the only file that knows transformers' hooks.
+"""BitLabHfQuantizer: what transformers calls, and when.
 
 Three ways to load, told apart by what the file holds and by `BitLabConfig.mode`:
 
@@ -25,11 +25,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from bitcore.errors import CheckpointError, ConfigError, LifecycleError, NonFiniteError
-from bitcore.quantize import quantize_rows_int8
 from bitlab_hf.checkpoint import (
     LAYERS_KEY,
-    Checkpoint,
-    check_float_header,
     check_format,
     check_nothing_left_packed,
     check_packed_headers,
@@ -50,9 +47,9 @@ from bitlab_hf.head import (
     int8_modules,
     is_borrower,
     restore_float,
-    swap_quantized,
     swap_skeletons,
 )
+from bitlab_hf.packing import PackAtLoad
 from bitlab_hf.replace import (
     Found,
     find_linears,
@@ -62,7 +59,6 @@ from bitlab_hf.replace import (
     swap_latent,
     swap_packed,
 )
-from bitlayers.base import BitLayerBase
 from bitlayers.int8 import Int8Rows
 from bitlayers.registry import get_layer
 
@@ -96,11 +92,8 @@ class BitLabHfQuantizer(HfQuantizer):
         self.pre_quantized = self.file_is_packed
         self.build_packed = self.file_is_packed or config.mode == "infer"
         config.weight_format = "packed" if self.build_packed else "latent"
-        # Weights with NaN or infinity met while packing at load.
-        self.nonfinite: list[str] = []
-        # Every name of a weight to pack, by each of its names.
-        self.weight_names: dict[str, set[str]] = {}
-        # What becomes int8 while loading: the output head with what is tied to it.
+        self.packing = PackAtLoad()
+        # What is int8 once loaded: the output head with what is tied to it.
         self.int8: list[Rows] = []
 
     # Before the weights.
@@ -146,9 +139,10 @@ class BitLabHfQuantizer(HfQuantizer):
             head = self._int8_head(model)
             swap_latent(model, found, config)
             if self.build_packed:
-                self._prepare_packing(model, dtype, checkpoint)
+                self.packing.add_layers(model, dtype, checkpoint)
                 if head is not None:
-                    self._prepare_int8(model, head, checkpoint)
+                    self.packing.add_head(model, head, checkpoint)
+                    self.int8 = [head]
                 self._check_offload(device_map)
 
     def _check_ternary_head(self, model: PreTrainedModel, found: list[Found[nn.Linear]]) -> None:
@@ -194,24 +188,6 @@ class BitLabHfQuantizer(HfQuantizer):
             )
         return head
 
-    def _prepare_int8(
-        self, model: PreTrainedModel, rows: Rows, checkpoint: Checkpoint | None
-    ) -> None:
-        names = {f"{name}.weight" for name in rows.names}
-        self.weight_names.update(dict.fromkeys(names, names))
-        # Quantized from the model's dtype, unlike packed layers: so deploy() quantizes it.
-        self.int8 = [rows]
-        if checkpoint is None:
-            return
-        known = with_tied(checkpoint, model)
-        for name in sorted(names):
-            if name not in known.tensors:
-                raise ConfigError(
-                    f'bitlab: head="int8" must find {name} in the checkpoint, got a new head\n'
-                    'Load it latent with head="int8", then call deploy(model).'
-                )
-            check_float_header(name, known.tensors[name], tuple(rows.tensor.shape))
-
     def _check_offload(self, device_map: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ConfigError(
@@ -219,43 +195,18 @@ class BitLabHfQuantizer(HfQuantizer):
                 "Deploy and save the model once, then load that checkpoint with any device_map."
             )
 
-    def _prepare_packing(
-        self, model: PreTrainedModel, dtype: torch.dtype | None, checkpoint: Checkpoint | None
-    ) -> None:
-        """Packs from the file's own values, checked before anything is loaded."""
-        keep = set(model._keep_in_fp32_modules_strict or ())
-        for found in quantized_layers(model):
-            names = {f"{name}.weight" for name in found.names}
-            self.weight_names.update(dict.fromkeys(names, names))
-            for name in names:
-                header = checkpoint.tensors.get(name) if checkpoint else None
-                if header is None:
-                    continue
-                layer = found.module
-                check_float_header(name, header, (layer.out_features, layer.in_features))
-                if header.dtype == "F32" and dtype != torch.float32:
-                    # transformers would round it to the model's dtype before packing.
-                    keep.add(name)
-        model._keep_in_fp32_modules_strict = keep
-
     # While the weights arrive.
 
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
     ) -> bool:
-        """Tells whether a parameter is a latent weight to be packed at load."""
+        """Tells whether a parameter is a float weight to be packed or quantized at load."""
         if not self.build_packed or self.file_is_packed:
             return False
-        module_name, _, leaf = param_name.rpartition(".")
-        if leaf != "weight":
-            return False
-        if any(module_name in rows.names for rows in self.int8):
-            return True
-        module = model.get_submodule(module_name)
-        return isinstance(module, BitLayerBase) and not module.is_deployed
+        return self.packing.takes(model, param_name)
 
     def get_quantize_ops(self) -> ConversionOps:
-        return PackAtLoad(self)
+        return self.packing
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Returns the bytes of an element of a parameter once it is loaded."""
@@ -277,10 +228,11 @@ class BitLabHfQuantizer(HfQuantizer):
             return
         if not self.file_is_packed:
             self._check_offload(getattr(model, "hf_device_map", None))
-        if self.nonfinite:
+        nonfinite = self.packing.nonfinite
+        if nonfinite:
             raise NonFiniteError(
-                f"{self.nonfinite[0]} must be finite to be packed, got NaN or infinity"
-                + (f" (and {len(self.nonfinite) - 1} more)" if len(self.nonfinite) > 1 else "")
+                f"{nonfinite[0]} must be finite to be packed, got NaN or infinity"
+                + (f" (and {len(nonfinite) - 1} more)" if len(nonfinite) > 1 else "")
             )
         layers = quantized_layers(model)
         for found in layers:
@@ -298,7 +250,8 @@ class BitLabHfQuantizer(HfQuantizer):
                     f"{rows.owner}.weight must be in the checkpoint to be quantized, got none"
                 )
             finish(model, rows)
-        self.int8 = []
+        # They hold modules, which are the model's alone from here on.
+        self.packing, self.int8 = PackAtLoad(), []
         if self.file_is_packed and self.quantization_config.verify:
             verify_packed(layers)
             verify_int8(model)
@@ -336,7 +289,7 @@ class BitLabHfQuantizer(HfQuantizer):
             stored = () if is_borrower(model, rows) else rows.names[:1]
             for alias in rows.names:
                 if alias not in stored:
-                    for leaf in ("qweight", "qweight_scale"):
+                    for leaf in ("qweight", "qweight_scale", "bias"):
                         state.pop(f"{alias}.{leaf}", None)
         return state, {LAYERS_KEY: json.dumps(names)}
 
@@ -383,60 +336,6 @@ class BitLabHfQuantizer(HfQuantizer):
 
 
 _DEFAULTS = BitLabConfig()
-
-
-class PackAtLoad(ConversionOps):
-    """Packs a weight as it arrives from a float file."""
-
-    def __init__(self, quantizer: BitLabHfQuantizer) -> None:
-        self._quantizer = quantizer
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
-    ) -> dict[str, list[Tensor]]:
-        """Packs each tensor into its module; nothing is left for transformers to set."""
-        model: PreTrainedModel = kwargs["model"]
-        missing_keys: set[str] | None = kwargs.get("missing_keys")
-        for name, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
-            if missing_keys is not None:
-                # One module can stand under several names.
-                missing_keys -= self._quantizer.weight_names.get(name, {name})
-            if self._pack_head(model, name, weight):
-                continue
-            layer = model.get_submodule(name.rpartition(".")[0])
-            assert isinstance(layer, BitLayerBase)
-            layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
-            qweight, scale = layer.build_packed()
-            if not bool(torch.isfinite(scale).all()):
-                self._quantizer.nonfinite.append(name)
-            layer.commit_packed(qweight, scale)
-            for tensor in (layer.qweight, layer.qweight_scale):
-                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-        return {}
-
-    def _pack_head(self, model: PreTrainedModel, name: str, weight: Tensor) -> bool:
-        """Quantizes a weight that is to be int8; returns whether it is one."""
-        for rows in self._quantizer.int8:
-            if name.removesuffix(".weight") not in rows.names:
-                continue
-            qweight, scale = quantize_rows_int8(weight)
-            if not bool(torch.isfinite(scale).all()):
-                self._quantizer.nonfinite.append(name)
-            module = rows.members[0].module
-            if not isinstance(module, Int8Rows):
-                swap_quantized(model, rows, qweight, scale)
-            elif not (torch.equal(module.qweight, qweight)):
-                raise CheckpointError(
-                    f"{name} must be equal to {rows.owner}.weight, to which it is tied, got other "
-                    "values\nSet tie_word_embeddings to false in config.json."
-                )
-            return True
-        return False
 
 
 def mark_quantized(model: PreTrainedModel, quantizer: BitLabHfQuantizer) -> None:
