@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 
-from bitcore.errors import CheckpointError, ConfigError
+from bitcore.errors import ConfigError
 from bitcore.quantize import quantize_rows_int8
 from bitlab_hf.checkpoint import Checkpoint, check_float_header, with_tied
 from bitlab_hf.head import Rows, swap_quantized
@@ -23,10 +23,13 @@ class PackAtLoad(ConversionOps):
 
     Attributes:
         nonfinite: Names of weights with NaN or infinity met on the way.
+        differing: Names of weights that differ from one that they are tied to.
     """
 
     def __init__(self) -> None:
+        # Not raised on the way: transformers would make a RuntimeError of it.
         self.nonfinite: list[str] = []
+        self.differing: list[str] = []
         # Every name of a weight to take, by each of its names.
         self._names: dict[str, set[str]] = {}
         self._head: Rows | None = None
@@ -125,8 +128,5 @@ class PackAtLoad(ConversionOps):
         if not isinstance(built, Int8Rows):
             swap_quantized(model, rows, qweight, scale)
         elif not torch.equal(built.qweight, qweight) or not torch.equal(built.qweight_scale, scale):
-            raise CheckpointError(
-                f"{name} must hold the values of {rows.owner}.weight, to which it is tied, got "
-                "others\nSet tie_word_embeddings to false in config.json."
-            )
+            self.differing.append(name)
         return scale

@@ -234,6 +234,11 @@ class BitLabHfQuantizer(HfQuantizer):
                 f"{nonfinite[0]} must be finite to be packed, got NaN or infinity"
                 + (f" (and {len(nonfinite) - 1} more)" if len(nonfinite) > 1 else "")
             )
+        if self.packing.differing:
+            raise CheckpointError(
+                f"{self.packing.differing[0]} must have the values of the weight that it is tied "
+                "to, got others\nSet tie_word_embeddings to false in config.json."
+            )
         layers = quantized_layers(model)
         for found in layers:
             layer = found.module
