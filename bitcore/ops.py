@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitcore import checks, gradients, reference  # noqa: F401  (gradients registers itself)
+from bitcore import checks, gradients  # noqa: F401  (gradients registers itself)
 from bitcore.kernels.registry import kernels_for
+from bitcore.ops_int8 import check_linear_int8
+from bitcore.schemas import DEVICES
 from bitcore.schemas import library as _library
-
-_DEVICES = ("CPU", "CUDA")
 
 
 def _check_linear(
@@ -89,31 +89,6 @@ def _linear(
     )
 
 
-def _check_linear_int8(
-    x: Tensor,
-    qweight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> None:
-    checks.check_int8("bitlab::linear_int8", qweight, weight_scale)
-    checks.check_in_features("bitlab::linear_int8", qweight.shape[1])
-    checks.check_input("bitlab::linear_int8", x, qweight.shape[1])
-    checks.check_bias("bitlab::linear_int8", bias, qweight.shape[0])
-    checks.check_activation("bitlab::linear_int8", "int8_per_token", out_dtype)
-
-
-def _linear_int8(
-    x: Tensor,
-    qweight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    _check_linear_int8(x, qweight, weight_scale, bias, out_dtype)
-    return kernels_for(x.device.type).linear_int8(x, qweight, weight_scale, bias, out_dtype)
-
-
 def _check_gradient(
     dy: Tensor, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
 ) -> None:
@@ -130,23 +105,6 @@ def _input_gradient_op(
     return kernels_for(dy.device.type).input_gradient(
         dy, qweight, weight_scale, out_features, dtype
     )
-
-
-def _check_gradient_int8(
-    dy: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype
-) -> None:
-    checks.check_int8("bitlab::input_gradient_int8", qweight, weight_scale)
-    checks.check_float("bitlab::input_gradient_int8", "dy", dy)
-    checks.check_last_axis("bitlab::input_gradient_int8", "dy", dy, qweight.shape[0])
-    checks.check_activation("bitlab::input_gradient_int8", "float", dtype)
-
-
-def _input_gradient_int8(
-    dy: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype
-) -> Tensor:
-    # On every device torch's own float product of blocks: it is not on the way of inference.
-    _check_gradient_int8(dy, qweight, weight_scale, dtype)
-    return reference.input_gradient_int8(dy, qweight, weight_scale, dtype)
 
 
 def _qat_linear(
@@ -167,16 +125,14 @@ def _qat_linear(
     return y, qweight, scale, codes, x_scale
 
 
-for _device in _DEVICES:
+for _device in DEVICES:
     _library.impl("quantize_activation", _quantize_activation, _device)
     _library.impl("pack_weight", _pack_weight, _device)
     _library.impl("unpack_weight", _unpack_weight, _device)
     _library.impl("matmul", _matmul, _device)
     _library.impl("linear", _linear, _device)
     _library.impl("qat_linear", _qat_linear, _device)
-    _library.impl("linear_int8", _linear_int8, _device)
     _library.impl("input_gradient", _input_gradient_op, _device)
-    _library.impl("input_gradient_int8", _input_gradient_int8, _device)
 
 
 @torch.library.register_fake("bitlab::quantize_activation", lib=_library)
@@ -230,29 +186,11 @@ def _fake_linear(
     return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
 
 
-@torch.library.register_fake("bitlab::linear_int8", lib=_library)
-def _(
-    x: Tensor,
-    qweight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    _check_linear_int8(x, qweight, weight_scale, bias, out_dtype)
-    return x.new_empty((*x.shape[:-1], qweight.shape[0]), dtype=out_dtype)
-
-
 @torch.library.register_fake("bitlab::input_gradient", lib=_library)
 def _(
     dy: Tensor, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
 ) -> Tensor:
     _check_gradient(dy, qweight, weight_scale, out_features, dtype)
-    return dy.new_empty((*dy.shape[:-1], qweight.shape[1]), dtype=dtype)
-
-
-@torch.library.register_fake("bitlab::input_gradient_int8", lib=_library)
-def _(dy: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    _check_gradient_int8(dy, qweight, weight_scale, dtype)
     return dy.new_empty((*dy.shape[:-1], qweight.shape[1]), dtype=dtype)
 
 
@@ -383,7 +321,7 @@ def linear_int8(x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Tensor |
     """
     out_dtype = output_dtype(x)
     if _is_plain(x) and qweight.device == x.device:
-        _check_linear_int8(x, qweight, weight_scale, bias, out_dtype)
+        check_linear_int8(x, qweight, weight_scale, bias, out_dtype)
         return kernels_for("cpu").linear_int8(x, qweight, weight_scale, bias, out_dtype)
     y: Tensor = torch.ops.bitlab.linear_int8(x, qweight, weight_scale, bias, out_dtype)
     return y

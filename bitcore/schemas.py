@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 library = torch.library.Library("bitlab", "DEF")
+# What the ops are implemented for.
+DEVICES = ("CPU", "CUDA")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 library.define("quantize_activation(Tensor x, bool per_tensor) -> (Tensor, Tensor)", tags=_TAGS)
 library.define(
