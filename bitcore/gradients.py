@@ -1,4 +1,4 @@
-"""The gradients of ``torch.ops.bitlab.linear`` and ``qat_linear``."""
+"""The gradients of ``torch.ops.bitlab.linear``, ``linear_int8`` and ``qat_linear``."""
 
 from __future__ import annotations
 
@@ -38,6 +38,19 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, None, None, None, None, None
 
 
+def _int8_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qweight, weight_scale, _, _ = inputs
+    ctx.save_for_backward(qweight, weight_scale)
+    ctx.x_dtype = x.dtype
+
+
+def _int8_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """``dx = dy @ (qweight * weight_scale)``; the weights are constants."""
+    qweight, weight_scale = ctx.saved_tensors
+    dx = torch.ops.bitlab.input_gradient_int8(dy, qweight, weight_scale, ctx.x_dtype)
+    return dx, None, None, None, None
+
+
 def _qat_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, _, _, activation, _ = inputs
     _, qweight, weight_scale, codes, x_scale = output
@@ -68,6 +81,9 @@ def _qat_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd(
     "bitlab::linear", _linear_backward, setup_context=_linear_setup, lib=_library
+)
+torch.library.register_autograd(
+    "bitlab::linear_int8", _int8_backward, setup_context=_int8_setup, lib=_library
 )
 torch.library.register_autograd(
     "bitlab::qat_linear", _qat_backward, setup_context=_qat_setup, lib=_library

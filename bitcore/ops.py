@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitcore import checks, gradients  # noqa: F401  (gradients registers itself)
+from bitcore import checks, gradients, ops_int8  # noqa: F401  (the last two register themselves)
 from bitcore.kernels.registry import kernels_for
+from bitcore.schemas import DEVICES
 from bitcore.schemas import library as _library
 
-_DEVICES = ("CPU", "CUDA")
 # Looked up once: `is_plain` runs hundreds of times a token.
 _is_compiling = torch.compiler.is_compiling
 _is_autocasting = torch.is_autocast_enabled
@@ -94,31 +94,6 @@ def _linear(
     )
 
 
-def _check_linear_int8(
-    x: Tensor,
-    qweight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> None:
-    checks.check_int8("bitlab::linear_int8", qweight, weight_scale)
-    checks.check_in_features("bitlab::linear_int8", qweight.shape[1])
-    checks.check_input("bitlab::linear_int8", x, qweight.shape[1])
-    checks.check_bias("bitlab::linear_int8", bias, qweight.shape[0])
-    checks.check_out_dtype("bitlab::linear_int8", out_dtype)
-
-
-def _linear_int8(
-    x: Tensor,
-    qweight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    _check_linear_int8(x, qweight, weight_scale, bias, out_dtype)
-    return kernels_for(x.device.type).linear_int8(x, qweight, weight_scale, bias, out_dtype)
-
-
 def _check_gradient(
     dy: Tensor, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
 ) -> None:
@@ -155,14 +130,13 @@ def _qat_linear(
     return y, qweight, scale, codes, x_scale
 
 
-for _device in _DEVICES:
+for _device in DEVICES:
     _library.impl("quantize_activation", _quantize_activation, _device)
     _library.impl("pack_weight", _pack_weight, _device)
     _library.impl("unpack_weight", _unpack_weight, _device)
     _library.impl("matmul", _matmul, _device)
     _library.impl("linear", _linear, _device)
     _library.impl("qat_linear", _qat_linear, _device)
-    _library.impl("linear_int8", _linear_int8, _device)
     _library.impl("input_gradient", _input_gradient_op, _device)
 
 
@@ -215,18 +189,6 @@ def _fake_linear(
 ) -> Tensor:
     _check_linear(x, qweight, weight_scale, bias, out_features, activation, out_dtype)
     return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
-
-
-@torch.library.register_fake("bitlab::linear_int8", lib=_library)
-def _(
-    x: Tensor,
-    qweight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    _check_linear_int8(x, qweight, weight_scale, bias, out_dtype)
-    return x.new_empty((*x.shape[:-1], qweight.shape[0]), dtype=out_dtype)
 
 
 @torch.library.register_fake("bitlab::input_gradient", lib=_library)
@@ -331,6 +293,25 @@ def linear(
     y: Tensor = torch.ops.bitlab.linear(
         x, qweight, weight_scale, bias, out_features, activation, output_dtype(x)
     )
+    return y
+
+
+def linear_int8(x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``y = (x_q @ qweight.T) * (x_scale * weight_scale) + bias`` on int8 weights.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K]; quantized to int8 per token.
+        qweight: int8 [N, K].
+        weight_scale: float32 [N].
+        bias: float [N], or None; it gets no gradient.
+
+    Returns:
+        [..., N] of x's dtype, or autocast's under autocast. Its gradient reaches x only.
+
+    Numerics:
+        As `linear`: exact integer sums, every float32 operation rounded in the order written.
+    """
+    y: Tensor = torch.ops.bitlab.linear_int8(x, qweight, weight_scale, bias, output_dtype(x))
     return y
 
 

@@ -5,6 +5,7 @@ These are the definitions; the native kernels give the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import reduce
 from operator import add
 
@@ -15,6 +16,10 @@ from bitcore.checks import check_group_size, check_weight
 
 _LANES = 16
 _LEAST = 1e-5
+# A row of zeros gets a scale that is positive, and normal in float32.
+_LEAST_ROW = 1e-30
+# Elements handled at a time where a whole matrix in float32 would cost too much: 4 MiB.
+_BLOCK_ELEMENTS = 2**20
 
 
 def weight_scale(weight: Tensor, granularity: str, group_size: int = 0) -> Tensor:
@@ -119,3 +124,60 @@ def quantize_activation(x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
     codes = (values * factor).round().clamp(-128, 127)
     codes = torch.where(finite, codes, 0.0).to(torch.int8)
     return codes.contiguous(), (most / 127.0).contiguous()
+
+
+def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Yields slices of the rows of a matrix, each of about 4 MiB in float32."""
+    step = max(1, _BLOCK_ELEMENTS // columns)
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))
+
+
+@torch.no_grad()
+def quantize_rows_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 weights with a scale for each row.
+
+    ``m = max(max|w|, 1e-30)`` over the row; ``scale = m / 127``; ``codes = clamp(round(w / scale),
+    -127, 127)``; all in float32, half to even.
+
+    Args:
+        weight: float32, bfloat16 or float16 [V, K], on any device.
+
+    Returns:
+        codes int8 [V, K] and scale float32 [V], which multiplies codes. A row with NaN or infinity
+        has codes 0 and scale NaN.
+
+    Raises:
+        ArgumentTypeError: weight has another dtype.
+        ArgumentError: weight is not [V, K] with V and K at least 1 and K at most 131071.
+
+    Numerics:
+        ``|w - codes * scale| <= scale / 2``, up to the rounding of the quotient. Rows are handled
+        in blocks: the memory taken above the result is a few times 4 MiB.
+    """
+    check_weight("quantize_rows_int8", weight)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    for rows in row_blocks(*weight.shape):
+        values = weight[rows].float()
+        # Not aminmax(dim=1): one pass, but ten times slower.
+        most = values.abs().amax(dim=1)
+        most = torch.where(torch.isfinite(most), most.clamp(min=_LEAST_ROW), torch.nan)
+        scale[rows] = most / 127.0
+        ratio = values.div(scale[rows].unsqueeze(1)).round_().clamp_(-127, 127)
+        codes[rows] = torch.nan_to_num_(ratio, nan=0.0)
+    return codes, scale
+
+
+def dequantize_rows_int8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``codes * scale``, one product in float32, then rounded to dtype.
+
+    Args:
+        codes: int8 [V, K].
+        scale: float32 [V].
+        dtype: dtype of the result.
+    """
+    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for rows in row_blocks(*codes.shape):
+        weight[rows] = codes[rows].float() * scale[rows].unsqueeze(1)
+    return weight

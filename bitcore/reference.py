@@ -104,9 +104,12 @@ def linear_int8(
 ) -> Tensor:
     """``y = (x_q @ qweight.T) * (x_scale * weight_scale) + bias``, sums exact; int8 weights."""
     codes, x_scale = quantize.quantize_activation(x, False)
+    sums = x_scale.new_empty((*x.shape[:-1], qweight.shape[0]))
     with torch.autocast(x.device.type, enabled=False):
-        # Exact: every partial sum is an integer of magnitude at most 127 * 127 * 131071 < 2^53.
-        sums = F.linear(codes.double(), qweight.double()).float()
+        tokens = codes.double()
+        for rows in quantize.row_blocks(*qweight.shape):
+            # Exact: every partial sum is an integer of magnitude at most 128 * 127 * 131071 < 2^53.
+            sums[..., rows] = F.linear(tokens, qweight[rows].double())
     y = sums * (x_scale * weight_scale)
     if bias is not None:
         y = y + bias.float()
@@ -120,3 +123,15 @@ def input_gradient(
     with torch.autocast(dy.device.type, enabled=False):
         weight = unpack_weight(qweight, weight_scale, out_features, dy.dtype)
         return (dy @ weight).to(dtype).contiguous()
+
+
+def input_gradient_int8(
+    dy: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``dx = (dy * weight_scale) @ qweight`` in float32, a block of rows at a time."""
+    rows_of_dy = dy.reshape(-1, qweight.shape[0])
+    dx = torch.zeros((rows_of_dy.shape[0], qweight.shape[1]), device=dy.device)
+    with torch.autocast(dy.device.type, enabled=False):
+        for rows in quantize.row_blocks(*qweight.shape):
+            dx.addmm_(rows_of_dy[:, rows].float() * weight_scale[rows], qweight[rows].float())
+    return dx.to(dtype).view(*dy.shape[:-1], qweight.shape[1])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 library = torch.library.Library("bitlab", "DEF")
+# What the ops are implemented for.
+DEVICES = ("CPU", "CUDA")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 library.define("quantize_activation(Tensor x, bool per_tensor) -> (Tensor, Tensor)", tags=_TAGS)
 library.define(
@@ -34,5 +36,10 @@ library.define(
 library.define(
     "input_gradient(Tensor dy, Tensor qweight, Tensor weight_scale, SymInt out_features,"
     " ScalarType dtype) -> Tensor",
+    tags=_TAGS,
+)
+library.define(
+    "input_gradient_int8(Tensor dy, Tensor qweight, Tensor weight_scale, ScalarType dtype)"
+    " -> Tensor",
     tags=_TAGS,
 )

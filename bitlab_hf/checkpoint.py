@@ -19,12 +19,26 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from bitcore.errors import CheckpointError
 from bitcore.ops import has_invalid_code
+from bitlab_hf.config import BitLabConfig
+from bitlab_hf.head import (
+    Rows,
+    check_supported,
+    find_rows,
+    input_embeddings,
+    int8_modules,
+    is_borrower,
+)
 from bitlab_hf.replace import Found
 from bitlayers.base import BitLayerBase
+from bitlayers.checks import int8_problem
+from bitlayers.int8 import Int8Rows
 
 # In the header of every file of a deployed checkpoint: the names of the converted layers, as JSON.
 LAYERS_KEY = "bitlab_layers"
-_SAFETENSORS_NAMES = {"F32": "float32", "U8": "uint8", "BF16": "bfloat16", "F16": "float16"}
+_SAFETENSORS_NAMES = {
+    "F32": "float32", "U8": "uint8", "I8": "int8", "BF16": "bfloat16", "F16": "float16"
+}  # fmt: skip
+_FLOATS = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True)
@@ -204,21 +218,20 @@ def check_nothing_left_packed(model: nn.Module, checkpoint: Checkpoint) -> None:
     """
     for name, module in model.named_modules():
         packed = f"{name}.qweight" in checkpoint.tensors or name in (checkpoint.layers or ())
-        if packed and not isinstance(module, BitLayerBase):
+        if packed and not isinstance(module, (BitLayerBase, Int8Rows)):
             raise CheckpointError(
                 f"{name} must not be in modules_to_not_convert, got one that is packed in the "
                 "checkpoint\nconfig.json and the tensors do not belong together."
             )
 
 
-def check_float_header(name: str, header: TensorHeader, layer: BitLayerBase) -> None:
+def check_float_header(name: str, header: TensorHeader, shape: tuple[int, ...]) -> None:
     """Checks a float weight that is to be packed.
 
     Raises:
         CheckpointError: It has another shape, or a dtype that cannot be packed.
     """
-    shape = (layer.out_features, layer.in_features)
-    if header.shape != shape or header.dtype not in ("F32", "BF16", "F16"):
+    if header.shape != shape or header.dtype not in _FLOATS:
         raise CheckpointError(
             f"{name} must be float32, bfloat16 or float16 {list(shape)} to be packed, "
             f"got {header.dtype} {list(header.shape)}"
@@ -250,23 +263,106 @@ def check_packed_headers(layers: list[Found[BitLayerBase]], checkpoint: Checkpoi
             "qweight_scale": (("F32",), scale_shape),
         }
         if layer.bias is not None:
-            wanted["bias"] = (("F32", "BF16", "F16"), (layer.out_features,))
-        for leaf, (dtypes, expected) in wanted.items():
-            headers = [checkpoint.tensors.get(f"{name}.{leaf}") for name in found.names]
-            header = next((item for item in headers if item is not None), None)
-            name = f"{found.names[0]}.{leaf}"
-            if header is None:
+            wanted["bias"] = (_FLOATS, (layer.out_features,))
+        _check_headers(
+            found.names, wanted, checkpoint, f"{layer.quant_config.weight_granularity} weights"
+        )
+
+
+def _check_headers(
+    names: list[str],
+    wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]],
+    checkpoint: Checkpoint,
+    what: str,
+) -> None:
+    """Checks the tensors of one module, by its names: ``{leaf: (dtypes, shape)}``."""
+    for leaf, (dtypes, expected) in wanted.items():
+        headers = [checkpoint.tensors.get(f"{name}.{leaf}") for name in names]
+        header = next((item for item in headers if item is not None), None)
+        name = f"{names[0]}.{leaf}"
+        if header is None:
+            raise CheckpointError(
+                f"{name} must be in the checkpoint, got none\n"
+                "The checkpoint is incomplete; fetch or write it again."
+            )
+        if header.dtype not in dtypes or header.shape != expected:
+            dtype = _SAFETENSORS_NAMES.get(dtypes[0], dtypes[0])
+            raise CheckpointError(
+                f"{name} must be {dtype} {list(expected)} for {what}, got {header.dtype} "
+                f"{list(header.shape)}\nconfig.json and the tensors do not belong together."
+            )
+
+
+def stored_int8(model: PreTrainedModel, checkpoint: Checkpoint, config: BitLabConfig) -> list[Rows]:
+    """Returns the output head, and the input embedding, where a deployed file holds them in int8.
+
+    The header says which modules it holds so; a head that it does not list is a new one. A file
+    whose header is lost is taken to hold what the configuration says.
+
+    Raises:
+        CheckpointError: A tensor is missing, has another dtype or shape, or should not be there.
+        ConfigError: The model's head or embedding has no int8 form.
+    """
+    if config.head != "int8":
+        return []
+    head = model.get_output_embeddings()
+    result: list[Rows] = []
+    for module in (head, input_embeddings(model)):
+        if not isinstance(module, (nn.Linear, nn.Embedding)) or any(
+            module is found.module for rows in result for found in rows.members
+        ):
+            continue
+        rows = find_rows(model, module)
+        held = {
+            leaf: [name for name in rows.names if f"{name}.{leaf}" in checkpoint.tensors]
+            for leaf in ("weight", "qweight", "qweight_scale")
+        }
+        if checkpoint.layers is not None:
+            expected = bool(checkpoint.layers.intersection(rows.names))
+        else:
+            tied = bool(model.config.get_text_config().tie_word_embeddings)
+            expected = not held["weight"] and (module is head or tied)
+        if not expected and not held["qweight"]:
+            continue
+        check_supported(model, rows)
+        _check_int8_headers(rows, checkpoint)
+        result.append(rows)
+    return result
+
+
+def _check_int8_headers(rows: Rows, checkpoint: Checkpoint) -> None:
+    owner, *borrowers = rows.members
+    shape = tuple(rows.tensor.shape)
+    wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+        "qweight": (("I8",), shape),
+        "qweight_scale": (("F32",), shape[:1]),
+    }
+    if getattr(owner.module, "bias", None) is not None:
+        wanted["bias"] = (_FLOATS, shape[:1])
+    _check_headers(owner.names, wanted, checkpoint, 'head="int8"')
+    for name in (name for found in borrowers for name in found.names):
+        for leaf in ("weight", *wanted):
+            if f"{name}.{leaf}" in checkpoint.tensors:
                 raise CheckpointError(
-                    f"{name} must be in the checkpoint, got none\n"
-                    "The checkpoint is incomplete; fetch or write it again."
+                    f"{name}.{leaf} must not be in the checkpoint, got one, though {name} is tied "
+                    f"to {rows.owner}\nconfig.json and the tensors do not belong together."
                 )
-            if header.dtype not in dtypes or header.shape != expected:
-                dtype = _SAFETENSORS_NAMES.get(dtypes[0], dtypes[0])
-                raise CheckpointError(
-                    f"{name} must be {dtype} {list(expected)} for "
-                    f"{layer.quant_config.weight_granularity} weights, got {header.dtype} "
-                    f"{list(header.shape)}\nconfig.json and the tensors do not belong together."
-                )
+
+
+def verify_int8(model: PreTrainedModel) -> None:
+    """Scans int8 tensors for what no writer produces.
+
+    Raises:
+        CheckpointError: A qweight holds -128, or a scale is not a finite positive number.
+    """
+    for found in int8_modules(model):
+        if is_borrower(model, found):
+            continue
+        problem = int8_problem(
+            f"{found.names[0]}.", found.module.qweight, found.module.qweight_scale
+        )
+        if problem is not None:
+            raise CheckpointError(f"{problem}\nThe file is damaged; fetch or write it again.")
 
 
 def with_tied(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:

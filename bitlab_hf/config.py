@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 QUANT_METHOD = "bitlab"
 _CHOICES = {
     "weight_format": ("latent", "packed"),
-    "head": ("keep", "ternary"),
+    "head": ("keep", "int8", "ternary"),
     "mode": ("auto", "train", "infer"),
     "latent_dtype": ("float32", "keep"),
     "verify": (True, False),
@@ -35,7 +35,9 @@ class BitLabConfig(QuantizationConfigMixin):
             to leave alone; transformers' own defaults and the output head always are.
         overrides: ``{pattern: {field: value}}``: for modules whose name matches the glob pattern,
             other values of the quantization fields; later patterns win.
-        head: ``"keep"`` leaves the output head alone, ``"ternary"`` converts it too.
+        head: ``"keep"`` leaves the output head alone. ``"int8"`` stores it, and the embedding tied
+            to it, in int8 with a scale per row, from `deploy` or ``mode="infer"`` on; a latent
+            model keeps it float. ``"ternary"`` converts it like the other layers.
         activation_dtype, activation_granularity, weight_granularity, group_size, weight_quantizer:
             See `bitcore.BitQuantConfig`.
         mode: ``"auto"`` takes what the file holds: latent weights for training from a float or

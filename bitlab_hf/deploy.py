@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 
 from bitcore.errors import LifecycleError
 from bitlab_hf.config import BitLabConfig
+from bitlab_hf.head import input_embeddings, int8_modules, plan_head
 from bitlab_hf.replace import check_single_weight, quantized_layers
 from bitlayers.checks import check_deployable
+from bitlayers.int8 import Int8Embedding, Int8Linear
 from bitlayers.registry import LAYER_REGISTRY
 
 logger = logging.getLogger("bitlab")
@@ -23,7 +25,8 @@ def deploy(model: Model) -> Model:
     """Packs every quantized layer of a model for good, or none.
 
     First every layer is checked and packed beside the weights, then all are committed, so an error
-    leaves the model as it was. Norms, embeddings and the head keep their dtype. Gradients and an
+    leaves the model as it was. With ``head="int8"`` the output head, and the embedding tied to it,
+    are quantized with them. Other tensors keep their dtype. Gradients and an
     optimizer that still hold the latent weights keep their memory: drop them first.
 
     Args:
@@ -36,6 +39,7 @@ def deploy(model: Model) -> Model:
         LifecycleError: The model has no latent layers, is deployed already, sharded, or wrapped by
             an adapter or a data-parallel module.
         NonFiniteError: A weight holds NaN or infinity; the message names it.
+        ConfigError: ``head="int8"`` is asked of a head that has no int8 form.
     """
     _check_unwrapped(model)
     # torch.compile wraps the module that is meant.
@@ -57,6 +61,7 @@ def deploy(model: Model) -> Model:
             "weights in memory"
         )
     groups = check_single_weight(latent)
+    head = plan_head(inner)
     packed = [group[0].module.build_packed() for group in groups.values()]
     for group, (qweight, scale) in zip(groups.values(), packed, strict=True):
         for layer in group:
@@ -65,6 +70,8 @@ def deploy(model: Model) -> Model:
             layer.module.qweight = group[0].module.qweight
     model.eval()
     if isinstance(inner, PreTrainedModel):
+        if head is not None:
+            head.commit(inner)
         _attach(inner)
     return model
 
@@ -98,14 +105,19 @@ def _attach(model: PreTrainedModel) -> None:
     if not isinstance(config, BitLabConfig):
         config = _described(model)
     config = copy.deepcopy(config)
+    if config.head == "int8" and not int8_modules(model):
+        # A model without a head, of a file that has one.
+        config.head = "keep"
     config.weight_format, config.mode = "packed", "auto"
     quantizer = BitLabHfQuantizer(config, pre_quantized=True)
     model.config.quantization_config = quantizer.quantization_config
     mark_quantized(model, quantizer)
     untie_packed(model)
     head = model.get_output_embeddings()
-    if head is not None and getattr(head, "weight", None) is None:
-        # The head has packed weights of its own now; the embedding keeps the float ones.
+    embedding = input_embeddings(model)
+    borrows = isinstance(head, Int8Linear) and isinstance(embedding, Int8Embedding)
+    if head is not None and getattr(head, "weight", None) is None and not borrows:
+        # The head has quantized weights of its own now; the embedding keeps the float ones.
         model.config.tie_word_embeddings = False
         model.config.get_text_config().tie_word_embeddings = False
 
@@ -120,6 +132,7 @@ def _described(model: PreTrainedModel) -> BitLabConfig:
     config.overrides = {
         name: layer.module.quant_config.to_dict() for layer in layers for name in layer.names
     }
+    config.head = "int8" if int8_modules(model) else "keep"
     config.modules_to_not_convert = sorted(
         name
         for name, module in model.named_modules()

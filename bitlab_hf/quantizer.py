@@ -1,4 +1,4 @@
-"""BitLabHfQuantizer: the only file that knows transformers' hooks.
+"""BitLabHfQuantizer: what transformers calls, and when.
 
 Three ways to load, told apart by what the file holds and by `BitLabConfig.mode`:
 
@@ -27,19 +27,29 @@ from transformers.quantizers.base import HfQuantizer
 from bitcore.errors import CheckpointError, ConfigError, LifecycleError, NonFiniteError
 from bitlab_hf.checkpoint import (
     LAYERS_KEY,
-    Checkpoint,
-    check_float_header,
     check_format,
     check_nothing_left_packed,
     check_packed_headers,
     ignore_unexpected,
     read_checkpoint,
     split_by_presence,
+    stored_int8,
+    verify_int8,
     verify_packed,
     with_tied,
 )
 from bitlab_hf.config import LOADING_ATTRIBUTES, QUANT_METHOD, BitLabConfig
 from bitlab_hf.deploy import untie_packed
+from bitlab_hf.head import (
+    Rows,
+    find_head,
+    finish,
+    int8_modules,
+    is_borrower,
+    restore_float,
+    swap_skeletons,
+)
+from bitlab_hf.packing import PackAtLoad
 from bitlab_hf.replace import (
     Found,
     find_linears,
@@ -49,7 +59,7 @@ from bitlab_hf.replace import (
     swap_latent,
     swap_packed,
 )
-from bitlayers.base import BitLayerBase
+from bitlayers.int8 import Int8Rows
 from bitlayers.registry import get_layer
 
 
@@ -82,10 +92,9 @@ class BitLabHfQuantizer(HfQuantizer):
         self.pre_quantized = self.file_is_packed
         self.build_packed = self.file_is_packed or config.mode == "infer"
         config.weight_format = "packed" if self.build_packed else "latent"
-        # Weights with NaN or infinity met while packing at load.
-        self.nonfinite: list[str] = []
-        # Every name of a weight to pack, by each of its names.
-        self.weight_names: dict[str, set[str]] = {}
+        self.packing = PackAtLoad()
+        # What is int8 once loaded: the output head with what is tied to it.
+        self.int8: list[Rows] = []
 
     # Before the weights.
 
@@ -120,13 +129,20 @@ class BitLabHfQuantizer(HfQuantizer):
         if self.file_is_packed:
             assert checkpoint is not None
             swap_packed(model, found, config)
+            self.int8 = stored_int8(model, checkpoint, config)
+            for rows in self.int8:
+                swap_skeletons(model, rows)
             check_packed_headers(quantized_layers(model), checkpoint)
             check_nothing_left_packed(model, checkpoint)
             ignore_unexpected(model, checkpoint.sentinels())
         else:
+            head = self._int8_head(model)
             swap_latent(model, found, config)
             if self.build_packed:
-                self._prepare_packing(model, dtype, checkpoint)
+                self.packing.add_layers(model, dtype, checkpoint)
+                if head is not None:
+                    self.packing.add_head(model, head, checkpoint)
+                    self.int8 = [head]
                 self._check_offload(device_map)
 
     def _check_ternary_head(self, model: PreTrainedModel, found: list[Found[nn.Linear]]) -> None:
@@ -161,6 +177,17 @@ class BitLabHfQuantizer(HfQuantizer):
                 'Pass dtype=torch.float32, or latent_dtype="keep".'
             )
 
+    def _int8_head(self, model: PreTrainedModel) -> Rows | None:
+        """Returns the head that is to be int8, refused early where it cannot be."""
+        if self.quantization_config.head != "int8":
+            return None
+        head = find_head(model)
+        if head is None and not self.was_converted:
+            raise ConfigError(
+                'bitlab: head="int8" must find an output head that is an nn.Linear, got none'
+            )
+        return head
+
     def _check_offload(self, device_map: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ConfigError(
@@ -168,40 +195,26 @@ class BitLabHfQuantizer(HfQuantizer):
                 "Deploy and save the model once, then load that checkpoint with any device_map."
             )
 
-    def _prepare_packing(
-        self, model: PreTrainedModel, dtype: torch.dtype | None, checkpoint: Checkpoint | None
-    ) -> None:
-        """Packs from the file's own values, checked before anything is loaded."""
-        keep = set(model._keep_in_fp32_modules_strict or ())
-        for found in quantized_layers(model):
-            names = {f"{name}.weight" for name in found.names}
-            self.weight_names.update(dict.fromkeys(names, names))
-            for name in names:
-                header = checkpoint.tensors.get(name) if checkpoint else None
-                if header is None:
-                    continue
-                check_float_header(name, header, found.module)
-                if header.dtype == "F32" and dtype != torch.float32:
-                    # transformers would round it to the model's dtype before packing.
-                    keep.add(name)
-        model._keep_in_fp32_modules_strict = keep
-
     # While the weights arrive.
 
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
     ) -> bool:
-        """Tells whether a parameter is a latent weight to be packed at load."""
+        """Tells whether a parameter is a float weight to be packed or quantized at load."""
         if not self.build_packed or self.file_is_packed:
             return False
-        module_name, _, leaf = param_name.rpartition(".")
-        if leaf != "weight":
-            return False
-        module = model.get_submodule(module_name)
-        return isinstance(module, BitLayerBase) and not module.is_deployed
+        return self.packing.takes(model, param_name)
 
     def get_quantize_ops(self) -> ConversionOps:
-        return PackAtLoad(self)
+        return self.packing
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Returns the bytes of an element of a parameter once it is loaded."""
+        if any(param_name == f"{name}.weight" for rows in self.int8 for name in rows.names):
+            # Not packed four to a byte, as the layers are.
+            return 1
+        size: float = super().param_element_size(model, param_name, param)
+        return size
 
     @property
     def quantized_element_size(self) -> float | None:
@@ -215,10 +228,16 @@ class BitLabHfQuantizer(HfQuantizer):
             return
         if not self.file_is_packed:
             self._check_offload(getattr(model, "hf_device_map", None))
-        if self.nonfinite:
+        nonfinite = self.packing.nonfinite
+        if nonfinite:
             raise NonFiniteError(
-                f"{self.nonfinite[0]} must be finite to be packed, got NaN or infinity"
-                + (f" (and {len(self.nonfinite) - 1} more)" if len(self.nonfinite) > 1 else "")
+                f"{nonfinite[0]} must be finite to be packed, got NaN or infinity"
+                + (f" (and {len(nonfinite) - 1} more)" if len(nonfinite) > 1 else "")
+            )
+        if self.packing.differing:
+            raise CheckpointError(
+                f"{self.packing.differing[0]} must have the values of the weight that it is tied "
+                "to, got others\nSet tie_word_embeddings to false in config.json."
             )
         layers = quantized_layers(model)
         for found in layers:
@@ -230,8 +249,17 @@ class BitLabHfQuantizer(HfQuantizer):
             layer.qweight.requires_grad_(False)
             if layer.bias is not None:
                 layer.bias.requires_grad_(False)
+        for rows in self.int8:
+            if not isinstance(rows.members[0].module, Int8Rows):
+                raise CheckpointError(
+                    f"{rows.owner}.weight must be in the checkpoint to be quantized, got none"
+                )
+            finish(model, rows)
+        # They hold modules, which are the model's alone from here on.
+        self.packing, self.int8 = PackAtLoad(), []
         if self.file_is_packed and self.quantization_config.verify:
             verify_packed(layers)
+            verify_int8(model)
         untie_packed(model)
         for name in LOADING_ATTRIBUTES:
             setattr(self.quantization_config, name, getattr(_DEFAULTS, name))
@@ -260,7 +288,15 @@ class BitLabHfQuantizer(HfQuantizer):
             seen.add(id(found.module.qweight))
             state[f"{name}.qweight_scale"] = state[f"{name}.qweight_scale"].clone()
         state[f"{layers[0].names[0]}.weight"] = torch.empty(0, dtype=torch.uint8)
-        return state, {LAYERS_KEY: json.dumps([found.names[0] for found in layers])}
+        names = [found.names[0] for found in layers]
+        for rows in int8_modules(model):
+            names.append(rows.names[0])
+            stored = () if is_borrower(model, rows) else rows.names[:1]
+            for alias in rows.names:
+                if alias not in stored:
+                    for leaf in ("qweight", "qweight_scale", "bias"):
+                        state.pop(f"{alias}.{leaf}", None)
+        return state, {LAYERS_KEY: json.dumps(names)}
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
@@ -281,6 +317,7 @@ class BitLabHfQuantizer(HfQuantizer):
             linear.train(layer.training)
             for name in found.names:
                 set_module(model, name, linear)
+        restore_float(model, dtype)
         return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
@@ -304,39 +341,6 @@ class BitLabHfQuantizer(HfQuantizer):
 
 
 _DEFAULTS = BitLabConfig()
-
-
-class PackAtLoad(ConversionOps):
-    """Packs a weight as it arrives from a float file."""
-
-    def __init__(self, quantizer: BitLabHfQuantizer) -> None:
-        self._quantizer = quantizer
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
-    ) -> dict[str, list[Tensor]]:
-        """Packs each tensor into its module; nothing is left for transformers to set."""
-        model: PreTrainedModel = kwargs["model"]
-        missing_keys: set[str] | None = kwargs.get("missing_keys")
-        for name, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
-            layer = model.get_submodule(name.rpartition(".")[0])
-            assert isinstance(layer, BitLayerBase)
-            layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
-            qweight, scale = layer.build_packed()
-            if not bool(torch.isfinite(scale).all()):
-                self._quantizer.nonfinite.append(name)
-            layer.commit_packed(qweight, scale)
-            for tensor in (layer.qweight, layer.qweight_scale):
-                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-            if missing_keys is not None:
-                # One module can stand under several names.
-                missing_keys -= self._quantizer.weight_names.get(name, {name})
-        return {}
 
 
 def mark_quantized(model: PreTrainedModel, quantizer: BitLabHfQuantizer) -> None:

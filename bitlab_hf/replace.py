@@ -23,7 +23,8 @@ from bitlayers.base import BitLayerBase
 from bitlayers.registry import get_layer
 
 logger = logging.getLogger("bitlab")
-
+# Where `replace_linear` leaves the choice of the head for `deploy`.
+HEAD_ATTRIBUTE = "_bitlab_head"
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -94,9 +95,9 @@ def skipped_modules(model: PreTrainedModel, config: BitLabConfig, defaults: bool
     names = [short if short in linears else name for name, short in stripped.items()]
     output = model.get_output_embeddings()
     head = {name for name, module in model.named_modules() if module is output}
-    if config.head == "keep":
-        return sorted(set(names) | head)
-    return sorted(set(names) - head)
+    if config.head == "ternary":
+        return sorted(set(names) - head)
+    return sorted(set(names) | head)
 
 
 def check_overrides(
@@ -156,9 +157,24 @@ def replace_linear(model: nn.Module, config: BitLabConfig | None = None) -> nn.M
     skip = list(config.modules_to_not_convert or [])
     if isinstance(model, PreTrainedModel):
         skip = skipped_modules(model, config, defaults=True)
+    if config.head == "int8":
+        _check_int8_head(model)
     linears = find_linears(model, skip)
     swap_latent(model, linears, config)
+    if config.head == "int8":
+        # Such a model has no quantization config of its own; `deploy` looks here.
+        setattr(model, HEAD_ATTRIBUTE, config.head)
     return model
+
+
+def _check_int8_head(model: nn.Module) -> None:
+    from bitlab_hf.head import find_head
+
+    if not isinstance(model, PreTrainedModel) or find_head(model) is None:
+        raise ConfigError(
+            'replace_linear: head="int8" must be asked of a transformers model with an output '
+            f"head, got {type(model).__name__}"
+        )
 
 
 def swap_latent(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLabConfig) -> None:

@@ -2,6 +2,7 @@
 
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
+from bitlayers.int8 import Int8Embedding, Int8Linear
 from bitlayers.registry import LAYER_REGISTRY, register_layer
 from bitlayers.utils import compare_layers, estimate_memory_usage
 
@@ -9,6 +10,8 @@ __all__ = [
     "LAYER_REGISTRY",
     "BitLayerBase",
     "BitLinear",
+    "Int8Embedding",
+    "Int8Linear",
     "compare_layers",
     "estimate_memory_usage",
     "register_layer",

@@ -27,13 +27,14 @@ from bitcore.errors import ArgumentError, ArgumentTypeError, LifecycleError
 from bitcore.prepared import PreparedLinear
 from bitlayers.checks import check_deployable, check_sizes, load_problem
 from bitlayers.init import INIT_METHODS
+from bitlayers.scales import Float32Scale
 
 logger = logging.getLogger("bitlab")
 
 _PACKED = ("qweight", "qweight_scale")
 
 
-class BitLayerBase(nn.Module):
+class BitLayerBase(Float32Scale):
     """Base class of all quantized layers.
 
     A subclass writes the five methods that raise NotImplementedError here; the base owns
@@ -339,12 +340,7 @@ class BitLayerBase(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.invalidate_cache()
-        scale = self._buffers.get("qweight_scale")
         super()._apply(fn, recurse)
-        moved = self._buffers.get("qweight_scale")
-        if scale is not None and moved is not None and moved.dtype != torch.float32:
-            # `.to(bfloat16)` moves the scale but must not round it.
-            self._buffers["qweight_scale"] = scale.to(moved.device)
         weight = self._parameters.get("weight")
         if weight is not None:
             self.latent_dtype = weight.dtype

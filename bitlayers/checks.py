@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitcore.checks import check_float, check_group_size, check_in_features
 from bitcore.config import BitQuantConfig
@@ -44,8 +44,25 @@ def check_deployable(layer: BitLayerBase, name: str) -> None:
     """
     if layer.is_deployed:
         raise LifecycleError(f"deploy: {name} must be latent, got a layer that is deployed already")
+    check_whole(layer, name)
     weight = layer._parameters.get("weight")
-    if hasattr(layer, "parametrizations") or (
+    if weight is not None and not bool(torch.isfinite(weight).all()):
+        raise NonFiniteError(f"deploy: {name} must be finite, got NaN or infinity; nothing changed")
+
+
+def check_whole(module: nn.Module, name: str) -> None:
+    """Checks that the weight of a module, if it has one, is a plain tensor that holds data.
+
+    Args:
+        module: The module.
+        name: What messages call its weight.
+
+    Raises:
+        LifecycleError: The weight is on the meta device, sharded or parametrized.
+        ArgumentTypeError: It has a dtype that cannot be quantized.
+    """
+    weight = module._parameters.get("weight")
+    if hasattr(module, "parametrizations") or (
         weight is not None and type(weight.data) is not Tensor
     ):
         raise LifecycleError(
@@ -57,8 +74,6 @@ def check_deployable(layer: BitLayerBase, name: str) -> None:
     check_float("deploy", name, weight)
     if weight.is_meta:
         raise LifecycleError(f"deploy: {name} must hold data, got a tensor on the meta device")
-    if not bool(torch.isfinite(weight).all()):
-        raise NonFiniteError(f"deploy: {name} must be finite, got NaN or infinity; nothing changed")
 
 
 def load_problem(layer: BitLayerBase, state_dict: Mapping[str, Any], prefix: str) -> str | None:
@@ -84,3 +99,19 @@ def load_problem(layer: BitLayerBase, state_dict: Mapping[str, Any], prefix: str
     if qweight is not None and not qweight.is_meta and has_invalid_code(qweight):
         return f"{prefix}qweight holds the invalid code 3; the data is damaged"
     return None
+
+
+def int8_problem(name: str, qweight: Tensor | None, scale: Tensor | None) -> str | None:
+    """Says what in int8 weights and their scales no writer produces.
+
+    Args:
+        name: What messages call the module, with a dot at its end.
+        qweight: int8 [V, K], or None.
+        scale: float32 [V], or None.
+    """
+    # A minimum makes nothing of the matrix's size.
+    if qweight is not None and not qweight.is_meta and int(qweight.amin()) < -127:
+        return f"{name}qweight must hold codes of -127 to 127, got -128"
+    if scale is None or scale.is_meta or bool((torch.isfinite(scale) & (scale > 0)).all()):
+        return None
+    return f"{name}qweight_scale must be finite and positive, got other values"

@@ -28,9 +28,7 @@ from bench_common import Disturbance, Grid, Target, close, header, pyplot
 from rich.console import Console
 from rich.progress import Progress
 
-from bitcore.errors import ConfigError
 from bitcore.kernels import kernels_for
-from bitlab_hf import BitLabConfig
 
 Result = dict[str, Any]
 FULL = {
@@ -257,20 +255,6 @@ def draw(results: list[Result], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def available(names: list[str], console: Console) -> list[str]:
-    """Returns the engines that this BitLab has."""
-    found = []
-    for name in names:
-        head = ENGINES[name][3].get("head", "keep")
-        try:
-            BitLabConfig(head=head)
-        except ConfigError as error:
-            console.print(f"{name}: left out, {error}", highlight=False)
-            continue
-        found.append(name)
-    return found
-
-
 def main() -> None:
     """Builds, measures, prints, writes."""
     options = parse_arguments()
@@ -279,7 +263,7 @@ def main() -> None:
     console = Console()
     disturbance = Disturbance()
     result = header(console, "bench_generate.py")
-    names = available(options.engines, console)
+    names = options.engines
     runs: dict[str, list[Result]] = {name: [] for name in names}
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(console=console, transient=True))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -69,3 +72,15 @@ def logits_of(model: PreTrainedModel) -> Tensor:
 def training_data(count: int = 32) -> list[dict[str, Tensor]]:
     ids = torch.randint(0, VOCABULARY, (count, 24), generator=torch.Generator().manual_seed(3))
     return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def rewrite(
+    folder: Path, change: Callable[[dict[str, Tensor]], Any], keep_metadata: bool = True
+) -> None:
+    """Writes a checkpoint's file anew after a change of its tensors."""
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    with safe_open(file, framework="pt") as handle:
+        metadata = handle.metadata() if keep_metadata else {"format": "pt"}
+    change(tensors)
+    save_file(tensors, file, metadata)

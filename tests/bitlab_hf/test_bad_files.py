@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
 
 from bitcore.errors import CheckpointError, ConfigError, NonFiniteError
 from bitlab_hf import BitLabConfig, deploy, save
-from tests.bitlab_hf.models import logits_of, make_float_model
+from tests.bitlab_hf.models import logits_of, make_float_model, rewrite
 
 LAYER = "model.layers.1.mlp.up_proj"
 LAST = "model.layers.1.mlp.down_proj"
@@ -32,17 +31,6 @@ def deployed(tmp_path: Path) -> Path:
     source = make_float_model("qwen2", tmp_path)
     save(load(source, quantization_config=BitLabConfig(mode="infer")), tmp_path / "deployed")
     return tmp_path / "deployed"
-
-
-def rewrite(
-    folder: Path, change: Callable[[dict[str, Tensor]], None], keep_metadata: bool = True
-) -> None:
-    file = folder / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    with safe_open(file, framework="pt") as handle:
-        metadata = handle.metadata() if keep_metadata else {"format": "pt"}
-    change(tensors)
-    save_file(tensors, file, metadata)
 
 
 def drop(name: str) -> Callable[[dict[str, Tensor]], None]:

@@ -61,6 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with torch.device("meta"):
             model = LlamaForCausalLM(config)
         model = model.to_empty(device="cpu").to(torch.bfloat16)
+        model.tie_weights()
         for parameter in model.parameters():
             parameter.data.uniform_(-0.05, 0.05)
         model.save_pretrained(base / f"float{suffix}")
@@ -68,6 +69,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             base / f"float{suffix}", quantization_config=BitLabConfig(mode="infer")
         )
         save(packed, base / f"packed{suffix}")
+        packed = LlamaForCausalLM.from_pretrained(
+            base / f"float{suffix}", quantization_config=BitLabConfig(mode="infer", head="int8")
+        )
+        save(packed, base / f"int8{suffix}")
     return base
 
 
@@ -108,3 +113,15 @@ def test_packed_at_load(folder: Path) -> None:
 @pytest.mark.parametrize("verify", [True, False])
 def test_packed_stays_mapped(folder: Path, verify: bool) -> None:
     assert measure(folder / "packed", verify=verify)["peak"] <= 3 * MIB
+
+
+def test_the_int8_head_quantized_at_load(folder: Path) -> None:
+    """8000 rows of 1024: 8 MiB that stay, and blocks of 4 MiB while they are made."""
+    found = measure(folder / "float", mode="infer", head="int8")
+    assert found["peak"] <= 91 * MIB
+    assert found["after"] <= (63 + 8) * MIB
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_int8_head_stays_mapped(folder: Path, verify: bool) -> None:
+    assert measure(folder / "int8", verify=verify)["peak"] <= 3 * MIB

@@ -73,13 +73,16 @@ def test_linear(tmp_path: Path) -> None:
 
 def test_generate(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    engines = ("bitlab keep", "dense bf16", "bitnet packed")
+    engines = ("bitlab int8", "bitlab keep", "dense bf16", "bitnet packed")
     options = ("--threads", "1", "--work", str(work), "--engines", *engines)
     result, output = run("bench_generate.py", tmp_path, *options)
     found = {one["engine"]: one for one in result["engines"]}
     assert tuple(found) == engines
     layers = [one["layer"] for one in found.values()]
-    assert layers == ["BitLinear", "Linear", "BitLinear"]
+    assert layers == ["BitLinear", "BitLinear", "Linear", "BitLinear"]
+    assert [one["head"] for one in found.values()] == ["Int8Linear", "Linear", "Linear", "Linear"]
+    int8, keep, *_ = found.values()
+    assert int8["file_bytes"] < keep["file_bytes"]
     for name, one in found.items():
         for key in ("prompt_tok_s", "decode_tok_s", "load_seconds", "read_seconds"):
             assert one[key] > 0, f"{name} {key}"
@@ -89,5 +92,7 @@ def test_generate(tmp_path: Path) -> None:
         assert one["above_bytes"] == pytest.approx(above)
         assert len(one["runs"]) == result["rounds"]
     assert found["bitlab keep"]["file_bytes"] < found["dense bf16"]["file_bytes"]
-    assert {path.name for path in work.iterdir()} == {"dense", "bitlab-keep", "bitnet"}
+    assert {path.name for path in work.iterdir()} == {
+        "dense", "bitlab-int8", "bitlab-keep", "bitnet",
+    }  # fmt: skip
     assert_targets(result, output)

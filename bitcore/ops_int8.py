@@ -1,0 +1,76 @@
+"""The torch ops of int8 weights: implementations and fakes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitcore import checks, reference
+from bitcore.kernels.registry import kernels_for
+from bitcore.schemas import DEVICES
+from bitcore.schemas import library as _library
+
+
+def _check_linear_int8(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> None:
+    checks.check_int8("bitlab::linear_int8", qweight, weight_scale)
+    checks.check_in_features("bitlab::linear_int8", qweight.shape[1])
+    checks.check_input("bitlab::linear_int8", x, qweight.shape[1])
+    checks.check_bias("bitlab::linear_int8", bias, qweight.shape[0])
+    checks.check_out_dtype("bitlab::linear_int8", out_dtype)
+
+
+def _linear_int8(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    _check_linear_int8(x, qweight, weight_scale, bias, out_dtype)
+    return kernels_for(x.device.type).linear_int8(x, qweight, weight_scale, bias, out_dtype)
+
+
+def _check_gradient_int8(
+    dy: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype
+) -> None:
+    checks.check_int8("bitlab::input_gradient_int8", qweight, weight_scale)
+    checks.check_float("bitlab::input_gradient_int8", "dy", dy)
+    checks.check_last_axis("bitlab::input_gradient_int8", "dy", dy, qweight.shape[0])
+    checks.check_out_dtype("bitlab::input_gradient_int8", dtype)
+
+
+def _input_gradient_int8(
+    dy: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    # On every device torch's own float product of blocks: it is not on the way of inference.
+    _check_gradient_int8(dy, qweight, weight_scale, dtype)
+    return reference.input_gradient_int8(dy, qweight, weight_scale, dtype)
+
+
+for _device in DEVICES:
+    _library.impl("linear_int8", _linear_int8, _device)
+    _library.impl("input_gradient_int8", _input_gradient_int8, _device)
+
+
+@torch.library.register_fake("bitlab::linear_int8", lib=_library)
+def _(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    _check_linear_int8(x, qweight, weight_scale, bias, out_dtype)
+    return x.new_empty((*x.shape[:-1], qweight.shape[0]), dtype=out_dtype)
+
+
+@torch.library.register_fake("bitlab::input_gradient_int8", lib=_library)
+def _(dy: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    _check_gradient_int8(dy, qweight, weight_scale, dtype)
+    return dy.new_empty((*dy.shape[:-1], qweight.shape[1]), dtype=dtype)
