@@ -136,11 +136,21 @@ def check_bias(op: str, bias: Tensor | None, out_features: int) -> None:
         raise ArgumentError(f"{op}: bias must be [{out_features}], got {list(bias.shape)}")
 
 
-def check_activation(op: str, activation: str, out_dtype: torch.dtype) -> None:
-    """Checks the activation scheme and the dtype of the output."""
-    if activation not in ACTIVATIONS:
-        raise ArgumentError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
+def check_out_dtype(op: str, out_dtype: torch.dtype) -> None:
+    """Checks the dtype of an output."""
     if out_dtype not in FLOAT_DTYPES:
         raise ArgumentTypeError(
             f"{op}: out_dtype must be float32, bfloat16 or float16, got {out_dtype}"
         )
+
+
+def check_linear_weights(
+    qweight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_features: int, activation: str
+) -> None:
+    """Checks what ``bitlab::linear`` takes beside its input."""
+    op = "bitlab::linear"
+    check_packed(op, qweight, weight_scale, out_features)
+    check_in_features(op, qweight.shape[1])
+    check_bias(op, bias, out_features)
+    if activation not in ACTIVATIONS:
+        raise ArgumentError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")

@@ -16,6 +16,14 @@ from bitcore.ops_int8 import check_linear_int8
 from bitcore.schemas import DEVICES
 from bitcore.schemas import library as _library
 
+# Looked up once: `is_plain` runs hundreds of times a token.
+_is_compiling = torch.compiler.is_compiling
+_is_autocasting = torch.is_autocast_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_is_profiling = torch._C._autograd._profiler_enabled
+
 
 def _check_linear(
     x: Tensor,
@@ -26,11 +34,9 @@ def _check_linear(
     activation: str,
     out_dtype: torch.dtype,
 ) -> None:
-    checks.check_packed("bitlab::linear", qweight, weight_scale, out_features)
-    checks.check_in_features("bitlab::linear", qweight.shape[1])
+    checks.check_linear_weights(qweight, weight_scale, bias, out_features, activation)
     checks.check_input("bitlab::linear", x, qweight.shape[1])
-    checks.check_bias("bitlab::linear", bias, out_features)
-    checks.check_activation("bitlab::linear", activation, out_dtype)
+    checks.check_out_dtype("bitlab::linear", out_dtype)
 
 
 def _check_pack(op: str, weight: Tensor, granularity: str, group_size: int) -> None:
@@ -95,7 +101,7 @@ def _check_gradient(
     checks.check_packed("bitlab::input_gradient", qweight, weight_scale, out_features)
     checks.check_float("bitlab::input_gradient", "dy", dy)
     checks.check_last_axis("bitlab::input_gradient", "dy", dy, out_features)
-    checks.check_activation("bitlab::input_gradient", "float", dtype)
+    checks.check_out_dtype("bitlab::input_gradient", dtype)
 
 
 def _input_gradient_op(
@@ -245,6 +251,21 @@ def unpack_weight(
     return weight
 
 
+def has_invalid_code(qweight: Tensor) -> bool:
+    """Tells whether any of the four codes of any byte is 3, which no writer produces.
+
+    Not an op: it looks at values, and waits for them on a GPU.
+
+    Args:
+        qweight: uint8, any shape.
+
+    Raises:
+        ArgumentTypeError: qweight is not uint8.
+    """
+    checks.check_dtype("has_invalid_code", "qweight", qweight, torch.uint8)
+    return kernels_for(qweight.device.type).has_invalid_code(qweight)
+
+
 def linear(
     x: Tensor,
     qweight: Tensor,
@@ -270,38 +291,10 @@ def linear(
         The sums are exact integers; every float32 operation is rounded in the order written, and
         the result once more to the output dtype. A token with NaN or infinity gives NaN.
     """
-    out_dtype = output_dtype(x)
-    if _is_plain(x) and _fits(x, qweight, weight_scale, bias, out_features, activation):
-        return kernels_for("cpu").linear(
-            x, qweight, weight_scale, bias, out_features, activation, out_dtype
-        )
     y: Tensor = torch.ops.bitlab.linear(
-        x, qweight, weight_scale, bias, out_features, activation, out_dtype
+        x, qweight, weight_scale, bias, out_features, activation, output_dtype(x)
     )
     return y
-
-
-def _fits(
-    x: Tensor,
-    qweight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    activation: str,
-) -> bool:
-    """Tells in passing what `_check_linear` would find right at length for the usual case."""
-    rows, in_features = qweight.shape
-    return (
-        bias is None
-        and activation in checks.ACTIVATIONS
-        and x.shape[-1] == in_features
-        and 4 * rows - 4 < out_features <= 4 * rows
-        and weight_scale.numel() == 1
-        and qweight.dtype is torch.uint8
-        and weight_scale.dtype is torch.float32
-        and x.dtype in checks.FLOAT_DTYPES
-        and in_features <= checks.MAX_IN_FEATURES
-    )
 
 
 def linear_int8(x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -320,26 +313,27 @@ def linear_int8(x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Tensor |
         As `linear`: exact integer sums, every float32 operation rounded in the order written.
     """
     out_dtype = output_dtype(x)
-    if _is_plain(x) and qweight.device == x.device:
+    if is_plain(x) and qweight.device == x.device:
         check_linear_int8(x, qweight, weight_scale, bias, out_dtype)
         return kernels_for("cpu").linear_int8(x, qweight, weight_scale, bias, out_dtype)
     y: Tensor = torch.ops.bitlab.linear_int8(x, qweight, weight_scale, bias, out_dtype)
     return y
 
 
-def _is_plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """Tells whether an op on x can be called past the dispatcher, which costs more than a small
-    layer: eager inference, with nothing that records, traces, batches or replaces calls.
+    layer: eager inference, with nothing that records, traces, batches, replaces or casts.
     """
     return (
         type(x) is Tensor
-        and x.device.type == "cpu"
-        and not (torch.is_grad_enabled() and x.requires_grad)
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._autograd._profiler_enabled()
+        and x.is_cpu
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not _is_compiling()
+        and _dispatch_modes() == 0
+        and _tracing_state() is None
+        and _functorch_level() is None
+        and not _is_profiling()
+        and not _is_autocasting("cpu")
     )
 
 

@@ -23,7 +23,7 @@ def check_linear_int8(
     checks.check_in_features("bitlab::linear_int8", qweight.shape[1])
     checks.check_input("bitlab::linear_int8", x, qweight.shape[1])
     checks.check_bias("bitlab::linear_int8", bias, qweight.shape[0])
-    checks.check_activation("bitlab::linear_int8", "int8_per_token", out_dtype)
+    checks.check_out_dtype("bitlab::linear_int8", out_dtype)
 
 
 def _linear_int8(
@@ -43,7 +43,7 @@ def _check_gradient_int8(
     checks.check_int8("bitlab::input_gradient_int8", qweight, weight_scale)
     checks.check_float("bitlab::input_gradient_int8", "dy", dy)
     checks.check_last_axis("bitlab::input_gradient_int8", "dy", dy, qweight.shape[0])
-    checks.check_activation("bitlab::input_gradient_int8", "float", dtype)
+    checks.check_out_dtype("bitlab::input_gradient_int8", dtype)
 
 
 def _input_gradient_int8(

@@ -62,7 +62,7 @@ def unpack_ternary(qweight: Tensor, out_features: int) -> Tensor:
         out_features: N.
 
     Returns:
-        int8 [N, K]. The invalid code 3 comes back as +2; `has_invalid_code` finds it.
+        int8 [N, K]. The invalid code 3 comes back as +2; `bitcore.ops.has_invalid_code` finds it.
 
     Raises:
         ArgumentTypeError: qweight is not uint8.
@@ -77,11 +77,3 @@ def unpack_ternary(qweight: Tensor, out_features: int) -> Tensor:
         )
     lanes = torch.stack([qweight, qweight >> 2, qweight >> 4, qweight >> 6]) & 3
     return lanes.to(torch.int8).view(4 * rows, qweight.shape[1])[:out_features] - 1
-
-
-def has_invalid_code(qweight: Tensor) -> bool:
-    """Tells whether any of the four codes of any byte is 3, which no writer produces."""
-    # Both bits of a code set: the low one meets the high one shifted down. In parts of 128 KiB, so
-    # that a memory-mapped matrix is scanned in cache and without a copy of its size.
-    parts = torch.split(qweight.reshape(-1), 2**17)
-    return any(bool((part & (part >> 1) & 0x55).any()) for part in parts)

@@ -26,6 +26,14 @@ def unpack_weight(
     return quantize.dequantize(unpack_ternary(qweight, out_features), weight_scale, dtype)
 
 
+def has_invalid_code(qweight: Tensor) -> bool:
+    """Tells whether any code of packed bytes is 3; see `bitcore.ops.has_invalid_code`."""
+    # Both bits of a code set: the low one meets the high one shifted down. In parts of 128 KiB, so
+    # that a memory-mapped matrix is scanned in cache and without a copy of its size.
+    parts = torch.split(qweight.reshape(-1), 2**17)
+    return any(bool((part & (part >> 1) & 0x55).any()) for part in parts)
+
+
 def quantize_activation(x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
     """Returns int8 codes and float32 scales; see `bitcore.quantize.quantize_activation`."""
     return quantize.quantize_activation(x, per_tensor)

@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from bitcore.errors import CheckpointError
-from bitcore.packing import has_invalid_code
+from bitcore.ops import has_invalid_code
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.head import (
     Rows,
@@ -320,7 +320,7 @@ def stored_int8(model: PreTrainedModel, checkpoint: Checkpoint, config: BitLabCo
         if checkpoint.layers is not None:
             expected = bool(checkpoint.layers.intersection(rows.names))
         else:
-            tied = bool(model.config.get_text_config().tie_word_embeddings)
+            tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
             expected = not held["weight"] and (module is head or tied)
         if not expected and not held["qweight"]:
             continue

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bitcore import ops
 from bitcore.config import BitQuantConfig
 from bitcore.errors import ArgumentError, ArgumentTypeError, LifecycleError
+from bitcore.prepared import PreparedLinear
 from bitlayers.checks import check_deployable, check_sizes, load_problem
 from bitlayers.init import INIT_METHODS
 from bitlayers.scales import Float32Scale
@@ -97,6 +98,7 @@ class BitLayerBase(Float32Scale):
         self._is_deployed = False
         # The weight is held weakly: the cache must not keep one alive that was offloaded.
         self._cache: tuple[weakref.ref[Tensor], int, Tensor, Tensor] | None = None
+        self._prepared: PreparedLinear | None = None
         if in_features is None or out_features is None:
             super().__init__()
             return
@@ -191,7 +193,7 @@ class BitLayerBase(Float32Scale):
 
     def invalidate_cache(self) -> None:
         """Drops the packed weights of eval mode; needed after a write through ``weight.data``."""
-        self._cache = None
+        self._cache = self._prepared = None
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """Returns ``(qweight, qweight_scale)``: the state of a deployed layer, else the eval
@@ -368,7 +370,7 @@ class BitLayerBase(Float32Scale):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: everything but the cache."""
-        return {**self.__dict__, "_cache": None}
+        return {**self.__dict__, "_cache": None, "_prepared": None}
 
     def extra_repr(self) -> str:
         """Returns what ``repr`` shows: sizes, state and scheme."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from bitcore import ops
+from bitcore.prepared import PreparedLinear
 from bitlayers.base import BitLayerBase
 from bitlayers.registry import register_layer
 
@@ -39,11 +41,17 @@ class BitLinear(BitLayerBase, nn.Linear):
 
     def _eval_forward(self, x: Tensor) -> Tensor:
         qweight, scale = self.packed()
-        # Packed weights are constants, so the bias is one too: only x gets a gradient.
         bias: Tensor | None = self._parameters["bias"]
-        if bias is not None and bias.requires_grad:
-            bias = bias.detach()
-        return ops.linear(x, qweight, scale, bias, self.out_features, self.quant_config.activation)
+        if torch.compiler.is_compiling():
+            bias = None if bias is None else bias.detach()
+            activation = self.quant_config.activation
+            return ops.linear(x, qweight, scale, bias, self.out_features, activation)
+        prepared = self._prepared
+        if prepared is None or not prepared.holds(qweight, scale, bias):
+            activation = self.quant_config.activation
+            prepared = PreparedLinear(qweight, scale, bias, self.out_features, activation)
+            self._prepared = prepared
+        return prepared(x)
 
     def _on_enter_training_mode(self) -> None:
         self.invalidate_cache()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bitcore.checks import check_float, check_group_size, check_in_features
 from bitcore.config import BitQuantConfig
 from bitcore.errors import ArgumentError, LifecycleError, NonFiniteError
-from bitcore.packing import has_invalid_code
+from bitcore.ops import has_invalid_code
 
 if TYPE_CHECKING:
     from bitlayers.base import BitLayerBase

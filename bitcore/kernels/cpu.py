@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +13,12 @@ from torch import Tensor
 
 from bitcore import reference
 from bitcore.errors import BackendError
-from bitcore.kernels.native import ISA_VARIABLE, load_cpu_library
+from bitcore.kernels.native import (
+    ISA_VARIABLE,
+    linear_constants,
+    linear_inputs,
+    load_cpu_library,
+)
 
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FLOAT_PLANES = 4
@@ -22,6 +28,36 @@ _FEW_FLOAT_TOKENS = 16
 _BLOCK_ELEMENTS = 2**20
 # Bytes of workspace that each thread keeps.
 _KEPT_WORKSPACE = 2**20
+
+
+class _Constants:
+    """What does not depend on the input of a linear layer, as the native call takes it."""
+
+    __slots__ = ("columns", "held", "in_features", "out_features", "planes", "record", "run")
+
+    def __init__(
+        self,
+        run: Callable[[bytes], int],
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        columns: int = 0,
+        planes: int = 1,
+        per_tensor: bool = False,
+    ) -> None:
+        qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        # The record holds addresses: what they point at has to live as long.
+        self.held = qweight, weight_scale, bias
+        self.run, self.out_features, self.in_features = run, out_features, qweight.shape[1]
+        self.columns, self.planes = columns, planes
+        self.record = linear_constants(
+            qweight.data_ptr(), weight_scale.data_ptr(), weight_scale.shape[0], columns,
+            0 if bias is None else bias.data_ptr(),
+            0 if bias is None else _TYPE_CODES[bias.dtype],
+            out_features, self.in_features, per_tensor,
+        )  # fmt: skip
 
 
 class CpuKernels:
@@ -35,6 +71,8 @@ class CpuKernels:
     def __init__(self) -> None:
         self._library = load_cpu_library()
         self._linear = self._library.bk_cpu_linear_i8_t2
+        self._linear_float = self._library.bk_cpu_linear_f32_t2
+        self._linear_int8 = self._library.bk_cpu_linear_i8_i8
         self._sizes: dict[tuple[int, int, int, int, int], int] = {}
         self._kept = threading.local()
         self.select_isa(os.environ.get(ISA_VARIABLE, "auto"), source=ISA_VARIABLE)
@@ -107,6 +145,17 @@ class CpuKernels:
         )  # fmt: skip
         return qweight, scale
 
+    def has_invalid_code(self, qweight: Tensor) -> bool:
+        """See `bitcore.reference.has_invalid_code`."""
+        qweight = qweight.contiguous()
+        found = ctypes.c_int32()
+        self._check(
+            self._library.bk_cpu_has_invalid_t2(
+                qweight.data_ptr(), qweight.numel(), ctypes.byref(found), torch.get_num_threads()
+            )
+        )
+        return bool(found.value)
+
     def quantize_activation(self, x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
         """See `bitcore.reference.quantize_activation`."""
         tokens = x.reshape(-1, x.shape[-1]).contiguous()
@@ -160,32 +209,69 @@ class CpuKernels:
         out_dtype: torch.dtype,
     ) -> Tensor:
         """See `bitcore.reference.linear`: one native call, activations included."""
-        in_features = x.shape[-1]
-        tokens = x if x.dim() == 2 else x.reshape(-1, in_features)
-        if tokens.stride(1) != 1:
-            tokens = tokens.contiguous()
-        count = tokens.shape[0]
-        is_float = activation == "float"
-        if is_float and count > _FEW_FLOAT_TOKENS:
+        if activation == "float" and x.numel() > _FEW_FLOAT_TOKENS * qweight.shape[1]:
+            tokens = x.reshape(-1, qweight.shape[1])
             y = self._linear_in_blocks(tokens, qweight, weight_scale, bias, out_features)
             return y.to(out_dtype).view(*x.shape[:-1], out_features)
+        constants = self._linear_constants(qweight, weight_scale, bias, out_features, activation)
+        return self._run_linear(constants, x, out_dtype)
+
+    def prepare_linear(
+        self,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        activation: str,
+    ) -> Callable[[Tensor], Tensor] | None:
+        """Returns `linear` of these weights in the dtype of its input, or None if it is not one
+        native call for every input. The weights must outlive it.
+        """
+        given = [qweight, weight_scale] + ([] if bias is None else [bias])
+        if activation == "float" or not all(tensor.is_contiguous() for tensor in given):
+            return None
+        constants = self._linear_constants(qweight, weight_scale, bias, out_features, activation)
+        run = self._run_linear
+        return lambda x: run(constants, x, x.dtype)
+
+    def _linear_constants(
+        self,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        activation: str,
+    ) -> _Constants:
         columns = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
-        y = torch.empty((*x.shape[:-1], out_features), dtype=out_dtype)
-        workspace = self._workspace(count, in_features, columns, _FLOAT_PLANES if is_float else 1)
-        qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        arguments = (
-            tokens.data_ptr(), _TYPE_CODES[x.dtype], tokens.stride(0), qweight.data_ptr(),
-            weight_scale.data_ptr(), weight_scale.shape[0], columns,
-            None if bias is None else bias.data_ptr(),
-            0 if bias is None else _TYPE_CODES[bias.dtype], y.data_ptr(), _TYPE_CODES[out_dtype],
-            count, out_features, in_features,
+        per_tensor = activation == "int8_per_tensor"
+        run, planes = self._linear, 1
+        if activation == "float":
+            run, planes = self._linear_float, _FLOAT_PLANES
+        return _Constants(
+            run, qweight, weight_scale, bias, out_features, columns, planes, per_tensor
+        )
+
+    def _run_linear(self, constants: _Constants, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """One native call. Every line counts: a decoder runs this hundreds of times a token."""
+        in_features = stride = constants.in_features
+        if not x.is_contiguous():
+            # Rows may lie apart; what is more scattered is copied.
+            x = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
+            stride = x.stride(-2)
+        count = x.numel() // in_features
+        shape = [*x.shape]
+        shape[-1] = constants.out_features
+        # Naming the dtype costs a third of it.
+        same = out_dtype is x.dtype
+        y = x.new_empty(shape) if same else x.new_empty(shape, dtype=out_dtype)
+        workspace = self._workspace(count, in_features, constants.columns, constants.planes)
+        record = constants.record + linear_inputs(
+            x.data_ptr(), _TYPE_CODES[x.dtype], stride, y.data_ptr(), _TYPE_CODES[out_dtype], count,
+            workspace.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        end = (workspace.data_ptr(), torch.get_num_threads())
-        if is_float:
-            self._check(self._library.bk_cpu_linear_f32_t2(*arguments, *end))
-        else:
-            self._check(self._linear(*arguments, activation == "int8_per_tensor", *end))
+        status = constants.run(record)
+        if status:
+            self._check(status)
         return y
 
     def _linear_in_blocks(
@@ -227,25 +313,8 @@ class CpuKernels:
         out_dtype: torch.dtype,
     ) -> Tensor:
         """See `bitcore.reference.linear_int8`: one native call, activations included."""
-        out_features, in_features = qweight.shape
-        tokens = x.reshape(-1, in_features)
-        if tokens.stride(1) != 1:
-            tokens = tokens.contiguous()
-        count = tokens.shape[0]
-        y = torch.empty((*x.shape[:-1], out_features), dtype=out_dtype)
-        workspace = self._workspace(count, in_features, 0, 1)
-        qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        self._check(
-            self._library.bk_cpu_linear_i8_i8(
-                tokens.data_ptr(), _TYPE_CODES[x.dtype], tokens.stride(0), qweight.data_ptr(),
-                weight_scale.data_ptr(), None if bias is None else bias.data_ptr(),
-                0 if bias is None else _TYPE_CODES[bias.dtype], y.data_ptr(),
-                _TYPE_CODES[out_dtype], count, out_features, in_features, workspace.data_ptr(),
-                torch.get_num_threads(),
-            )
-        )  # fmt: skip
-        return y
+        constants = _Constants(self._linear_int8, qweight, weight_scale, bias, qweight.shape[0])
+        return self._run_linear(constants, x, out_dtype)
 
     def _unpack_block(
         self,

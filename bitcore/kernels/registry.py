@@ -60,6 +60,10 @@ class Kernels(Protocol):
         """Multiplies an output's gradient with the packed weight."""
         ...
 
+    def has_invalid_code(self, qweight: Tensor) -> bool:
+        """Tells whether any code of packed bytes is 3."""
+        ...
+
     def linear_int8(
         self,
         x: Tensor,

@@ -168,4 +168,20 @@ int32_t bk_cpu_unpack_t2(const uint8_t *qweight, const float *weight_scale, int6
     return BK_OK;
 }
 
+int32_t bk_cpu_has_invalid_t2(const uint8_t *qweight, int64_t count, int32_t *found, int32_t num_threads) {
+    if (count < 0) return fail(BK_INVALID_ARGUMENT, "count must be at least 0");
+    const Kernels &kernels = selected_kernels();
+    std::atomic<bool> invalid{false};
+    const int64_t parts = (count + kScanPart - 1) / kScanPart;
+    parallel(parts, threads_for(count, kBytesPerThread, parts, num_threads), [&](int64_t first, int64_t last) {
+        for (int64_t part = first; part < last && !invalid.load(std::memory_order_relaxed); ++part) {
+            const int64_t begin = part * kScanPart;
+            const int64_t size = count - begin < kScanPart ? count - begin : kScanPart;
+            if (kernels.has_invalid(qweight + begin, size)) invalid.store(true, std::memory_order_relaxed);
+        }
+    });
+    *found = invalid.load();
+    return BK_OK;
+}
+
 }  // extern "C"

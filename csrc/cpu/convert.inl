@@ -16,12 +16,20 @@ inline uint32_t float_to_bits(float value) {
 
 struct F32 {
     using Storage = float;
+    using Bits = uint32_t;
+    static constexpr Bits kMagnitude = 0x7FFFFFFF, kInfinity = 0x7F800000;
+    static float from_bits(Bits bits) { return bits_to_float(bits); }
+    static Bits to_bits(float value) { return float_to_bits(value); }
     static float load(float value) { return value; }
     static float store(float value) { return value; }
 };
 
 struct Bf16 {
     using Storage = uint16_t;
+    using Bits = uint16_t;
+    static constexpr Bits kMagnitude = 0x7FFF, kInfinity = 0x7F80;
+    static float from_bits(Bits bits) { return load(bits); }
+    static Bits to_bits(float value) { return store(value); }
     static float load(uint16_t value) { return bits_to_float(static_cast<uint32_t>(value) << 16); }
     static uint16_t store(float value) {
         const uint32_t bits = float_to_bits(value);
@@ -32,14 +40,18 @@ struct Bf16 {
 
 struct F16 {
     using Storage = uint16_t;
+    using Bits = uint16_t;
+    static constexpr Bits kMagnitude = 0x7FFF, kInfinity = 0x7C00;
+    static float from_bits(Bits bits) { return load(bits); }
+    static Bits to_bits(float value) { return store(value); }
     static float load(uint16_t value) {
         const uint32_t sign = static_cast<uint32_t>(value & 0x8000) << 16;
         const uint32_t magnitude = static_cast<uint32_t>(value & 0x7FFF) << 13;
-        // Multiplying by 2^112 rebuilds the exponent of normal and subnormal numbers alike, exactly.
-        if (magnitude < 0x0F800000) {
-            return bits_to_float(sign | float_to_bits(bits_to_float(magnitude) * 0x1p112f));
-        }
-        return bits_to_float(sign | 0x7F800000 | magnitude);
+        // An exponent of all ones stays one; a subnormal's is rebuilt by taking its leading 2^-14 off again.
+        const uint32_t rebased = magnitude + (magnitude < 0x0F800000 ? 0x38000000 : 0x70000000);
+        const float subnormal = bits_to_float(magnitude + 0x38800000) - 0x1p-14f;
+        const float normal = bits_to_float(rebased);
+        return bits_to_float(sign | float_to_bits(magnitude < 0x00800000 ? subnormal : normal));
     }
     static uint16_t store(float value) {
         const uint32_t bits = float_to_bits(value);

@@ -13,21 +13,24 @@ constexpr int64_t kPadK = 64;
 constexpr int64_t kBlock = 16;
 constexpr int64_t kBlockOutputs = 4 * kBlock;
 // Columns of a block that are unpacked at once for many tokens: with the tokens' codes they stay in the L1 cache.
-constexpr int64_t kPanelK = 512;
+constexpr int64_t kPanelK = 256;
 // Tokens whose sums a task keeps at once; a multiple of BK_FLOAT_PLANES times the tokens of every tile.
 constexpr int64_t kMostTokens = 288;
 // Every instruction set unpacks from at least this many rows of codes on, and from at most that many.
 constexpr int64_t kLeastPanel = 8;
 constexpr int64_t kMostDirect = 48;
+// Rows of codes that stand side by side in a panel, at most.
+constexpr int64_t kMostPanelTokens = 8;
 
 constexpr int64_t padded(int64_t K) { return (K + kPadK - 1) / kPadK * kPadK; }
 
 // Rows of codes are tokens, or with planes == BK_FLOAT_PLANES the digits of one token after the other, lowest first.
 struct Activations {
-    const int8_t *codes;  // [rows, padded(K)]
-    const float *scale;   // [M]: of the codes; with planes the exponent of the lowest digit
-    const int32_t *sums;  // [rows, columns]: the sum of the codes of each group of K
-    int64_t columns;      // groups along K; 1 unless the weight scales are per group
+    const int8_t *codes;   // [rows, padded(K)]
+    const int8_t *panels;  // the same as interleave() lays them out, from panel_from rows on; else null
+    const float *scale;    // [M]: of the codes; with planes the exponent of the lowest digit
+    const int32_t *sums;   // [rows, columns]: the sum of the codes of each group of K
+    int64_t columns;       // groups along K; 1 unless the weight scales are per group
     int64_t planes;
 };
 
@@ -71,16 +74,23 @@ struct Kernels {
     bool (*supported)();
     // Returns max|x| of a row; NaN if the row holds NaN.
     float (*absmax)(const void *x, int32_t type, int64_t K);
-    // codes[0..K) = clamp(round(x * a)), zeros up to padded_to; sums[c] = the sum over the c-th of `columns` parts.
+    // codes[0..K) = round(x * a), where a is at most 127 / max|x| rounded; zeros up to padded_to; sums[c] = the sum
+    // over the c-th of `columns` parts.
     void (*quantize)(const void *x, int32_t type, float a, int64_t K, int64_t padded_to, int8_t *codes, int32_t *sums,
                      int64_t columns);
     // The BK_FLOAT_PLANES digits of round(x * factor), each as quantize() writes them.
     void (*quantize_planes)(const void *x, int32_t type, double factor, int64_t K, int64_t padded_to, int8_t *codes,
                             int32_t *sums, int64_t columns);
-    // The fused linear for packed rows [first, last); scratch may be null below kLeastPanel rows of codes.
+    // Rows of codes from which linear() takes them as panels; how many of them a panel holds.
+    int64_t panel_from, panel_tokens;
+    // Lays rows of codes out as panels, `stride` columns each.
+    void (*interleave)(const int8_t *codes, int64_t stride, int64_t rows, int8_t *panels);
+    // The fused linear for packed rows [first, last); scratch may be null where there are no panels.
     void (*linear)(const LinearArgs &args, int64_t first, int64_t last, Scratch *scratch);
     // The fused linear with int8 weights for rows [first, last).
     void (*linear_i8)(const LinearArgs &args, int64_t first, int64_t last);
+    // Whether any code of `count` packed bytes is 3.
+    bool (*has_invalid)(const uint8_t *qweight, int64_t count);
     // float64 sum of |w| over count elements, in the order that bitkernels.h fixes.
     double (*abs_sum)(const void *weight, int32_t type, int64_t offset, int64_t count);
     // Ternarizes packed rows [first, last).

@@ -18,10 +18,10 @@ constexpr int kLaneShift[4] = {0, 2, 0, 2};
 // 16 registers: 8 parts, 2 lanes and their masks, the codes, a product.
 constexpr int kWholeSums = 4;
 constexpr int kTokens = 4;
-// 8 parts, 2 vectors of weights, the codes, a product.
+// 12 parts, 2 vectors of weights, the codes, a product.
 constexpr int kPanelVectors = 2;
-constexpr int kPanelTokens = 4;
-constexpr int64_t kPanelFrom = 32;
+constexpr int kPanelTokens = 6;
+constexpr int64_t kPanelFrom = 20;
 constexpr uint32_t kInt8Offset = 0;
 
 template <int L>
@@ -32,8 +32,13 @@ inline void split(Bytes w, int lane, Bytes lanes[L]) {
         lanes[i + 1] = _mm256_and_si256(pair, _mm256_set1_epi8(0x0C));
     }
 }
+// In one piece: from intrinsics GCC 12 makes a copy of every sum, and spills some.
 inline Part multiply_add(Part part, Bytes w, Bytes code) {
-    return _mm256_add_epi16(part, _mm256_maddubs_epi16(w, code));
+    Part product;
+    asm("vpmaddubsw %[code], %[w], %[product]\n\tvpaddw %[product], %[part], %[part]"
+        : [product] "=&x"(product), [part] "+x"(part)
+        : [w] "x"(w), [code] "x"(code));
+    return part;
 }
 inline Sums widen(Sums sums, Part part) {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));

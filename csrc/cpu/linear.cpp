@@ -7,6 +7,8 @@
 namespace bitlab {
 namespace {
 
+const char *const kWrongTypes = "x_type, y_type and bias_type must be a bk_type";
+
 // How one call's tokens become codes.
 struct QuantizeArgs {
     const void *x;
@@ -15,9 +17,10 @@ struct QuantizeArgs {
     bool per_tensor;
 };
 
-// The parts of the workspace; `scratch` is null where few tokens need none.
+// The parts of the workspace; `panels` and `scratch` are null where few tokens need none.
 struct Workspace {
     int8_t *codes;
+    int8_t *panels;
     Scratch *scratch;
     float *scale;
     int32_t *sums;
@@ -26,14 +29,19 @@ struct Workspace {
         const int64_t threads = num_threads < 1 ? 1 : num_threads;
         return rows < kLeastPanel ? 0 : threads * static_cast<int64_t>(sizeof(Scratch));
     }
+    static int64_t panel_bytes(int64_t rows, int64_t K) {
+        return rows < kLeastPanel ? 0 : (rows + kMostPanelTokens - 1) * padded(K);
+    }
     static int64_t bytes(int64_t M, int64_t K, int64_t columns, int64_t planes, int32_t num_threads) {
         const int64_t rows = M * planes;
-        return rows * padded(K) + scratch_bytes(rows, num_threads) + 4 * M + 4 * rows * columns;
+        return rows * padded(K) + panel_bytes(rows, K) + scratch_bytes(rows, num_threads) + 4 * M + 4 * rows * columns;
     }
-    Workspace(void *memory, int64_t M, int64_t K, int64_t planes, int32_t num_threads) {
+    Workspace(const Kernels &kernels, void *memory, int64_t M, int64_t K, int64_t planes, int32_t num_threads) {
         const int64_t rows = M * planes;
         codes = static_cast<int8_t *>(memory);
         int8_t *next = codes + rows * padded(K);
+        panels = rows < kernels.panel_from ? nullptr : next;
+        next += panel_bytes(rows, K);
         const int64_t size = scratch_bytes(rows, num_threads);
         scratch = size ? reinterpret_cast<Scratch *>(next) : nullptr;
         scale = reinterpret_cast<float *>(next + size);
@@ -100,9 +108,16 @@ void quantize_then(const Kernels &kernels, const QuantizeArgs &x, const Workspac
         most = absmax_tensor(kernels, x, parts.scale, threads);
         tensor_max = &most;
     }
+    const auto quantize = [&](int64_t first, int64_t last) {
+        quantize_tokens(kernels, x, tensor_max, parts.codes, parts.scale, parts.sums, first, last);
+        if (parts.panels && first < last) {
+            const int64_t row = first * x.planes * x.padded_to;
+            kernels.interleave(parts.codes + row, x.padded_to, (last - first) * x.planes, parts.panels + row);
+        }
+    };
     // One token is quantized once, by the caller: the others would wait for it in any case.
     const bool alone = threads == 1 || x.M == 1;
-    if (alone) quantize_tokens(kernels, x, tensor_max, parts.codes, parts.scale, parts.sums, 0, x.M);
+    if (alone) quantize(0, x.M);
     if (threads == 1) {
         f(int64_t{0}, tasks, int64_t{0});
         return;
@@ -112,8 +127,11 @@ void quantize_then(const Kernels &kernels, const QuantizeArgs &x, const Workspac
         const int64_t count = omp_get_num_threads();
         const int64_t me = omp_get_thread_num();
         if (!alone) {
-            quantize_tokens(kernels, x, tensor_max, parts.codes, parts.scale, parts.sums, x.M * me / count,
-                            x.M * (me + 1) / count);
+            // Shares of whole panels.
+            const int64_t unit = kernels.panel_tokens;
+            const int64_t units = (x.M + unit - 1) / unit;
+            const int64_t last = units * (me + 1) / count * unit;
+            quantize(units * me / count * unit, last < x.M ? last : x.M);
 #pragma omp barrier
         }
         f(tasks * me / count, tasks * (me + 1) / count, me);
@@ -135,24 +153,41 @@ int linear_threads(int64_t rows, int64_t packed_bytes, int64_t tasks, int32_t li
     return threads_for(packed_bytes * (1 + rows / 8), kBytesPerThread, tasks, limit);
 }
 
-int32_t linear_t2(const void *x, int32_t x_type, int64_t x_stride, const LinearArgs &weights, int64_t planes,
-                  bool per_tensor, int64_t scale_columns, void *workspace, int32_t num_threads) {
-    LinearArgs args = weights;
-    if (const char *text = check_shape(args.M, args.N, args.K, args.scale_rows, scale_columns, kPadK)) {
+bool valid_types(const bk_linear_args &call) {
+    return valid_type(call.x_type) && valid_type(call.y_type) && (!call.bias || valid_type(call.bias_type));
+}
+
+LinearArgs linear_args(const bk_linear_args &call, const Workspace &parts, int64_t columns, int64_t planes) {
+    return {{parts.codes, parts.panels, parts.scale, parts.sums, columns, planes},
+            static_cast<const uint8_t *>(call.qweight),
+            call.weight_scale,
+            call.scale_rows,
+            call.scale_columns != 0,
+            call.bias,
+            static_cast<int32_t>(call.bias_type),
+            call.y,
+            static_cast<int32_t>(call.y_type),
+            call.M,
+            call.N,
+            call.K};
+}
+
+int32_t linear_t2(const bk_linear_args &call, int64_t planes, bool per_tensor) {
+    const int64_t M = call.M, N = call.N, K = call.K;
+    if (const char *text = check_shape(M, N, K, call.scale_rows, call.scale_columns, kPadK)) {
         return fail(BK_INVALID_ARGUMENT, text);
     }
-    if (!valid_type(x_type) || !valid_type(args.y_type) || (args.bias && !valid_type(args.bias_type))) {
-        return fail(BK_INVALID_ARGUMENT, "x_type, y_type and bias_type must be a bk_type");
-    }
-    if (args.M == 0) return BK_OK;
-    const int64_t columns = groups(scale_columns);
+    if (!valid_types(call)) return fail(BK_INVALID_ARGUMENT, kWrongTypes);
+    if (M == 0) return BK_OK;
+    const int64_t columns = groups(call.scale_columns);
+    const auto limit = static_cast<int32_t>(call.num_threads);
     const Kernels &kernels = selected_kernels();
-    const Workspace parts(workspace, args.M, args.K, planes, num_threads);
-    args.x = {parts.codes, parts.scale, parts.sums, columns, planes};
-    args.grouped = scale_columns != 0;
-    const QuantizeArgs quantize = {x, x_type, x_stride, args.M, args.K, padded(args.K), columns, planes, per_tensor};
-    const int threads = linear_threads(args.M * planes, (args.N + 3) / 4 * args.K, blocks(args.N), num_threads);
-    quantize_then(kernels, quantize, parts, blocks(args.N), threads, [&](int64_t first, int64_t last, int64_t thread) {
+    const Workspace parts(kernels, call.workspace, M, K, planes, limit);
+    const LinearArgs args = linear_args(call, parts, columns, planes);
+    const QuantizeArgs quantize = {
+        call.x, static_cast<int32_t>(call.x_type), call.x_stride, M, K, padded(K), columns, planes, per_tensor};
+    const int threads = linear_threads(M * planes, (N + 3) / 4 * K, blocks(N), limit);
+    quantize_then(kernels, quantize, parts, blocks(N), threads, [&](int64_t first, int64_t last, int64_t thread) {
         linear_blocks(kernels, args, parts.scratch, first, last, thread);
     });
     return BK_OK;
@@ -169,47 +204,29 @@ int64_t bk_cpu_linear_workspace(int64_t M, int64_t K, int64_t scale_columns, int
     return Workspace::bytes(M, K, groups(scale_columns), planes, num_threads);
 }
 
-int32_t bk_cpu_linear_i8_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
-                            const float *weight_scale, int64_t scale_rows, int64_t scale_columns, const void *bias,
-                            int32_t bias_type, void *y, int32_t y_type, int64_t M, int64_t N, int64_t K,
-                            int32_t per_tensor, void *workspace, int32_t num_threads) {
-    const LinearArgs args = {{}, qweight, weight_scale, scale_rows, false, bias, bias_type, y, y_type, M, N, K};
-    return linear_t2(x, x_type, x_stride, args, 1, per_tensor != 0, scale_columns, workspace, num_threads);
-}
+int32_t bk_cpu_linear_i8_t2(const bk_linear_args *args) { return linear_t2(*args, 1, args->per_tensor != 0); }
 
-int32_t bk_cpu_linear_f32_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
-                             const float *weight_scale, int64_t scale_rows, int64_t scale_columns, const void *bias,
-                             int32_t bias_type, void *y, int32_t y_type, int64_t M, int64_t N, int64_t K,
-                             void *workspace, int32_t num_threads) {
-    const LinearArgs args = {{}, qweight, weight_scale, scale_rows, false, bias, bias_type, y, y_type, M, N, K};
-    return linear_t2(x, x_type, x_stride, args, BK_FLOAT_PLANES, false, scale_columns, workspace, num_threads);
-}
+int32_t bk_cpu_linear_f32_t2(const bk_linear_args *args) { return linear_t2(*args, BK_FLOAT_PLANES, false); }
 
-int32_t bk_cpu_linear_i8_i8(const void *x, int32_t x_type, int64_t x_stride, const int8_t *qweight,
-                            const float *weight_scale, const void *bias, int32_t bias_type, void *y, int32_t y_type,
-                            int64_t M, int64_t N, int64_t K, void *workspace, int32_t num_threads) {
-    if (const char *text = check_shape(M, N, K, N, 0, 1)) return fail(BK_INVALID_ARGUMENT, text);
-    if (!valid_type(x_type) || !valid_type(y_type) || (bias && !valid_type(bias_type))) {
-        return fail(BK_INVALID_ARGUMENT, "x_type, y_type and bias_type must be a bk_type");
+int32_t bk_cpu_linear_i8_i8(const bk_linear_args *call) {
+    const int64_t M = call->M, N = call->N, K = call->K;
+    if (const char *text = check_shape(M, N, K, call->scale_rows, call->scale_columns, 1)) {
+        return fail(BK_INVALID_ARGUMENT, text);
     }
+    if (call->scale_rows != N || call->scale_columns != 0) {
+        return fail(BK_INVALID_ARGUMENT, "int8 weights must have a scale a row");
+    }
+    if (!valid_types(*call)) return fail(BK_INVALID_ARGUMENT, kWrongTypes);
     if (M == 0) return BK_OK;
+    const auto limit = static_cast<int32_t>(call->num_threads);
     const Kernels &kernels = selected_kernels();
-    const Workspace parts(workspace, M, K, 1, num_threads);
-    const LinearArgs args = {{parts.codes, parts.scale, parts.sums, 1, 1},
-                             reinterpret_cast<const uint8_t *>(qweight),
-                             weight_scale,
-                             N,
-                             false,
-                             bias,
-                             bias_type,
-                             y,
-                             y_type,
-                             M,
-                             N,
-                             K};
+    Workspace parts(kernels, call->workspace, M, K, 1, limit);
+    parts.panels = nullptr;
+    const LinearArgs args = linear_args(*call, parts, 1, 1);
     const int64_t tasks = (N + kBlock - 1) / kBlock;
-    const QuantizeArgs quantize = {x, x_type, x_stride, M, K, padded(K), 1, 1, false};
-    quantize_then(kernels, quantize, parts, tasks, linear_threads(M, N * K, tasks, num_threads),
+    const QuantizeArgs quantize = {call->x, static_cast<int32_t>(call->x_type), call->x_stride, M, K, padded(K), 1, 1,
+                                   false};
+    quantize_then(kernels, quantize, parts, tasks, linear_threads(M, N * K, tasks, limit),
                   [&](int64_t first, int64_t last, int64_t) {
                       const int64_t end = last * kBlock < N ? last * kBlock : N;
                       kernels.linear_i8(args, first * kBlock, end);
@@ -239,7 +256,8 @@ int32_t bk_cpu_matmul_i8_t2_i32(const int8_t *codes, const uint8_t *qweight, int
                                 int64_t K, void *workspace, int32_t num_threads) {
     if (const char *text = check_shape(M, N, K, 1, 0, 1)) return fail(BK_INVALID_ARGUMENT, text);
     if (M == 0) return BK_OK;
-    const Workspace parts(workspace, M, K, 1, num_threads);
+    const Kernels &kernels = selected_kernels();
+    const Workspace parts(kernels, workspace, M, K, 1, num_threads);
     for (int64_t m = 0; m < M; ++m) {
         int8_t *row = parts.codes + m * padded(K);
         memset(row, 0, static_cast<size_t>(padded(K)));
@@ -248,7 +266,8 @@ int32_t bk_cpu_matmul_i8_t2_i32(const int8_t *codes, const uint8_t *qweight, int
         for (int64_t k = 0; k < K; ++k) parts.sums[m] += row[k];
     }
     LinearArgs args = {};
-    args.x = {parts.codes, nullptr, parts.sums, 1, 1};
+    if (parts.panels) kernels.interleave(parts.codes, padded(K), M, parts.panels);
+    args.x = {parts.codes, parts.panels, nullptr, parts.sums, 1, 1};
     args.qweight = qweight;
     args.scale_rows = 1;
     args.y = acc;
@@ -256,7 +275,6 @@ int32_t bk_cpu_matmul_i8_t2_i32(const int8_t *codes, const uint8_t *qweight, int
     args.M = M;
     args.N = N;
     args.K = K;
-    const Kernels &kernels = selected_kernels();
     const int threads = linear_threads(M, (N + 3) / 4 * K, blocks(N), num_threads);
     if (threads == 1) {
         linear_blocks(kernels, args, parts.scratch, 0, blocks(N), 0);

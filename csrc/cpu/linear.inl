@@ -142,10 +142,11 @@ inline void linear_block(const LinearArgs &args, const Place &place, uint8_t *pa
             for (int64_t o = 0; o < kBlockOutputs; ++o) place.acc[m * kBlockOutputs + o] = -sum;
         }
         const uint8_t *w = args.qweight + place.row * args.K + column * width;
-        const int8_t *x = args.x.codes + place.m * stride + column * width;
         if (panel) {
+            const int8_t *x = args.x.panels + place.m * stride + column * width * kPanelTokens;
             add_panels(w, args.K, place.rows, x, stride, place.count, width, panel, place.acc);
         } else {
+            const int8_t *x = args.x.codes + place.m * stride + column * width;
             add_rows(w, args.K, place.rows, x, stride, place.count, width, place.acc);
         }
         if (args.grouped) add_group(args, place, column);
@@ -158,7 +159,8 @@ void linear(const LinearArgs &args, int64_t first, int64_t last, Scratch *scratc
     alignas(64) int32_t few_acc[kMostDirect * kBlockOutputs];
     alignas(64) float few_totals[kMostDirect * kBlockOutputs];
     static_assert(kPanelFrom >= kLeastPanel && kPanelFrom <= kMostDirect, "scratch and stack suffice");
-    const bool few = total < kPanelFrom;
+    static_assert(kPanelTokens <= kMostPanelTokens, "the workspace holds whole panels");
+    const bool few = !args.x.panels;
     // Parts of equal size, whole tiles but for the last.
     const int64_t parts = few ? 1 : (total + kMostTokens - 1) / kMostTokens;
     constexpr int64_t kUnit = kPanelTokens * BK_FLOAT_PLANES;
@@ -178,35 +180,71 @@ void linear(const LinearArgs &args, int64_t first, int64_t last, Scratch *scratc
     }
 }
 
-// raw[t][i] = the sum over k of w_i * x_t, plus kInt8Offset times that of x_t, modulo 2^32.
-template <int T>
-inline void dot_i8(const int8_t *const w[4], const int8_t *x, int64_t stride, int64_t k, int32_t raw[T][4]) {
-    Sums sums[T][4];
+// Sums of a tile of int8 weights: kWholeSums is what fits the registers beside its operands.
+constexpr int kInt8Rows = 4;
+constexpr int kInt8Tokens = kWholeSums / kInt8Rows;
+
+// raw[t][r] = the sum over k of w_r * x_t for R rows, K apart, and T tokens, plus kInt8Offset times that of x_t, modulo
+// 2^32. A single row is added up in four parts, which hide the latency of a multiplication.
+template <int R, int T>
+__attribute__((noinline)) void dot_i8(const int8_t *w, int64_t K, const int8_t *x, int64_t stride, int64_t ahead,
+                                      int32_t raw[T][kInt8Rows]) {
+    constexpr int kParts = kInt8Rows / R;
+    Sums sums[T][kInt8Rows];
     for (int t = 0; t < T; ++t) {
-        for (int i = 0; i < 4; ++i) sums[t][i] = zero_sums();
+        for (int i = 0; i < kInt8Rows; ++i) sums[t][i] = zero_sums();
     }
-    const int64_t whole = k / kWidth * kWidth;
-    for (int64_t p = 0; p < whole; p += kWidth) {
-        Bytes rows[4];
-        for (int i = 0; i < 4; ++i) {
-            __builtin_prefetch(w[i] + p + 1024);
-            rows[i] = load(w[i] + p);
-        }
+    const auto step = [&](int part, const int8_t *rows, int64_t apart, int64_t p) {
+        Bytes row[R];
+        for (int r = 0; r < R; ++r) row[r] = load(rows + r * apart);
         for (int t = 0; t < T; ++t) {
             const Bytes code = load(x + t * stride + p);
-            for (int i = 0; i < 4; ++i) sums[t][i] = multiply_add_i8(sums[t][i], rows[i], code);
-        }
-    }
-    if (whole < k) {
-        for (int i = 0; i < 4; ++i) {
-            alignas(64) int8_t tail[kWidth] = {};
-            __builtin_memcpy(tail, w[i] + whole, static_cast<size_t>(k - whole));
-            for (int t = 0; t < T; ++t) {
-                sums[t][i] = multiply_add_i8(sums[t][i], load(tail), load(x + t * stride + whole));
+            for (int r = 0; r < R; ++r) {
+                Sums &sum = sums[t][r * kParts + part];
+                sum = multiply_add_i8(sum, row[r], code);
             }
         }
+    };
+    int64_t p = 0;
+    for (; p + kParts * kWidth <= K; p += kParts * kWidth) {
+        for (int r = 0; r < R; ++r) {
+            for (int64_t line = 0; line < kParts * kWidth; line += kLine) {
+                __builtin_prefetch(w + r * K + p + line + ahead);
+            }
+        }
+        for (int part = 0; part < kParts; ++part) step(part, w + p + part * kWidth, K, p + part * kWidth);
     }
-    for (int t = 0; t < T; ++t) reduce(sums[t], raw[t]);
+    for (; p + kWidth <= K; p += kWidth) step(0, w + p, K, p);
+    if (p < K) {
+        alignas(64) int8_t tail[R][kWidth] = {};
+        for (int r = 0; r < R; ++r) __builtin_memcpy(tail[r], w + r * K + p, static_cast<size_t>(K - p));
+        step(0, tail[0], kWidth, p);
+    }
+    for (int t = 0; t < T; ++t) {
+        int32_t parts[kInt8Rows];
+        reduce(sums[t], parts);
+        for (int r = 0; r < R; ++r) {
+            uint32_t sum = 0;
+            for (int part = 0; part < kParts; ++part) sum += static_cast<uint32_t>(parts[r * kParts + part]);
+            raw[t][r] = static_cast<int32_t>(sum);
+        }
+    }
+}
+
+// y of R rows from n on and T tokens from m on.
+template <typename Y, typename B, int R, int T>
+inline void write_i8(const LinearArgs &args, int64_t n, int64_t m, const int32_t raw[T][kInt8Rows]) {
+    const auto *bias = static_cast<const typename B::Storage *>(args.bias);
+    for (int t = 0; t < T; ++t) {
+        const uint32_t offset = static_cast<uint32_t>(args.x.sums[m + t]) * kInt8Offset;
+        auto *y = static_cast<typename Y::Storage *>(args.y) + (m + t) * args.N + n;
+        for (int r = 0; r < R; ++r) {
+            const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(raw[t][r]) - offset);
+            float value = static_cast<float>(sum) * (args.x.scale[m + t] * args.weight_scale[n + r]);
+            if (bias) value = value + B::load(bias[n + r]);
+            y[r] = Y::store(value);
+        }
+    }
 }
 
 void linear_i8(const LinearArgs &args, int64_t first, int64_t last) {
@@ -216,26 +254,23 @@ void linear_i8(const LinearArgs &args, int64_t first, int64_t last) {
         with_type(args.bias_type, [&](auto bias_tag) {
             using Y = decltype(y_tag);
             using B = decltype(bias_tag);
-            const auto *bias = static_cast<const typename B::Storage *>(args.bias);
-            for (int64_t n = first; n < last; n += 4) {
-                const int64_t rows = last - n < 4 ? last - n : 4;
-                const int8_t *w[4];
-                for (int64_t i = 0; i < 4; ++i) w[i] = weight + (n + (i < rows ? i : 0)) * args.K;
-                by_tokens<kTokens>(args.M, [&](int64_t m, auto tokens) {
+            int64_t n = first;
+            // One token reads the weights strictly in sequence; more of them share what was loaded of four rows.
+            for (; args.M > 1 && n + kInt8Rows <= last; n += kInt8Rows) {
+                by_tokens<kInt8Tokens>(args.M, [&](int64_t m, auto tokens) {
                     constexpr int T = decltype(tokens)::value;
-                    int32_t raw[T][4];
-                    dot_i8<T>(w, args.x.codes + m * stride, stride, args.K, raw);
-                    for (int t = 0; t < T; ++t) {
-                        const uint32_t offset = static_cast<uint32_t>(args.x.sums[m + t]) * kInt8Offset;
-                        auto *y = static_cast<typename Y::Storage *>(args.y) + (m + t) * args.N + n;
-                        for (int64_t i = 0; i < rows; ++i) {
-                            const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(raw[t][i]) - offset);
-                            float value = static_cast<float>(sum) * (args.x.scale[m + t] * args.weight_scale[n + i]);
-                            if (bias) value = value + B::load(bias[n + i]);
-                            y[i] = Y::store(value);
-                        }
-                    }
+                    int32_t raw[T][kInt8Rows];
+                    dot_i8<kInt8Rows, T>(weight + n * args.K, args.K, args.x.codes + m * stride, stride,
+                                         kInt8Rows * args.K, raw);
+                    write_i8<Y, B, kInt8Rows, T>(args, n, m, raw);
                 });
+            }
+            for (; n < last; ++n) {
+                for (int64_t m = 0; m < args.M; ++m) {
+                    int32_t raw[1][kInt8Rows];
+                    dot_i8<1, 1>(weight + n * args.K, args.K, args.x.codes + m * stride, stride, kPrefetch, raw);
+                    write_i8<Y, B, 1, 1>(args, n, m, raw);
+                }
             }
         });
     });

@@ -8,5 +8,6 @@
 #include "linear.inl"
 #include "pack.inl"
 
-#define BITLAB_KERNELS(name, supported) \
-    {name, supported, absmax, quantize, quantize_planes, linear, linear_i8, abs_sum, pack, unpack}
+#define BITLAB_KERNELS(name, supported)                                                        \
+    {name,       supported, absmax,    quantize,    quantize_planes, kPanelFrom, kPanelTokens, \
+     interleave, linear,    linear_i8, has_invalid, abs_sum,         pack,       unpack}

@@ -129,7 +129,20 @@ inline void add_rows(const uint8_t *w, int64_t K, int64_t rows, const int8_t *x,
     }
 }
 
-// Unpacks `rows` packed rows of k columns: panel[i * kBlock + j, in vectors of kRows rows][k / 4][row][4], codes + 1.
+constexpr int64_t kStep = kPanelVectors * kWidth;
+
+// Lays the codes of kPanelTokens rows side by side, four columns of each: panels[rows / kPanelTokens][k / 4][row][4].
+// A tile then reads its codes in sequence. Places of rows that are missing in the last panel are left as they are.
+void interleave(const int8_t *codes, int64_t stride, int64_t rows, int8_t *panels) {
+    for (int64_t m = 0; m < rows; ++m) {
+        const int8_t *from = codes + m * stride;
+        int8_t *to = panels + m / kPanelTokens * kPanelTokens * stride + m % kPanelTokens * 4;
+        for (int64_t k = 0; k < stride; k += 4) __builtin_memcpy(to + k * kPanelTokens, from + k, 4);
+    }
+}
+
+// Unpacks `rows` packed rows of k columns: for row i * kBlock + j, in vectors of kRows rows and kPanelVectors of those
+// side by side, panel[vector / kPanelVectors][k / 4][vector % kPanelVectors][row][4], codes + 1.
 // Rows that are missing are left as they are; columns are filled up with zeros to a multiple of 16.
 inline void unpack_panel(const uint8_t *w, int64_t K, int64_t rows, int64_t k, int64_t quads, uint8_t *panel) {
     for (int64_t j = 0; j < rows; j += 4) {
@@ -154,23 +167,25 @@ inline void unpack_panel(const uint8_t *w, int64_t K, int64_t rows, int64_t k, i
                                    __builtin_shufflevector(high02, high13, 0, 4, 1, 5),
                                    __builtin_shufflevector(high02, high13, 2, 6, 3, 7)};
             for (int i = 0; i < 4; ++i) {
-                uint8_t *to = panel + ((i * kBlock + j) / kRows * quads + p / 4) * kWidth + j % kRows * 4;
+                const int64_t v = (i * kBlock + j) / kRows;
+                uint8_t *to =
+                    panel + (v / kPanelVectors * quads + p / 4) * kStep + v % kPanelVectors * kWidth + j % kRows * 4;
                 for (int q = 0; q < 4; ++q) {
                     const U32x4 codes = (quad[q] >> (2 * i)) & 0x03030303u;
-                    __builtin_memcpy(to + q * kWidth, &codes, 16);
+                    __builtin_memcpy(to + q * kStep, &codes, 16);
                 }
             }
         }
     }
 }
 
-// One quad of columns: V vectors of panel rows, `quads` apart, times the codes of T tokens.
+// One quad of columns: V vectors of panel rows times the codes of T tokens.
 template <int V, int T>
-inline void tile_step(const uint8_t *panel, int64_t quads, const int8_t *x, int64_t stride, Part part[T][V]) {
+inline void tile_step(const uint8_t *panel, const int8_t *x, Part part[T][V]) {
     Bytes w[V];
-    for (int v = 0; v < V; ++v) w[v] = load(panel + v * quads * kWidth);
+    for (int v = 0; v < V; ++v) w[v] = load(panel + v * kWidth);
     for (int t = 0; t < T; ++t) {
-        const Bytes code = broadcast(x + t * stride);
+        const Bytes code = broadcast(x + 4 * t);
         for (int v = 0; v < V; ++v) {
             part[t][v] = multiply_add(part[t][v], w[v], code);
             in_order(part[t][v]);
@@ -180,13 +195,12 @@ inline void tile_step(const uint8_t *panel, int64_t quads, const int8_t *x, int6
 
 // acc[t][v * kRows ...] += the sums of V vectors of panel rows and T tokens over `quads` times 4 columns.
 template <int V, int T>
-__attribute__((noinline)) void tile(const uint8_t *panel, int64_t quads, const int8_t *x, int64_t stride,
-                                    int32_t *acc) {
+__attribute__((noinline)) void tile(const uint8_t *panel, int64_t quads, const int8_t *x, int32_t *acc) {
     for (int64_t q = 0; q < quads;) {
         const int64_t end = quads - q < kPanelChunk ? quads : q + kPanelChunk;
         Part part[T][V];
         clear<V, T>(part);
-        for (; q < end; ++q) tile_step<V, T>(panel + q * kWidth, quads, x + 4 * q, stride, part);
+        for (; q < end; ++q) tile_step<V, T>(panel + q * kStep, x + q * 4 * kPanelTokens, part);
         for (int t = 0; t < T; ++t) {
             for (int v = 0; v < V; ++v) {
                 int32_t *to = acc + t * kBlockOutputs + v * kRows;
@@ -196,6 +210,7 @@ __attribute__((noinline)) void tile(const uint8_t *panel, int64_t quads, const i
     }
 }
 
+// acc as in add_rows(); x are panels of codes, as interleave() lays them out, from the first column on.
 inline void add_panels(const uint8_t *w, int64_t K, int64_t rows, const int8_t *x, int64_t stride, int64_t count,
                        int64_t k, uint8_t *panel, int32_t *acc) {
     for (int64_t first = 0; first < k; first += kPanelK) {
@@ -204,8 +219,9 @@ inline void add_panels(const uint8_t *w, int64_t K, int64_t rows, const int8_t *
         unpack_panel(w + first, K, rows, size, quads, panel);
         for (int64_t v = 0; v < kBlockOutputs / kRows; v += kPanelVectors) {
             by_tokens<kPanelTokens>(count, [&](int64_t m, auto tokens) {
-                tile<kPanelVectors, decltype(tokens)::value>(panel + v * quads * kWidth, quads, x + m * stride + first,
-                                                             stride, acc + m * kBlockOutputs + v * kRows);
+                tile<kPanelVectors, decltype(tokens)::value>(panel + v * quads * kWidth, quads,
+                                                             x + m * stride + first * kPanelTokens,
+                                                             acc + m * kBlockOutputs + v * kRows);
             });
         }
     }

@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define BK_ABI_VERSION 2
+#define BK_ABI_VERSION 3
 #define BK_API __attribute__((visibility("default")))
 
 /* Largest K: a sum of K products of the int8 code -128 and the byte 128 still fits int32. */
@@ -64,6 +64,33 @@ BK_API int64_t bk_cpu_linear_workspace(int64_t M, int64_t K, int64_t scale_colum
                                        int32_t num_threads);
 
 /*
+ * What the linear functions take: fields of eight bytes, so that a caller can write them as one record; those that a
+ * layer's weights decide come first.
+ *
+ *   qweight      uint8 [R, K], contiguous
+ *   weight_scale float32: [1] (scale_rows 1, scale_columns 0), [N] (N, 0) or [N, K / G] (N, K / G; G a multiple of 64)
+ *   bias         [N] of bias_type, or null
+ *   per_tensor   1 if activations have one scale, else 0: one a token
+ *   x            [M, K] of x_type, rows contiguous, x_stride elements from row to row
+ *   y            [M, N] of y_type, contiguous
+ *   workspace    bk_cpu_linear_workspace(M, K, scale_columns, planes, num_threads) bytes, aligned to 64; planes is 1
+ *                unless the function says otherwise
+ */
+typedef struct {
+    const void *qweight;
+    const float *weight_scale;
+    int64_t scale_rows, scale_columns;
+    const void *bias;
+    int64_t bias_type, N, K, per_tensor;
+    const void *x;
+    int64_t x_type, x_stride;
+    void *y;
+    int64_t y_type, M;
+    void *workspace;
+    int64_t num_threads;
+} bk_linear_args;
+
+/*
  * y = x_q @ w_q.T * (x_scale * weight_scale) + bias: int8 activations, ternary weights, one fused call.
  *
  * Activations: m = max(max|x|, 1e-5) over the token, or over x if per_tensor; a = 127 / m;
@@ -71,18 +98,8 @@ BK_API int64_t bk_cpu_linear_workspace(int64_t M, int64_t K, int64_t scale_colum
  * gives NaN. Sums are exact int32. Per tensor and per channel: y = float(acc) * (x_scale * weight_scale[n]) + bias[n];
  * per group: y = (sum over ascending g of float(acc_g) * weight_scale[n, g]) * x_scale + bias[n]; every operation is
  * rounded in float32 and none is contracted; then one rounding to y's type.
- *
- *   x            [M, K] of x_type, rows contiguous, x_stride elements from row to row
- *   qweight      uint8 [R, K], contiguous
- *   weight_scale float32: [1] (scale_rows 1, scale_columns 0), [N] (N, 0) or [N, K / G] (N, K / G; G a multiple of 64)
- *   bias         [N] of bias_type, or null
- *   y            [M, N] of y_type, contiguous
- *   workspace    bk_cpu_linear_workspace(M, K, scale_columns, 1, num_threads) bytes, aligned to 64
  */
-BK_API int32_t bk_cpu_linear_i8_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
-                                   const float *weight_scale, int64_t scale_rows, int64_t scale_columns,
-                                   const void *bias, int32_t bias_type, void *y, int32_t y_type, int64_t M, int64_t N,
-                                   int64_t K, int32_t per_tensor, void *workspace, int32_t num_threads);
+BK_API int32_t bk_cpu_linear_i8_t2(const bk_linear_args *args);
 
 /*
  * y = x @ (w_q * weight_scale).T + bias: ternary weights, activations as they are.
@@ -93,14 +110,9 @@ BK_API int32_t bk_cpu_linear_i8_t2(const void *x, int32_t x_type, int64_t x_stri
  * exact in int64, are scaled (and, per group, added) in float64, the bias is added in float64, and the result is
  * rounded once to float32 and from there to y's type. It depends neither on num_threads nor on the instruction set.
  * A token with NaN or infinity gives NaN.
- *
- *   Arguments as in bk_cpu_linear_i8_t2.
- *   workspace    bk_cpu_linear_workspace(M, K, scale_columns, BK_FLOAT_PLANES, num_threads) bytes, aligned to 64
+ *   planes of the workspace: BK_FLOAT_PLANES
  */
-BK_API int32_t bk_cpu_linear_f32_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
-                                    const float *weight_scale, int64_t scale_rows, int64_t scale_columns,
-                                    const void *bias, int32_t bias_type, void *y, int32_t y_type, int64_t M, int64_t N,
-                                    int64_t K, void *workspace, int32_t num_threads);
+BK_API int32_t bk_cpu_linear_f32_t2(const bk_linear_args *args);
 
 /*
  * y = x_q @ w_q.T * (x_scale * weight_scale) + bias with int8 weights, for output heads.
@@ -108,13 +120,9 @@ BK_API int32_t bk_cpu_linear_f32_t2(const void *x, int32_t x_type, int64_t x_str
  * Activations are quantized per token as in bk_cpu_linear_i8_t2 and the float operations are those of its per-channel
  * form; sums are exact int32.
  *   qweight      int8 [N, K], contiguous, -127 to 127
- *   weight_scale float32 [N]
- *   workspace    bk_cpu_linear_workspace(M, K, 0, 1, num_threads) bytes, aligned to 64
+ *   weight_scale float32 [N]: scale_rows N, scale_columns 0
  */
-BK_API int32_t bk_cpu_linear_i8_i8(const void *x, int32_t x_type, int64_t x_stride, const int8_t *qweight,
-                                   const float *weight_scale, const void *bias, int32_t bias_type, void *y,
-                                   int32_t y_type, int64_t M, int64_t N, int64_t K, void *workspace,
-                                   int32_t num_threads);
+BK_API int32_t bk_cpu_linear_i8_i8(const bk_linear_args *args);
 
 /*
  * Quantizes activations as bk_cpu_linear_i8_t2 does.
@@ -167,6 +175,13 @@ BK_API int32_t bk_cpu_unpack_t2(const uint8_t *qweight, const float *weight_scal
                                 int64_t scale_columns, void *weight, int32_t weight_type, int64_t N, int64_t K,
                                 int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column,
                                 int32_t num_threads);
+
+/*
+ * Tells whether any of the four codes of any byte is 3, which no writer produces.
+ *   qweight uint8 [count]
+ *   found   1 or 0
+ */
+BK_API int32_t bk_cpu_has_invalid_t2(const uint8_t *qweight, int64_t count, int32_t *found, int32_t num_threads);
 
 #ifdef __cplusplus
 }

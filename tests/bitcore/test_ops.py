@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitcore import ops
 from bitcore.errors import ArgumentError, ArgumentTypeError
@@ -230,42 +229,3 @@ def test_empty_and_high_rank_inputs(backend: str) -> None:
     ).sum().backward()
     assert weight.grad is not None
     assert weight.grad.eq(0).all()
-
-
-class Watching(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def test_eager_inference_goes_past_the_dispatcher_only_if_nobody_watches() -> None:
-    x = torch.randn(3, 64)
-    qweight, scale = ops.pack_weight(torch.randn(10, 64), "per_tensor", None)
-    with torch.no_grad():
-        plain = ops.linear(x, qweight, scale, None, 10, "int8_per_token")
-        with Watching() as mode:
-            watched = ops.linear(x, qweight, scale, None, 10, "int8_per_token")
-        with torch.profiler.profile() as profile:
-            ops.linear(x, qweight, scale, None, 10, "int8_per_token")
-    assert torch.equal(plain, watched)
-    assert "bitlab.linear.default" in mode.seen
-    assert any(event.key == "bitlab::linear" for event in profile.key_averages())
-    needs_grad = ops.linear(x.clone().requires_grad_(), qweight, scale, None, 10, "int8_per_token")
-    assert needs_grad.requires_grad
-
-
-def test_eager_inference_checks_its_arguments() -> None:
-    qweight, scale = ops.pack_weight(torch.randn(10, 64), "per_tensor", None)
-    with torch.no_grad():
-        with pytest.raises(ArgumentError, match="in_features last"):
-            ops.linear(torch.randn(3, 63), qweight, scale, None, 10, "int8_per_token")
-        with pytest.raises(ArgumentError, match="out_features 13"):
-            ops.linear(torch.randn(3, 64), qweight, scale, None, 13, "int8_per_token")
-        with pytest.raises(ArgumentTypeError, match="x must be"):
-            ops.linear(torch.randn(3, 64).double(), qweight, scale, None, 10, "int8_per_token")
-        with pytest.raises(ArgumentError, match="activation must be"):
-            ops.linear(torch.randn(3, 64), qweight, scale, None, 10, "int4")

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bitcore
 from bitcore import pack_ternary, unpack_ternary
 from bitcore.errors import ArgumentError, ArgumentTypeError
-from bitcore.packing import has_invalid_code
+from bitcore.ops import has_invalid_code
 
 
 @settings(deadline=None)
@@ -53,7 +54,22 @@ def test_bad_input() -> None:
 
 
 @pytest.mark.parametrize("lane", range(4))
-def test_invalid_code_is_found_in_every_lane(lane: int) -> None:
-    packed = pack_ternary(torch.zeros(600, 7, dtype=torch.int8))
-    packed[97, 5] |= 3 << (2 * lane)
-    assert has_invalid_code(packed)
+@pytest.mark.parametrize("rows", [1, 40, 70000])
+def test_invalid_code_is_found_in_every_lane(
+    isa: str, num_threads: int, rows: int, lane: int
+) -> None:
+    for place in (0, 3 * rows // 5, rows - 1):
+        packed = torch.full((rows, 7), 0b10_01_00_10, dtype=torch.uint8)
+        assert not has_invalid_code(packed)
+        packed[place, 5] |= 3 << (2 * lane)
+        assert has_invalid_code(packed)
+        assert has_invalid_code(packed[:, 2:])
+        assert not has_invalid_code(packed[:, :5])
+        with bitcore.use_backend("reference"):
+            assert has_invalid_code(packed)
+
+
+def test_invalid_codes_are_looked_for_in_bytes() -> None:
+    assert not has_invalid_code(torch.empty(0, 7, dtype=torch.uint8))
+    with pytest.raises(ArgumentTypeError, match=r"uint8, got torch.int8"):
+        has_invalid_code(torch.zeros(3, dtype=torch.int8))

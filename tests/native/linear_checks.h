@@ -109,17 +109,19 @@ struct Linear {
         memset(w, weight, static_cast<size_t>(s.N * s.K));
         if (qweight) reference::pack(w, qweight, s.N, s.K, 2);
     }
+    bk_linear_args arguments() const {
+        const void *weight = o.int8_weights ? static_cast<const void *>(w) : qweight;
+        return {weight, scales.values, scales.rows, scales.columns, bias.values, bias.type, s.N,
+                s.K,    o.per_tensor,  x,           o.x_type,       stride,      y,         o.y_type,
+                s.M,    work,          threads};
+    }
     int32_t call_i8() const {
-        if (o.int8_weights) {
-            return bk_cpu_linear_i8_i8(x, o.x_type, stride, w, scales.values, bias.values, bias.type, y, o.y_type, s.M,
-                                       s.N, s.K, work, threads);
-        }
-        return bk_cpu_linear_i8_t2(x, o.x_type, stride, qweight, scales.values, scales.rows, scales.columns,
-                                   bias.values, bias.type, y, o.y_type, s.M, s.N, s.K, o.per_tensor, work, threads);
+        const bk_linear_args args = arguments();
+        return o.int8_weights ? bk_cpu_linear_i8_i8(&args) : bk_cpu_linear_i8_t2(&args);
     }
     int32_t call_f32() const {
-        return bk_cpu_linear_f32_t2(x, o.x_type, stride, qweight, scales.values, scales.rows, scales.columns,
-                                    bias.values, bias.type, y, o.y_type, s.M, s.N, s.K, work, threads);
+        const bk_linear_args args = arguments();
+        return bk_cpu_linear_f32_t2(&args);
     }
 };
 

@@ -10,6 +10,7 @@ namespace {
 constexpr int32_t kTypes[] = {BK_F32, BK_BF16, BK_F16};
 constexpr int64_t kGroups[] = {0, 1, 64, 128};  // per tensor, per channel, group sizes
 constexpr int64_t kMostK = 20000;
+constexpr int64_t kScanned[] = {0, 1, 63, 64, 65, 1000, 200000};
 bool quick = false;
 
 void check_matmul(const int8_t *codes, const int8_t *w, const int32_t *want, const Shape &s) {
@@ -69,6 +70,19 @@ void test_quantize(const Shape &s, int32_t type, bool per_tensor, bool invalid) 
             expect(got, codes, kI8, s.M, s.K);
             expect(got_scale, scale, BK_F32, s.M, 1);
         });
+}
+
+void test_invalid(int64_t count) {
+    begin("has_invalid_t2, %lld bytes", number(count));
+    auto *bytes = input<uint8_t>(count);
+    for (int64_t place = -1; place < count; place += count / 5 + 1) {
+        for (int64_t b = 0; b < count; ++b) bytes[b] = static_cast<uint8_t>(b % 2 ? 0x92 : 0x61);
+        if (place >= 0) bytes[place] = static_cast<uint8_t>(bytes[place] | 3 << (place % 4 * 2));
+        const int32_t want = place >= 0;
+        int32_t found = -1;
+        on_every_isa([&] { return bk_cpu_has_invalid_t2(bytes, count, &found, threads); },
+                     [&] { expect(&found, &want, kI32, 1, 1); });
+    }
 }
 
 void test_linears() {
@@ -218,6 +232,7 @@ void test_all() {
             if (group < 2) test_weights({0, 65, 203}, type, group, false);
         }
     }
+    for (int64_t count : kScanned) test_invalid(quick && count > 1000 ? 70000 : count);
     test_linears();
 }
 
