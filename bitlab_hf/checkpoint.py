@@ -320,7 +320,7 @@ def stored_int8(model: PreTrainedModel, checkpoint: Checkpoint, config: BitLabCo
         if checkpoint.layers is not None:
             expected = bool(checkpoint.layers.intersection(rows.names))
         else:
-            tied = bool(model.config.get_text_config().tie_word_embeddings)
+            tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
             expected = not held["weight"] and (module is head or tied)
         if not expected and not held["qweight"]:
             continue
