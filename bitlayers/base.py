@@ -162,7 +162,9 @@ class BitLayerBase(Float32Scale):
         return self.bias is not None
 
     def reset_parameters(self) -> None:
-        """Initializes the weight by ``init_method`` and the bias to zero."""
+        """Initializes the weight by ``init_method`` and the bias to zero; on meta there is nothing."""
+        if self.weight.is_meta:
+            return
         if self.weight.numel():
             INIT_METHODS[self.init_method](self.weight)
         if getattr(self, "bias", None) is not None:
