@@ -20,8 +20,9 @@ typedef uint32_t U32x4 __attribute__((vector_size(16)));
 // One step of 16 columns may be read past a row's end only if it is in the codes, never in the weights.
 constexpr int64_t kPrefetch = 4096;
 constexpr int64_t kLine = 64;
-// What one pass over the codes of few tokens may take of the L1 cache.
-constexpr int64_t kCodesInCache = 24 * 1024;
+// What one pass over the codes of few tokens may take of the L2 cache. Parts that fit the L1 cache break the sequence
+// of the weights, which costs more than reading codes from L2.
+constexpr int64_t kCodesInCache = 256 * 1024;
 
 // One vector of a packed row: L lanes from `lane` on, times the codes of T tokens.
 template <int L, int T>
