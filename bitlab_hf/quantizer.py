@@ -362,8 +362,10 @@ def register() -> None:
     """Registers BitLab with transformers; calling it again changes nothing."""
     from transformers.quantizers import auto
 
-    if QUANT_METHOD in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    if AUTO_QUANTIZATION_CONFIG_MAPPING.get(QUANT_METHOD) is BitLabConfig:
         return
+    # bitlab_autoload's placeholder may hold the place.
+    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
     register_quantization_config(QUANT_METHOD)(BitLabConfig)
     register_quantizer(QUANT_METHOD)(BitLabHfQuantizer)
     # Only classes in this tuple may say something at load about a file that has a configuration.

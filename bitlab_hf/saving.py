@@ -13,6 +13,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError, ArgumentTypeError, CheckpointError
+from bitlab_hf.card import model_card
+from bitlab_hf.replace import quantized_layers
 
 _WEIGHT_FILES = re.compile(
     r"(model|pytorch_model|adapter_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$"
@@ -30,7 +32,8 @@ def save(
     """Saves a model so that at every moment the directory holds a whole checkpoint.
 
     Everything is written into a new directory beside it, which then takes its place in one step.
-    Other files of the directory are kept; weight files of the previous checkpoint are not.
+    Other files of the directory are kept; weight files of the previous checkpoint are not. A
+    deployed model gets a model card, README.md, unless there is one.
 
     Args:
         model: A transformers model, latent or deployed.
@@ -71,6 +74,9 @@ def save(
             raise CheckpointError("save: save_pretrained must write weights, got none")
         if target.exists():
             _take_over(target, staged)
+        card = staged / "README.md"
+        if not card.exists() and any(layer.module.is_deployed for layer in quantized_layers(model)):
+            card.write_text(model_card(model, target.name), encoding="utf-8")
         for file in staged.rglob("*"):
             _flush(file)
         if target.exists():
