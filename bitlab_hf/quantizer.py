@@ -98,7 +98,7 @@ class BitLabHfQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> None:
         config = self.quantization_config
-        checkpoint = read_checkpoint(model, checkpoint_files, self)
+        checkpoint = self._read_checkpoint(model, checkpoint_files)
         if self.file_is_packed and checkpoint is None:
             raise CheckpointError(
                 "bitlab: a deployed checkpoint must be read from its safetensors files, got a "
@@ -128,6 +128,11 @@ class BitLabHfQuantizer(HfQuantizer):
             if self.build_packed:
                 self._prepare_packing(model, dtype, checkpoint)
                 self._check_offload(device_map)
+
+    def _read_checkpoint(
+        self, model: PreTrainedModel, files: list[str] | None
+    ) -> Checkpoint | None:
+        return read_checkpoint(model, files, self)
 
     def _check_ternary_head(self, model: PreTrainedModel, found: list[Found[nn.Linear]]) -> None:
         """Refuses heads that cannot be converted as asked, rather than leave them as they are."""
@@ -269,6 +274,11 @@ class BitLabHfQuantizer(HfQuantizer):
         weights: dict[int, nn.Parameter] = {}
         for found in quantized_layers(model):
             layer = found.module
+            if getattr(layer, "rms_norm", None) is not None:
+                raise LifecycleError(
+                    f"dequantize: {found.names[0]} must be a linear layer alone, got one behind a "
+                    "norm"
+                )
             linear = nn.Linear(
                 layer.in_features, layer.out_features, bias=layer.use_bias, device="meta"
             )

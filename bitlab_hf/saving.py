@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from bitlab_hf.card import model_card
-from bitlab_hf.replace import quantized_layers
+from bitlab_hf.config import QUANT_METHOD
 
 _WEIGHT_FILES = re.compile(
     r"(model|pytorch_model|adapter_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$"
@@ -75,7 +75,7 @@ def save(
         if target.exists():
             _take_over(target, staged)
         card = staged / "README.md"
-        if not card.exists() and any(layer.module.is_deployed for layer in quantized_layers(model)):
+        if not card.exists() and getattr(model, "quantization_method", None) == QUANT_METHOD:
             card.write_text(model_card(model, target.name), encoding="utf-8")
         for file in staged.rglob("*"):
             _flush(file)

@@ -3,12 +3,14 @@
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
 from bitlayers.registry import LAYER_REGISTRY, register_layer
+from bitlayers.rmsnorm import RMSNormBitLinear
 from bitlayers.utils import compare_layers, estimate_memory_usage
 
 __all__ = [
     "LAYER_REGISTRY",
     "BitLayerBase",
     "BitLinear",
+    "RMSNormBitLinear",
     "compare_layers",
     "estimate_memory_usage",
     "register_layer",
