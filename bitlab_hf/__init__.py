@@ -3,6 +3,7 @@
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.deploy import deploy
 from bitlab_hf.interop.bitnet import export_bitnet, load_bitnet
+from bitlab_hf.interop.ternary import convert_ternary
 from bitlab_hf.quantizer import BitLabHfQuantizer, register
 from bitlab_hf.replace import replace_linear
 from bitlab_hf.saving import save
@@ -12,6 +13,7 @@ register()
 __all__ = [
     "BitLabConfig",
     "BitLabHfQuantizer",
+    "convert_ternary",
     "deploy",
     "export_bitnet",
     "load_bitnet",
