@@ -48,7 +48,12 @@ app.command(
     )
 )(models.convert)
 app.command("import", epilog=examples("bitlab import a-bitnet-model out/imported"))(models.import_)
-app.command(epilog=examples("bitlab export out/demo out/for-everyone --to bitnet"))(models.export)
+app.command(
+    epilog=examples(
+        "bitlab export out/demo out/for-everyone --to bitnet",
+        "bitlab export out/demo out/demo.gguf --to gguf --qtype TQ1_0",
+    )
+)(models.export)
 app.command(
     "eval",
     epilog=examples(

@@ -121,19 +121,26 @@ def import_(source: Source, output: Output, as_json: Json = False) -> None:
 
 def export(
     source: Source,
-    output: Output,
-    to: Annotated[str, typer.Option(help="bitnet: for transformers without BitLab.")] = "bitnet",
+    output: Annotated[Path, typer.Argument(help="Folder, or .gguf file, to write.")],
+    to: Annotated[
+        str, typer.Option(help="bitnet: for transformers without BitLab; gguf: for llama.cpp.")
+    ] = "bitnet",
+    qtype: Annotated[str, typer.Option(help="With gguf: TQ2_0, TQ1_0 or BF16.")] = "TQ2_0",
     as_json: Json = False,
 ) -> None:
     """Writes a BitLab model in a format that runs without BitLab."""
-    from bitlab_hf import export_bitnet
+    from bitlab_hf import export_bitnet, export_gguf
 
     quiet()
-    if to != "bitnet":
-        raise typer.BadParameter(f"must be bitnet, got {to}", param_hint="--to")
+    if to not in ("bitnet", "gguf"):
+        raise typer.BadParameter(f"must be bitnet or gguf, got {to}", param_hint="--to")
     started = time.perf_counter()
     with progress("exporting", None):
-        export_bitnet(load_model(source), output, tokenizer=tokenizer_if_any(source))
+        model = load_model(source)
+        if to == "gguf":
+            export_gguf(model, output, qtype, tokenizer=tokenizer_if_any(source))
+        else:
+            export_bitnet(model, output, tokenizer=tokenizer_if_any(source))
     _report("exported", source, output, started, as_json)
 
 
@@ -141,7 +148,7 @@ def _report(verb: str, source: str, output: Path, started: float, as_json: bool)
     seconds = time.perf_counter() - started
     folder = Path(source)
     before = folder_bytes(folder) if folder.is_dir() else None
-    after = folder_bytes(output)
+    after = output.stat().st_size if output.is_file() else folder_bytes(output)
     sizes = megabytes(after) if before is None else f"{megabytes(before)} -> {megabytes(after)}"
     emit(
         {"output": str(output), "bytes_before": before, "bytes_after": after, "seconds": seconds},

@@ -94,6 +94,16 @@ def test_import_and_export(cli: Cli, tmp_path: Path) -> None:
     assert cli("export", tmp_path / "ours", tmp_path / "x", "--to", "floppy").code == 2
 
 
+def test_export_of_gguf(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "demo.gguf"
+    done = cli("export", states["deployed"], file, "--to", "gguf", "--qtype", "TQ1_0", "--json")
+    assert done.code == 0, done.error
+    assert done.json["bytes_after"] == file.stat().st_size
+    assert file.read_bytes()[:4] == b"GGUF"
+    done = cli("export", states["deployed"], file, "--to", "gguf", "--qtype", "Q4_K")
+    assert "qtype must be one of" in str(done.error)
+
+
 @pytest.mark.parametrize("command", ["deploy", "convert", "import", "export"])
 def test_usage(cli: Cli, command: str) -> None:
     assert cli(command).code == 2
