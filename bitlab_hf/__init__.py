@@ -4,6 +4,7 @@ from bitlab_hf.config import BitLabConfig
 from bitlab_hf.deploy import deploy
 from bitlab_hf.interop.bitnet import export_bitnet, load_bitnet
 from bitlab_hf.interop.gguf import export_gguf
+from bitlab_hf.interop.hub import HubError, push
 from bitlab_hf.interop.ternary import convert_ternary
 from bitlab_hf.quantizer import BitLabHfQuantizer, register
 from bitlab_hf.replace import replace_linear
@@ -14,11 +15,13 @@ register()
 __all__ = [
     "BitLabConfig",
     "BitLabHfQuantizer",
+    "HubError",
     "convert_ternary",
     "deploy",
     "export_bitnet",
     "export_gguf",
     "load_bitnet",
+    "push",
     "replace_linear",
     "save",
 ]

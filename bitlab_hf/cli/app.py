@@ -55,6 +55,11 @@ app.command(
     )
 )(models.export)
 app.command(
+    epilog=examples(
+        "bitlab push out/demo me/my-model-1.58bit", "bitlab push out/demo me/my-model --public"
+    )
+)(models.push)
+app.command(
     "eval",
     epilog=examples(
         "bitlab eval out/demo --text book.txt",

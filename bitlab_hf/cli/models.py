@@ -1,4 +1,4 @@
-"""Commands that turn one folder into another: deploy, convert, import, export."""
+"""Commands that turn one folder into another, or send it: deploy, convert, import, export, push."""
 
 from __future__ import annotations
 
@@ -142,6 +142,25 @@ def export(
         else:
             export_bitnet(model, output, tokenizer=tokenizer_if_any(source))
     _report("exported", source, output, started, as_json)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="A model's folder.", exists=True, file_okay=False)],
+    repo: Annotated[str, typer.Argument(help="name/model on the hub.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Default: private.")] = False,
+    latent: Annotated[bool, typer.Option("--latent", help="Allow latent weights.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a ternary model",
+    as_json: Json = False,
+) -> None:
+    """Uploads a model to the hub in one commit; run again, it sends only what is missing."""
+    from bitlab_hf.interop.hub import push as push_folder
+
+    quiet()
+    started = time.perf_counter()
+    with progress("uploading", None):
+        commit = push_folder(folder, repo, private=not public, latent=latent, message=message)
+    seconds = time.perf_counter() - started
+    emit({"commit": commit, "seconds": seconds}, as_json, f"{commit} ({seconds:.1f} s)")
 
 
 def _report(verb: str, source: str, output: Path, started: float, as_json: bool) -> None:

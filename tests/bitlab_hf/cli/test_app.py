@@ -14,6 +14,7 @@ from bitlab_hf.cli.app import app
 
 COMMANDS = [
     "chat", "convert", "demo", "deploy", "eval", "export", "generate", "import", "info",
+    "push",
 ]  # fmt: skip
 
 
