@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.faults.remove(fault)
                 if fault[2] == "cut":
                     self.close_connection = True
-                    self.connection.close()
+                    self.connection.shutdown(socket.SHUT_RDWR)
                     return
                 self._answer(int(fault[2]), {"error": "an injected fault"})
                 return
