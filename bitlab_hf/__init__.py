@@ -2,10 +2,26 @@
 
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.deploy import deploy
+from bitlab_hf.interop.bitnet import export_bitnet, load_bitnet
+from bitlab_hf.interop.gguf import export_gguf
+from bitlab_hf.interop.hub import HubError, push
+from bitlab_hf.interop.ternary import convert_ternary
 from bitlab_hf.quantizer import BitLabHfQuantizer, register
 from bitlab_hf.replace import replace_linear
 from bitlab_hf.saving import save
 
 register()
 
-__all__ = ["BitLabConfig", "BitLabHfQuantizer", "deploy", "replace_linear", "save"]
+__all__ = [
+    "BitLabConfig",
+    "BitLabHfQuantizer",
+    "HubError",
+    "convert_ternary",
+    "deploy",
+    "export_bitnet",
+    "export_gguf",
+    "load_bitnet",
+    "push",
+    "replace_linear",
+    "save",
+]

@@ -27,6 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 from bitcore.errors import CheckpointError, ConfigError, LifecycleError, NonFiniteError
 from bitlab_hf.checkpoint import (
     LAYERS_KEY,
+    Checkpoint,
     check_format,
     check_nothing_left_packed,
     check_packed_headers,
@@ -107,7 +108,7 @@ class BitLabHfQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> None:
         config = self.quantization_config
-        checkpoint = read_checkpoint(model, checkpoint_files, self)
+        checkpoint = self._read_checkpoint(model, checkpoint_files)
         if self.file_is_packed and checkpoint is None:
             raise CheckpointError(
                 "bitlab: a deployed checkpoint must be read from its safetensors files, got a "
@@ -144,6 +145,11 @@ class BitLabHfQuantizer(HfQuantizer):
                     self.packing.add_head(model, head, checkpoint)
                     self.int8 = [head]
                 self._check_offload(device_map)
+
+    def _read_checkpoint(
+        self, model: PreTrainedModel, files: list[str] | None
+    ) -> Checkpoint | None:
+        return read_checkpoint(model, files, self)
 
     def _check_ternary_head(self, model: PreTrainedModel, found: list[Found[nn.Linear]]) -> None:
         """Refuses heads that cannot be converted as asked, rather than leave them as they are."""
@@ -305,6 +311,11 @@ class BitLabHfQuantizer(HfQuantizer):
         weights: dict[int, nn.Parameter] = {}
         for found in quantized_layers(model):
             layer = found.module
+            if getattr(layer, "rms_norm", None) is not None:
+                raise LifecycleError(
+                    f"dequantize: {found.names[0]} must be a linear layer alone, got one behind a "
+                    "norm"
+                )
             linear = nn.Linear(
                 layer.in_features, layer.out_features, bias=layer.use_bias, device="meta"
             )
@@ -366,8 +377,10 @@ def register() -> None:
     """Registers BitLab with transformers; calling it again changes nothing."""
     from transformers.quantizers import auto
 
-    if QUANT_METHOD in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    if AUTO_QUANTIZATION_CONFIG_MAPPING.get(QUANT_METHOD) is BitLabConfig:
         return
+    # bitlab_autoload's placeholder may hold the place.
+    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
     register_quantization_config(QUANT_METHOD)(BitLabConfig)
     register_quantizer(QUANT_METHOD)(BitLabHfQuantizer)
     # Only classes in this tuple may say something at load about a file that has a configuration.

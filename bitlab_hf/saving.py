@@ -7,12 +7,16 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError, ArgumentTypeError, CheckpointError
+from bitlab_hf.card import model_card
+from bitlab_hf.config import QUANT_METHOD
 
 _WEIGHT_FILES = re.compile(
     r"(model|pytorch_model|adapter_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$"
@@ -30,7 +34,8 @@ def save(
     """Saves a model so that at every moment the directory holds a whole checkpoint.
 
     Everything is written into a new directory beside it, which then takes its place in one step.
-    Other files of the directory are kept; weight files of the previous checkpoint are not.
+    Other files of the directory are kept; weight files of the previous checkpoint are not. A
+    deployed model gets a model card, README.md, unless there is one.
 
     Args:
         model: A transformers model, latent or deployed.
@@ -52,23 +57,49 @@ def save(
             "save: push_to_hub must be left out, got it set\n"
             "Call model.push_to_hub(repo) after saving."
         )
+    if not kwargs.get("is_main_process", True):
+        # It writes nothing, but other processes may wait for it.
+        with tempfile.TemporaryDirectory() as scratch:
+            model.save_pretrained(scratch, **kwargs)
+        return
+    with replacing(directory, "save") as staged:
+        model.save_pretrained(staged, **kwargs)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
+        card = staged / "README.md"
+        deployed = getattr(model, "quantization_method", None) == QUANT_METHOD
+        if deployed and not card.exists() and not (Path(directory) / "README.md").exists():
+            card.write_text(model_card(model, Path(directory).resolve().name), encoding="utf-8")
+
+
+@contextmanager
+def replacing(directory: str | os.PathLike[str], op: str) -> Iterator[Path]:
+    """Gives a new directory to write a checkpoint into, which then takes another's place.
+
+    Other files of the directory are taken over, weight files are not. Where the block raises, or
+    writes no weights, the directory stays as it was.
+
+    Args:
+        directory: What is replaced, or made.
+        op: Who asks, for error messages.
+
+    Raises:
+        ArgumentError: directory holds the working directory.
+        CheckpointError: The block wrote no weights.
+    """
     target = Path(directory).resolve()
     if target == Path.cwd() or target in Path.cwd().parents:
         raise ArgumentError(
-            f"save: directory must not hold the working directory, got {directory}\n"
+            f"{op}: directory must not hold the working directory, got {directory}\n"
             "The directory is exchanged for a new one; name a folder inside it."
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         staged.chmod(0o777 & ~_umask())
-        model.save_pretrained(staged, **kwargs)
-        if not kwargs.get("is_main_process", True):
-            return
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staged)
+        yield staged
         if not any(_WEIGHT_FILES.fullmatch(entry.name) for entry in staged.iterdir()):
-            raise CheckpointError("save: save_pretrained must write weights, got none")
+            raise CheckpointError(f"{op}: weights must be written, got none")
         if target.exists():
             _take_over(target, staged)
         for file in staged.rglob("*"):

@@ -4,6 +4,7 @@ from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
 from bitlayers.int8 import Int8Embedding, Int8Linear
 from bitlayers.registry import LAYER_REGISTRY, register_layer
+from bitlayers.rmsnorm import RMSNormBitLinear
 from bitlayers.utils import compare_layers, estimate_memory_usage
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "BitLinear",
     "Int8Embedding",
     "Int8Linear",
+    "RMSNormBitLinear",
     "compare_layers",
     "estimate_memory_usage",
     "register_layer",

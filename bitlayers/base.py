@@ -162,7 +162,7 @@ class BitLayerBase(Float32Scale):
         return self.bias is not None
 
     def reset_parameters(self) -> None:
-        """Initializes the weight by ``init_method`` and the bias to zero; on meta there is nothing."""
+        """Initializes the weight by ``init_method`` and the bias to zero, unless both are meta."""
         if self.weight.is_meta:
             return
         if self.weight.numel():

@@ -1,0 +1,166 @@
+"""What the commands share: options, loading, progress, and how they end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bitcore.errors import ArgumentError
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")]
+Source = Annotated[str, typer.Argument(help="A folder, or a name on the hub.", show_default=False)]
+Output = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def examples(*lines: str) -> str:
+    """Returns a command's examples, as the end of its help."""
+    return "\n\n".join(["Examples:", *lines])
+
+
+def quiet() -> None:
+    """Leaves the terminal to the command: no warnings and no bars of other libraries."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning)
+
+
+def check_source(source: str) -> str:
+    """Returns a folder or a name of the hub as it was given.
+
+    Raises:
+        ArgumentError: It is neither.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ArgumentError(f"{source}: the folder must hold config.json, got none")
+        return source
+    if path.exists() or not _HUB_NAME.fullmatch(source):
+        raise ArgumentError(f"{source}: the model must be a folder or a hub name, got neither")
+    return source
+
+
+def load_tokenizer(source: str) -> Any:
+    """Returns a model's tokenizer.
+
+    Raises:
+        ArgumentError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ArgumentError(
+            f"{source}: the model must have a tokenizer, got none ({_first_line(error)})\n"
+            "Save one into the folder: tokenizer.save_pretrained(folder)."
+        ) from error
+
+
+def tokenizer_if_any(source: str) -> Any:
+    """Returns a model's tokenizer, or None."""
+    try:
+        return load_tokenizer(source)
+    except ArgumentError:
+        return None
+
+
+def load_model(source: str, **options: Any) -> Any:
+    """Loads a causal language model, in eval mode: a float one, BitLab's or bitnet's."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from bitlab_hf import load_bitnet
+
+    config = AutoConfig.from_pretrained(check_source(source))
+    held = getattr(config, "quantization_config", None) or {}
+    if isinstance(held, dict) and held.get("quant_method") == "bitnet":
+        return load_bitnet(source, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(source, **options).eval()
+
+
+def set_threads(threads: int | None) -> None:
+    """Sets torch's threads where a number was given."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def progress(title: str, total: float | None) -> Iterator[Callable[[float], None]]:
+    """Shows a bar with the time left on standard error; gives what advances it."""
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda amount: bar.advance(task, amount)
+
+
+def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
+    """Prints a result: JSON, or lines for people."""
+    typer.echo(json.dumps(result, indent=2) if as_json else text)
+
+
+def megabytes(size: int) -> str:
+    """Returns a size in millions of bytes."""
+    return f"{size / 1e6:.1f} MB"
+
+
+def folder_bytes(folder: Path) -> int:
+    """Returns the size of a folder's weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def fail(error: BaseException) -> None:
+    """Prints an error as one message, without a traceback."""
+    from bitcore.errors import BitLabError
+
+    kind = "" if isinstance(error, BitLabError) else f"{type(error).__name__}: "
+    message = str(error).strip() or "(no message)"
+    Console(stderr=True, soft_wrap=True).print(
+        f"error: {kind}{message}", markup=False, highlight=False, style="red"
+    )
+
+
+def take_flag(name: str) -> bool:
+    """Takes a flag from the command line, wherever it stands before a ``--``."""
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    if name not in sys.argv[1:end]:
+        return False
+    sys.argv.remove(name)
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

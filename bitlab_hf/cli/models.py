@@ -1,0 +1,176 @@
+"""Commands that turn one folder into another, or send it: deploy, convert, import, export, push."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bitlab_hf.cli.common import (
+    Json,
+    Output,
+    Source,
+    check_source,
+    emit,
+    folder_bytes,
+    load_model,
+    megabytes,
+    progress,
+    quiet,
+    tokenizer_if_any,
+)
+
+
+def deploy(
+    source: Source,
+    output: Output,
+    weight: Annotated[
+        str | None,
+        typer.Option(help="A float model's scales: per_tensor, per_channel, per_group."),
+    ] = None,
+    group_size: Annotated[int | None, typer.Option(help="64 or 128, with per_group.")] = None,
+    activation: Annotated[
+        str | None, typer.Option(help="Activations of a float model: int8 or float32.")
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="Its output head: see BitLabConfig.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Packs a float or latent model into a deployed one, 2 bits a weight.
+
+    A latent model keeps its own scheme. A float model that was not trained for it loses most of
+    what it can: ternarizing is for after quantization-aware training.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from bitcore.errors import ArgumentError
+    from bitlab_hf import BitLabConfig, save
+
+    quiet()
+    given = {
+        "weight_granularity": weight,
+        "group_size": group_size,
+        "activation_dtype": activation,
+        "head": head,
+    }
+    fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    held = getattr(AutoConfig.from_pretrained(check_source(source)), "quantization_config", None)
+    if held is not None and fields:
+        raise ArgumentError(
+            f"deploy: {', '.join(fields)} must be left out for a model that has a scheme, "
+            "got them given\nThe scheme was fixed when it was trained."
+        )
+    if held is not None and dict(held).get("weight_format") == "packed":
+        raise ArgumentError("deploy: the model must be latent or float, got a deployed one")
+    started = time.perf_counter()
+    with progress("packing", None):
+        model = AutoModelForCausalLM.from_pretrained(
+            source, quantization_config=BitLabConfig(mode="infer", **fields)
+        )
+        save(model, output, tokenizer=tokenizer_if_any(source))
+    _report("deployed", source, output, started, as_json)
+
+
+def convert(
+    source: Source,
+    output: Output,
+    keep_inexact: Annotated[
+        bool, typer.Option("--keep-inexact", help="Leave layers that are not exact float.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Packs a float checkpoint whose weights are exactly ternary, without any loss.
+
+    Every value is proven to come back as it was; a layer that is not exactly ternary is named.
+    """
+    from bitlab_hf import convert_ternary
+
+    quiet()
+    started = time.perf_counter()
+    folder = Path(check_source(source))
+    total = 2 * folder_bytes(folder) if folder.is_dir() else None
+    with progress("converting", total) as advance:
+        report = convert_ternary(source, output, keep_inexact=keep_inexact, advance=advance)
+    seconds = time.perf_counter() - started
+    kept = "".join(f"\nkept {key}: {why}" for key, why in report.kept.items())
+    emit(
+        {"output": str(output), **dataclasses.asdict(report), "seconds": seconds},
+        as_json,
+        f"{output}: {len(report.packed)} layers packed, {megabytes(report.bytes_before)} -> "
+        f"{megabytes(report.bytes_after)}, every value proven equal, {seconds:.1f} s{kept}",
+    )
+
+
+def import_(source: Source, output: Output, as_json: Json = False) -> None:
+    """Turns a checkpoint of transformers' bitnet method into BitLab's own.
+
+    Not needed to run one (load_bitnet, eval, generate and chat take it as it is); a packed one
+    becomes a deployed model, a latent one a latent model for training.
+    """
+    from bitlab_hf import load_bitnet, save
+
+    quiet()
+    started = time.perf_counter()
+    with progress("importing", None):
+        model = load_bitnet(check_source(source))
+        save(model, output, tokenizer=tokenizer_if_any(source))
+    _report("imported", source, output, started, as_json)
+
+
+def export(
+    source: Source,
+    output: Annotated[Path, typer.Argument(help="Folder, or .gguf file, to write.")],
+    to: Annotated[
+        str, typer.Option(help="bitnet: for transformers without BitLab; gguf: for llama.cpp.")
+    ] = "bitnet",
+    qtype: Annotated[str, typer.Option(help="With gguf: TQ2_0, TQ1_0 or BF16.")] = "TQ2_0",
+    as_json: Json = False,
+) -> None:
+    """Writes a BitLab model in a format that runs without BitLab."""
+    from bitlab_hf import export_bitnet, export_gguf
+
+    quiet()
+    if to not in ("bitnet", "gguf"):
+        raise typer.BadParameter(f"must be bitnet or gguf, got {to}", param_hint="--to")
+    started = time.perf_counter()
+    with progress("exporting", None):
+        model = load_model(source)
+        if to == "gguf":
+            export_gguf(model, output, qtype, tokenizer=tokenizer_if_any(source))
+        else:
+            export_bitnet(model, output, tokenizer=tokenizer_if_any(source))
+    _report("exported", source, output, started, as_json)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="A model's folder.", exists=True, file_okay=False)],
+    repo: Annotated[str, typer.Argument(help="name/model on the hub.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Default: private.")] = False,
+    latent: Annotated[bool, typer.Option("--latent", help="Allow latent weights.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a ternary model",
+    as_json: Json = False,
+) -> None:
+    """Uploads a model to the hub in one commit; run again, it sends only what is missing."""
+    from bitlab_hf.interop.hub import push as push_folder
+
+    quiet()
+    started = time.perf_counter()
+    with progress("uploading", None):
+        commit = push_folder(folder, repo, private=not public, latent=latent, message=message)
+    seconds = time.perf_counter() - started
+    emit({"commit": commit, "seconds": seconds}, as_json, f"{commit} ({seconds:.1f} s)")
+
+
+def _report(verb: str, source: str, output: Path, started: float, as_json: bool) -> None:
+    seconds = time.perf_counter() - started
+    folder = Path(source)
+    before = folder_bytes(folder) if folder.is_dir() else None
+    after = output.stat().st_size if output.is_file() else folder_bytes(output)
+    sizes = megabytes(after) if before is None else f"{megabytes(before)} -> {megabytes(after)}"
+    emit(
+        {"output": str(output), "bytes_before": before, "bytes_after": after, "seconds": seconds},
+        as_json,
+        f"{output}: {verb}, {sizes}, {seconds:.1f} s",
+    )

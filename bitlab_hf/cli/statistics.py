@@ -1,0 +1,153 @@
+"""What a checkpoint's files hold, counted in the files themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bitcore.errors import CheckpointError
+from bitlab_hf.interop.ternary import weight_files
+
+_BLOCK = 2**22
+
+
+@dataclass
+class Part:
+    """Tensors of one kind: how many, how many values, how many bytes."""
+
+    tensors: int = 0
+    weights: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Found:
+    """What `examine` found.
+
+    Attributes:
+        architecture: The first name of ``architectures`` in config.json.
+        bytes: Size of the weight files.
+        scheme: The quantization_config, or None.
+        parts: Tensors by kind: ternary layers, their scales, embeddings and the rest.
+        layers: Name, sizes, scheme and shares of the codes of every packed layer.
+        codes: Shares of -1, 0 and +1 over all packed layers; None without any.
+    """
+
+    architecture: str
+    bytes: int
+    scheme: dict[str, Any] | None
+    parts: dict[str, Part] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    codes: dict[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as plain values."""
+        return asdict(self)
+
+
+def examine(folder: Path, advance: Callable[[float], None]) -> Found:
+    """Reads a checkpoint of BitLab's, of bitnet's, or a float one.
+
+    Args:
+        folder: With config.json and safetensors files.
+        advance: Called with the bytes done.
+
+    Raises:
+        CheckpointError: config.json is missing or damaged, or a file is.
+    """
+    files = weight_files(folder, "info")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"info: config.json must be there and whole, got: {error}") from error
+    found = Found(
+        architecture=(config.get("architectures") or ["unknown architecture"])[0],
+        bytes=sum(file.stat().st_size for file in files),
+        scheme=config.get("quantization_config"),
+    )
+    total = torch.zeros(3, dtype=torch.int64)
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                total += _examine_file(handle, found, advance)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file.name}: the file must be a whole safetensors file, got: {error}"
+            ) from error
+    if found.layers:
+        found.codes = _shares(total)
+    found.layers.sort(key=lambda layer: str(layer["name"]))
+    return found
+
+
+def _examine_file(handle: Any, found: Found, advance: Callable[[float], None]) -> Tensor:
+    total = torch.zeros(3, dtype=torch.int64)
+    keys = set(handle.keys())
+    for key in sorted(keys):
+        tensor = handle.get_tensor(key)
+        base, _, leaf = key.rpartition(".")
+        # BitLab's and bitnet's names of packed weights.
+        packed = leaf in ("qweight", "weight") and tensor.dtype == torch.uint8 and tensor.dim() == 2
+        weights = tensor.numel()
+        if packed:
+            scale_key = f"{key}_scale"
+            scale = handle.get_tensor(scale_key) if scale_key in keys else torch.ones(1)
+            layer, counts = _examine_layer(base, tensor, scale)
+            found.layers.append(layer)
+            total += counts
+            weights = layer["outputs"] * layer["inputs"]
+            kind = "ternary layers"
+        elif leaf in ("qweight_scale", "weight_scale"):
+            kind = "their scales"
+        elif leaf == "qweight":
+            kind = "int8 layers"
+        elif "embed" in key or base.endswith("head"):
+            kind = "embeddings and head"
+        else:
+            kind = "the rest"
+        part = found.parts.setdefault(kind, Part())
+        part.tensors += 1
+        part.weights += weights
+        part.bytes += tensor.nbytes
+        advance(tensor.nbytes)
+    return total
+
+
+def _examine_layer(name: str, qweight: Tensor, scale: Tensor) -> tuple[dict[str, Any], Tensor]:
+    histogram = torch.zeros(256, dtype=torch.int64)
+    for block in qweight.reshape(-1).split(_BLOCK):
+        histogram += torch.bincount(block, minlength=256)
+    counts = torch.zeros(3, dtype=torch.int64)
+    for value in range(256):
+        for lane in range(4):
+            code = value >> 2 * lane & 3
+            if code < 3:
+                counts[code] += histogram[value]
+    rows, columns = qweight.shape
+    # Only scales of rows tell how many of the last rows are padding, which is written as code 0.
+    outputs = len(scale) if scale.numel() > 1 else 4 * rows
+    counts[1] -= (4 * rows - outputs) * columns
+    if scale.dim() == 2:
+        scheme = f"per group of {columns // scale.shape[1]}"
+    else:
+        scheme = "per tensor" if scale.numel() == 1 else "per channel"
+    layer = {
+        "name": name,
+        "outputs": outputs,
+        "inputs": columns,
+        "scheme": scheme,
+        "codes": _shares(counts),
+    }
+    return layer, counts
+
+
+def _shares(counts: Tensor) -> dict[str, float]:
+    shares = (counts / counts.sum().clamp(min=1)).tolist()
+    return dict(zip(("-1", "0", "+1"), shares, strict=True))

@@ -1,0 +1,238 @@
+"""Commands that run a model: eval, generate, chat."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bitcore.errors import ArgumentError
+from bitlab_hf.cli.common import (
+    Json,
+    Source,
+    Threads,
+    check_source,
+    emit,
+    load_model,
+    load_tokenizer,
+    progress,
+    quiet,
+    set_threads,
+)
+
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")
+]
+Seed = Annotated[int, typer.Option(help="Of sampling.")]
+
+
+def evaluate(
+    source: Source,
+    text: Annotated[
+        list[Path],
+        typer.Option(exists=True, dir_okay=False, help="A text file; may be given repeatedly."),
+    ],
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 512,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens at most.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Blocks at a time.")] = 4,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measures the perplexity of a text in blocks of equal length; a rest is left out."""
+    from bitlab_hf.demo.corpus import SourceFile
+    from bitlab_hf.demo.text import make_blocks, measure_perplexity
+
+    quiet()
+    set_threads(threads)
+    tokenizer = load_tokenizer(check_source(source))
+    files = [SourceFile(str(file), file.read_text(encoding="utf-8")) for file in text]
+    try:
+        blocks = make_blocks(tokenizer, files, length)
+    except ValueError as error:
+        raise ArgumentError(f"eval: {error}\nPass a smaller --length or more text.") from error
+    if tokens is not None:
+        blocks = blocks.first(tokens)
+    model = load_model(source)
+    started = time.perf_counter()
+    with progress("scoring", len(blocks.ids)) as advance:
+        found = measure_perplexity(model, blocks, batch, advance)
+    seconds = time.perf_counter() - started
+    count = blocks.ids.numel()
+    emit(
+        {
+            "perplexity": found.value,
+            "nats": found.nats,
+            "bits_per_byte": found.bits_per_byte,
+            "tokens": count,
+            "length": blocks.ids.shape[1],
+            "seconds": seconds,
+        },
+        as_json,
+        f"perplexity {found.value:.3f}, {found.bits_per_byte:.4f} bits a byte, over {count:,} "
+        f"tokens in blocks of {blocks.ids.shape[1]} ({count / seconds:.0f} tokens/s)",
+    )
+
+
+def generate(
+    source: Source,
+    prompt: Annotated[
+        str, typer.Argument(help="Text to continue; - reads standard input.", show_default=False)
+    ],
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Continues a text, as it comes, and tells how fast."""
+    quiet()
+    set_threads(threads)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    tokenizer = load_tokenizer(check_source(source))
+    speaker = Speaker(load_model(source), tokenizer, max_tokens, temperature, seed)
+    if not as_json:
+        typer.echo(text, nl=False)
+    result = speaker.continue_(tokenizer(text)["input_ids"], show=not as_json)
+    emit({"prompt": text, **result}, as_json, "")
+    if not as_json:
+        typer.echo(speed_of(result), err=True)
+
+
+def chat(
+    source: Source,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
+    seed: Seed = 0,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Talks with a model. /reset starts anew, /quit or the end of the input ends it.
+
+    A model without a chat template is given the conversation as plain text.
+    """
+    quiet()
+    set_threads(threads)
+    tokenizer = load_tokenizer(check_source(source))
+    speaker = Speaker(load_model(source), tokenizer, max_tokens, temperature, seed)
+    start = [] if system is None else [{"role": "system", "content": system}]
+    messages = list(start)
+    interactive = sys.stdin.isatty() and not as_json
+    if interactive:
+        typer.echo("/reset starts anew, /quit ends.", err=True)
+    while True:
+        if interactive:
+            typer.echo("> ", nl=False)
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/quit":
+            return
+        if line.strip() == "/reset":
+            messages = list(start)
+            continue
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.rstrip("\n")})
+        result = speaker.continue_(_conversation(tokenizer, messages), show=not as_json)
+        messages.append({"role": "assistant", "content": result["text"]})
+        emit(result, as_json, "")
+        if not as_json:
+            typer.echo(speed_of(result), err=True)
+
+
+def _conversation(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    if getattr(tokenizer, "chat_template", None):
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, tokenize=True
+        )
+        return list(ids["input_ids"])
+    text = "\n".join(message["content"] for message in messages) + "\n"
+    return list(tokenizer(text)["input_ids"])
+
+
+def speed_of(result: dict[str, Any]) -> str:
+    """Returns a result's speed in words."""
+    speed = result["tokens_per_second"]
+    rate = "" if speed is None else f", {speed:.1f} tokens/s"
+    first = result["first_token_seconds"]
+    return f"[{result['tokens']} tokens{rate}; first after {first:.2f} s]"
+
+
+class Speaker:
+    """Generates text with one model, and measures it.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        max_tokens: New tokens at most.
+        temperature: Of sampling; 0 is greedy.
+        seed: Of sampling.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, max_tokens: int, temperature: float, seed: int
+    ) -> None:
+        import torch
+
+        torch.manual_seed(seed)
+        self._model, self._tokenizer = model, tokenizer
+        self._options: dict[str, Any] = {"max_new_tokens": max_tokens, "do_sample": temperature > 0}
+        if temperature > 0:
+            self._options["temperature"] = temperature
+
+    def continue_(self, ids: list[int], show: bool) -> dict[str, Any]:
+        """Continues tokens; returns the text, its tokens and the times.
+
+        Args:
+            ids: The prompt's tokens.
+            show: Whether to print the text as it comes.
+
+        Raises:
+            ArgumentError: There are none.
+        """
+        import torch
+
+        if not ids:
+            raise ArgumentError("generate: the prompt must hold at least one token, got none")
+        stream = _Stream(self._tokenizer, show)
+        prompt = torch.tensor([ids], device=self._model.device)
+        started = time.perf_counter()
+        output = self._model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), streamer=stream, **self._options
+        )
+        new = output[0, len(ids) :]
+        times = stream.times
+        # The first token's time is the prompt's, so the speed is that of those after it.
+        speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
+        return {
+            "text": str(self._tokenizer.decode(new, skip_special_tokens=True)),
+            "tokens": len(new),
+            "tokens_per_second": speed,
+            "first_token_seconds": times[0] - started,
+            "seconds": time.perf_counter() - started,
+        }
+
+
+class _Stream:
+    """What generate() hands each token to: prints whole words, notes the times."""
+
+    def __init__(self, tokenizer: Any, show: bool) -> None:
+        from transformers import TextStreamer
+
+        self._text = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._show, self._prompt_seen = show, False
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        if self._prompt_seen:
+            self.times.append(time.perf_counter())
+        self._prompt_seen = True
+        if self._show:
+            self._text.put(value)
+
+    def end(self) -> None:
+        if self._show:
+            self._text.end()

@@ -1,0 +1,318 @@
+"""Models as GGUF files for llama.cpp: Llama, Qwen2, Qwen3 and BitNet, tokenizer included.
+
+The ternary types of GGUF hold the codes as they are and one float16 scale for every 256 inputs, so
+nothing but that rounding is lost. What a file cannot express is refused before anything is written.
+llama.cpp quantizes activations by blocks of 256 where BitLab does by token, so its logits differ.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitcore import unpack_ternary
+from bitcore.errors import ArgumentError, ArgumentTypeError, MissingExtraError
+from bitcore.quantize import dequantize
+from bitlab_hf.interop.gguf_tokenizer import add_tokenizer, find_tokenizer
+from bitlab_hf.replace import quantized_layers
+from bitlayers.base import BitLayerBase
+from bitlayers.bitlinear import BitLinear
+
+if TYPE_CHECKING:
+    import gguf
+
+QTYPES = ("TQ2_0", "TQ1_0", "BF16")
+_BLOCK = 256
+# The least and the largest scale that float16 holds with all of its digits.
+_LEAST, _MOST = 2.0**-14, 65504.0
+_ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "BitNetForCausalLM": "bitnet",
+}
+# BitNet's file has no activation's name: llama.cpp computes this one.
+_ACTIVATION = "silu"
+_ALTERNATIVES = "\nUse bitlab_hf.save, or export_bitnet for transformers without BitLab."
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the file: its name, shape and type, and what makes its bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    make: Callable[[], Tensor]
+
+
+def export_gguf(
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    qtype: str = "TQ2_0",
+    *,
+    tokenizer: Any = None,
+    pre_tokenizer: str | None = None,
+) -> None:
+    """Writes a model and its tokenizer as one GGUF file, in place in one step.
+
+    Args:
+        model: A latent or deployed model; it is left as it is.
+        path: The file.
+        qtype: ``"TQ2_0"`` (2.06 bits a weight), ``"TQ1_0"`` (1.69) or ``"BF16"`` for the ternary
+            layers; everything else keeps the model's dtype, norms are float32.
+        tokenizer: The tokenizer; default the one of the folder or repository that the model was
+            loaded from.
+        pre_tokenizer: llama.cpp's name of how text is split; default found from the tokenizer.
+
+    Raises:
+        MissingExtraError: The package ``gguf`` is not installed.
+        ArgumentTypeError: model is no transformers model.
+        ArgumentError: The architecture, a layer or the tokenizer cannot be expressed; the message
+            says why and what can.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingExtraError(
+            "export_gguf: the package gguf must be installed, got none\n"
+            'Run `pip install "bitlab-hf[gguf]"`.'
+        ) from error
+    if not isinstance(model, PreTrainedModel):
+        raise ArgumentTypeError(
+            f"export_gguf: model must be a transformers PreTrainedModel, got {type(model).__name__}"
+        )
+    if qtype not in QTYPES:
+        raise ArgumentError(f"export_gguf: qtype must be one of {QTYPES}, got {qtype!r}")
+    architecture = _check_model(model)
+    _check_layers(model, qtype)
+    tokenizer = find_tokenizer(model, tokenizer)
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tensors = list(_tensors(model, architecture, qtype))
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    try:
+        writer = gguf.GGUFWriter(name, architecture)
+        _add_metadata(writer, model, qtype)
+        add_tokenizer(writer, tokenizer, model.config.vocab_size, pre_tokenizer)
+        _write(writer, tensors)
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _check_model(model: PreTrainedModel) -> str:
+    """Returns llama.cpp's name of the architecture."""
+    config, kind = model.config, type(model).__name__
+    if kind not in _ARCHITECTURES:
+        raise ArgumentError(
+            f"export_gguf: the model must be one of {sorted(_ARCHITECTURES)}, got {kind}"
+            f"{_ALTERNATIVES}"
+        )
+    if config.hidden_act != _ACTIVATION:
+        raise ArgumentError(
+            f"export_gguf: hidden_act must be {_ACTIVATION!r}, the one that llama.cpp computes for "
+            f"{_ARCHITECTURES[kind]!r}, got {config.hidden_act!r}{_ALTERNATIVES}"
+        )
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    allowed = ("default", "linear", "llama3") if kind == "LlamaForCausalLM" else ("default",)
+    if rope not in allowed:
+        raise ArgumentError(
+            f"export_gguf: rope_type must be one of {allowed} for {kind}, got {rope!r}"
+            f"{_ALTERNATIVES}"
+        )
+    if getattr(config, "use_sliding_window", False):
+        raise ArgumentError(
+            f"export_gguf: use_sliding_window must be False, got True{_ALTERNATIVES}"
+        )
+    if kind == "BitNetForCausalLM" and not config.tie_word_embeddings:
+        raise ArgumentError(
+            "export_gguf: tie_word_embeddings must be True, since llama.cpp's 'bitnet' has no head "
+            f"of its own, got False{_ALTERNATIVES}"
+        )
+    return _ARCHITECTURES[kind]
+
+
+def _check_layers(model: PreTrainedModel, qtype: str) -> None:
+    layers = quantized_layers(model)
+    if not layers:
+        raise ArgumentError("export_gguf: model must hold quantized layers, got none")
+    for name, module in model.named_modules():
+        tensors: dict[str, Tensor | None] = {**module._parameters, **module._buffers}
+        foreign = isinstance(module, BitLayerBase) or tensors.get("qweight") is not None
+        if (foreign and type(module) is not BitLinear) or hasattr(module, "base_layer"):
+            raise ArgumentError(
+                f"export_gguf: {name} must be a BitLinear or a plain module, got "
+                f"{type(module).__name__}{_ALTERNATIVES}"
+            )
+    if qtype == "BF16":
+        return
+    other = '\nPass qtype="BF16", or use bitlab_hf.save.'
+    for found in layers:
+        layer, name = found.module, found.names[0]
+        if layer.in_features % _BLOCK:
+            raise ArgumentError(
+                f"export_gguf: {name} must have a multiple of {_BLOCK} inputs for {qtype}, "
+                f"got {layer.in_features}{other}"
+            )
+        if layer.quant_config.group_size is not None:
+            raise ArgumentError(
+                f"export_gguf: {name} must have one scale for {_BLOCK} inputs for {qtype}, "
+                f"got groups of {layer.quant_config.group_size}{other}"
+            )
+        scale = layer.packed()[1]
+        if float(scale.min()) < _LEAST or float(scale.max()) > _MOST:
+            raise ArgumentError(
+                f"export_gguf: {name} must have scales from {_LEAST:.3g} to {_MOST:g} for {qtype}, "
+                f"got {float(scale.min()):.3g} to {float(scale.max()):.3g}{other}"
+            )
+
+
+def _add_metadata(writer: gguf.GGUFWriter, model: PreTrainedModel, qtype: str) -> None:
+    import gguf
+
+    config = model.config
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rope = config.rope_parameters or {}
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(Path(str(getattr(config, "_name_or_path", "") or "model")).name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{qtype}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _tensors(model: PreTrainedModel, architecture: str, qtype: str) -> Iterator[_Tensor]:
+    """Yields the file's tensors, each under llama.cpp's name."""
+    import gguf
+
+    config = model.config
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    layers = {name: found.module for found in quantized_layers(model) for name in found.names}
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if config.tie_word_embeddings and module is head:
+            continue
+        order = _row_order(config, name) if architecture == "llama" else None
+        if name in layers:
+            yield _layer(_renamed(names, f"{name}.weight"), layers[name], qtype, order)
+        for leaf, tensor in module.named_parameters(recurse=False):
+            if name in layers and leaf != "bias":
+                continue
+            wide = tensor.dim() == 2
+            kind = _float_kind(tensor.dtype) if wide else "F32"
+            yield _Tensor(
+                _renamed(names, f"{name}.{leaf}"),
+                tuple(tensor.shape),
+                kind,
+                _floats(tensor if order is None else tensor[order], kind),
+            )
+    if (config.rope_parameters or {}).get("rope_type") == "llama3":
+        factors = _rope_factors(model)
+        yield _Tensor("rope_freqs.weight", tuple(factors.shape), "F32", lambda: factors)
+
+
+def _rope_factors(model: PreTrainedModel) -> Tensor:
+    """Returns what each plain rotary frequency is divided by, float32 [head_dim / 2]."""
+    found = next(
+        buffer for name, buffer in model.named_buffers() if name.endswith("rotary_emb.inv_freq")
+    )
+    scaled = found.detach().float().cpu()
+    theta = float(model.config.rope_parameters["rope_theta"])
+    steps = torch.arange(0, 2 * len(scaled), 2).float() / (2 * len(scaled))
+    return 1.0 / (theta**steps) / scaled
+
+
+def _renamed(names: Any, key: str) -> str:
+    # The names of the first BitNet models are the ones that the map knows.
+    known = key.replace("attn_sub_norm", "inner_attn_ln").replace("ffn_sub_norm", "ffn_layernorm")
+    renamed: str | None = names.get_name(known, try_suffixes=(".weight", ".bias"))
+    if renamed is None:
+        raise ArgumentError(
+            f"export_gguf: {key} must be a tensor that llama.cpp knows, got none{_ALTERNATIVES}"
+        )
+    return renamed
+
+
+def _row_order(config: Any, name: str) -> Tensor | None:
+    """Returns where llama.cpp's rows of a query or key matrix are found, for the ``llama`` kind.
+
+    It rotates neighbouring pairs of a head's rows, transformers the two halves of the head.
+    """
+    leaf = name.rpartition(".")[2]
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(leaf)
+    if heads is None:
+        return None
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rows = torch.arange(heads * head_dim).view(heads, 2, head_dim // 2)
+    return rows.transpose(1, 2).reshape(-1)
+
+
+def _float_kind(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "BF16", torch.float16: "F16"}.get(dtype, "F32")
+
+
+def _floats(tensor: Tensor, kind: str) -> Callable[[], Tensor]:
+    dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[kind]
+    return lambda: tensor.detach().to("cpu", dtype)
+
+
+def _layer(name: str, layer: BitLayerBase, qtype: str, order: Tensor | None) -> _Tensor:
+    def make() -> Tensor:
+        qweight, scale = (tensor.detach().cpu() for tensor in layer.packed())
+        codes = unpack_ternary(qweight, layer.out_features)
+        if order is not None:
+            codes = codes[order]
+            scale = scale if len(scale) == 1 else scale[order]
+        dtype = torch.bfloat16 if qtype == "BF16" else torch.float32
+        return dequantize(codes, scale, dtype)
+
+    return _Tensor(name, (layer.out_features, layer.in_features), qtype, make)
+
+
+def _write(writer: gguf.GGUFWriter, tensors: list[_Tensor]) -> None:
+    import gguf
+    import numpy as np
+
+    for tensor in tensors:
+        kind = gguf.GGMLQuantizationType[tensor.kind]
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        count = math.prod(tensor.shape) // block * size
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), count, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in tensors:
+        values = tensor.make().contiguous()
+        if tensor.kind in ("TQ2_0", "TQ1_0"):
+            data = gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType[tensor.kind])
+        else:
+            data = values.view(torch.uint8).numpy()
+        writer.write_tensor_data(data)
+    writer.close()

@@ -1,0 +1,115 @@
+"""A tokenizer in a GGUF file: byte-level BPE, the kind of Llama 3, Qwen, BitNet and GPT-2."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoTokenizer, PreTrainedModel
+
+from bitcore.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import gguf
+
+# How text is split, by llama.cpp's name; the patterns are those of the tokenizers' own files.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PATTERNS = {_WORDS % "{1,3}": "llama-bpe", _WORDS % "": "qwen2"}
+
+
+def find_tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:
+    """Returns the tokenizer that was given, or the one where the model came from.
+
+    Raises:
+        ArgumentError: There is none, or it is no fast tokenizer.
+    """
+    if tokenizer is None:
+        source = str(getattr(model.config, "_name_or_path", "") or "")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError, TypeError) as error:
+            raise ArgumentError(
+                f"export_gguf: the model must come with a tokenizer, got none in {source!r}\n"
+                "Pass tokenizer=AutoTokenizer.from_pretrained(...)."
+            ) from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ArgumentError(
+            "export_gguf: tokenizer must be a fast tokenizer (tokenizer.json), "
+            f"got {type(tokenizer).__name__}"
+        )
+    return tokenizer
+
+
+def add_tokenizer(
+    writer: gguf.GGUFWriter, tokenizer: Any, rows: int, pre_tokenizer: str | None
+) -> None:
+    """Writes a tokenizer's vocabulary, merges, special tokens and chat template.
+
+    Args:
+        writer: The file.
+        tokenizer: A fast tokenizer.
+        rows: Rows of the embedding; the vocabulary is filled up to it.
+        pre_tokenizer: llama.cpp's name of how text is split, or None to find it.
+
+    Raises:
+        ArgumentError: It is no byte-level BPE, its way of splitting is unknown, or it has more
+            tokens than the embedding has rows.
+    """
+    import gguf
+
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = content["model"]
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        kind = "BPE with byte_fallback" if model.get("byte_fallback") else model.get("type")
+        raise ArgumentError(
+            f"export_gguf: tokenizer must be a byte-level BPE, got {kind}\n"
+            "Convert the float model with llama.cpp's own script, or use bitlab_hf.save."
+        )
+    pre = pre_tokenizer or _pre_tokenizer(content.get("pre_tokenizer"))
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    if max(vocabulary.values()) >= rows:
+        raise ArgumentError(
+            f"export_gguf: tokenizer must have at most {rows} tokens, as the embedding has rows, "
+            f"got {max(vocabulary.values()) + 1}"
+        )
+    tokens = [f"[PAD{index}]" for index in range(rows)]
+    types = [gguf.TokenType.UNUSED] * rows
+    for text, index in vocabulary.items():
+        tokens[index], types[index] = text, gguf.TokenType.NORMAL
+    for added in content.get("added_tokens", []):
+        special = added["special"]
+        kinds = gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED
+        types[added["id"]] = kinds
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        special_tokens = gguf.SpecialVocab(folder, load_merges=True, n_vocab=rows)
+        special_tokens.add_to_gguf(writer, quiet=True)
+    if "bos" not in special_tokens.add_special_token:
+        # What the tokenizer itself puts before a text.
+        first = tokenizer("a")["input_ids"][:1]
+        writer.add_add_bos_token(first == [tokenizer.bos_token_id])
+
+
+def _pre_tokenizer(content: dict[str, Any] | None) -> str:
+    parts = (content or {}).get("pretokenizers", [content or {}])
+    levels = [part for part in parts if part.get("type") == "ByteLevel"]
+    patterns = [
+        part.get("pattern", {}).get("Regex") for part in parts if part.get("type") == "Split"
+    ]
+    if levels and not patterns and len(parts) == 1 and levels[0].get("use_regex"):
+        return "gpt-2"
+    if levels and len(parts) == 2 and len(patterns) == 1 and patterns[0] in _PATTERNS:
+        return _PATTERNS[patterns[0]]
+    raise ArgumentError(
+        "export_gguf: the tokenizer must split text in a way that is known to llama.cpp "
+        f"({', '.join(['gpt-2', *_PATTERNS.values()])}), got {[p.get('type') for p in parts]}\n"
+        'Pass pre_tokenizer="..." with llama.cpp\'s name of it.'
+    )

@@ -1,0 +1,146 @@
+"""A model's folder onto the hub, in one commit: what it needs to load, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
+
+from bitcore.errors import ArgumentError, BitLabError
+from bitlab_hf.interop.ternary import weight_files
+
+# What loads a model and its tokenizer. No pickles, no optimizer, no checkpoints of a training.
+_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+_LEFT_OUT = ("trainer_state.json", "model.safetensors.index.json")
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
+_ADVICE = {
+    401: "Run `hf auth login`, or set HF_TOKEN to a token that may write.",
+    403: "The token needs the right to write there; make one in the hub's settings.",
+    404: "Check the name, and that the token may see it.",
+    409: "Something else writes to it; run the command again.",
+    429: "Wait a while and run the command again; files that arrived are not sent again.",
+}
+_AGAIN = "Run the command again; files that arrived are not sent again."
+
+
+class HubError(BitLabError, OSError):
+    """The hub refused, or could not be reached."""
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = True,
+    latent: bool = False,
+    token: str | None = None,
+    message: str = "Upload a ternary model",
+) -> str:
+    """Uploads a model's folder: weights, configuration, tokenizer and model card.
+
+    Everything becomes visible in one commit, which also removes weight files of a previous upload.
+    After an interruption, running it again sends only what has not arrived.
+
+    Args:
+        folder: As `save` or `export_bitnet` wrote it.
+        repo_id: ``"name/model"``; made if needed.
+        private: Whether to make it private; one that exists stays as it is.
+        latent: Whether latent weights may be uploaded.
+        token: An access token; default the one that is logged in.
+        message: Of the commit.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        ArgumentError: The folder holds no ternary model, holds latent weights without ``latent``,
+            repo_id is no name, or there is no token.
+        CheckpointError: Weight files are missing.
+        HubError: The hub refused or could not be reached; the message says what to do.
+    """
+    source = Path(folder)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ArgumentError(f"push: repo_id must be 'name/model', got {repo_id!r}") from error
+    files = _files(source, latent)
+    token = token or get_token()
+    if token is None:
+        raise ArgumentError(f"push: a token must be given, got none\n{_ADVICE[401]}")
+    additions = [
+        CommitOperationAdd(file.name, _card(file, repo_id) if file.name == "README.md" else file)
+        for file in files
+    ]
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        names = {file.name for file in files}
+        stale = [
+            CommitOperationDelete(name)
+            for name in api.list_repo_files(repo_id)
+            if name.endswith(_WEIGHTS) and name not in names
+        ]
+        commit = api.create_commit(repo_id, [*stale, *additions], commit_message=message)
+    except Exception as error:
+        if isinstance(error, BitLabError) or not _is_of_the_hub(error):
+            raise
+        raise HubError(_explained(error, repo_id)) from error
+    return str(commit.commit_url)
+
+
+def _files(folder: Path, latent: bool) -> list[Path]:
+    """Returns what is to be uploaded."""
+    config_file = folder / "config.json"
+    if not config_file.exists():
+        raise ArgumentError(f"push: the folder must hold config.json, got none in {folder}")
+    scheme: dict[str, Any] = json.loads(config_file.read_text()).get("quantization_config") or {}
+    method = scheme.get("quant_method")
+    if method not in ("bitlab", "bitnet"):
+        raise ArgumentError(f"push: the folder must hold a ternary model, got {method or 'floats'}")
+    online = scheme.get("quantization_mode") == "online"
+    if (scheme.get("weight_format") == "latent" or online) and not latent:
+        raise ArgumentError(
+            "push: the weights must be packed, got latent ones\n"
+            "Deploy the model first (bitlab deploy), or pass latent=True (--latent)."
+        )
+    weights = weight_files(folder, "push")
+    index = folder / "model.safetensors.index.json"
+    chosen = [*weights, *([index] if len(weights) > 1 else [])]
+    for file in sorted(folder.iterdir()):
+        licence = file.name.upper().startswith("LICENSE")
+        wanted = file.suffix in _SUFFIXES or file.name == "README.md" or licence
+        if wanted and file.is_file() and file.name not in _LEFT_OUT:
+            chosen.append(file)
+    return chosen
+
+
+def _card(file: Path, repo_id: str) -> bytes:
+    """Returns the model card, which loads the model by its name on the hub."""
+    local = f'from_pretrained("{file.resolve().parent.name}")'
+    text = file.read_text(encoding="utf-8").replace(local, f'from_pretrained("{repo_id}")')
+    return text.replace(f"\n# {file.resolve().parent.name}\n", f"\n# {repo_id}\n").encode()
+
+
+def _is_of_the_hub(error: Exception) -> bool:
+    """Tells whether an error came from the client: its own, or one of its HTTP library.
+
+    The library's name depends on the client's version.
+    """
+    return isinstance(error, (OSError, RuntimeError)) or type(error).__module__.startswith("httpx")
+
+
+def _explained(error: Exception, repo_id: str) -> str:
+    # The client wraps what goes wrong with one file.
+    causes = [cause for cause in (error, error.__cause__) if cause is not None]
+    answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+    if answer is None:
+        return f"push: the hub must be reachable, got: {causes[-1]}\n{_AGAIN}"
+    status = answer.response.status_code
+    detail = answer.server_message or answer.response.reason_phrase
+    advice = _ADVICE.get(status, _AGAIN)
+    return f"push: {repo_id} must accept the upload, got {status} ({detail})\n{advice}"

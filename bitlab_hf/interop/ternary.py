@@ -1,0 +1,344 @@
+"""Checkpoints that are ternary already, but stored as floats.
+
+In such a file every weight is exactly 0 or plus or minus the scale of its matrix, row or group. The
+structure is found by looking at the values, the codes are packed without loss, and what was written
+is read back and compared with the source, value for value. One part of one tensor is in memory at a
+time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from bitcore.errors import ArgumentError, CheckpointError, ConfigError
+from bitcore.packing import pack_codes, unpack_ternary
+from bitcore.quantize import dequantize
+from bitlab_hf.card import model_card
+from bitlab_hf.checkpoint import LAYERS_KEY, read_checkpoint
+from bitlab_hf.config import BitLabConfig
+from bitlab_hf.interop.stream import Entry, StreamWriter
+from bitlab_hf.interop.structure import Structure, find_structure, row_blocks, scales_of
+from bitlab_hf.replace import find_linears, swap_packed
+from bitlab_hf.saving import replacing
+
+_INDEX = "model.safetensors.index.json"
+Advance = Callable[[int], None]
+
+
+@dataclass
+class Conversion:
+    """What `convert_ternary` did.
+
+    Attributes:
+        packed: Scheme of each layer that was packed, by the model's name of it.
+        kept: Why each other matrix stayed as it was, by the file's key.
+        bytes_before: Size of the source's weight files.
+        bytes_after: Size of the written ones.
+    """
+
+    packed: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+def convert_ternary(
+    path_or_repo: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    keep_inexact: bool = False,
+    advance: Advance | None = None,
+) -> Conversion:
+    """Packs a float checkpoint whose linear layers are exactly ternary into a deployed one.
+
+    Activations stay unquantized (``activation_dtype="float32"``): such models are weight-only.
+    Embeddings stay as they are, and so does the output head unless it is exactly ternary and not
+    tied. Signs of zeros are not kept: -0.0 becomes 0.0.
+
+    Args:
+        path_or_repo: A folder with safetensors files, or a hub name.
+        directory: Where to write; put in place in one step at the end.
+        keep_inexact: Whether layers that are not exactly ternary stay float instead of being
+            refused.
+        advance: Called with the bytes of the source done; the sum is twice its size.
+
+    Returns:
+        What was packed, and what was kept and why.
+
+    Raises:
+        ConfigError: The checkpoint is quantized already.
+        CheckpointError: A layer is not exactly ternary (the message says by how much), none is, or
+            the files are damaged.
+    """
+    source = Path(path_or_repo)
+    if not source.is_dir():
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        source = Path(snapshot_download(str(path_or_repo), allow_patterns=patterns))
+    if Path(directory).resolve() == source.resolve():
+        raise ArgumentError(
+            f"convert_ternary: directory must not be the source, got {directory}\n"
+            "Name another folder; the source stays as it is."
+        )
+    model = _skeleton(source)
+    files = weight_files(source, "convert_ternary")
+    checkpoint = read_checkpoint(model, [str(file) for file in files], None)
+    assert checkpoint is not None
+    names = {
+        checkpoint.tensors[f"{name}.weight"].key: name
+        for found in find_linears(model, [])
+        for name in found.names
+        if f"{name}.weight" in checkpoint.tensors and f"{name}.weight" not in _tied(model)
+    }
+    report = Conversion(bytes_before=sum(file.stat().st_size for file in files))
+    structures = _examine(model, files, names, keep_inexact, report, advance or (lambda size: None))
+    config = _configuration(model, names, structures)
+    with replacing(directory, "convert_ternary") as staged:
+        weight_map: dict[str, str] = {}
+        for index, file in enumerate(files):
+            keys = _write(file, staged / file.name, structures, first=index == 0)
+            weight_map.update(dict.fromkeys(keys, file.name))
+            _prove(file, staged / file.name, structures, advance or (lambda size: None))
+        report.bytes_after = sum((staged / file.name).stat().st_size for file in files)
+        if len(files) > 1:
+            metadata = {"total_size": report.bytes_after}
+            index_file = {"metadata": metadata, "weight_map": weight_map}
+            (staged / _INDEX).write_text(json.dumps(index_file, indent=2) + "\n")
+        for file in source.iterdir():
+            if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != _INDEX:
+                shutil.copyfile(file, staged / file.name)
+        written = json.loads((source / "config.json").read_text())
+        written["quantization_config"] = config.to_dict()
+        (staged / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+        swap_packed(model, find_linears(model, config.modules_to_not_convert or []), config)
+        title = Path(directory).resolve().name
+        (staged / "README.md").write_text(model_card(model, title), encoding="utf-8")
+    return report
+
+
+def weight_files(folder: Path, op: str) -> list[Path]:
+    """Returns a folder's safetensors files.
+
+    Raises:
+        CheckpointError: There are none, one is missing, or the index names a file elsewhere.
+    """
+    single, index = folder / "model.safetensors", folder / _INDEX
+    if not index.exists():
+        if single.exists():
+            return [single]
+        raise CheckpointError(
+            f"{op}: the folder must hold model.safetensors or its index, got neither in {folder}"
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{op}: {index.name} must hold a weight_map, got: {error}") from error
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(
+                f"{op}: {index.name} must name files of its own folder, got {name!r}"
+            )
+        if not (folder / name).exists():
+            raise CheckpointError(f"{op}: {name} must be in the folder, got none")
+    return [folder / name for name in names]
+
+
+def _skeleton(source: Path) -> PreTrainedModel:
+    """Returns the model of a folder without weights."""
+    if not (source / "config.json").exists():
+        raise ConfigError(
+            f"convert_ternary: the folder must hold config.json, got none in {source}"
+        )
+    config = AutoConfig.from_pretrained(source)
+    if getattr(config, "quantization_config", None) is not None:
+        method = dict(config.quantization_config).get("quant_method")
+        raise ConfigError(
+            f"convert_ternary: the checkpoint must be a float one, got quant_method {method!r}"
+        )
+    architectures: list[str] = getattr(config, "architectures", None) or []
+    model_class: Any = getattr(transformers, architectures[0], None) if architectures else None
+    with torch.device("meta"):
+        if model_class is None:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        else:
+            model = model_class._from_config(config)
+    return model
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    return {name for pair in model.all_tied_weights_keys.items() for name in pair}
+
+
+def _examine(
+    model: PreTrainedModel,
+    files: list[Path],
+    names: dict[str, str],
+    keep_inexact: bool,
+    report: Conversion,
+    advance: Advance,
+) -> dict[str, Structure]:
+    """Finds the structure of every matrix; fills the report."""
+    head = model.get_output_embeddings()
+    heads = {name for name, module in model.named_modules() if module is head}
+    structures: dict[str, Structure] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118  (not a mapping)
+                tensor = handle.get_tensor(key)
+                if tensor.dim() == 2 and tensor.is_floating_point() and tensor.numel():
+                    structure = find_structure(tensor)
+                    name = names.get(key)
+                    if name is not None and structure.scheme is not None:
+                        structures[key] = structure
+                        report.packed[name] = structure.label
+                    elif structure.scheme is not None:
+                        report.kept[key] = (
+                            f"exactly ternary {structure.label}, but only linear layers are packed"
+                        )
+                    else:
+                        report.kept[key] = structure.label
+                        # Without its own prefix a layer is a head of the task.
+                        body = name is not None and name not in heads and "." in name
+                        if body and not keep_inexact:
+                            raise CheckpointError(
+                                f"{key} must be exactly ternary, got {structure.label}\n"
+                                "Pass keep_inexact=True (--keep-inexact) to leave such layers "
+                                "float."
+                            )
+                advance(tensor.numel() * tensor.element_size())
+    if not structures:
+        raise CheckpointError(
+            "convert_ternary: at least one linear layer must be exactly ternary, got none; "
+            + "; ".join(f"{key} is {why}" for key, why in list(report.kept.items())[:1])
+        )
+    return structures
+
+
+def _configuration(
+    model: PreTrainedModel, names: dict[str, str], structures: dict[str, Structure]
+) -> BitLabConfig:
+    """Returns the configuration: the commonest scheme, and overrides for the others."""
+    packed = {names[key]: structure for key, structure in structures.items()}
+    base = Counter((s.scheme, s.group_size) for s in packed.values()).most_common(1)[0][0]
+    head = model.get_output_embeddings()
+    return BitLabConfig(
+        weight_format="packed",
+        activation_dtype="float32",
+        weight_granularity=str(base[0]),
+        group_size=base[1],
+        overrides={
+            name: {"weight_granularity": s.scheme, "group_size": s.group_size}
+            for name, s in packed.items()
+            if (s.scheme, s.group_size) != base
+        },
+        head="ternary" if any(model.get_submodule(name) is head for name in packed) else "keep",
+        modules_to_not_convert=sorted(
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name not in packed
+        ),
+    )
+
+
+def _write(file: Path, target: Path, structures: dict[str, Structure], first: bool) -> list[str]:
+    """Writes one weight file; returns its keys."""
+    with safe_open(file, framework="pt") as handle:
+        keys = list(handle.keys())
+        mine = {key: structures[key] for key in keys if key in structures}
+        entries: list[Entry] = []
+        for key in keys:
+            part = handle.get_slice(key)
+            shape = tuple(part.get_shape())
+            if key not in mine:
+                entries.append(Entry(key, part.get_dtype(), shape))
+                continue
+            base = key.removesuffix("weight")
+            entries.append(Entry(f"{base}qweight", "U8", ((shape[0] + 3) // 4, shape[1])))
+            entries.append(Entry(f"{base}qweight_scale", "F32", mine[key].scale_shape(*shape)))
+        layers = [key.removesuffix(".weight") for key in mine]
+        if first:
+            # Without BitLab, this key makes a load fail instead of giving random weights.
+            sentinel = next(key for key in [*mine, *structures])
+            entries.append(Entry(sentinel, "U8", (0,)))
+        with StreamWriter(target, entries, {"format": "pt", LAYERS_KEY: json.dumps(layers)}) as out:
+            for key in keys:
+                tensor = handle.get_tensor(key)
+                if key not in mine:
+                    for block in tensor.reshape(-1).split(2**22):
+                        out.write(key, block)
+                    continue
+                base = key.removesuffix("weight")
+                if mine[key].scale is not None:
+                    out.write(f"{base}qweight_scale", torch.tensor([mine[key].scale]))
+                else:
+                    for rows in row_blocks(*tensor.shape):
+                        out.write(f"{base}qweight_scale", scales_of(tensor[rows], mine[key]))
+                for lanes in _lanes(tensor):
+                    out.write(f"{base}qweight", pack_codes(lanes.float().sign().to(torch.int8)))
+    return [entry.name for entry in entries]
+
+
+def _lanes(weight: Tensor) -> Any:
+    """Yields blocks of packed rows: their four lanes [4 * rows, K] one under the other."""
+    out_features, in_features = weight.shape
+    packed_rows = (out_features + 3) // 4
+    for rows in row_blocks(packed_rows, 4 * in_features):
+        count = rows.stop - rows.start
+        block = torch.zeros(4 * count, in_features, dtype=weight.dtype)
+        for lane in range(4):
+            start = lane * packed_rows + rows.start
+            part = weight[start : min(start + count, out_features)]
+            block[lane * count : lane * count + len(part)] = part
+        yield block
+
+
+def _prove(file: Path, target: Path, structures: dict[str, Structure], advance: Advance) -> None:
+    """Reads what was written back and compares it with the source, value for value."""
+    with safe_open(file, "pt") as source, safe_open(target, "pt") as written:
+        for key in source.keys():  # noqa: SIM118  (not a mapping)
+            tensor = source.get_tensor(key)
+            if key not in structures:
+                # As bytes: a NaN equals itself.
+                same = torch.equal(
+                    tensor.reshape(-1).view(torch.uint8),
+                    written.get_tensor(key).reshape(-1).view(torch.uint8),
+                )
+            else:
+                base = key.removesuffix("weight")
+                qweight, scale = (
+                    written.get_tensor(f"{base}{leaf}") for leaf in ("qweight", "qweight_scale")
+                )
+                same = _same_values(tensor, qweight, scale)
+            if not same:
+                raise CheckpointError(f"{key} must come back as it was, got other values")
+            advance(tensor.numel() * tensor.element_size())
+
+
+def _same_values(weight: Tensor, qweight: Tensor, scale: Tensor) -> bool:
+    packed_rows, out_features = len(qweight), len(weight)
+    for rows in row_blocks(packed_rows, 4 * weight.shape[1]):
+        count = rows.stop - rows.start
+        codes = unpack_ternary(qweight[rows], 4 * count)
+        for lane in range(4):
+            start = lane * packed_rows + rows.start
+            stop = min(start + count, out_features)
+            if start >= stop:
+                continue
+            part = codes[lane * count : lane * count + stop - start]
+            values = dequantize(part, scale if len(scale) == 1 else scale[start:stop], weight.dtype)
+            if not torch.equal(values, weight[start:stop]):
+                return False
+    return True

@@ -1,0 +1,57 @@
+"""The command line in this process, and a tiny model in every state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+from typer.testing import CliRunner
+
+from bitlab_hf import BitLabConfig, save
+from bitlab_hf.cli.app import app
+
+DEMO = Path(__file__).parents[3] / "bitlab_hf/demo/model"
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+    error: BaseException | None
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def cli() -> Iterator[Callable[..., Done]]:
+    """Runs a command; other libraries' logging is put back afterwards."""
+    verbosity = transformers_logging.get_verbosity()
+
+    def run(*arguments: object, text: str | None = None) -> Done:
+        result = CliRunner().invoke(app, [str(item) for item in arguments], input=text)
+        error = None if isinstance(result.exception, SystemExit) else result.exception
+        return Done(result.exit_code, result.stdout, result.stderr, error)
+
+    yield run
+    transformers_logging.set_verbosity(verbosity)
+    transformers_logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def states(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo's model float, latent and deployed (untrained)."""
+    folder = tmp_path_factory.mktemp("states")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    for name, config in (("latent", BitLabConfig()), ("deployed", BitLabConfig(mode="infer"))):
+        model = AutoModelForCausalLM.from_pretrained(DEMO, quantization_config=config)
+        save(model, folder / name, tokenizer=tokenizer)
+    return {"float": DEMO, "latent": folder / "latent", "deployed": folder / "deployed"}

@@ -1,0 +1,112 @@
+"""Commands that turn one folder into another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bitlab_hf import deploy, load_bitnet
+from bitlab_hf.replace import quantized_layers
+from tests.bitlab_hf.interop import test_ternary
+from tests.bitlab_hf.interop.stock import build
+
+Cli = Callable[..., Any]
+IDS = torch.arange(3, 27).view(1, 24)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return result
+
+
+def test_deploy_of_latent(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:
+    done = cli("deploy", states["latent"], tmp_path / "out", "--json")
+    assert done.code == 0, done.error
+    expected = logits(deploy(AutoModelForCausalLM.from_pretrained(states["latent"])))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(model), expected)
+    assert done.json["bytes_after"] < done.json["bytes_before"]
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 2048
+    assert (tmp_path / "out/README.md").exists()
+
+
+def test_deploy_of_float(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:
+    done = cli("deploy", states["float"], tmp_path / "out", "--weight", "per_group",
+               "--group-size", 64, "--activation", "float32")  # fmt: skip
+    assert done.code == 0, done.error
+    assert "deployed" in done.out
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.quantization_config
+    assert (config.group_size, config.activation_dtype) == (64, "float32")
+
+
+def test_deploy_refuses(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:
+    done = cli("deploy", states["latent"], tmp_path / "out", "--activation", "float32")
+    assert "must be left out for a model that has a scheme" in str(done.error)
+    done = cli("deploy", states["deployed"], tmp_path / "out")
+    assert "must be latent or float, got a deployed one" in str(done.error)
+    done = cli("deploy", states["float"], tmp_path / "out", "--weight", "per_galaxy")
+    assert "weight_granularity must be one of" in str(done.error)
+    done = cli("deploy", tmp_path / "nowhere", tmp_path / "out")
+    assert "must be a folder or a hub name" in str(done.error)
+    (tmp_path / "empty").mkdir()
+    done = cli("deploy", tmp_path / "empty", tmp_path / "out")
+    assert "must hold config.json" in str(done.error)
+    assert done.code == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert(cli: Cli, tmp_path: Path) -> None:
+    source = test_ternary.build(tmp_path / "source")
+    done = cli("convert", source, tmp_path / "out", "--json")
+    assert done.code == 0, done.error
+    assert len(done.json["packed"]) == 14
+    assert "model.embed_tokens.weight" in done.json["kept"]
+    test_ternary.assert_same_model(source, tmp_path / "out")
+    shown = cli("convert", source, tmp_path / "out").out
+    assert "14 layers packed" in shown
+    assert "kept lm_head.weight" in shown
+    test_ternary.change(source, "model.layers.0.mlp.up_proj.weight", 0, 0, 0.5)
+    done = cli("convert", source, tmp_path / "other")
+    assert done.code == 1
+    assert "--keep-inexact" in str(done.error)
+    assert cli("convert", source, tmp_path / "other", "--keep-inexact").code == 0
+
+
+def test_import_and_export(cli: Cli, tmp_path: Path) -> None:
+    source = build("bitnet", tmp_path / "source")
+    done = cli("import", source, tmp_path / "ours", "--json")
+    assert done.code == 0, done.error
+    expected = logits(load_bitnet(source))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert torch.equal(logits(model), expected)
+    done = cli("export", tmp_path / "ours", tmp_path / "stock")
+    assert done.code == 0, done.error
+    assert "exported" in done.out
+    again = load_bitnet(tmp_path / "stock")
+    for ours, theirs in zip(quantized_layers(model), quantized_layers(again), strict=True):
+        assert torch.equal(ours.module.qweight, theirs.module.qweight)
+    assert cli("export", tmp_path / "ours", tmp_path / "x", "--to", "floppy").code == 2
+
+
+def test_export_of_gguf(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "demo.gguf"
+    done = cli("export", states["deployed"], file, "--to", "gguf", "--qtype", "TQ1_0", "--json")
+    assert done.code == 0, done.error
+    assert done.json["bytes_after"] == file.stat().st_size
+    assert file.read_bytes()[:4] == b"GGUF"
+    done = cli("export", states["deployed"], file, "--to", "gguf", "--qtype", "Q4_K")
+    assert "qtype must be one of" in str(done.error)
+
+
+@pytest.mark.parametrize("command", ["deploy", "convert", "import", "export"])
+def test_usage(cli: Cli, command: str) -> None:
+    assert cli(command).code == 2
+    shown = cli(command, "--help")
+    assert shown.code == 0
+    assert f"bitlab {command} " in shown.out

@@ -1,0 +1,116 @@
+"""``eval``, ``generate`` and ``chat`` on the demo's model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bitlab_hf.cli.text import _conversation
+from tests.bitlab_hf.interop.stock import build
+
+Cli = Callable[..., Any]
+TEXT = "def main():\n    for item in range(10):\n        print(item)\n" * 40
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    file = tmp_path / "book.txt"
+    file.write_text(TEXT)
+    return file
+
+
+def test_eval(cli: Cli, states: dict[str, Path], book: Path) -> None:
+    done = cli("eval", states["float"], "--text", book, "--length", 64, "--json")
+    assert done.code == 0, done.error
+    found = done.json
+    tokenizer = AutoTokenizer.from_pretrained(states["float"])
+    ids = [tokenizer.bos_token_id, *tokenizer(TEXT, add_special_tokens=False)["input_ids"]]
+    count = len(ids) // 64
+    blocks = torch.tensor(ids[: 64 * count]).view(count, 64)
+    model = AutoModelForCausalLM.from_pretrained(states["float"]).eval()
+    with torch.no_grad():
+        loss = model(input_ids=blocks, labels=blocks).loss.item()
+    assert found["nats"] == pytest.approx(loss, rel=1e-2)
+    assert found["tokens"] == 64 * count
+    shown = cli("eval", states["deployed"], "--text", book, "--length", 64, "--tokens", 256).out
+    assert "over 256 tokens in blocks of 64" in shown
+
+
+def test_eval_refuses(cli: Cli, states: dict[str, Path], book: Path, tmp_path: Path) -> None:
+    done = cli("eval", states["float"], "--text", book, "--length", 100_000)
+    assert "Pass a smaller --length" in str(done.error)
+    assert cli("eval", states["float"], "--text", tmp_path / "none.txt").code == 2
+    assert cli("eval", states["float"]).code == 2
+    bare = build("llama", tmp_path / "bare")
+    done = cli("eval", bare, "--text", book)
+    assert "must have a tokenizer, got none" in str(done.error)
+
+
+def test_generate(cli: Cli, states: dict[str, Path]) -> None:
+    prompt = "def main():"
+    done = cli("generate", states["deployed"], prompt, "--max-tokens", 12, "--json")
+    assert done.code == 0, done.error
+    model: Any = AutoModelForCausalLM.from_pretrained(states["deployed"])
+    tokenizer = AutoTokenizer.from_pretrained(states["deployed"])
+    encoded = tokenizer(prompt, return_tensors="pt")
+    tokens = model.generate(**encoded, max_new_tokens=12, do_sample=False)[0]
+    expected = tokenizer.decode(tokens[encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert done.json["text"] == expected
+    assert done.json["tokens"] == 12
+    assert done.json["tokens_per_second"] > 0
+    shown = cli("generate", states["deployed"], "-", "--max-tokens", 12, text=prompt)
+    assert shown.out == prompt + expected + "\n\n"
+    assert "tokens/s" in shown.err
+    sampled = [
+        cli("generate", states["deployed"], prompt, "--temperature", 1.5, "--seed", seed,
+            "--max-tokens", 12, "--json").json["text"]
+        for seed in (1, 1, 2)
+    ]  # fmt: skip
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_chat(cli: Cli, states: dict[str, Path]) -> None:
+    lines = "import os\n\n/reset\nimport sys\nimport re\n/quit\nnever read\n"
+    done = cli("chat", states["deployed"], "--max-tokens", 4, "--json", "--temperature", 0,
+               text=lines)  # fmt: skip
+    assert done.code == 0, done.error
+    decoder, replies, rest = json.JSONDecoder(), [], done.out.strip()
+    while rest:
+        reply, end = decoder.raw_decode(rest)
+        replies.append(reply)
+        rest = rest[end:].strip()
+    assert len(replies) == 3
+    assert all(reply["tokens"] <= 4 for reply in replies)
+    shown = cli("chat", states["deployed"], "--max-tokens", 4, text="import os\n")
+    assert shown.code == 0
+    assert "tokens/s" in shown.err
+
+
+def test_conversations() -> None:
+    class Tokenizer:
+        chat_template: str | None = None
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [ord(letter) for letter in text]}
+
+        def apply_chat_template(self, messages: Any, **options: Any) -> dict[str, list[int]]:
+            assert options["add_generation_prompt"]
+            return {"input_ids": [len(messages)]}
+
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tokenizer = Tokenizer()
+    assert _conversation(tokenizer, messages) == [ord(letter) for letter in "a\nb\n"]
+    tokenizer.chat_template = "{{ messages }}"
+    assert _conversation(tokenizer, messages) == [2]
+
+
+def test_empty_prompt(cli: Cli, states: dict[str, Path]) -> None:
+    done = cli("generate", states["deployed"], "-", text="")
+    assert done.code == 1
+    assert "at least one token" in str(done.error)

@@ -1,0 +1,182 @@
+"""Push with the real client to a small hub on loopback, and load from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bitcore.errors import ArgumentError
+from bitlab_hf import BitLabConfig, push, save
+from tests.bitlab_hf.interop.hub_server import TOKEN, Hub, serve
+from tests.bitlab_hf.interop.stock import ROOT
+
+DEMO = ROOT / "bitlab_hf/demo/model"
+# The client reads its settings when it is imported, so it runs in a process of its own.
+LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("me/model")
+tokenizer = AutoTokenizer.from_pretrained("me/model")
+torch.save(model(input_ids=torch.arange(3, 27).view(1, 24)).logits.detach(), sys.argv[1])
+print(tokenizer("def main():")["input_ids"])
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A deployed model in shards, among things that must not be uploaded."""
+    path = tmp_path_factory.mktemp("push") / "deployed"
+    model = AutoModelForCausalLM.from_pretrained(
+        DEMO, quantization_config=BitLabConfig(mode="infer")
+    )
+    save(model, path, tokenizer=AutoTokenizer.from_pretrained(DEMO), max_shard_size="1MB")
+    (path / "checkpoint-5").mkdir()
+    (path / "checkpoint-5/model.safetensors").write_bytes(b"latent")
+    for name in ("optimizer.pt", "training_args.bin", "trainer_state.json", "old.safetensors"):
+        (path / name).write_bytes(b"{}")
+    return path
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serve() as running:
+        yield running
+
+
+def run(
+    hub: Hub, scratch: Path, *arguments: str, token: str = TOKEN
+) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(scratch / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": token,
+        "no_proxy": "127.0.0.1",
+    }
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False,
+        env=environment, timeout=300,
+    )  # fmt: skip
+
+
+def push_by_command(
+    hub: Hub, scratch: Path, folder: Path, *options: str, token: str = TOKEN
+) -> subprocess.CompletedProcess[str]:
+    code = "from bitlab_hf.cli import main; main()"
+    return run(hub, scratch, "-c", code, "push", str(folder), "me/model", *options, token=token)
+
+
+def test_push_and_load(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    """Through a hub that fails once in every way, bytes arrive equal and the model loads."""
+    hub.faults += [
+        ("POST", "/preupload/", 429),
+        ("PUT", "/lfs/", 500),
+        ("PUT", "/lfs/", "cut"),
+        ("GET", "/resolve/", "cut"),
+    ]
+    done = push_by_command(hub, tmp_path, folder, "--json")
+    assert done.returncode == 0, done.stderr
+    repository = hub.repositories["me/model"]
+    assert json.loads(done.stdout)["commit"].endswith(repository.sha)
+    assert repository.private
+    weights = sorted(file.name for file in folder.glob("model-*.safetensors"))
+    assert len(weights) > 1
+    others = {"config.json", "generation_config.json", "README.md", "tokenizer.json",
+              "tokenizer_config.json", "model.safetensors.index.json"}  # fmt: skip
+    assert set(repository.files) == {*weights, *others}
+    for name in {*weights, *others} - {"README.md"}:
+        assert repository.files[name] == (folder / name).read_bytes(), name
+    card = repository.files["README.md"].decode()
+    assert 'from_pretrained("me/model")' in card
+    assert "\n# me/model\n" in card
+    loaded = run(hub, tmp_path, "-c", LOAD, str(tmp_path / "logits.pt"))
+    assert loaded.returncode == 0, loaded.stderr
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        expected = model(input_ids=torch.arange(3, 27).view(1, 24)).logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
+    assert not [fault for fault in hub.faults if fault[0] != "GET"]
+
+
+def test_again_sends_nothing_twice_and_removes_old_weights(
+    hub: Hub, folder: Path, tmp_path: Path
+) -> None:
+    # The first time, the hub goes away for good before the commit.
+    hub.faults += [("POST", "/commit/", 403)]
+    first = push_by_command(hub, tmp_path, folder)
+    assert first.returncode == 1
+    assert "me/model must accept the upload, got 403" in first.stderr
+    assert "Traceback" not in first.stderr
+    assert not hub.repositories["me/model"].files
+    sent = [request for request in hub.requests if request[0] == "PUT"]
+    assert sent
+    hub.requests.clear()
+    hub.repositories["me/model"].files["model.safetensors"] = b"of an older upload"
+    assert push_by_command(hub, tmp_path, folder).returncode == 0
+    assert not [request for request in hub.requests if request[0] == "PUT"]
+    assert "model.safetensors" not in hub.repositories["me/model"].files
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (("POST", "/api/repos/create", 500), "got 500"),
+        (("POST", "/api/repos/create", 429), "Wait a while and run the command again"),
+        (("POST", "/commit/", 409), "Something else writes to it"),
+        (("POST", "/api/repos/create", "cut"), "the hub must be reachable"),
+    ],
+)
+def test_faults_are_explained(
+    fault: tuple[str, str, int | str], message: str, hub: Hub, folder: Path, tmp_path: Path
+) -> None:
+    hub.faults.append(fault)
+    done = push_by_command(hub, tmp_path, folder)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_wrong_token(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    done = push_by_command(hub, tmp_path, folder, token="hf_wrong")
+    assert done.returncode == 1
+    assert "got 401" in done.stderr
+    assert "hf auth login" in done.stderr
+
+
+def test_public_only_when_asked(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    assert push_by_command(hub, tmp_path, folder, "--public").returncode == 0
+    assert not hub.repositories["me/model"].private
+
+
+def test_what_is_not_uploaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitlab_hf.interop.hub.get_token", lambda: None)
+    with pytest.raises(ArgumentError, match="a token must be given, got none"):
+        push(folder, "me/model")
+    with pytest.raises(ArgumentError, match="repo_id must be 'name/model'"):
+        push(folder, "me/my/model")
+    with pytest.raises(ArgumentError, match="must hold a ternary model, got floats"):
+        push(DEMO, "me/model")
+    with pytest.raises(ArgumentError, match="must hold config.json"):
+        push(tmp_path, "me/model")
+    latent = tmp_path / "latent"
+    shutil.copytree(folder, latent)
+    config = json.loads((latent / "config.json").read_text())
+    config["quantization_config"]["weight_format"] = "latent"
+    (latent / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArgumentError, match="must be packed, got latent ones"):
+        push(latent, "me/model")
+    with pytest.raises(ArgumentError, match="a token must be given"):
+        push(latent, "me/model", latent=True)

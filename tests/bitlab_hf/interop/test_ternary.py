@@ -1,0 +1,281 @@
+"""Float checkpoints that are ternary already: found, packed, proven."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from bitcore import unpack_ternary
+from bitcore.errors import ArgumentError, CheckpointError, ConfigError
+from bitlab_hf import BitLabConfig, convert_ternary, save
+from bitlab_hf.interop.stream import Entry, StreamWriter
+from bitlab_hf.interop.structure import find_structure
+from bitlab_hf.replace import quantized_layers
+from tests.bitlab_hf.interop.stock import SIZES
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+def ternary(shape: tuple[int, int], scheme: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A float matrix that is exactly ternary, with zeros of both signs."""
+    out_features, in_features = shape
+    codes = torch.randint(-1, 2, shape)
+    groups = {"per_tensor": 1, "per_channel": 1}.get(scheme) or in_features // int(scheme)
+    rows = 1 if scheme == "per_tensor" else out_features
+    scale = (torch.rand(rows, groups, 1) * 0.05 + 0.01).to(dtype)
+    # Bits and ties of a scale survive: rounding is done once, on the scale.
+    values = codes.to(dtype).view(out_features, groups, -1) * scale
+    values = values.reshape(shape)
+    values[(values == 0) & (torch.rand(shape) < 0.5)] = -0.0
+    return values
+
+
+def build(
+    folder: Path, scheme: str = "64", dtype: torch.dtype = torch.bfloat16, **options: Any
+) -> Path:
+    torch.manual_seed(0)
+    shard_size = options.pop("max_shard_size", "5GB")
+    tied = options.pop("tied", False)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied)).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and name != "lm_head.weight":
+                parameter.copy_(ternary(tuple(parameter.shape), scheme, dtype))
+        if options.pop("ternary_head", False):
+            model.lm_head.weight.copy_(ternary((97, 64), scheme, dtype))
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    return folder
+
+
+def change(folder: Path, key: str, row: int, column: int, factor: float) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[key][row, column] = tensors[key].abs().max() * factor
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def assert_same_model(source: Path, converted: Path) -> Any:
+    """The converted model's weights are the source's, value for value; its logits agree."""
+    floats: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    packed: Any = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
+    originals = dict(floats.named_modules())
+    for found in quantized_layers(packed):
+        weight = originals[found.names[0]].weight
+        assert torch.equal(found.module.dequantized_weight(), weight)
+    ids = torch.arange(3, 51).view(2, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            packed(input_ids=ids).logits, floats(input_ids=ids).logits, atol=1e-4, rtol=1e-4
+        )
+    return packed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scheme", ["per_tensor", "per_channel", "64"])
+def test_schemes(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    source = build(tmp_path / "source", scheme, dtype)
+    report = convert_ternary(source, tmp_path / "out")
+    label = "per group of 64" if scheme == "64" else scheme.replace("_", " ")
+    # K = 64: a group of 64 is a row there.
+    rows = "per channel" if scheme == "64" else label
+    assert report.packed[LAYER] == rows
+    assert report.packed["model.layers.1.mlp.down_proj"] == label
+    assert len(report.packed) == 14
+    packed = assert_same_model(source, tmp_path / "out")
+    config = packed.config.quantization_config
+    assert (config.quant_method, config.activation_dtype) == ("bitlab", "float32")
+    assert "only linear layers are packed" in report.kept["model.embed_tokens.weight"]
+    assert "neither 0 nor" in report.kept["lm_head.weight"]
+    assert report.bytes_after < report.bytes_before
+    assert "activations not quantized" in (tmp_path / "out/README.md").read_text()
+
+
+def test_groups_of_128() -> None:
+    weight = ternary((33, 256), "128")
+    assert find_structure(weight).label == "per group of 128"
+    weight = ternary((33, 256), "64")
+    assert find_structure(weight).group_size == 64
+    assert find_structure(torch.zeros(8, 64)).scale == 1e-5
+    # Blocks of rows that differ only late.
+    tall = torch.full((70_000, 64), 0.5)
+    assert find_structure(tall).label == "per tensor"
+    tall[69_999] = 0.25
+    assert find_structure(tall).label == "per channel"
+    tall[69_999, 0] = 0.125
+    assert find_structure(tall).scheme is None
+
+
+def test_shards_head_and_progress(tmp_path: Path) -> None:
+    source = build(tmp_path / "source", ternary_head=True, max_shard_size="60KB")
+    files = sorted(file.name for file in source.glob("*.safetensors"))
+    assert len(files) > 1
+    done: list[int] = []
+    report = convert_ternary(source, tmp_path / "out", advance=done.append)
+    assert "lm_head" in report.packed
+    packed = assert_same_model(source, tmp_path / "out")
+    assert packed.lm_head.is_deployed
+    assert packed.config.quantization_config.head == "ternary"
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == files
+    tensors = sum(
+        handle.get_tensor(key).nbytes
+        for file in files
+        for handle in [safe_open(source / file, "pt")]
+        for key in handle.keys()  # noqa: SIM118
+    )
+    assert sum(done) == 2 * tensors
+    # It saves and loads as any deployed model.
+    save(packed, tmp_path / "again")
+    assert_same_model(source, tmp_path / "again")
+
+
+def test_tied_head_stays(tmp_path: Path) -> None:
+    source = build(tmp_path / "source", tied=True)
+    report = convert_ternary(source, tmp_path / "out")
+    assert "lm_head" not in report.packed
+    assert_same_model(source, tmp_path / "out")
+
+
+def test_mixed_schemes_become_overrides(tmp_path: Path) -> None:
+    source = build(tmp_path / "source", "per_tensor")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"] = ternary((64, 192), "64")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    convert_ternary(source, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["overrides"] == {
+        "model.layers.0.mlp.down_proj": {"weight_granularity": "per_group", "group_size": 64}
+    }
+    assert_same_model(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.75, float("nan"), float("inf")])
+def test_not_exactly_ternary(factor: float, tmp_path: Path) -> None:
+    source = build(tmp_path / "source", "per_tensor")
+    change(source, f"{LAYER}.weight", 5, 7, factor)
+    expected = f"{LAYER}.weight must be exactly ternary, got 1 values (0.01%)"
+    with pytest.raises(CheckpointError, match=re.escape(expected)) as error:
+        convert_ternary(source, tmp_path / "out")
+    if factor == 0.75:
+        assert "up to 0.2" in str(error.value)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+    report = convert_ternary(source, tmp_path / "out", keep_inexact=True)
+    assert LAYER not in report.packed
+    assert len(report.packed) == 13
+    if abs(factor) < 1:
+        packed = assert_same_model(source, tmp_path / "out")
+        assert LAYER in packed.config.quantization_config.modules_to_not_convert
+
+
+def test_a_float_model_is_refused(tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "source")
+    with pytest.raises(CheckpointError, match="must be exactly ternary, got .* values"):
+        convert_ternary(tmp_path / "source", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="at least one linear layer"):
+        convert_ternary(tmp_path / "source", tmp_path / "out", keep_inexact=True)
+
+
+def test_bad_sources(tmp_path: Path) -> None:
+    source = build(tmp_path / "source", max_shard_size="60KB")
+    with pytest.raises(ArgumentError, match="must not be the source"):
+        convert_ternary(source, source)
+    deployed = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=BitLabConfig(mode="infer")
+    )
+    save(deployed, tmp_path / "deployed")
+    with pytest.raises(ConfigError, match="must be a float one, got quant_method 'bitlab'"):
+        convert_ternary(tmp_path / "deployed", tmp_path / "out")
+    index = source / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    key, name = next(iter(content["weight_map"].items()))
+    index.write_text(json.dumps({"weight_map": {key: "../elsewhere.safetensors"}}))
+    with pytest.raises(CheckpointError, match="must name files of its own folder"):
+        convert_ternary(source, tmp_path / "out")
+    index.write_text(json.dumps({"weight_map": {key: "lost.safetensors"}}))
+    with pytest.raises(CheckpointError, match=re.escape("lost.safetensors must be in the folder")):
+        convert_ternary(source, tmp_path / "out")
+    index.write_text("[]")
+    with pytest.raises(CheckpointError, match="must hold a weight_map"):
+        convert_ternary(source, tmp_path / "out")
+    index.unlink()
+    with pytest.raises(CheckpointError, match="got neither"):
+        convert_ternary(source, tmp_path / "out")
+    (source / "config.json").unlink()
+    with pytest.raises(ConfigError, match=re.escape("must hold config.json")):
+        convert_ternary(source, tmp_path / "out")
+    assert name
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = build(tmp_path / "source")
+    target = tmp_path / "out"
+    convert_ternary(source, target)
+    before = (target / "model.safetensors").read_bytes()
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(StreamWriter, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert_ternary(source, target)
+    assert (target / "model.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_damage_while_writing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof reads the file: a flipped bit on the way there is an error."""
+    source = build(tmp_path / "source")
+    write = StreamWriter.write
+
+    def flipped(self: StreamWriter, name: str, part: Tensor) -> None:
+        if name == f"{LAYER}.qweight":
+            part = part.clone()
+            part[0, 0] ^= 1
+        write(self, name, part)
+
+    monkeypatch.setattr(StreamWriter, "write", flipped)
+    with pytest.raises(CheckpointError, match=f"{LAYER}.weight must come back as it was"):
+        convert_ternary(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_stream_writer(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.randn(5, 3),
+        "a": torch.arange(7, dtype=torch.uint8),
+        "c": torch.randn(3).to(torch.bfloat16),
+        "d": torch.empty(0, dtype=torch.uint8),
+    }
+    names = {torch.float32: "F32", torch.uint8: "U8", torch.bfloat16: "BF16"}
+    entries = [Entry(k, names[v.dtype], tuple(v.shape)) for k, v in tensors.items()]
+    file = tmp_path / "file.safetensors"
+    with StreamWriter(file, entries, {"format": "pt"}) as out:
+        for name, tensor in tensors.items():
+            for part in tensor.split(2) if len(tensor) else []:
+                out.write(name, part)
+    loaded = load_file(file)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    with pytest.raises(CheckpointError, match="a must be written whole"):  # noqa: SIM117
+        with StreamWriter(file, entries[1:2], {}):
+            pass
+
+
+def test_codes_and_rows(tmp_path: Path) -> None:
+    """Rows that fill no byte: 97 outputs of a packed head."""
+    source = build(tmp_path / "source", ternary_head=True)
+    convert_ternary(source, tmp_path / "out")
+    stored = load_file(tmp_path / "out/model.safetensors")
+    assert stored["lm_head.qweight"].shape == (25, 64)
+    codes = unpack_ternary(stored["lm_head.qweight"], 97)
+    assert torch.equal(
+        codes, load_file(source / "model.safetensors")["lm_head.weight"].sign().to(torch.int8)
+    )
