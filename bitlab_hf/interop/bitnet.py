@@ -301,11 +301,14 @@ def export_bitnet(
         for name, tensor in model.state_dict().items()
         if name.rpartition(".")[0] not in names or name.endswith(".bias")
     }
+    seen: set[int] = set()
     for found in layers:
         qweight, scale = found.module.packed()
         for name in found.names:
             # A tensor of its own under each name: a file cannot share them.
-            state[f"{name}.weight"] = qweight.detach().clone() if len(found.names) > 1 else qweight
+            shared = qweight.data_ptr() in seen
+            seen.add(qweight.data_ptr())
+            state[f"{name}.weight"] = qweight.detach().clone() if shared else qweight.detach()
             state[f"{name}.weight_scale"] = 1.0 / scale.float()
             if found.module.bias is not None:
                 state[f"{name}.bias"] = found.module.bias.detach().clone()

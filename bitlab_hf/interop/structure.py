@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_BLOCK = 2**22
+_BLOCK = 2**20
 # The least scale of BitNet's quantizer; stands where all values are zero.
 _LEAST = 1e-5
 
@@ -38,7 +38,7 @@ class Structure:
 
 
 def row_blocks(out_features: int, in_features: int) -> Iterator[slice]:
-    """Yields slices of rows that hold about four million values each."""
+    """Yields slices of rows that hold about a million values each."""
     step = max(1, _BLOCK // in_features)
     for start in range(0, out_features, step):
         yield slice(start, min(start + step, out_features))
@@ -67,8 +67,11 @@ def find_structure(weight: Tensor) -> Structure:
             elif not bool(exact):
                 count, distance = _distance(grouped)
                 off, worst = off + count, max(worst, distance)
-            elif width == in_features:
-                scales.update(scale[scale > 0].unique().tolist()[:2])
+            else:
+                if width == in_features:
+                    scales.update(scale[scale > 0].unique().tolist()[:2])
+                # What is exact in a group is exact in its parts.
+                break
     if off or not widths:
         group = "row" if widths[-1] == in_features else f"group of {widths[-1]}"
         return Structure(

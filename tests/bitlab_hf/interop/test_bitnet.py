@@ -217,6 +217,24 @@ def test_export_of_the_demo_model(tmp_path: Path) -> None:
         assert "bitlab_layers" not in (file.metadata() or {})
 
 
+def test_export_of_shared_weights(tmp_path: Path) -> None:
+    """Two layers of one weight: each has its own in the file."""
+    source = build("llama", tmp_path / "source", **ONLINE)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, config=_float_config(source))
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    second.gate_proj = first.gate_proj
+    deploy(replace_linear(model))
+    export_bitnet(model, tmp_path / "exported")
+    tensors = load_file(tmp_path / "exported/model.safetensors")
+    for leaf in ("up_proj", "gate_proj"):
+        names = [f"model.layers.{layer}.mlp.{leaf}.weight" for layer in (0, 1)]
+        assert torch.equal(tensors[names[0]], tensors[names[1]])
+    assert torch.equal(
+        outputs(load_bitnet(tmp_path / "exported"))["logits"], outputs(model)["logits"]
+    )
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

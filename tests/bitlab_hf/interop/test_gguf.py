@@ -5,6 +5,7 @@ llama.cpp itself is asked by ``scripts/check_gguf.py``.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from transformers import (
 from bitcore import unpack_ternary
 from bitcore.errors import ArgumentError, ArgumentTypeError, MissingExtraError
 from bitlab_hf import BitLabConfig, deploy, export_gguf, replace_linear
+from bitlab_hf.interop.gguf_tokenizer import _pre_tokenizer
 from bitlab_hf.replace import quantized_layers
 from tests.bitlab_hf.interop.stock import ROOT
 
@@ -267,8 +269,6 @@ def test_other_refusals(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.Monk
 def test_other_tokenizers(
     change: dict[str, Any], message: str, tokenizer: Any, tmp_path: Path
 ) -> None:
-    import json
-
     content = {**json.loads(tokenizer.backend_tokenizer.to_str()), **change}
 
     class Other:
@@ -283,3 +283,19 @@ def test_other_tokenizers(
     with pytest.raises(ArgumentError, match=message):
         export_gguf(build("llama"), tmp_path / "model.gguf", tokenizer=Other())
     assert not list(tmp_path.iterdir())
+
+
+def test_ways_of_splitting_text() -> None:
+    """transformers' own tokenizers of Llama 3 and Qwen2 are known."""
+    from transformers import Qwen2Tokenizer
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    qwen = json.loads(Qwen2Tokenizer().backend_tokenizer.to_str())["pre_tokenizer"]
+    assert _pre_tokenizer(qwen) == "qwen2"
+    pattern = TikTokenConverter(None).pattern
+    llama = {"type": "Split", "pattern": {"Regex": pattern}}
+    parts = {"type": "Sequence", "pretokenizers": [llama, {"type": "ByteLevel"}]}
+    assert _pre_tokenizer(parts) == "llama-bpe"
+    llama["pattern"] = {"Regex": "[a-z]+"}
+    with pytest.raises(ArgumentError, match="Pass pre_tokenizer="):
+        _pre_tokenizer(parts)
