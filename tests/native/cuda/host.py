@@ -30,6 +30,11 @@ def load_host_library(path: Path) -> ctypes.CDLL:
     library.bk_emulator_count.restype = ctypes.c_int64
     library.bk_emulator_place.argtypes = (ctypes.c_int32,) * 4
     library.bk_emulator_place.restype = ctypes.c_int32
+    pointer = ctypes.c_void_p
+    library.bk_emulator_probe.argtypes = (ctypes.c_int32, pointer, pointer)
+    library.bk_emulator_probe.restype = ctypes.c_char_p
+    library.bk_emulator_mma.argtypes = (ctypes.c_int32, pointer, pointer, pointer)
+    library.bk_emulator_mma.restype = ctypes.c_char_p
     return library
 
 
