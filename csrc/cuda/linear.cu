@@ -171,12 +171,11 @@ Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64
         tiles = ceil_div(rows, 16);
         share = kFewShare;
     } else {
-        plan.tiles = product == BK_CUDA_I8_T2    ? (plan.grouped ? 4
-                                                    : M <= 64    ? 2
-                                                                 : 8)
-                     : product == BK_CUDA_I8_I8  ? 8
-                     : product == BK_CUDA_F16_T2 ? 4
-                                                 : 2;
+        // Groups keep totals beside their sums, in registers that wider tiles would need.
+        plan.tiles = plan.grouped || product == BK_CUDA_F32_T2 ? 2
+                     : product == BK_CUDA_F16_T2               ? 4
+                     : product == BK_CUDA_I8_T2 && M <= 64     ? 2
+                                                               : 8;
         tiles = ceil_div(rows, kManyRows) * ceil_div(M, 16 * plan.tiles);
         share = kManyShare;
     }

@@ -29,12 +29,12 @@ const char *run_split(const Plan &plan, const MatmulParams &params, const char *
     return launch(split_kernel<Math>, Grid{blocks < 65536 ? blocks : 65536, 1}, kSplitThreads, 0, stream, params);
 }
 
-// Float activations: sixteen tokens or fewer, or kTiles of many.
+// Float activations: sixteen tokens or fewer, or kTiles of many; groups take twice the registers and half the tokens.
 template <typename Math, int kTiles>
 const char *run_float(const Plan &plan, const MatmulParams &params, void *stream) {
     const char *error = plan.few ? (plan.grouped ? run_few<Math, 2, true>(plan, params, stream)
                                                  : run_few<Math, 2, false>(plan, params, stream))
-                                 : (plan.grouped ? run_many<Math, kTiles, true>(plan, params, stream)
+                                 : (plan.grouped ? run_many<Math, 2, true>(plan, params, stream)
                                                  : run_many<Math, kTiles, false>(plan, params, stream));
     return run_split<Math>(plan, params, error, stream);
 }

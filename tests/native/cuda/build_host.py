@@ -26,8 +26,12 @@ def sources(root: Path) -> list[Path]:
     ]
 
 
-def build(folder: Path, root: Path = ROOT, reuse: Path | None = None) -> Path:
-    """Compiles and links; objects of sources that no change can reach may be reused.
+def build(
+    folder: Path, root: Path = ROOT, reuse: Path | None = None, options: tuple[str, ...] = ()
+) -> Path:
+    """Compiles, with more options if given, and links.
+
+    `reuse` is a folder of objects that are taken as they are.
 
     Raises:
         SystemExit: There is no compiler, or it fails.
@@ -43,7 +47,20 @@ def build(folder: Path, root: Path = ROOT, reuse: Path | None = None) -> Path:
         kept = None if reuse is None else reuse / target.name
         if kept is not None and kept.is_file():
             return kept
-        run([compiler, *OPTIONS, *includes, "-x", "c++", "-c", str(source), "-o", str(target)])
+        run(
+            [
+                compiler,
+                *OPTIONS,
+                *options,
+                *includes,
+                "-x",
+                "c++",
+                "-c",
+                str(source),
+                "-o",
+                str(target),
+            ]
+        )
         return target
 
     with ThreadPoolExecutor(2) as pool:
