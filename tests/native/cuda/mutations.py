@@ -112,7 +112,7 @@ MUTATIONS = [
         ("sums overwritten while they are read", "set ^= 1;", ""),
         ("wrong lane of a sum", "2 * (lane & 1) + (lane >> 1 & 1)", "2 * (lane >> 1 & 1) + (lane & 1)"),
         ("codes not padded", "k < padded; k += kGemvThreads * 8", "k < p.K - 8; k += kGemvThreads * 8"),
-        ("no end of the rows", "row < p.weight_rows ? row : p.weight_rows - 1;", "row;"),
+        ("no end of the rows", "load_part(p, row < p.weight_rows ? row : p.weight_rows - 1, first_k", "load_part(p, row, first_k"),
         ("next row's bytes not loaded", "if (next_row < p.weight_rows) part =", "if (next_row < 0) part ="),
     ),
     *_in(
@@ -141,6 +141,7 @@ MUTATIONS = [
     *_in(
         "csrc/cuda/weights.cuh",
         ("chains added in another order", "lane / kChains * kChains + l)", "lane / kChains * kChains + kChains - l)"),
+        ("rows added in another order", "load_shared<double>(8 * i)", "load_shared<double>(8 * ((p.parts < kWeightThreads ? static_cast<uint32_t>(p.parts) : kWeightThreads) - 1 - i))"),
         ("missing barrier of the rows' sums", f"load_global(p.sums + row)); {BARRIER}", "load_global(p.sums + row));"),
         ("padding written as another code", "uint32_t code = 1;", "uint32_t code = 0;"),
         ("ties rounded up", "ratio > 0.5f ? 2", "ratio >= 0.4999f ? 2"),

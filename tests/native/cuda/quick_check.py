@@ -14,7 +14,15 @@ from tests.native.cuda.host import CONFLICTS, HostKernels
 from tests.native.cuda.test_emulator import documented
 
 # Tokens, outputs, inputs: one token fused; one and two tiles; many tokens, narrow and wide.
-SHAPES = [(1, 70, 1008), (2, 9, 31), (3, 70, 176), (11, 70, 640), (20, 130, 320), (70, 70, 112)]
+SHAPES = [
+    (1, 70, 1008),
+    (1, 300, 1008),
+    (2, 9, 31),
+    (3, 70, 176),
+    (11, 70, 640),
+    (20, 130, 320),
+    (70, 70, 112),
+]
 
 
 def ordered_shares(kernels: HostKernels, tokens: int) -> tuple[Tensor, Tensor]:
@@ -27,6 +35,17 @@ def ordered_shares(kernels: HostKernels, tokens: int) -> tuple[Tensor, Tensor]:
     y = kernels.linear(x, qweight, torch.ones(1), None, 1, "float", torch.float32)
     kernels.multiprocessors = 4
     return y, torch.ones(tokens, 1)
+
+
+def tied_tokens() -> Tensor:
+    """Tokens whose elements lie halfway between two codes: one rounding more changes a code."""
+    most = torch.rand(64, 1) + 1.0
+    return torch.cat([most, most * (torch.arange(126) + 0.5) / 127.0], dim=1)
+
+
+def uneven_weight() -> Tensor:
+    """A row whose float64 sum is halfway between two float32 numbers only in ascending order."""
+    return torch.tensor([[0.0, 2.0**53, 2.0**29] + [1.0] * 13])
 
 
 def pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
@@ -79,6 +98,16 @@ def pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]
         yield lambda x=x, w=weight, b=bias: (
             kernels.linear_int8(x, w, b.abs(), b, torch.bfloat16),
             reference.linear_int8(x, w, b.abs(), b, torch.bfloat16),
+        )
+    ties, uneven = tied_tokens(), uneven_weight()
+    yield lambda: (
+        kernels.quantize_activation(ties, False)[0],
+        reference.quantize_activation(ties, False)[0],
+    )
+    for weight in (uneven, uneven.t().contiguous()):
+        yield lambda w=weight: (
+            kernels.pack_weight(w, "per_tensor", 0)[1],
+            reference.pack_weight(w, "per_tensor", 0)[1],
         )
     yield lambda: ordered_shares(kernels, 3)
     yield lambda: ordered_shares(kernels, 20)

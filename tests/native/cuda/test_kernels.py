@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitcore import pack_ternary, reference
 from tests.native.cuda.host import CONFLICTS, LAUNCHES, MMA, SHARED_LOADS, HostKernels
+from tests.native.cuda.quick_check import ordered_shares, tied_tokens, uneven_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRANULARITIES = ["per_tensor", "per_channel", "per_group"]
@@ -129,6 +130,21 @@ def test_every_float16_is_read_right(host: HostKernels) -> None:
     ours, expected = (kernels.quantize_activation(finite, False) for kernels in (host, reference))
     assert torch.equal(ours[0], expected[0])
     assert torch.equal(ours[1], expected[1])
+
+
+def test_roundings_and_orders_that_random_numbers_do_not_show(host: HostKernels) -> None:
+    ties = tied_tokens()
+    ours, expected = (kernels.quantize_activation(ties, False) for kernels in (host, reference))
+    assert torch.equal(ours[0], expected[0])
+    for weight in (uneven_weight(), uneven_weight().t().contiguous()):
+        ours, expected = (
+            kernels.pack_weight(weight, "per_tensor", 0) for kernels in (host, reference)
+        )
+        assert torch.equal(ours[1], expected[1])
+        assert expected[1].item() == 2.0**49
+    for tokens in (3, 20):
+        y, ones = ordered_shares(host, tokens)
+        assert torch.equal(y, ones)
 
 
 def test_strided_and_misaligned_input(host: HostKernels) -> None:
