@@ -7,7 +7,7 @@ scripts/environment.sh dev
 bin=$(cd "${BITLAB_VENV:-.venv}/bin" && pwd)
 "$bin/ruff" check .
 "$bin/ruff" format --check .
-"$bin/clang-format" --dry-run --Werror $(git ls-files '*.h' '*.cpp' '*.inl')
+"$bin/clang-format" --dry-run --Werror $(git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh')
 "$bin/mypy"
 "$bin/lint-imports"
 exec "$bin/pytest" "$@"

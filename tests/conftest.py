@@ -1,8 +1,12 @@
-"""Fixtures that force every instruction set, backend and thread count in turn."""
+"""Fixtures that force every instruction set, backend and thread count in turn; the GPU, if any."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,11 @@ import torch
 import bitcore
 from bitcore.kernels import kernels_for
 from bitcore.kernels.cpu import CpuKernels
+from tests.native.cuda.build_host import build
+from tests.native.cuda.host import HostKernels, load_host_library
+
+# Names a host library of the CUDA kernels that is there already.
+HOST_LIBRARY_VARIABLE = "BITLAB_CUDA_HOST_LIBRARY"
 
 
 def native_kernels() -> CpuKernels:
@@ -39,6 +48,31 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def host_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CUDA kernels compiled for the emulator, once a session."""
+    path = os.environ.get(HOST_LIBRARY_VARIABLE)
+    if path is None:
+        path = str(build(tmp_path_factory.mktemp("cuda_host")))
+    return load_host_library(Path(path))
+
+
+@pytest.fixture
+def host(host_library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[HostKernels]:
+    """The CUDA kernels on CPU tensors; each test runs its threads in another order."""
+    host_library.bk_emulator_order(zlib.crc32(request.node.name.encode()) % 3)
+    yield HostKernels(host_library)
+    host_library.bk_emulator_clear()
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """A CUDA device; the only place that skips for want of one."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @pytest.fixture(autouse=True)

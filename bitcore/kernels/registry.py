@@ -114,12 +114,21 @@ def _load_cpu() -> Kernels:
     return CpuKernels()
 
 
+def _load_cuda() -> Kernels:
+    from bitcore.kernels.cuda import CudaKernels
+
+    return CudaKernels()
+
+
 def _load_reference() -> Kernels:
     return cast(Kernels, reference)
 
 
 # Best first; the reference runs on every device that torch knows.
-_CANDIDATES: dict[str, dict[str, Callable[[], Kernels]]] = {"cpu": {"cpu": _load_cpu}}
+_CANDIDATES: dict[str, dict[str, Callable[[], Kernels]]] = {
+    "cpu": {"cpu": _load_cpu},
+    "cuda": {"cuda": _load_cuda},
+}
 _forced: list[str] = []
 _chosen: dict[str, Kernels] = {}
 
@@ -220,7 +229,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Forces a backend for the whole process while the context is open.
 
     Args:
-        name: ``"reference"``, ``"cpu"``, or ``"auto"`` for the best.
+        name: ``"reference"``, ``"cpu"``, ``"cuda"``, or ``"auto"`` for the best.
 
     Raises:
         BackendError: No such backend, or it is not available on any device; nothing is changed.

@@ -1,0 +1,264 @@
+"""The native CUDA kernels, behind the same functions as the reference.
+
+Every call queues its work on torch's current stream of the tensors' device, takes its memory from
+torch's allocator and waits for nothing, so it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitcore import reference
+from bitcore.errors import ArgumentError, BackendError
+from bitcore.kernels.cuda_native import INVALID_ARGUMENT, load_cuda_library
+from bitcore.kernels.native import library_path
+
+_TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_I8_T2, _I8_I8, _F16_T2, _F32_T2 = range(4)
+_QUANTIZE_WORKSPACE = 4096
+_LEAST_CAPABILITY = (8, 0)
+_MOST_ELEMENTS = 2**31 - 1
+# Activations of this op's name that are not quantized.
+_FLOAT = "float"
+
+
+class CudaKernels:
+    """libbitkernels_cuda on torch's current stream.
+
+    Raises:
+        BackendError: torch finds no CUDA device, or the library cannot be loaded.
+    """
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            built = "" if torch.version.cuda else " (this torch is built without CUDA)"
+            there = "" if library_path("bitkernels_cuda").is_file() else "not "
+            raise BackendError(
+                f"torch finds no CUDA device{built}; libbitkernels_cuda is {there}installed"
+            )
+        self._library = load_cuda_library()
+        self._multiprocessors: dict[torch.device, int] = {}
+
+    @property
+    def description(self) -> str:
+        """What `bitcore.backends` adds to the reason."""
+        return f" ({self._library.bk_cuda_architectures().decode()})"
+
+    def _count_multiprocessors(self, op: str, device: torch.device) -> int:
+        """Multiprocessors of a device; the first call for a device checks that it can run."""
+        count = self._multiprocessors.get(device)
+        if count is None:
+            capability = torch.cuda.get_device_capability(device)
+            if capability < _LEAST_CAPABILITY:
+                raise BackendError(
+                    f"{op}: compute capability must be at least 8.0, got "
+                    f"{capability[0]}.{capability[1]} on {device}\n"
+                    "Set BITLAB_BACKEND=reference to run the ops in plain torch."
+                )
+            count = torch.cuda.get_device_properties(device).multi_processor_count
+            self._multiprocessors[device] = count
+        return count
+
+    def _launch(
+        self, device: torch.device, function: Callable[..., int], arguments: list[Any]
+    ) -> int:
+        """Calls a function of the library with the current stream of a device."""
+        index = device.index
+        stream = torch.cuda.current_stream(device).cuda_stream
+        if index == torch.cuda.current_device():
+            return function(*arguments, stream)
+        with torch.cuda.device(index):
+            return function(*arguments, stream)
+
+    def _call(self, op: str, name: str, outputs: tuple[Tensor, ...], *arguments: Any) -> None:
+        """Checks where the tensors are, calls ``bk_cuda_<name>`` and raises what it reports."""
+        device = outputs[0].device
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.device != device:
+                raise ArgumentError(
+                    f"{op}: all tensors must be on {device}, got one on {argument.device}"
+                )
+        converted = [
+            argument.data_ptr() if isinstance(argument, Tensor) else argument
+            for argument in arguments
+        ]
+        status = self._launch(device, getattr(self._library, f"bk_cuda_{name}"), converted)
+        if status != 0:
+            text = f"{op}: {self._library.bk_cuda_last_error().decode()}"
+            raise ArgumentError(text) if status == INVALID_ARGUMENT else BackendError(text)
+
+    def _tokens(self, op: str, name: str, tensor: Tensor) -> Tensor:
+        """Returns a tensor [..., K] as [M, K] with contiguous rows."""
+        tokens = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+        if tokens.shape[0] > _MOST_ELEMENTS:
+            raise ArgumentError(
+                f"{op}: {name} must be at most {_MOST_ELEMENTS} tokens, got {tokens.shape[0]}"
+            )
+        return tokens if tokens.stride(1) == 1 else tokens.contiguous()
+
+    def _workspace(
+        self, product: int, op: str, tokens: Tensor, out_features: int, columns: int
+    ) -> tuple[Tensor, int]:
+        """Scratch memory of a product, and the number of multiprocessors it is made for."""
+        count = self._count_multiprocessors(op, tokens.device)
+        size = self._library.bk_cuda_linear_workspace(
+            product, tokens.shape[0], out_features, tokens.shape[1], columns, count
+        )
+        return self._scratch(max(size, 1), tokens.device), count
+
+    def _scratch(self, size: int, device: torch.device) -> Tensor:
+        """Bytes from torch's allocator, which aligns all that it gives to 512."""
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+    def has_invalid_code(self, qweight: Tensor) -> bool:
+        """See `bitcore.reference.has_invalid_code`; a file is scanned once, torch is fast enough."""
+        return reference.has_invalid_code(qweight)
+
+    def pack_weight(
+        self, weight: Tensor, granularity: str, group_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `bitcore.reference.pack_weight`."""
+        op, device = "bitlab::pack_weight", weight.device
+        self._count_multiprocessors(op, device)
+        weight = weight.contiguous()
+        out_features, in_features = weight.shape
+        columns = in_features // group_size if granularity == "per_group" else 0
+        rows = 1 if granularity == "per_tensor" else out_features
+        shape = (out_features, columns) if granularity == "per_group" else (rows,)
+        scale = torch.empty(shape, dtype=torch.float32, device=device)
+        sums = None
+        if granularity == "per_tensor":
+            sums = torch.empty(out_features, dtype=torch.float64, device=device)
+        qweight = torch.empty(
+            ((out_features + 3) // 4, in_features), dtype=torch.uint8, device=device
+        )
+        code = _TYPE_CODES[weight.dtype]
+        written = (scale,) if sums is None else (scale, sums)
+        self._call(
+            op, "weight_scale", written, weight, code, scale, rows, columns, sums, out_features,
+            in_features,
+        )  # fmt: skip
+        self._call(
+            op, "pack_t2", (qweight,), weight, code, scale, rows, columns, qweight, out_features,
+            in_features,
+        )  # fmt: skip
+        return qweight, scale
+
+    def quantize_activation(self, x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
+        """See `bitcore.reference.quantize_activation`."""
+        op, device = "bitlab::quantize_activation", x.device
+        self._count_multiprocessors(op, device)
+        tokens = self._tokens(op, "x", x)
+        codes = torch.empty(x.shape, dtype=torch.int8, device=device)
+        scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=device)
+        workspace = self._scratch(_QUANTIZE_WORKSPACE, device)
+        self._call(
+            op, "quantize_i8", (codes, scale, workspace), tokens, _TYPE_CODES[x.dtype],
+            tokens.stride(0), codes, scale, tokens.shape[0], tokens.shape[1], int(per_tensor),
+            workspace,
+        )  # fmt: skip
+        return codes, scale
+
+    def matmul(self, codes: Tensor, qweight: Tensor, out_features: int) -> Tensor:
+        """See `bitcore.reference.matmul`."""
+        op = "bitlab::matmul"
+        tokens = self._tokens(op, "codes", codes).contiguous()
+        acc = torch.empty((*codes.shape[:-1], out_features), dtype=torch.int32, device=codes.device)
+        workspace, count = self._workspace(_I8_T2, op, tokens, out_features, 0)
+        self._call(
+            op, "matmul_i8_t2_i32", (acc, workspace), tokens, qweight.contiguous(), acc,
+            tokens.shape[0], out_features, tokens.shape[1], workspace, count,
+        )  # fmt: skip
+        return acc
+
+    def linear(
+        self,
+        x: Tensor,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        activation: str,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """See `bitcore.reference.linear`: one native call, activations included."""
+        op = "bitlab::linear"
+        tokens = self._tokens(op, "x", x)
+        columns = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
+        y = torch.empty((*x.shape[:-1], out_features), dtype=out_dtype, device=x.device)
+        is_float = activation == _FLOAT
+        product = (_F32_T2 if x.dtype == torch.float32 else _F16_T2) if is_float else _I8_T2
+        workspace, count = self._workspace(product, op, tokens, out_features, columns)
+        bias = None if bias is None else bias.contiguous()
+        quantized = () if is_float else (int(activation == "int8_per_tensor"),)
+        self._call(
+            op, "linear_float_t2" if is_float else "linear_i8_t2", (y, workspace), tokens,
+            _TYPE_CODES[x.dtype], tokens.stride(0), qweight.contiguous(),
+            weight_scale.contiguous(), weight_scale.shape[0], columns, bias,
+            0 if bias is None else _TYPE_CODES[bias.dtype], y, _TYPE_CODES[out_dtype],
+            tokens.shape[0], out_features, tokens.shape[1], *quantized, workspace, count,
+        )  # fmt: skip
+        return y
+
+    def linear_int8(
+        self,
+        x: Tensor,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """See `bitcore.reference.linear_int8`: one native call, activations included."""
+        op, out_features = "bitlab::linear_int8", qweight.shape[0]
+        tokens = self._tokens(op, "x", x)
+        y = torch.empty((*x.shape[:-1], out_features), dtype=out_dtype, device=x.device)
+        workspace, count = self._workspace(_I8_I8, op, tokens, out_features, 0)
+        bias = None if bias is None else bias.contiguous()
+        self._call(
+            op, "linear_i8_i8", (y, workspace), tokens, _TYPE_CODES[x.dtype], tokens.stride(0),
+            qweight.contiguous(), weight_scale.contiguous(), bias,
+            0 if bias is None else _TYPE_CODES[bias.dtype], y, _TYPE_CODES[out_dtype],
+            tokens.shape[0], out_features, tokens.shape[1], workspace, count,
+        )  # fmt: skip
+        return y
+
+    def unpack_weight(
+        self, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
+    ) -> Tensor:
+        """See `bitcore.reference.unpack_weight`."""
+        if dtype not in _TYPE_CODES:
+            return reference.unpack_weight(qweight, weight_scale, out_features, dtype)
+        op, in_features = "bitlab::unpack_weight", qweight.shape[1]
+        self._count_multiprocessors(op, qweight.device)
+        columns = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
+        weight = torch.empty((out_features, in_features), dtype=dtype, device=qweight.device)
+        self._call(
+            op, "unpack_t2", (weight,), qweight.contiguous(), weight_scale.contiguous(),
+            weight_scale.shape[0], columns, weight, _TYPE_CODES[dtype], out_features, in_features,
+        )  # fmt: skip
+        return weight
+
+    def input_gradient(
+        self,
+        dy: Tensor,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        out_features: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """See `bitcore.reference.input_gradient`: through the packed weight, never unpacked."""
+        op, in_features = "bitlab::input_gradient", qweight.shape[1]
+        self._count_multiprocessors(op, dy.device)
+        tokens = self._tokens(op, "dy", dy)
+        columns = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
+        dx = torch.empty((*dy.shape[:-1], in_features), dtype=dtype, device=dy.device)
+        self._call(
+            op, "input_gradient", (dx,), tokens, _TYPE_CODES[dy.dtype], tokens.stride(0),
+            qweight.contiguous(), weight_scale.contiguous(), weight_scale.shape[0], columns, dx,
+            _TYPE_CODES[dtype], tokens.shape[0], out_features, in_features,
+        )  # fmt: skip
+        return dx

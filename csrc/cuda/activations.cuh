@@ -1,0 +1,231 @@
+// Activations: float to int8 codes with their sums, or to 16-bit planes, padded for the matrix kernels.
+//
+// One block takes one token. Its elements are read once, eight to a thread and step, and kept in registers while the
+// largest is found (from K = 8192 on, the rest is read a second time, from L2); codes go out as they are made.
+// Rejected: two kernels, one for the largest and one for the codes, which reads x twice and launches twice.
+#ifndef BITLAB_CUDA_ACTIVATIONS_CUH
+#define BITLAB_CUDA_ACTIVATIONS_CUH
+
+#include "types.cuh"
+
+namespace bitlab {
+
+constexpr int kQuantizeThreads = 256;
+constexpr int kHeldSteps = 4;
+constexpr uint32_t kInfinityBits = 0x7F800000;
+constexpr int kMaxMaxima = 1024;
+
+struct QuantizeParams {
+    const void *x;
+    int64_t x_stride;
+    int32_t x_type;  // BK_CUDA_I8: codes already, which are only copied and summed
+    bool x_vector;
+    int8_t *codes;           // [M, code_stride]; columns from K to code_stride are written as zero
+    int64_t code_stride;     // a multiple of 64 if code_vector, else K
+    bool code_vector;        // codes are aligned to 8 bytes
+    int32_t *sums;           // [M, columns], or null
+    float *scale;            // [M], or null
+    const uint32_t *maxima;  // per tensor: bits of the largest of each block of absmax_kernel; else null
+    int32_t maxima_count;
+    int32_t K;
+    int32_t columns;  // groups of K, each of a multiple of 64; 1 without groups
+};
+
+BK_DEVICE uint32_t most_of(const float (&values)[8], uint32_t most) {
+    // The integer order of the magnitude bits is that of the floats, and puts NaN above infinity.
+    BK_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        const uint32_t bits = float_bits(values[i]) & 0x7FFFFFFF;
+        most = bits > most ? bits : most;
+    }
+    return most;
+}
+
+struct Scaling {
+    float factor;
+    float scale;
+    bool finite;
+};
+
+BK_DEVICE Scaling scaling_of(uint32_t most_bits) {
+    const bool finite = most_bits < kInfinityBits;
+    const float most = bits_float(most_bits);
+    const float m = most > 1e-5f ? most : 1e-5f;
+    return {divide(127.0f, m), finite ? divide(m, 127.0f) : bits_float(0x7FC00000), finite};
+}
+
+// Eight codes, and their sum added to `sum`; a token that is not finite has codes 0.
+BK_DEVICE Bytes8 encode_eight(const float (&values)[8], Scaling by, int32_t &sum) {
+    Bytes8 codes = {{0, 0}};
+    BK_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        float value = multiply(values[i], by.factor);
+        value = value > 127.0f ? 127.0f : value;
+        value = value < -128.0f ? -128.0f : value;
+        const int32_t code = by.finite ? round_even(value) : 0;
+        codes.word[i / 4] |= (static_cast<uint32_t>(code) & 255) << (8 * (i % 4));
+        sum += code;
+    }
+    return codes;
+}
+
+// Bytes of shared memory: maxima of the warps, then a sum for every 64 columns.
+inline uint32_t quantize_shared_bytes(int64_t K) { return static_cast<uint32_t>(128 + 4 * ((K + 63) / 64)); }
+
+BK_KERNEL(kQuantizeThreads) quantize_kernel(QuantizeParams p) {
+    const int thread = thread_x();
+    const int64_t token = block_x();
+    const void *row = static_cast<const uint8_t *>(p.x) + token * p.x_stride * element_bytes(p.x_type);
+    const int32_t padded = (p.K + 63) / 64 * 64;
+    constexpr int32_t kStep = kQuantizeThreads * 8;
+
+    float held[kHeldSteps][8];
+    uint32_t most = 0;
+    BK_UNROLL
+    for (int step = 0; step < kHeldSteps; ++step) {
+        load_eight(row, p.x_type, step * kStep + thread * 8, p.K, p.x_vector, held[step]);
+        most = most_of(held[step], most);
+    }
+    for (int32_t k = kHeldSteps * kStep + thread * 8; k < p.K; k += kStep) {
+        float values[8];
+        load_eight(row, p.x_type, k, p.K, p.x_vector, values);
+        most = most_of(values, most);
+    }
+    if (p.maxima) {
+        most = 0;
+        for (int i = thread; i < p.maxima_count; i += kQuantizeThreads) {
+            const uint32_t other = load_global(p.maxima + i);
+            most = other > most ? other : most;
+        }
+    }
+    Scaling by = scaling_of(block_max(most, 0, kQuantizeThreads));
+    if (p.x_type == BK_CUDA_I8) by = {1.0f, 1.0f, true};
+    if (thread == 0 && p.scale) store_global(p.scale + token, by.scale);
+
+    int8_t *codes = p.codes + token * p.code_stride;
+    const auto finish = [&](int32_t k, const float(&values)[8]) {
+        int32_t sum = 0;
+        const Bytes8 eight = encode_eight(values, by, sum);
+        if (p.code_vector) {
+            if (k < padded) store_global(reinterpret_cast<Bytes8 *>(codes + k), eight);
+        } else {
+            BK_UNROLL
+            for (int i = 0; i < 8; ++i) {
+                if (k + i < p.K) store_global(codes + k + i, static_cast<int8_t>(eight.word[i / 4] >> (8 * (i % 4))));
+            }
+        }
+        // Eight lanes hold 64 columns.
+        sum += shuffle_xor(sum, 1);
+        sum += shuffle_xor(sum, 2);
+        sum += shuffle_xor(sum, 4);
+        if (p.sums && thread % 8 == 0 && k < padded) store_shared(128u + static_cast<uint32_t>(k / 16), sum);
+    };
+    BK_UNROLL
+    for (int step = 0; step < kHeldSteps; ++step) {
+        if (step * kStep < padded) finish(step * kStep + thread * 8, held[step]);
+    }
+    // Every thread of the block takes part in the shuffles, whether it still has columns or not.
+    for (int32_t first = kHeldSteps * kStep; first < padded; first += kStep) {
+        float values[8];
+        load_eight(row, p.x_type, first + thread * 8, p.K, p.x_vector, values);
+        finish(first + thread * 8, values);
+    }
+    if (!p.sums) return;
+    sync_block();
+    if (p.columns == 1) {
+        int32_t sum = 0;
+        for (int b = thread; b < padded / 64; b += kQuantizeThreads) {
+            sum += load_shared<int32_t>(128u + 4u * static_cast<uint32_t>(b));
+        }
+        sum = block_sum(sum, 64, kQuantizeThreads);
+        if (thread == 0) store_global(p.sums + token, sum);
+        return;
+    }
+    const int per_group = p.K / p.columns / 64;
+    for (int column = thread; column < p.columns; column += kQuantizeThreads) {
+        int32_t sum = 0;
+        for (int b = 0; b < per_group; ++b) {
+            sum += load_shared<int32_t>(128u + 4u * static_cast<uint32_t>(column * per_group + b));
+        }
+        store_global(p.sums + token * p.columns + column, sum);
+    }
+}
+
+struct AbsmaxParams {
+    const void *x;
+    int64_t x_stride;
+    int32_t x_type;
+    bool x_vector;
+    uint32_t *maxima;  // [grid]
+    int64_t M;
+    int32_t K;
+};
+
+// The bits of max|x| over the tokens of each block.
+BK_KERNEL(kQuantizeThreads) absmax_kernel(AbsmaxParams p) {
+    uint32_t most = 0;
+    for (int64_t token = block_x(); token < p.M; token += grid_x()) {
+        const void *row = static_cast<const uint8_t *>(p.x) + token * p.x_stride * element_bytes(p.x_type);
+        for (int32_t k = thread_x() * 8; k < p.K; k += kQuantizeThreads * 8) {
+            float values[8];
+            load_eight(row, p.x_type, k, p.K, p.x_vector, values);
+            most = most_of(values, most);
+        }
+    }
+    most = block_max(most, 0, kQuantizeThreads);
+    if (thread_x() == 0) store_global(p.maxima + block_x(), most);
+}
+
+struct PlanesParams {
+    const void *x;
+    int64_t x_stride;
+    int32_t x_type;
+    bool x_vector;
+    uint16_t *planes;  // [1 or 3, M, padded K]
+    int64_t M;
+    int32_t K;
+};
+
+// A float32 value becomes three bfloat16 ones whose sum it is: its first, second and last 8 bits, each cut off and not
+// rounded, so that none overflows. 16-bit values are copied. Columns past K are zero.
+BK_KERNEL(kQuantizeThreads) planes_kernel(PlanesParams p) {
+    const int64_t token = block_x();
+    const void *row = static_cast<const uint8_t *>(p.x) + token * p.x_stride * element_bytes(p.x_type);
+    const int32_t padded = (p.K + 63) / 64 * 64;
+    for (int32_t k = thread_x() * 8; k < padded; k += kQuantizeThreads * 8) {
+        uint16_t *out = p.planes + token * padded + k;
+        if (p.x_type != BK_CUDA_F32) {
+            Bytes16 bits = {{0, 0, 0, 0}};
+            const auto *source = static_cast<const uint16_t *>(row) + k;
+            if (p.x_vector && k + 8 <= p.K) {
+                bits = load_global(reinterpret_cast<const Bytes16 *>(source));
+            } else {
+                BK_UNROLL
+                for (int i = 0; i < 8; ++i) {
+                    const uint32_t half = k + i < p.K ? load_global(source + i) : 0;
+                    bits.word[i / 2] |= half << (16 * (i % 2));
+                }
+            }
+            store_global(reinterpret_cast<Bytes16 *>(out), bits);
+            continue;
+        }
+        float values[8];
+        load_eight(row, p.x_type, k, p.K, p.x_vector, values);
+        BK_UNROLL
+        for (int plane = 0; plane < 3; ++plane) {
+            Bytes16 bits;
+            BK_UNROLL
+            for (int i = 0; i < 8; i += 2) {
+                const uint32_t low = float_bits(values[i]) & 0xFFFF0000, high = float_bits(values[i + 1]) & 0xFFFF0000;
+                bits.word[i / 2] = low >> 16 | high;
+                values[i] = add(values[i], -bits_float(low));
+                values[i + 1] = add(values[i + 1], -bits_float(high));
+            }
+            store_global(reinterpret_cast<Bytes16 *>(out + plane * p.M * padded), bits);
+        }
+    }
+}
+
+}  // namespace bitlab
+
+#endif

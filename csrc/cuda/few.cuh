@@ -1,0 +1,143 @@
+// Few tokens, 1 to 16: y = x @ w.T, read once at the speed of memory.
+//
+// A block of eight warps takes 16 packed rows (64 outputs); its warps take turns at blocks of 64 columns, straight from
+// global memory to mma fragments, without shared memory, each with kDepth blocks in flight. Then the eight sums of each
+// output meet in shared memory and are added in the order of the warps. Where rows are too few to fill the chip, K is
+// split over the grid's y as well (split_kernel adds the shares). Per group, a warp takes a whole group at a time, and
+// the terms of eight groups are added in ascending order before the next eight.
+#ifndef BITLAB_CUDA_FEW_CUH
+#define BITLAB_CUDA_FEW_CUH
+
+#include "matmul.cuh"
+
+namespace bitlab {
+
+constexpr int kFewThreads = 256;
+constexpr int kFewWarps = kFewThreads / kWarp;
+constexpr int kFewRows = 16;
+
+template <typename Math, int kTiles>
+constexpr uint32_t few_shared_bytes() {
+    return kFewWarps * Math::kLanes * kFewRows * 8 * kTiles * 4;
+}
+
+template <typename Math, int kTiles>
+struct FewOperands {
+    Bytes16 low, high;
+    Bytes16 x[kTiles][Math::kLoads];
+};
+
+// Block b of this lane's rows and tokens; zero if b is not before `last`.
+template <typename Math, int kTiles>
+BK_DEVICE void load_operands(const MatmulParams &p, const uint8_t *low, const uint8_t *high,
+                             const uint8_t *const (&tokens)[kTiles], int32_t b, int32_t last,
+                             FewOperands<Math, kTiles> &operands) {
+    if (b >= last) {
+        operands = {};
+        return;
+    }
+    const int32_t k = 64 * b + 16 * (thread_x() % 4);
+    operands.low = load_weight_16(low, k, p);
+    operands.high = load_weight_16(high, k, p);
+    BK_UNROLL
+    for (int n = 0; n < kTiles; ++n) {
+        BK_UNROLL
+        for (int i = 0; i < Math::kLoads; ++i) {
+            const uint8_t *x = tokens[n] + i / Math::kBytes * p.x_plane + k * Math::kBytes + 16 * (i % Math::kBytes);
+            operands.x[n][i] = load_global(reinterpret_cast<const Bytes16 *>(x));
+        }
+    }
+}
+
+template <typename Math, int kTiles>
+BK_DEVICE void multiply_range(const MatmulParams &p, const uint8_t *low, const uint8_t *high,
+                              const uint8_t *const (&tokens)[kTiles], int32_t first, int32_t last, int32_t step,
+                              typename Math::Sum (&sums)[Math::kLanes][kTiles][4]) {
+    for (int32_t b = first; b < last; b += step * Math::kDepth) {
+        FewOperands<Math, kTiles> operands[Math::kDepth];
+        BK_UNROLL
+        for (int d = 0; d < Math::kDepth; ++d) {
+            load_operands<Math, kTiles>(p, low, high, tokens, b + d * step, last, operands[d]);
+        }
+        BK_UNROLL
+        for (int d = 0; d < Math::kDepth; ++d) {
+            Math::multiply_block(operands[d].low, operands[d].high, operands[d].x, sums);
+        }
+    }
+}
+
+template <typename Math, int kTiles, bool kGrouped>
+BK_KERNEL(kFewThreads)
+few_kernel(MatmulParams p) {
+    using Sum = typename Math::Sum;
+    constexpr int kTokens = 8 * kTiles;
+    constexpr int kOutputs = Math::kLanes * kFewRows * kTokens;
+    constexpr int kOwn = (kOutputs + kFewThreads - 1) / kFewThreads;
+    const int thread = thread_x(), warp = thread / kWarp, g = thread % kWarp / 4, t = thread % 4;
+    const int64_t first_row = block_x() * kFewRows;
+    const int split = block_y();
+
+    // Rows and tokens past the end repeat the last one; their sums are dropped.
+    const int64_t most = p.weight_rows - 1;
+    const uint8_t *low = p.weight + (first_row + g < most ? first_row + g : most) * p.K;
+    const uint8_t *high = p.weight + (first_row + g + 8 < most ? first_row + g + 8 : most) * p.K;
+    const uint8_t *tokens[kTiles];
+    BK_UNROLL
+    for (int n = 0; n < kTiles; ++n) tokens[n] = p.x + (8 * n + g < p.M ? 8 * n + g : p.M - 1) * p.x_stride;
+
+    const int rounds = kGrouped ? (p.columns + kFewWarps - 1) / kFewWarps : 1;
+    float totals[kOwn] = {};
+    for (int round = 0; round < rounds; ++round) {
+        Sum sums[Math::kLanes][kTiles][4] = {};
+        if (kGrouped) {
+            const int32_t first = (round * kFewWarps + warp) * p.group_blocks;
+            const int32_t last = first < p.blocks ? first + p.group_blocks : first;
+            multiply_range<Math, kTiles>(p, low, high, tokens, first, last, 1, sums);
+        } else {
+            const int32_t first = static_cast<int32_t>(static_cast<int64_t>(p.blocks) * split / p.splits);
+            const int32_t last = static_cast<int32_t>(static_cast<int64_t>(p.blocks) * (split + 1) / p.splits);
+            multiply_range<Math, kTiles>(p, low, high, tokens, first + warp, last, kFewWarps, sums);
+        }
+        BK_UNROLL
+        for (int lane = 0; lane < Math::kLanes; ++lane) {
+            BK_UNROLL
+            for (int n = 0; n < kTiles; ++n) {
+                BK_UNROLL
+                for (int c = 0; c < 4; ++c) {
+                    const int row = g + c / 2 * 8, token = 8 * n + 2 * t + c % 2;
+                    const int output = (lane * kFewRows + row) * kTokens + token;
+                    store_shared(4u * static_cast<uint32_t>(warp * kOutputs + output), sums[lane][n][c]);
+                }
+            }
+        }
+        sync_block();
+        BK_UNROLL
+        for (int own = 0; own < kOwn; ++own) {
+            const int output = own * kFewThreads + thread;
+            const int lane = output / (kFewRows * kTokens);
+            const int64_t row = first_row + output / kTokens % kFewRows, n = row + lane * p.weight_rows;
+            const int64_t m = output % kTokens;
+            if (output >= kOutputs || row >= p.weight_rows || n >= p.N || m >= p.M) continue;
+            const uint32_t at = 4u * static_cast<uint32_t>(output);
+            if (kGrouped) {
+                for (int w = 0; w < kFewWarps && round * kFewWarps + w < p.columns; ++w) {
+                    const Sum sum = load_shared<Sum>(at + 4u * static_cast<uint32_t>(w * kOutputs));
+                    totals[own] = add(totals[own], group_term<Math>(p, sum, lane, m, n, round * kFewWarps + w));
+                }
+                if (round == rounds - 1) finish_groups<Math>(p, m, n, totals[own]);
+            } else {
+                Sum sum = load_shared<Sum>(at);
+                BK_UNROLL
+                for (int w = 1; w < kFewWarps; ++w) {
+                    sum += load_shared<Sum>(at + 4u * static_cast<uint32_t>(w * kOutputs));
+                }
+                finish_share<Math>(p, m, n, sum, lane, split);
+            }
+        }
+        if (kGrouped) sync_block();
+    }
+}
+
+}  // namespace bitlab
+
+#endif

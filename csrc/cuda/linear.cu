@@ -1,0 +1,273 @@
+// The linear layers: quantize, multiply, finish; which kernels do it is decided here, from the shape alone.
+#include "activations.cuh"
+#include "gemv.cuh"
+#include "many.cuh"
+#include "matmul.h"
+
+namespace bitlab {
+namespace {
+
+constexpr int64_t kFewTokens = 16;
+constexpr int64_t kAlignment = 256;
+// A share of K that is worth a block of its own, in blocks of 64 columns.
+constexpr int64_t kFewShare = 16, kManyShare = 8;
+constexpr int64_t kMaxSplits = 64;
+
+int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
+
+int64_t aligned_up(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
+
+int64_t weight_rows(bk_cuda_product product, int64_t N) { return product == BK_CUDA_I8_I8 ? N : ceil_div(N, 4); }
+
+// The parts of a workspace, in bytes from its beginning.
+struct Workspace {
+    int64_t x, sums, scale, maxima, partial, bytes;
+};
+
+Workspace lay_out(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64_t scale_columns, const Plan &plan) {
+    const bool integer = product == BK_CUDA_I8_T2 || product == BK_CUDA_I8_I8;
+    const int64_t element = integer ? 1 : product == BK_CUDA_F16_T2 ? 2 : 6;
+    Workspace w;
+    w.x = 0;
+    w.sums = w.x + aligned_up(M * padded_to_64(K) * element);
+    w.scale = w.sums + (integer ? aligned_up(M * (scale_columns ? scale_columns : 1) * 4) : 0);
+    w.maxima = w.scale + (integer ? aligned_up(M * 4) : 0);
+    w.partial = w.maxima + (integer ? aligned_up(kMaxMaxima * 4) : 0);
+    w.bytes = w.partial + (plan.splits > 1 ? aligned_up(plan.splits * M * N * 4) : 0);
+    return w;
+}
+
+template <typename T>
+T *at(void *workspace, int64_t offset) {
+    return reinterpret_cast<T *>(static_cast<uint8_t *>(workspace) + offset);
+}
+
+bool is_vector(const void *x, int32_t type, int64_t stride) { return aligned(x, stride * size_of(type), 16); }
+
+// Queues the quantization of x; maxima is memory for kMaxMaxima values if one scale serves all tokens, else null.
+const char *quantize(const void *x, int32_t x_type, int64_t x_stride, int64_t M, int64_t K, uint32_t *maxima,
+                     QuantizeParams params, void *stream) {
+    params.x = x;
+    params.x_stride = x_stride;
+    params.x_type = x_type;
+    params.x_vector = x_type != BK_CUDA_I8 && is_vector(x, x_type, x_stride);
+    params.K = static_cast<int32_t>(K);
+    params.maxima = maxima;
+    if (maxima) {
+        params.maxima_count = static_cast<int32_t>(M < kMaxMaxima ? M : kMaxMaxima);
+        const AbsmaxParams absmax = {x, x_stride, x_type, params.x_vector, maxima, M, params.K};
+        const char *error = launch(absmax_kernel, Grid{params.maxima_count, 1}, kQuantizeThreads, 128, stream, absmax);
+        if (error) return error;
+    }
+    return launch(quantize_kernel, Grid{M, 1}, kQuantizeThreads, quantize_shared_bytes(K), stream, params);
+}
+
+struct Weights {
+    const void *weight;
+    const float *scale;
+    int64_t scale_rows, scale_columns;
+    const void *bias;
+    int32_t bias_type;
+};
+
+struct Output {
+    void *y;
+    int32_t y_type;
+};
+
+MatmulParams params_of(bk_cuda_product product, const Shape &shape, const Weights &weights, const Output &output) {
+    MatmulParams p = {};
+    p.weight = static_cast<const uint8_t *>(weights.weight);
+    p.weight_rows = weight_rows(product, shape.N);
+    p.weight_vector = aligned(weights.weight, shape.K, 16);
+    p.weight_scale = weights.scale;
+    p.scale_rows = weights.scale_rows == 1 ? 1 : 2;
+    p.columns = static_cast<int32_t>(weights.scale_columns ? weights.scale_columns : 1);
+    p.blocks = static_cast<int32_t>(ceil_div(shape.K, 64));
+    p.group_blocks = p.blocks / p.columns;
+    p.bias = weights.bias;
+    p.bias_type = weights.bias_type;
+    p.y = output.y;
+    p.y_type = output.y_type;
+    p.M = shape.M;
+    p.N = shape.N;
+    p.K = static_cast<int32_t>(shape.K);
+    p.splits = 1;
+    return p;
+}
+
+// One token without groups: one kernel does it all.
+const char *run_gemv(const void *x, int32_t x_type, const MatmulParams &matmul, int multiprocessors, void *stream) {
+    GemvParams p = {matmul, x, x_type, is_vector(x, x_type, 0), 1};
+    // As few warps to a row as still give work to two blocks on every multiprocessor.
+    const int64_t warps = 2 * static_cast<int64_t>(multiprocessors) * kGemvWarps;
+    while (p.team < kGemvWarps && matmul.weight_rows * p.team < warps && matmul.K > 512 * p.team) p.team *= 2;
+    const int64_t blocks = ceil_div(matmul.weight_rows, kGemvWarps / p.team);
+    const Grid grid = {blocks < 2 * multiprocessors ? blocks : 2 * multiprocessors, 1};
+    return launch(gemv_kernel, grid, kGemvThreads, gemv_shared_bytes(matmul.K), stream, p);
+}
+
+int32_t check_linear(const Shape &shape, const Weights &weights, const Output &output, const void *workspace,
+                     int32_t multiprocessors) {
+    BK_CUDA_TRY(check_shape(shape, weights.scale_rows, weights.scale_columns, 64));
+    if (shape.M == 0) return BK_CUDA_OK;
+    if (output.y_type != BK_CUDA_I32) BK_CUDA_TRY(check_tensor(shape, "y", output.y, output.y_type));
+    if (weights.bias) BK_CUDA_TRY(check_tensor(shape, "bias", weights.bias, weights.bias_type));
+    if (multiprocessors < 1) {
+        return fail(BK_CUDA_INVALID_ARGUMENT, "%s: multiprocessors must be at least 1, got %d", shape.op,
+                    multiprocessors);
+    }
+    if (!workspace || !aligned(workspace, 0, kAlignment)) {
+        return fail(BK_CUDA_INVALID_ARGUMENT, "%s: workspace must be aligned to 256 bytes, got %p", shape.op,
+                    workspace);
+    }
+    return BK_CUDA_OK;
+}
+
+// Codes, exact sums, scales: all linear layers with int8 activations, and the product alone.
+int32_t linear_i8(bk_cuda_product product, const Shape &shape, const void *x, int32_t x_type, int64_t x_stride,
+                  const Weights &weights, const Output &output, bool per_tensor, void *workspace, int multiprocessors,
+                  void *stream) {
+    BK_CUDA_TRY(check_linear(shape, weights, output, workspace, multiprocessors));
+    if (shape.M == 0) return BK_CUDA_OK;
+    if (x_type != BK_CUDA_I8) BK_CUDA_TRY(check_tensor(shape, "x", x, x_type));
+    MatmulParams p = params_of(product, shape, weights, output);
+    const bool fused = product == BK_CUDA_I8_T2 && shape.M == 1 && !weights.scale_columns && shape.K <= kGemvMaxK;
+    if (fused && x_type != BK_CUDA_I8) {
+        return launched(shape, run_gemv(x, x_type, p, multiprocessors, stream));
+    }
+    const Plan plan = plan_matmul(product, shape.M, shape.N, shape.K, weights.scale_columns, multiprocessors);
+    const Workspace parts = lay_out(product, shape.M, shape.N, shape.K, weights.scale_columns, plan);
+    QuantizeParams q = {};
+    q.codes = at<int8_t>(workspace, parts.x);
+    q.code_stride = padded_to_64(shape.K);
+    q.code_vector = true;
+    q.sums = at<int32_t>(workspace, parts.sums);
+    q.scale = at<float>(workspace, parts.scale);
+    q.columns = p.columns;
+    uint32_t *maxima = per_tensor ? at<uint32_t>(workspace, parts.maxima) : nullptr;
+    BK_CUDA_TRY(launched(shape, quantize(x, x_type, x_stride, shape.M, shape.K, maxima, q, stream)));
+    p.x = at<uint8_t>(workspace, parts.x);
+    p.x_stride = q.code_stride;
+    p.x_sums = q.sums;
+    p.x_scale = q.scale;
+    p.splits = plan.splits;
+    p.partial = at<uint8_t>(workspace, parts.partial);
+    return launched(shape,
+                    product == BK_CUDA_I8_T2 ? run_ternary_int8(plan, p, stream) : run_int8_int8(plan, p, stream));
+}
+
+}  // namespace
+
+Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64_t scale_columns, int multiprocessors) {
+    Plan plan = {};
+    plan.grouped = scale_columns > 0;
+    plan.few = M <= kFewTokens;
+    const int64_t rows = weight_rows(product, N), blocks = ceil_div(K, 64);
+    int64_t tiles, share;
+    if (plan.few) {
+        const bool one = M <= 8 && (product == BK_CUDA_I8_T2 || product == BK_CUDA_I8_I8);
+        plan.tiles = one ? 1 : 2;
+        tiles = ceil_div(rows, 16);
+        share = kFewShare;
+    } else {
+        // Groups keep totals beside their sums, in registers that wider tiles would need.
+        plan.tiles = plan.grouped || product == BK_CUDA_F32_T2 ? 2
+                     : product == BK_CUDA_F16_T2               ? 4
+                     : product == BK_CUDA_I8_T2 && M <= 64     ? 2
+                                                               : 8;
+        tiles = ceil_div(rows, kManyRows) * ceil_div(M, 16 * plan.tiles);
+        share = kManyShare;
+    }
+    // Group terms are added in order, so groups are never split.
+    const int64_t wanted = plan.grouped ? 1 : 2 * static_cast<int64_t>(multiprocessors) / tiles;
+    plan.splits = static_cast<int>(clamp(wanted, 1, clamp(blocks / share, 1, kMaxSplits)));
+    plan.grid = {tiles, plan.splits};
+    return plan;
+}
+
+}  // namespace bitlab
+
+using namespace bitlab;
+
+extern "C" {
+
+int64_t bk_cuda_linear_workspace(int32_t product, int64_t M, int64_t N, int64_t K, int64_t scale_columns,
+                                 int32_t multiprocessors) {
+    if (M <= 0 || N <= 0 || K <= 0 || multiprocessors < 1) return 0;
+    const auto kind = static_cast<bk_cuda_product>(product);
+    return lay_out(kind, M, N, K, scale_columns, plan_matmul(kind, M, N, K, scale_columns, multiprocessors)).bytes;
+}
+
+int32_t bk_cuda_linear_i8_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
+                             const float *weight_scale, int64_t scale_rows, int64_t scale_columns, const void *bias,
+                             int32_t bias_type, void *y, int32_t y_type, int64_t M, int64_t N, int64_t K,
+                             int32_t per_tensor, void *workspace, int32_t multiprocessors, void *stream) {
+    return linear_i8(BK_CUDA_I8_T2, {"bk_cuda_linear_i8_t2", M, N, K}, x, x_type, x_stride,
+                     {qweight, weight_scale, scale_rows, scale_columns, bias, bias_type}, {y, y_type}, per_tensor != 0,
+                     workspace, multiprocessors, stream);
+}
+
+int32_t bk_cuda_linear_i8_i8(const void *x, int32_t x_type, int64_t x_stride, const int8_t *qweight,
+                             const float *weight_scale, const void *bias, int32_t bias_type, void *y, int32_t y_type,
+                             int64_t M, int64_t N, int64_t K, void *workspace, int32_t multiprocessors, void *stream) {
+    return linear_i8(BK_CUDA_I8_I8, {"bk_cuda_linear_i8_i8", M, N, K}, x, x_type, x_stride,
+                     {qweight, weight_scale, N, 0, bias, bias_type}, {y, y_type}, false, workspace, multiprocessors,
+                     stream);
+}
+
+int32_t bk_cuda_matmul_i8_t2_i32(const int8_t *codes, const uint8_t *qweight, int32_t *acc, int64_t M, int64_t N,
+                                 int64_t K, void *workspace, int32_t multiprocessors, void *stream) {
+    return linear_i8(BK_CUDA_I8_T2, {"bk_cuda_matmul_i8_t2_i32", M, N, K}, codes, BK_CUDA_I8, K,
+                     {qweight, nullptr, 1, 0, nullptr, 0}, {acc, BK_CUDA_I32}, false, workspace, multiprocessors,
+                     stream);
+}
+
+int32_t bk_cuda_linear_float_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
+                                const float *weight_scale, int64_t scale_rows, int64_t scale_columns, const void *bias,
+                                int32_t bias_type, void *y, int32_t y_type, int64_t M, int64_t N, int64_t K,
+                                void *workspace, int32_t multiprocessors, void *stream) {
+    const Shape shape = {"bk_cuda_linear_float_t2", M, N, K};
+    const Weights weights = {qweight, weight_scale, scale_rows, scale_columns, bias, bias_type};
+    BK_CUDA_TRY(check_linear(shape, weights, {y, y_type}, workspace, multiprocessors));
+    if (M == 0) return BK_CUDA_OK;
+    BK_CUDA_TRY(check_tensor(shape, "x", x, x_type));
+    const bk_cuda_product product = x_type == BK_CUDA_F32 ? BK_CUDA_F32_T2 : BK_CUDA_F16_T2;
+    const Plan plan = plan_matmul(product, M, N, K, scale_columns, multiprocessors);
+    const Workspace parts = lay_out(product, M, N, K, scale_columns, plan);
+    MatmulParams p = params_of(product, shape, weights, {y, y_type});
+    const int64_t padded = padded_to_64(K);
+    if (product == BK_CUDA_F16_T2 && K == padded && is_vector(x, x_type, x_stride)) {
+        p.x = static_cast<const uint8_t *>(x);
+        p.x_stride = x_stride * 2;
+    } else {
+        const PlanesParams planes = {
+            x, x_stride, x_type, is_vector(x, x_type, x_stride), at<uint16_t>(workspace, parts.x), M, p.K};
+        BK_CUDA_TRY(launched(shape, launch(planes_kernel, Grid{M, 1}, kQuantizeThreads, 0, stream, planes)));
+        p.x = at<uint8_t>(workspace, parts.x);
+        p.x_stride = padded * 2;
+        p.x_plane = M * padded * 2;
+    }
+    p.splits = plan.splits;
+    p.partial = at<uint8_t>(workspace, parts.partial);
+    return launched(shape, product == BK_CUDA_F32_T2 ? run_ternary_f32(plan, p, stream)
+                                                     : run_ternary_16(plan, p, x_type == BK_CUDA_BF16, stream));
+}
+
+int32_t bk_cuda_quantize_i8(const void *x, int32_t x_type, int64_t x_stride, int8_t *codes, float *scale, int64_t M,
+                            int64_t K, int32_t per_tensor, void *workspace, void *stream) {
+    const Shape shape = {"bk_cuda_quantize_i8", M, 1, K};
+    BK_CUDA_TRY(check_shape(shape, 1, 0, 64));
+    if (M == 0) return BK_CUDA_OK;
+    BK_CUDA_TRY(check_tensor(shape, "x", x, x_type));
+    QuantizeParams q = {};
+    q.codes = codes;
+    q.code_stride = K;
+    q.code_vector = K % 64 == 0 && aligned(codes, K, 8);
+    q.scale = scale;
+    q.columns = 1;
+    uint32_t *maxima = per_tensor ? static_cast<uint32_t *>(workspace) : nullptr;
+    return launched(shape, quantize(x, x_type, x_stride, M, K, maxima, q, stream));
+}
+
+}  // extern "C"

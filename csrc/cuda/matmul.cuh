@@ -1,0 +1,225 @@
+// What the matrix kernels share: how one warp multiplies 64 columns, and what becomes of a sum.
+//
+// Weights are the A operand of mma, tokens are its N. A dot product does not care about the order of K, so lane
+// (g, t) = (lane / 4, lane % 4) takes the 16 bytes at columns 64 b + 16 t of packed rows g and g + 8, and the same
+// columns of token g: every operand comes from memory in 16-byte loads, and no lane needs another's bytes.
+#ifndef BITLAB_CUDA_MATMUL_CUH
+#define BITLAB_CUDA_MATMUL_CUH
+
+#include "types.cuh"
+
+namespace bitlab {
+
+struct MatmulParams {
+    const uint8_t *weight;  // t2: packed rows; int8: rows; K bytes each
+    int64_t weight_rows;    // t2: R; int8: N
+    bool weight_vector;     // every row is aligned to 16 bytes
+    const uint8_t *x;       // tokens: codes or 16-bit planes, rows aligned to 16 bytes, zero from K to the next 64
+    int64_t x_stride;       // bytes from token to token
+    int64_t x_plane;        // bytes from plane to plane
+    const int32_t *x_sums;  // [M, columns]; t2 with codes only
+    const float *x_scale;   // [M]; codes only
+    const float *weight_scale;
+    int32_t scale_rows;    // 1 or N
+    int32_t columns;       // groups of K; 1 without groups
+    int32_t group_blocks;  // 64-column blocks of a group
+    const void *bias;
+    int32_t bias_type;
+    void *y;
+    int32_t y_type;  // a bk_cuda_type
+    int64_t M;
+    int64_t N;
+    int32_t K;
+    int32_t blocks;  // ceil(K / 64)
+    int32_t splits;  // over K; with more than one, sums go to `partial` [splits, M, N] and split_kernel ends the work
+    void *partial;
+};
+
+// Sixteen bytes of a weight row; those past K are zero.
+BK_DEVICE Bytes16 load_weight_16(const uint8_t *row, int32_t k, const MatmulParams &p) {
+    Bytes16 v = {{0, 0, 0, 0}};
+    if (p.weight_vector) return k < p.K ? load_weights(row + k) : v;
+    BK_UNROLL
+    for (int i = 0; i < 16; ++i) {
+        const uint32_t byte = k + i < p.K ? load_global(row + k + i) : 0;
+        v.word[i / 4] |= byte << (8 * (i % 4));
+    }
+    return v;
+}
+
+// Codes times 1, 4, 16 and 64, plus as much, as unsigned bytes: the masks of the four lanes of a packed byte.
+BK_DEVICE uint32_t lane_mask(int lane) { return 0x03030303u << (2 * lane); }
+
+// t2 weights, int8 codes. A block is eight mma: h = 0, 1 takes words 2h and 2h + 1 as A0/A2 (A1/A3 of row g + 8) and
+// B0/B1; a mask makes the same words the A operand of another 16 rows.
+struct TernaryInt8 {
+    using Sum = int32_t;
+    static constexpr bool kIsInteger = true;
+    static constexpr int kLanes = 4;   // rows of weights in a byte
+    static constexpr int kPlanes = 1;  // of x
+    static constexpr int kBytes = 1;   // of an element of a plane
+    static constexpr int kLoads = 1;   // 16-byte loads of x for one token
+    static constexpr int kDepth = 4;   // blocks in flight in the kernel for few tokens
+
+    template <int kTiles>
+    static BK_DEVICE void multiply_block(const Bytes16 &low, const Bytes16 &high, const Bytes16 (&x)[kTiles][kLoads],
+                                         Sum (&sums)[kLanes][kTiles][4]) {
+        BK_UNROLL
+        for (int h = 0; h < 2; ++h) {
+            BK_UNROLL
+            for (int lane = 0; lane < kLanes; ++lane) {
+                const uint32_t mask = lane_mask(lane);
+                const uint32_t a[4] = {low.word[2 * h] & mask, high.word[2 * h] & mask, low.word[2 * h + 1] & mask,
+                                       high.word[2 * h + 1] & mask};
+                BK_UNROLL
+                for (int n = 0; n < kTiles; ++n) {
+                    mma_u8s8(sums[lane][n], a, x[n][0].word[2 * h], x[n][0].word[2 * h + 1]);
+                }
+            }
+        }
+    }
+};
+
+// int8 weights, int8 codes: the same with the bytes as they are.
+struct Int8Int8 {
+    using Sum = int32_t;
+    static constexpr bool kIsInteger = true;
+    static constexpr int kLanes = 1, kPlanes = 1, kBytes = 1, kLoads = 1, kDepth = 4;
+
+    template <int kTiles>
+    static BK_DEVICE void multiply_block(const Bytes16 &low, const Bytes16 &high, const Bytes16 (&x)[kTiles][kLoads],
+                                         Sum (&sums)[kLanes][kTiles][4]) {
+        BK_UNROLL
+        for (int h = 0; h < 2; ++h) {
+            const uint32_t a[4] = {low.word[2 * h], high.word[2 * h], low.word[2 * h + 1], high.word[2 * h + 1]};
+            BK_UNROLL
+            for (int n = 0; n < kTiles; ++n) mma_s8s8(sums[0][n], a, x[n][0].word[2 * h], x[n][0].word[2 * h + 1]);
+        }
+    }
+};
+
+// A code c of two bits under the exponent of 128 (bfloat16) or 1024 (float16) is the number 128 + c or 1024 + c; one
+// packed subtraction leaves c - 1, exactly.
+template <bool kIsBf16>
+BK_DEVICE uint32_t pair_of_codes(uint32_t word, int lane, uint32_t selector) {
+    const uint32_t codes = select_bytes(word >> (2 * lane), 0, selector) & 0x00030003;
+    if (kIsBf16) return fma_bf16x2(codes | 0x43004300, 0x3F803F80, 0xC301C301);  // times 1, minus 129
+    return fma_f16x2(codes | 0x64006400, 0x3C003C00, 0xE401E401);                // times 1, minus 1025
+}
+
+// t2 weights, bfloat16 or float16 tokens, or float32 ones in three bfloat16 planes. A block is four mma of 16 columns:
+// word q holds columns 4 q to 4 q + 3 of a row, the first two are A0 (A1), the others A2 (A3).
+template <bool kIsBf16, int kPlaneCount>
+struct TernaryFloat {
+    using Sum = float;
+    static constexpr bool kIsInteger = false;
+    static constexpr int kLanes = 4, kPlanes = kPlaneCount, kBytes = 2, kLoads = 2 * kPlaneCount;
+    static constexpr int kDepth = kPlaneCount == 1 ? 2 : 1;
+
+    template <int kTiles>
+    static BK_DEVICE void multiply_block(const Bytes16 &low, const Bytes16 &high, const Bytes16 (&x)[kTiles][kLoads],
+                                         Sum (&sums)[kLanes][kTiles][4]) {
+        BK_UNROLL
+        for (int q = 0; q < 4; ++q) {
+            BK_UNROLL
+            for (int lane = 0; lane < kLanes; ++lane) {
+                const uint32_t a[4] = {pair_of_codes<kIsBf16>(low.word[q], lane, 0x4140),
+                                       pair_of_codes<kIsBf16>(high.word[q], lane, 0x4140),
+                                       pair_of_codes<kIsBf16>(low.word[q], lane, 0x4342),
+                                       pair_of_codes<kIsBf16>(high.word[q], lane, 0x4342)};
+                BK_UNROLL
+                for (int n = 0; n < kTiles; ++n) {
+                    // The smallest plane first, so that the most is kept of it.
+                    BK_UNROLL
+                    for (int plane = kPlanes - 1; plane >= 0; --plane) {
+                        const Bytes16 &v = x[n][2 * plane + q / 2];
+                        if (kIsBf16) {
+                            mma_bf16(sums[lane][n], a, v.word[2 * (q % 2)], v.word[2 * (q % 2) + 1]);
+                        } else {
+                            mma_f16(sums[lane][n], a, v.word[2 * (q % 2)], v.word[2 * (q % 2) + 1]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+};
+
+using TernaryBf16 = TernaryFloat<true, 1>;
+using TernaryF16 = TernaryFloat<false, 1>;
+using TernaryF32 = TernaryFloat<true, 3>;
+
+BK_DEVICE int32_t unshift(int32_t sum, int lane) { return sum >> (2 * lane); }
+BK_DEVICE float unshift(float sum, int) { return sum; }
+
+// The value of one group, or of the whole of K without groups: what the mask's factor and the codes' offset added is
+// taken off, exactly.
+template <typename Math>
+BK_DEVICE typename Math::Sum true_sum(const MatmulParams &p, typename Math::Sum sum, int lane, int64_t m, int column) {
+    if (Math::kIsInteger && Math::kLanes == 4) {
+        return unshift(sum, lane) - static_cast<typename Math::Sum>(load_global(p.x_sums + m * p.columns + column));
+    }
+    return sum;
+}
+
+BK_DEVICE void finish_value(const MatmulParams &p, int64_t m, int64_t n, float value) {
+    if (p.bias) value = add(value, load_float(p.bias, p.bias_type, n));
+    store_float(p.y, p.y_type, m * p.N + n, value);
+}
+
+// From a true sum over all of K to the output. The order of the float operations is the specification's.
+BK_DEVICE void finish(const MatmulParams &p, int64_t m, int64_t n, int32_t sum) {
+    if (p.y_type == BK_CUDA_I32) {
+        store_global(static_cast<int32_t *>(p.y) + m * p.N + n, sum);
+        return;
+    }
+    const float scale = load_global(p.weight_scale + (p.scale_rows == 1 ? 0 : n));
+    finish_value(p, m, n, multiply(static_cast<float>(sum), multiply(load_global(p.x_scale + m), scale)));
+}
+BK_DEVICE void finish(const MatmulParams &p, int64_t m, int64_t n, float sum) {
+    finish_value(p, m, n, multiply(sum, load_global(p.weight_scale + (p.scale_rows == 1 ? 0 : n))));
+}
+
+// One group's term of an output.
+template <typename Math>
+BK_DEVICE float group_term(const MatmulParams &p, typename Math::Sum sum, int lane, int64_t m, int64_t n, int column) {
+    const float value = static_cast<float>(true_sum<Math>(p, sum, lane, m, column));
+    return multiply(value, load_global(p.weight_scale + n * p.columns + column));
+}
+
+// From the total of all groups' terms to the output.
+template <typename Math>
+BK_DEVICE void finish_groups(const MatmulParams &p, int64_t m, int64_t n, float total) {
+    finish_value(p, m, n, Math::kIsInteger ? multiply(total, load_global(p.x_scale + m)) : total);
+}
+
+// A sum over this block's share of K: the output, or one term for split_kernel.
+template <typename Math>
+BK_DEVICE void finish_share(const MatmulParams &p, int64_t m, int64_t n, typename Math::Sum sum, int lane, int split) {
+    if (p.splits == 1) {
+        finish(p, m, n, true_sum<Math>(p, sum, lane, m, 0));
+    } else {
+        auto *partial = static_cast<typename Math::Sum *>(p.partial);
+        store_global(partial + (split * p.M + m) * p.N + n, unshift(sum, Math::kLanes == 4 ? lane : 0));
+    }
+}
+
+constexpr int kSplitThreads = 256;
+
+// Adds the shares of K in ascending order, the same bits every run, and finishes the outputs.
+template <typename Math>
+BK_KERNEL(kSplitThreads)
+split_kernel(MatmulParams p) {
+    const auto *partial = static_cast<const typename Math::Sum *>(p.partial);
+    const int64_t outputs = p.M * p.N;
+    for (int64_t i = block_x() * kSplitThreads + thread_x(); i < outputs; i += grid_x() * kSplitThreads) {
+        typename Math::Sum sum = load_global(partial + i);
+        for (int split = 1; split < p.splits; ++split) sum += load_global(partial + split * outputs + i);
+        // Shares are unshifted already: as if of lane 0.
+        finish(p, i / p.N, i % p.N, true_sum<Math>(p, sum, 0, i / p.N, 0));
+    }
+}
+
+}  // namespace bitlab
+
+#endif

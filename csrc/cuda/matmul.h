@@ -1,0 +1,30 @@
+// Which kernel multiplies, and where its memory lies: the host side of few.cuh, many.cuh and matmul.cuh.
+#ifndef BITLAB_CUDA_MATMUL_H
+#define BITLAB_CUDA_MATMUL_H
+
+#include "common.h"
+
+namespace bitlab {
+
+struct MatmulParams;
+
+struct Plan {
+    bool few;   // few_kernel, else many_kernel
+    int tiles;  // kTiles of the kernel
+    bool grouped;
+    int splits;  // over K
+    Grid grid;
+};
+
+// How a product of this shape is computed; a function of the arguments alone.
+Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64_t scale_columns, int multiprocessors);
+
+// Queues the plan's kernels, one for each kind of arithmetic in a file of its own (they take long to compile).
+const char *run_ternary_int8(const Plan &plan, const MatmulParams &params, void *stream);
+const char *run_int8_int8(const Plan &plan, const MatmulParams &params, void *stream);
+const char *run_ternary_16(const Plan &plan, const MatmulParams &params, bool is_bf16, void *stream);
+const char *run_ternary_f32(const Plan &plan, const MatmulParams &params, void *stream);
+
+}  // namespace bitlab
+
+#endif

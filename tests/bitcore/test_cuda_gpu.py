@@ -1,0 +1,95 @@
+"""The CUDA backend on a GPU: the ops against the reference, streams, graphs, devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import bitcore
+from bitcore import reference
+from bitlayers import BitLinear
+
+pytestmark = pytest.mark.gpu
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [
+    (1, 5, 64),
+    (1, 2560, 6912),
+    (7, 67, 200),
+    (16, 640, 2560),
+    (33, 130, 320),
+    (300, 515, 1088),
+]
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_equals_the_reference(
+    gpu: torch.device, shape: tuple[int, int, int], dtype: torch.dtype, granularity: str
+) -> None:
+    tokens, out_features, in_features = shape
+    if granularity == "per_group" and in_features % 64:
+        granularity = "per_channel"
+    latent, x = torch.randn(out_features, in_features), torch.randn(tokens, in_features).to(dtype)
+    qweight, scale = torch.ops.bitlab.pack_weight(latent.to(gpu), granularity, 64)
+    expected_weight = reference.pack_weight(latent, granularity, 64)
+    assert torch.equal(qweight.cpu(), expected_weight[0])
+    assert torch.equal(scale.cpu(), expected_weight[1])
+    bias = torch.randn(out_features)
+    for activation in ("int8_per_token", "int8_per_tensor"):
+        end = (out_features, activation, torch.float32)
+        y = torch.ops.bitlab.linear(x.to(gpu), qweight, scale, bias.to(gpu), *end)
+        assert torch.equal(y.cpu(), reference.linear(x, *expected_weight, bias, *end))
+    y = torch.ops.bitlab.linear(
+        x.to(gpu), qweight, scale, bias.to(gpu), out_features, "float", torch.float32
+    )
+    weight = reference.unpack_weight(*expected_weight, out_features, torch.float64)
+    bound = (x.double().abs() @ weight.abs().t()) * (in_features + 8) * 2.0**-22 + 1e-6
+    assert bool(((y.cpu().double() - x.double() @ weight.t() - bias).abs() <= bound).all())
+
+
+def test_a_layer_moves_to_the_gpu_and_gives_the_same_bits(gpu: torch.device) -> None:
+    layer = BitLinear(320, 130).eval()
+    layer.deploy()
+    x = torch.randn(5, 320)
+    expected = layer(x)
+    assert torch.equal(layer.to(gpu)(x.to(gpu)).cpu(), expected)
+
+
+def test_calls_are_captured_in_a_graph(gpu: torch.device) -> None:
+    x = torch.randn(1, 2560, device=gpu, dtype=torch.bfloat16)
+    latent = torch.randn(6912, 2560, device=gpu)
+    qweight, scale = torch.ops.bitlab.pack_weight(latent, "per_tensor", 0)
+    args = (qweight, scale, None, 6912, "int8_per_token", torch.bfloat16)
+    torch.ops.bitlab.linear(x, *args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = torch.ops.bitlab.linear(x, *args)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(y, torch.ops.bitlab.linear(x, *args))
+
+
+def test_another_stream_and_every_device(gpu: torch.device) -> None:
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        x, latent = torch.randn(3, 192), torch.randn(64, 192)
+        expected = reference.pack_weight(latent, "per_tensor", 0)
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            moved = [tensor.to(device) for tensor in (x, *expected)]
+            y = torch.ops.bitlab.linear(*moved, None, 64, "int8_per_token", torch.float32)
+        stream.synchronize()
+        end = (None, 64, "int8_per_token", torch.float32)
+        assert torch.equal(y.cpu(), reference.linear(x, *expected, *end))
+
+
+def test_gradients_reach_the_input(gpu: torch.device) -> None:
+    x = torch.randn(40, 320, device=gpu, requires_grad=True)
+    qweight, scale = torch.ops.bitlab.pack_weight(
+        torch.randn(130, 320, device=gpu), "per_group", 64
+    )
+    bitcore.ops.linear(x, qweight, scale, None, 130, "int8_per_token").sum().backward()
+    weight = reference.unpack_weight(qweight, scale, 130, torch.float64)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), weight.sum(0).expand(40, -1), rtol=1e-4, atol=1e-4)

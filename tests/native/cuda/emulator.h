@@ -1,0 +1,63 @@
+// Runs a kernel's blocks on the CPU, one after another, and checks what no GPU would tell.
+//
+// A block's threads are fibers. A warp collective (mma, shuffle, sync_warp) waits until all 32 lanes have come to the
+// same line; a block barrier until all threads have. If no fiber can go on, or threads meet at different lines, or one
+// has returned, the launch fails with a text that names them. Every access to global memory must lie in a registered
+// region, be aligned, read bytes that were written, and not meet another thread's write in the same launch. Every
+// access to shared memory is checked for bounds, alignment, bytes never written, cp.async data not yet waited for, and
+// for races: two threads at one byte, one of them writing, with no barrier between them.
+#ifndef BITLAB_TEST_EMULATOR_H
+#define BITLAB_TEST_EMULATOR_H
+
+#include <stdint.h>
+
+#include <functional>
+
+namespace emulator {
+
+constexpr int kLanes = 32;
+
+enum class Op { kMmaU8S8, kMmaS8S8, kMmaBf16, kMmaF16, kShuffleXor, kShuffle, kSyncWarp };
+
+// What a lane brings to a collective and takes from it.
+struct Exchange {
+    uint64_t in[12];
+    uint64_t out[4];
+};
+
+struct Site {
+    const char *file;
+    int line;
+};
+
+struct Indices {
+    int thread;
+    int64_t block_x;
+    int block_y;
+    int64_t grid_x;
+};
+
+const Indices &current();
+
+// Stops the launch; the first text is kept.
+[[noreturn]] void fault(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+void check_global(const void *pointer, uint32_t bytes, bool write, Site site);
+const void *read_shared(uint32_t offset, uint32_t bytes, Site site);
+void *write_shared(uint32_t offset, uint32_t bytes, Site site);
+void copy_async(uint32_t offset, const void *pointer, int valid, Site site);
+void commit_async();
+void wait_async(int open);
+void sync_block(Site site);
+void collective(Op op, Exchange &own, Site site);
+
+// Fills what each lane takes from a collective.
+void exchange(Op op, Exchange *const (&lanes)[kLanes]);
+
+// Returns null, or why the launch failed.
+const char *run(int64_t grid_x, int64_t grid_y, int threads, uint32_t shared_bytes,
+                const std::function<void()> &kernel);
+
+}  // namespace emulator
+
+#endif

@@ -1,0 +1,154 @@
+"""The faults of the mutation test: what is replaced in which file, each found exactly once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One fault.
+
+    Attributes:
+        name: What is wrong.
+        path: The file, from the repository's root.
+        old: What stands there, exactly once; white space counts as one space.
+        new: What is put in its place.
+    """
+
+    name: str
+    path: str
+    old: str
+    new: str
+
+
+def _in(path: str, *faults: tuple[str, str, str]) -> list[Mutation]:
+    return [Mutation(name, path, old, new) for name, old, new in faults]
+
+
+BARRIER = "sync_block();"
+MUTATIONS = [
+    *_in(
+        "csrc/cuda/matmul.cuh",
+        ("wrong mask", "0x03030303u << (2 * lane)", "0x03030303u << (2 * (lane ^ 1))"),
+        (
+            "wrong fragment index of A",
+            "low.word[2 * h] & mask, high.word[2 * h] & mask, low.word[2 * h + 1] & mask,",
+            "low.word[2 * h] & mask, low.word[2 * h + 1] & mask, high.word[2 * h] & mask,",
+        ),
+        (
+            "wrong fragment index of B",
+            "mma_u8s8(sums[lane][n], a, x[n][0].word[2 * h], x[n][0].word[2 * h + 1])",
+            "mma_u8s8(sums[lane][n], a, x[n][0].word[2 * h + 1], x[n][0].word[2 * h])",
+        ),
+        (
+            "wrong fragment index of int8 weights",
+            "{low.word[2 * h], high.word[2 * h],",
+            "{high.word[2 * h], low.word[2 * h],",
+        ),
+        ("wrong shift of a lane", "return sum >> (2 * lane)", "return sum >> lane"),
+        ("offset of the codes left in", "unshift(sum, lane) - static_cast", "unshift(sum, lane) + static_cast"),
+        (
+            "wrong order of the scales",
+            "multiply(static_cast<float>(sum), multiply(load_global(p.x_scale + m), scale))",
+            "multiply(multiply(static_cast<float>(sum), load_global(p.x_scale + m)), scale)",
+        ),
+        (
+            "wrong order of the shares of K",
+            "load_global(partial + i); for (int split = 1; split < p.splits; ++split) sum += load_global(partial + split * outputs + i);",
+            "load_global(partial + (p.splits - 1) * outputs + i); for (int split = p.splits - 2; split >= 0; --split) sum += load_global(partial + split * outputs + i);",
+        ),
+        ("no end of K", "return k < p.K ? load_weights(row + k) : v;", "return load_weights(row + k);"),
+        ("no end of K in misaligned rows", "k + i < p.K ? load_global(row + k + i) : 0", "load_global(row + k + i)"),
+        ("wrong number taken from codes", "0xC301C301", "0xC300C300"),
+        ("wrong number taken from codes, float16", "0xE401E401", "0xE400E400"),
+        (
+            "wrong columns of float fragments",
+            "x[n][2 * plane + q / 2]",
+            "x[n][2 * plane + q % 2]",
+        ),
+        (
+            "wrong bytes of float fragments",
+            "const uint32_t codes = select_bytes(word >> (2 * lane), 0, selector) & 0x00030003;",
+            "const uint32_t codes = select_bytes(word >> (2 * lane), 0, selector ^ 0x0101) & 0x00030003;",
+        ),
+        ("group's scale of another group", "n * p.columns + column));", "n * p.columns));"),
+    ),
+    *_in(
+        "csrc/cuda/few.cuh",
+        ("missing barrier before the sums are read", f"{BARRIER} BK_UNROLL for (int own = 0;", "BK_UNROLL for (int own = 0;"),
+        ("missing barrier before the next groups", f"if (kGrouped) {BARRIER}", ""),
+        (
+            "no end of the rows",
+            "(first_row + g + 8 < most ? first_row + g + 8 : most)",
+            "(first_row + g + 8)",
+        ),
+        ("no end of the tokens", "(8 * n + g < p.M ? 8 * n + g : p.M - 1)", "(8 * n + g)"),
+        ("a warp's blocks counted twice", "first + warp, last, kFewWarps, sums", "first + warp, last, 1, sums"),
+        ("wrong row of a sum", "row = g + c / 2 * 8, token = 8 * n + 2 * t + c % 2;", "row = g + c % 2 * 8, token = 8 * n + 2 * t + c / 2;"),
+        (
+            "wrong order of the groups",
+            "const Sum sum = load_shared<Sum>(at + 4u * static_cast<uint32_t>(w * kOutputs)); totals[own] = add(totals[own], group_term<Math>(p, sum, lane, m, n, round * kFewWarps + w));",
+            "const int v = (kFewWarps < p.columns - round * kFewWarps ? kFewWarps : p.columns - round * kFewWarps) - 1 - w; const Sum sum = load_shared<Sum>(at + 4u * static_cast<uint32_t>(v * kOutputs)); totals[own] = add(totals[own], group_term<Math>(p, sum, lane, m, n, round * kFewWarps + v));",
+        ),
+        ("outputs past the end written", "row >= p.weight_rows || n >= p.N", "row >= p.weight_rows"),
+    ),
+    *_in(
+        "csrc/cuda/many.cuh",
+        ("missing barrier in the pipeline", f"wait_async<kStages - 2>(); {BARRIER}", "wait_async<kStages - 2>();"),
+        ("one copy too few waited for", "wait_async<kStages - 2>()", "wait_async<kStages - 1>()"),
+        ("stage filled while it is read", "stage == 0 ? kStages - 1 : stage - 1", "stage"),
+        ("no swizzle", "chunk ^ (token & 1)", "chunk ^ (token & 0)"),
+        ("no end of the tokens", "first_token + token < p.M ? first_token + token : p.M - 1", "first_token + token"),
+        ("no end of K", "k < p.K ? from + k : from, k < p.K ? 16 : 0", "from + k, 16"),
+        ("wrong row of a fragment", "(row + 8) * 64", "(row + 4) * 64"),
+        ("wrong row of a sum", "warp / 2 * 16 + g + c / 2 * 8", "warp / 2 * 16 + g + c % 2 * 8"),
+        ("wrong end of a group", "++in_group == p.group_blocks", "++in_group > p.group_blocks"),
+        ("last block of a share left out", "static_cast<int64_t>(p.blocks) * (split + 1) / p.splits)", "static_cast<int64_t>(p.blocks) * (split + 1) / p.splits - 1)"),
+    ),
+    *_in(
+        "csrc/cuda/gemv.cuh",
+        ("missing barrier before the sums are read", f"a); {BARRIER}", "a);"),
+        ("sums overwritten while they are read", "set ^= 1;", ""),
+        ("wrong lane of a sum", "2 * (lane & 1) + (lane >> 1 & 1)", "2 * (lane >> 1 & 1) + (lane & 1)"),
+        ("codes not padded", "k < padded; k += kGemvThreads * 8", "k < p.K - 8; k += kGemvThreads * 8"),
+        ("no end of the rows", "load_part(p, row < p.weight_rows ? row : p.weight_rows - 1, first_k", "load_part(p, row, first_k"),
+        ("next row's bytes not loaded", "if (next_row < p.weight_rows) part =", "if (next_row < 0) part ="),
+    ),
+    *_in(
+        "csrc/cuda/activations.cuh",
+        ("codes cut off, not rounded", "by.finite ? round_even(value) : 0", "by.finite ? static_cast<int32_t>(value) : 0"),
+        ("one rounding more", "return {divide(127.0f, m),", "return {multiply(127.0f, divide(1.0f, m)),"),
+        ("sum of half the columns", "sum += shuffle_xor(sum, 4);", ""),
+        ("missing barrier before the sums", f"if (!p.sums) return; {BARRIER}", "if (!p.sums) return;"),
+        ("codes past the row written", "if (k < padded) store_global(reinterpret_cast<Bytes8 *>", "store_global(reinterpret_cast<Bytes8 *>"),
+        ("a plane not taken off", "values[i] = add(values[i], -bits_float(low));", ""),
+    ),
+    *_in(
+        "csrc/cuda/types.cuh",
+        ("largest of half the lanes", "int mask = 16; mask > 0; mask /= 2) { const", "int mask = 8; mask > 0; mask /= 2) { const"),
+        ("no end of a row", "index + i < count ? load_float(row, type, index + i) : 0.0f", "load_float(row, type, index + i)"),
+    ),
+    *_in(
+        "csrc/cuda/gradient.cuh",
+        ("missing barrier after the tiles are written", f"}} }} }} {BARRIER} if (passes", "} } } if (passes"),
+        ("missing barrier before the next tiles", f"}} {BARRIER} }} }} const float scale", "} } } const float scale"),
+        ("wrong lanes of a byte", "pair_of_lanes<kIsBf16>(near, 2)", "pair_of_lanes<kIsBf16>(near, 0)"),
+        ("wrong column of a tile", "c / 2 * 32 + 4 * g + j", "c / 2 * 32 + 4 * j + g"),
+        ("scale of another group", "n * p.columns + group", "n * p.columns"),
+        ("outputs past the end read", "first_row + row < p.rows && n < p.N && m < p.M", "m < p.M"),
+    ),
+    *_in(
+        "csrc/cuda/weights.cuh",
+        ("chains added in another order", "lane / kChains * kChains + l)", "lane / kChains * kChains + kChains - l)"),
+        ("rows added in another order", "load_shared<double>(8 * i)", "load_shared<double>(8 * ((p.parts < kWeightThreads ? static_cast<uint32_t>(p.parts) : kWeightThreads) - 1 - i))"),
+        ("missing barrier of the rows' sums", f"load_global(p.sums + row)); {BARRIER}", "load_global(p.sums + row));"),
+        ("padding written as another code", "uint32_t code = 1;", "uint32_t code = 0;"),
+        ("ties rounded up", "ratio > 0.5f ? 2", "ratio >= 0.4999f ? 2"),
+    ),
+    *_in(
+        "tests/native/cuda/fragments.h",
+        ("wrong fragment table of A", "((i / 4) % 2) * 8, in_group * 4 + i % 4 + (i / 8) * 16", "(i / 8) * 8, in_group * 4 + i % 4 + ((i / 4) % 2) * 16"),
+        ("wrong fragment table of C", "lane / 4 + (i / 2) * 8, (lane % 4) * 2 + i % 2", "lane / 4 + (i % 2) * 8, (lane % 4) * 2 + i / 2"),
+    ),
+]  # fmt: skip

@@ -1,0 +1,163 @@
+"""One call of every kernel at the shapes where it can go wrong: what the mutation test runs."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from bitcore import pack_ternary, reference
+from bitcore.errors import BitLabError
+from tests.native.cuda.host import CONFLICTS, HostKernels
+from tests.native.cuda.test_emulator import documented
+
+# Tokens, outputs, inputs: one token fused; one and two tiles; many tokens, narrow and wide.
+SHAPES = [
+    (1, 70, 1008),
+    (1, 300, 1008),
+    (2, 9, 31),
+    (3, 70, 176),
+    (11, 70, 640),
+    (20, 130, 320),
+    (70, 70, 112),
+]
+
+
+def ordered_shares(kernels: HostKernels, tokens: int) -> tuple[Tensor, Tensor]:
+    """Shares of K whose float32 sum is 1 in ascending order and 0 in any other."""
+    kernels.multiprocessors = 132
+    in_features = 64 * 16 * 3
+    x = torch.zeros(tokens, in_features, dtype=torch.bfloat16)
+    x[:, 0], x[:, in_features // 2], x[:, -1] = 2.0**25, -(2.0**25), 1.0
+    qweight = pack_ternary(torch.ones(1, in_features, dtype=torch.int8))
+    y = kernels.linear(x, qweight, torch.ones(1), None, 1, "float", torch.float32)
+    kernels.multiprocessors = 4
+    return y, torch.ones(tokens, 1)
+
+
+def tied_tokens() -> Tensor:
+    """Tokens whose elements lie halfway between two codes: one rounding more changes a code."""
+    most = torch.rand(64, 1) + 1.0
+    return torch.cat([most, most * (torch.arange(126) + 0.5) / 127.0], dim=1)
+
+
+def uneven_weight() -> Tensor:
+    """A row whose float64 sum is halfway between two float32 numbers only in ascending order."""
+    return torch.tensor([[0.0, 2.0**53, 2.0**29] + [1.0] * 13])
+
+
+def pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+    """Calls that give a result and what it must be: integers and int8 layers exactly."""
+    for tokens, out_features, in_features in SHAPES:
+        bias = torch.randn(out_features)
+        x = torch.randn(tokens, in_features)
+        codes = torch.randint(-128, 128, (tokens, in_features), dtype=torch.int8)
+        latent = torch.randn(out_features, in_features)
+        weight = torch.randint(-127, 128, (out_features, in_features), dtype=torch.int8)
+        grouped = ["per_group"] if in_features % 64 == 0 else []
+        for granularity in ("per_tensor", "per_channel", *grouped):
+            packed, scale = reference.pack_weight(latent, granularity, 64)
+
+            def layer(
+                activation: str,
+                x: Tensor = x,
+                packed: Tensor = packed,
+                scale: Tensor = scale,
+                bias: Tensor = bias,
+                count: int = out_features,
+            ) -> tuple[Tensor, Tensor]:
+                args = (x, packed, scale, bias, count, activation, torch.float32)
+                return kernels.linear(*args), reference.linear(*args)
+
+            def packing(
+                granularity: str = granularity,
+                latent: Tensor = latent,
+                packed: Tensor = packed,
+                scale: Tensor = scale,
+            ) -> tuple[Tensor, Tensor]:
+                ours = kernels.pack_weight(latent, granularity, 64)
+                flat = [ours[0].flatten().float(), ours[1].flatten()]
+                return torch.cat(flat), torch.cat([packed.flatten().float(), scale.flatten()])
+
+            def unpacking(
+                packed: Tensor = packed, scale: Tensor = scale, count: int = out_features
+            ) -> tuple[Tensor, Tensor]:
+                args = (packed, scale, count, torch.float32)
+                return kernels.unpack_weight(*args), reference.unpack_weight(*args)
+
+            yield lambda layer=layer: layer("int8_per_token")
+            yield lambda layer=layer: layer("int8_per_tensor")
+            yield packing
+            yield unpacking
+        yield lambda c=codes, q=packed, n=out_features: (
+            kernels.matmul(c, q, n),
+            reference.matmul(c, q, n),
+        )
+        yield lambda x=x, w=weight, b=bias: (
+            kernels.linear_int8(x, w, b.abs(), b, torch.bfloat16),
+            reference.linear_int8(x, w, b.abs(), b, torch.bfloat16),
+        )
+    ties, uneven = tied_tokens(), uneven_weight()
+    yield lambda: (
+        kernels.quantize_activation(ties, False)[0],
+        reference.quantize_activation(ties, False)[0],
+    )
+    for weight in (uneven, uneven.t().contiguous()):
+        yield lambda w=weight: (
+            kernels.pack_weight(w, "per_tensor", 0)[1],
+            reference.pack_weight(w, "per_tensor", 0)[1],
+        )
+    yield lambda: ordered_shares(kernels, 3)
+    yield lambda: ordered_shares(kernels, 20)
+
+
+def float_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+    """Calls whose sums are floats, and their float64 values."""
+    for tokens, out_features, in_features in SHAPES[1:]:
+        latent = torch.randn(out_features, in_features)
+        granularity = "per_group" if in_features % 64 == 0 else "per_channel"
+        for kind in (granularity, "per_tensor"):
+            packed, scale = reference.pack_weight(latent, kind, 64)
+            weight = reference.unpack_weight(packed, scale, out_features, torch.float64)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                x = torch.randn(tokens, in_features).to(dtype)
+                dy = torch.randn(tokens, out_features).to(dtype)
+                yield lambda x=x, q=packed, s=scale, w=weight, n=out_features: (
+                    kernels.linear(x, q, s, None, n, "float", torch.float32),
+                    x.double() @ w.t(),
+                )
+                if dtype != torch.bfloat16:
+                    yield lambda dy=dy, q=packed, s=scale, w=weight, n=out_features: (
+                        kernels.input_gradient(dy, q, s, n, torch.float32),
+                        dy.double() @ w,
+                    )
+
+
+def first_failure(library: ctypes.CDLL) -> str | None:
+    """Returns the first wrong result or what the emulator reports first; None if all is right."""
+    torch.manual_seed(0)
+    for k in (32, 16):
+        for operand, elements in ((0, 16 if k == 32 else 8), (1, 8 if k == 32 else 4), (2, 4)):
+            for lane in range(32):
+                for i in range(elements):
+                    if library.bk_emulator_place(k, operand, lane, i) != documented(
+                        k, operand, lane, i
+                    ):
+                        return f"element {i} of lane {lane} is not where the PTX ISA says"
+    kernels = HostKernels(library)
+    library.bk_emulator_order(1)
+    try:
+        for calls, exact in ((pairs(kernels), True), (float_pairs(kernels), False)):
+            for call in calls:
+                ours, expected = call()
+                if kernels.count(CONFLICTS):
+                    return "bank conflicts"
+                if exact and not torch.equal(ours, expected):
+                    return f"{ours.flatten()[:2]} is not {expected.flatten()[:2]}"
+                if not torch.allclose(ours.double(), expected.double(), rtol=2e-5, atol=2e-5):
+                    return f"floats differ by {(ours - expected).abs().max():.3g}"
+    except BitLabError as error:
+        return str(error)
+    return None
