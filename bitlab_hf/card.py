@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bitcore.config import BitQuantConfig
 from bitlab_hf.replace import quantized_layers
+from bitlayers.int8 import Int8Rows
 
 INSTALL = "pip install bitlab-hf"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -31,6 +32,11 @@ def model_card(model: PreTrainedModel, title: str) -> str:
     layers = [found.module for found in quantized_layers(model)]
     packed = {id(layer.qweight): layer.in_features * layer.out_features for layer in layers}
     ternary = sum(packed.values())
+    int8 = {
+        id(module.qweight): module.qweight.numel()
+        for module in model.modules()
+        if isinstance(module, Int8Rows)
+    }
     floats = {id(p): p.numel() for p in model.parameters() if p.is_floating_point()}
     schemes = Counter(_scheme(layer.quant_config) for layer in layers)
     architectures = getattr(model.config, "architectures", None) or [type(model).__name__]
@@ -60,7 +66,8 @@ def model_card(model: PreTrainedModel, title: str) -> str:
         "## What is in it",
         "| | |\n|---|---|\n"
         f"| ternary weights | {ternary:,} in {len(packed)} matrices |\n"
-        f"| other parameters | {sum(floats.values()):,}, {_dtypes(model)} |\n"
+        + (f"| output head, int8 | {sum(int8.values()):,} |\n" * bool(int8))
+        + f"| other parameters | {sum(floats.values()):,}, {_dtypes(model)} |\n"
         + "\n".join(f"| {count} layers | {scheme} |" for scheme, count in schemes.items()),
     ]
     return "\n\n".join(lines) + "\n"

@@ -115,7 +115,7 @@ class CudaKernels:
         return torch.empty(size, dtype=torch.uint8, device=device)
 
     def has_invalid_code(self, qweight: Tensor) -> bool:
-        """See `bitcore.reference.has_invalid_code`; a file is scanned once, torch is fast enough."""
+        """See `bitcore.reference.has_invalid_code`: run once a file, so torch will do."""
         return reference.has_invalid_code(qweight)
 
     def pack_weight(

@@ -36,6 +36,16 @@ def test_card_of_a_deployed_model(source: Path, tmp_path: Path) -> None:
     assert 'AutoModelForCausalLM.from_pretrained("deployed")' in card.text
 
 
+def test_card_counts_an_int8_head_once(source: Path) -> None:
+    config = BitLabConfig(mode="infer", head="int8")
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    assert f"| output head, int8 | {97 * 64:,} |" in model_card(model, "x")
+    kept = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=BitLabConfig(mode="infer")
+    )
+    assert "head, int8" not in model_card(kept, "x")
+
+
 def test_base_model_of_the_hub(source: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         source, quantization_config=BitLabConfig(mode="infer", activation_dtype="float32")
