@@ -123,17 +123,6 @@ def read_checkpoint(
     return Checkpoint(tensors, layers)
 
 
-def safetensors_keys(files: list[str] | None) -> list[str] | None:
-    """Returns the keys of a checkpoint's files; None if they are not safetensors."""
-    if not files or not all(str(file).endswith(".safetensors") for file in files):
-        return None
-    keys: list[str] = []
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            keys.extend(handle.keys())
-    return keys
-
-
 class _Renamer:
     """Names checkpoint keys as transformers does when it loads them."""
 

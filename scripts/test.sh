@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The checks and the tests, from a bare clone: makes a virtual environment and runs them in it.
-#   scripts/test.sh [pytest's arguments]
+#   scripts/test.sh [pytest's arguments]     (-m ci: what takes long, which .ci/run runs besides)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/environment.sh dev
@@ -10,4 +10,4 @@ bin=$(cd "${BITLAB_VENV:-.venv}/bin" && pwd)
 "$bin/clang-format" --dry-run --Werror $(git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh')
 "$bin/mypy"
 "$bin/lint-imports"
-exec "$bin/pytest" "$@"
+exec "$bin/pytest" -m "not ci" "$@"

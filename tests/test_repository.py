@@ -112,7 +112,7 @@ def test_cuda_library_exports_its_contract_only() -> None:
     assert not any(word in name for name in needed for word in ("torch", "stdc++", "cudart"))
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_wheel(tmp_path: Path) -> None:
     """One wheel for every Python 3, with the library and the demo model, and no trace of us."""
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT]

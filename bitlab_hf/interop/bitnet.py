@@ -13,6 +13,7 @@ import re
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
@@ -22,7 +23,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod
 
 from bitcore.errors import ArgumentError, ArgumentTypeError, CheckpointError, ConfigError
-from bitlab_hf.checkpoint import Checkpoint, TensorHeader, read_checkpoint, safetensors_keys
+from bitlab_hf.checkpoint import Checkpoint, TensorHeader, read_checkpoint
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.quantizer import BitLabHfQuantizer, mark_quantized
 from bitlab_hf.replace import Found, find_modules, quantized_layers
@@ -85,6 +86,17 @@ class BitNetSource(BitLabConfig):
         return BitLabConfig(**fields)
 
 
+def _safetensors_keys(files: list[str] | None) -> list[str] | None:
+    """Returns the keys of a checkpoint's files; None if they are not safetensors."""
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        return None
+    keys: list[str] = []
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            keys.extend(handle.keys())
+    return keys
+
+
 class BitNetQuantizer(BitLabHfQuantizer):
     """Loads what a bitnet file holds into BitLab's layers."""
 
@@ -96,7 +108,7 @@ class BitNetQuantizer(BitLabHfQuantizer):
         self._renamings: list[WeightRenaming] = []
 
     def _read_checkpoint(self, model: PreTrainedModel, files: list[str] | None) -> Checkpoint:
-        keys = safetensors_keys(files)
+        keys = _safetensors_keys(files)
         if keys is None:
             raise CheckpointError(
                 "load_bitnet: the checkpoint must be safetensors files, got others\n"

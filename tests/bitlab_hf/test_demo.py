@@ -85,7 +85,7 @@ def test_the_shipped_model() -> None:
     assert measure_perplexity(model.float(), blocks).value < 20
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_short_run_through_the_command_line(tmp_path: Path) -> None:
     output = tmp_path / "out"
     done = run("demo", "--tokens", "20000", "--quick", "--output", str(output), "--json")

@@ -19,6 +19,8 @@ from bitlab_hf import BitLabConfig, push, save
 from tests.bitlab_hf.interop.hub_server import TOKEN, Hub, serve
 from tests.bitlab_hf.interop.stock import ROOT
 
+pytestmark = pytest.mark.ci
+
 DEMO = ROOT / "bitlab_hf/demo/model"
 # The client reads its settings when it is imported, so it runs in a process of its own.
 LOAD = """
