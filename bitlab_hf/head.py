@@ -60,6 +60,7 @@ def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
     try:
         found: nn.Module | None = model.get_input_embeddings()
     except NotImplementedError:
+        # transformers' way to say that a model has none.
         return None
     return found
 

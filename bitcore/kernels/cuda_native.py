@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 
-from bitcore.errors import BackendError
-from bitcore.kernels.native import LIBRARY_DIRECTORY_VARIABLE, library_path
+from bitcore.kernels.native import Signatures, declare, load_library
 
 CUDA_ABI_VERSION = 1
 INVALID_ARGUMENT = 1
 
 # name: (result, arguments); pointers are c_void_p. A test compares this with bitkernels_cuda.h.
-CUDA_SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
+CUDA_SIGNATURES: Signatures = {
     "bk_cuda_abi_version": (c_int32, ()),
     "bk_cuda_last_error": (c_char_p, ()),
     "bk_cuda_architectures": (c_char_p, ()),
@@ -75,24 +74,8 @@ CUDA_SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
 
 
 def declare_cuda_functions(library: ctypes.CDLL) -> None:
-    """Declares the functions of a loaded library.
-
-    Raises:
-        BackendError: A function is missing, or the library has another ABI version.
-    """
-    try:
-        for name, (result, arguments) in CUDA_SIGNATURES.items():
-            function = getattr(library, name)
-            function.restype = result
-            function.argtypes = arguments
-    except AttributeError as error:
-        raise BackendError(f"libbitkernels_cuda cannot be loaded: {error}") from error
-    version = library.bk_cuda_abi_version()
-    if version != CUDA_ABI_VERSION:
-        raise BackendError(
-            f"libbitkernels_cuda must have ABI version {CUDA_ABI_VERSION}, got {version}; "
-            "rebuild it with `pip install .`"
-        )
+    """Declares the functions of a loaded library; see `bitcore.kernels.native.declare`."""
+    declare(library, CUDA_SIGNATURES, "bk_cuda_abi_version", CUDA_ABI_VERSION)
 
 
 def load_cuda_library() -> ctypes.CDLL:
@@ -101,15 +84,6 @@ def load_cuda_library() -> ctypes.CDLL:
     Raises:
         BackendError: The library is missing, cannot be loaded, or has another ABI version.
     """
-    path = library_path("bitkernels_cuda")
-    if not path.is_file():
-        raise BackendError(
-            f"libbitkernels_cuda is not installed (looked for {path}); build it with "
-            f"`pip install .` where nvcc is, or name its folder in {LIBRARY_DIRECTORY_VARIABLE}"
-        )
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BackendError(f"{path} cannot be loaded: {error}") from error
+    library = load_library("bitkernels_cuda", "`pip install .` where nvcc is")
     declare_cuda_functions(library)
     return library

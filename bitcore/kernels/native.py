@@ -17,8 +17,10 @@ ABI_VERSION = 3
 LIBRARY_DIRECTORY_VARIABLE = "BITLAB_LIBRARY_DIR"
 ISA_VARIABLE = "BITLAB_CPU_ISA"
 
-# name: (result, arguments); pointers are c_void_p. A test compares this with bitkernels.h.
-CPU_SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
+# name: (result, arguments)
+Signatures = dict[str, tuple[type, tuple[type, ...]]]
+# Pointers are c_void_p. A test compares this with bitkernels.h.
+CPU_SIGNATURES: Signatures = {
     "bk_cpu_abi_version": (c_int32, ()),
     "bk_cpu_last_error": (c_char_p, ()),
     "bk_cpu_supported_isas": (c_char_p, ()),
@@ -75,30 +77,55 @@ def library_path(name: str) -> Path:
     return next((path for path in paths if path.is_file()), paths[0])
 
 
+def load_library(name: str, how: str) -> ctypes.CDLL:
+    """Opens a native library.
+
+    Args:
+        name: Without ``lib`` and ``.so``.
+        how: How to build it, for the message.
+
+    Raises:
+        BackendError: The library is missing or cannot be opened.
+    """
+    path = library_path(name)
+    if not path.is_file():
+        raise BackendError(
+            f"lib{name} is not installed (looked for {path}); build it with {how}, "
+            f"or name its folder in {LIBRARY_DIRECTORY_VARIABLE}"
+        )
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendError(f"{path} cannot be loaded: {error}") from error
+
+
+def declare(library: ctypes.CDLL, signatures: Signatures, abi_function: str, version: int) -> None:
+    """Declares the functions of a library.
+
+    Raises:
+        BackendError: A function is missing, or the library has another ABI version.
+    """
+    path = library._name
+    try:
+        for name, (result, arguments) in signatures.items():
+            function = getattr(library, name)
+            function.restype = result
+            function.argtypes = arguments
+    except AttributeError as error:
+        raise BackendError(f"{path} cannot be loaded: {error}") from error
+    found = getattr(library, abi_function)()
+    if found != version:
+        raise BackendError(
+            f"{path} must have ABI version {version}, got {found}; rebuild it with `pip install .`"
+        )
+
+
 def load_cpu_library() -> ctypes.CDLL:
     """Loads libbitkernels_cpu and declares its functions.
 
     Raises:
         BackendError: The library is missing, cannot be loaded, or has another ABI version.
     """
-    path = library_path("bitkernels_cpu")
-    if not path.is_file():
-        raise BackendError(
-            f"libbitkernels_cpu is not installed (looked for {path}); build it "
-            f"with `pip install .` or name its folder in {LIBRARY_DIRECTORY_VARIABLE}"
-        )
-    try:
-        library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in CPU_SIGNATURES.items():
-            function = getattr(library, name)
-            function.restype = result
-            function.argtypes = arguments
-    except (OSError, AttributeError) as error:
-        raise BackendError(f"{path} cannot be loaded: {error}") from error
-    version = library.bk_cpu_abi_version()
-    if version != ABI_VERSION:
-        raise BackendError(
-            f"{path} must have ABI version {ABI_VERSION}, got {version}; "
-            "rebuild it with `pip install .`"
-        )
+    library = load_library("bitkernels_cpu", "`pip install .`")
+    declare(library, CPU_SIGNATURES, "bk_cpu_abi_version", ABI_VERSION)
     return library
