@@ -137,26 +137,6 @@ def test_import_torch_loads_nothing_else() -> None:
     assert not ours & {"bitcore", "bitlayers", "bitlab_hf", "transformers", "numpy", "rich"}
 
 
-def test_cost_at_import_torch() -> None:
-    """The entry point's import and call take less than a millisecond, in a process like a user's.
-
-    The least of fifty, since other processes may hold the CPU.
-    """
-    script = """
-import importlib, sys, time, torch
-seconds = []
-for _ in range(50):
-    del sys.modules["bitlab_autoload"]
-    started = time.perf_counter()
-    importlib.import_module("bitlab_autoload").install()
-    seconds.append(time.perf_counter() - started)
-print(min(seconds))
-"""
-    done = run("-c", script)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1e-3
-
-
 def test_it_is_installed() -> None:
     entries = importlib.metadata.entry_points(group="torch.backends", name="bitlab")
     assert [entry.value for entry in entries] == ["bitlab_autoload:install"]
