@@ -1,8 +1,10 @@
 """BitLab's core: the packed format, the arithmetic, the torch ops and their kernels."""
 
 from bitcore import ops as ops
+from bitcore import ops_qat as ops_qat
 from bitcore.config import BitQuantConfig
 from bitcore.errors import BitLabError
+from bitcore.estimators import register_estimator
 from bitcore.kernels import BackendInfo, backends, use_backend
 from bitcore.packing import pack_ternary, unpack_ternary
 
@@ -12,6 +14,7 @@ __all__ = [
     "BitQuantConfig",
     "backends",
     "pack_ternary",
+    "register_estimator",
     "unpack_ternary",
     "use_backend",
 ]

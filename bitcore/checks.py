@@ -75,9 +75,13 @@ def check_packed(op: str, qweight: Tensor, weight_scale: Tensor | None, out_feat
         )
     if weight_scale is None:
         return
-    check_dtype(op, "weight_scale", weight_scale, torch.float32)
-    in_features = qweight.shape[1]
-    shape = weight_scale.shape
+    check_scale(op, "weight_scale", weight_scale, out_features, qweight.shape[1])
+
+
+def check_scale(op: str, name: str, scale: Tensor, out_features: int, in_features: int) -> None:
+    """Checks the shape of scales or steps: float32 [1], [N] or [N, K / G], G a multiple of 64."""
+    check_dtype(op, name, scale, torch.float32)
+    shape = scale.shape
     if len(shape) == 1 and (shape[0] == 1 or shape[0] == out_features):
         return
     if len(shape) == 2 and shape[0] == out_features:
@@ -85,7 +89,7 @@ def check_packed(op: str, qweight: Tensor, weight_scale: Tensor | None, out_feat
         if columns > 0 and in_features % columns == 0 and in_features // columns % 64 == 0:
             return
     raise ArgumentError(
-        f"{op}: weight_scale must be [1], [{out_features}] or [{out_features}, {in_features} / "
+        f"{op}: {name} must be [1], [{out_features}] or [{out_features}, {in_features} / "
         f"group size] with groups of a multiple of 64, got {list(shape)}"
     )
 

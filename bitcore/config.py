@@ -1,4 +1,4 @@
-"""How one layer is quantized: a frozen, validated dataclass without any dependency."""
+"""How one layer is quantized: a frozen, validated dataclass."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from bitcore.errors import ConfigError
+from bitcore.estimators import get_estimator
 
 ALLOWED: dict[str, tuple[object, ...]] = {
     "activation_dtype": ("int8", "float32"),
     "activation_granularity": ("per_token", "per_tensor", "per_channel"),
     "weight_granularity": ("per_tensor", "per_channel", "per_group"),
     "group_size": (None, 64, 128),
-    "weight_quantizer": ("absmean",),
 }
 
 
@@ -29,7 +29,9 @@ class BitQuantConfig:
             batch, on padding and on the cache).
         weight_granularity: One scale for the matrix, a row, or a group of ``group_size`` inputs.
         group_size: 64 or 128 with ``"per_group"``, which must divide in_features; else None.
-        weight_quantizer: ``"absmean"``, the only one so far.
+        weight_quantizer: The estimator of steps and scales: ``"absmean"`` (BitNet b1.58),
+            ``"absmax"``, ``"twn"``, ``"lsq"`` (a trained scale), or one of your own; see
+            `bitcore.estimators`.
 
     Raises:
         ConfigError: A field has a value that is not allowed; the message lists those that are.
@@ -47,6 +49,7 @@ class BitQuantConfig:
             # `True == 1` and `64.0 == 64`: the type has to match too.
             if not any(value == item and type(value) is type(item) for item in allowed):
                 raise ConfigError(f"BitQuantConfig: {name} must be one of {allowed}, got {value!r}")
+        get_estimator(self.weight_quantizer)
         if self.activation_granularity == "per_channel":
             object.__setattr__(self, "activation_granularity", "per_token")
         grouped = self.weight_granularity == "per_group"

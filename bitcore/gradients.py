@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitcore.estimators import lsq_gradients
 from bitcore.schemas import library as _library
 
 
@@ -52,31 +53,38 @@ def _int8_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _qat_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _, _, activation, _ = inputs
+    x, weight, bias, _, _, activation, _, step, scale = inputs
     _, qweight, weight_scale, codes, x_scale = output
-    if activation == "float":
-        ctx.save_for_backward(qweight, weight_scale, x)
-    else:
-        ctx.save_for_backward(qweight, weight_scale, codes, x_scale)
+    # A scale without a step is a learned one: its gradient needs the weight that was rounded.
+    ctx.is_learned = step is None and scale is not None
+    saved = (x,) if activation == "float" else (codes, x_scale)
+    learned = (weight, scale) if ctx.is_learned else ()
+    ctx.save_for_backward(qweight, weight_scale if step is None else scale, *saved, *learned)
     ctx.out_features, ctx.x_dtype = weight.shape[0], x.dtype
     ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
 
 
 def _qat_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    """Straight-through gradients: ``dx = dy @ (w_q s_w)``, ``dW = dy.T @ (x_q s_x)``."""
+    """Straight-through gradients: ``dx = dy @ (w_q s_w)``, ``dW = dy.T @ (x_q s_x)``, clipped and
+    with one of the scale where that is learned.
+    """
     qweight, weight_scale, *inputs = ctx.saved_tensors
-    dx = dw = db = None
+    learned = (inputs.pop(-2), inputs.pop()) if ctx.is_learned else None
+    dx = dw = db = dscale = None
     if ctx.needs_input_grad[0]:
         dx = _input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype)
     rows = dy.reshape(-1, ctx.out_features)
-    if ctx.needs_input_grad[1]:
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[8]:
         with _no_autocast(dy):
             x = inputs[0] if len(inputs) == 1 else inputs[0].float() * inputs[1]
             x = x.to(dy.dtype).reshape(-1, x.shape[-1])
-            dw = (rows.t() @ x).to(ctx.weight_dtype)
+            dw = rows.t() @ x
+            if learned is not None:
+                dw, dscale = lsq_gradients(dw, *learned)
+            dw = dw.to(ctx.weight_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         db = rows.float().sum(0).to(ctx.bias_dtype)
-    return dx, dw, db, None, None, None, None
+    return dx, dw, db, None, None, None, None, None, dscale
 
 
 torch.library.register_autograd(

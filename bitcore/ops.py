@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitcore import checks, gradients, ops_int8  # noqa: F401  (the last two register themselves)
+from bitcore import checks, gradients, ops_int8  # noqa: F401  (they register themselves)
 from bitcore.kernels.registry import kernels_for
 from bitcore.schemas import DEVICES
 from bitcore.schemas import library as _library
@@ -112,31 +112,12 @@ def _input_gradient_op(
     )
 
 
-def _qat_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    granularity: str,
-    group_size: int,
-    activation: str,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    qweight, scale = _pack_weight(weight, granularity, group_size)
-    y = _linear(x, qweight, scale, bias, weight.shape[0], activation, out_dtype)
-    if activation == "float":
-        codes, x_scale = x.new_empty(0, dtype=torch.int8), x.new_empty(0, dtype=torch.float32)
-    else:
-        codes, x_scale = _quantize_activation(x, activation == "int8_per_tensor")
-    return y, qweight, scale, codes, x_scale
-
-
 for _device in DEVICES:
     _library.impl("quantize_activation", _quantize_activation, _device)
     _library.impl("pack_weight", _pack_weight, _device)
     _library.impl("unpack_weight", _unpack_weight, _device)
     _library.impl("matmul", _matmul, _device)
     _library.impl("linear", _linear, _device)
-    _library.impl("qat_linear", _qat_linear, _device)
     _library.impl("input_gradient", _input_gradient_op, _device)
 
 
@@ -199,24 +180,6 @@ def _(
     return dy.new_empty((*dy.shape[:-1], qweight.shape[1]), dtype=dtype)
 
 
-@torch.library.register_fake("bitlab::qat_linear", lib=_library)
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    granularity: str,
-    group_size: int,
-    activation: str,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    qweight, scale = _fake_pack(weight, granularity, group_size)
-    y = _fake_linear(x, qweight, scale, bias, weight.shape[0], activation, out_dtype)
-    quantized = activation != "float"
-    codes = x.new_empty(x.shape if quantized else (0,), dtype=torch.int8)
-    x_scale = x.new_empty((*x.shape[:-1], 1) if quantized else (0,), dtype=torch.float32)
-    return y, qweight, scale, codes, x_scale
-
-
 def output_dtype(x: Tensor) -> torch.dtype:
     """Returns the dtype that a linear layer gives for x: autocast's under autocast, else x's."""
     device = x.device.type
@@ -240,6 +203,34 @@ def pack_weight(weight: Tensor, granularity: str, group_size: int | None) -> tup
         weight, granularity, group_size or 0
     )
     return packed
+
+
+def pack_codes(weight: Tensor, step: Tensor) -> Tensor:
+    """Ternarizes with a given step, ``clamp(round(W * (1 / step)), -1, 1)``, and packs.
+
+    Args:
+        weight: float32, bfloat16 or float16 [N, K].
+        step: float32 [1], [N] or [N, K / G], positive.
+
+    Returns:
+        qweight uint8 [ceil(N / 4), K]; multiply it by any scale of the step's shape.
+    """
+    qweight: Tensor = torch.ops.bitlab.pack_codes(weight, step)
+    return qweight
+
+
+def estimate(
+    weight: Tensor, name: str, granularity: str, group_size: int | None
+) -> tuple[Tensor, Tensor]:
+    """Returns the step and scale of a registered estimator; see `bitcore.estimators.estimate`.
+
+    One op, so that a compiled model gets the bits of an eager one. No gradient goes through it:
+    give it a detached weight.
+    """
+    scales: tuple[Tensor, Tensor] = torch.ops.bitlab.estimate(
+        weight, name, granularity, group_size or 0
+    )
+    return scales
 
 
 def unpack_weight(
@@ -339,15 +330,27 @@ def qat_linear(
     granularity: str,
     group_size: int | None,
     activation: str,
+    step: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """The same forward as `linear`, from latent weights, with straight-through gradients.
 
     ``dx = dy @ (w_q s_w)``, ``dW = dy.T @ (x_q s_x)``, ``db = sum(dy)``; see `linear` and
     `pack_weight` for the arguments. The backward products are computed in the output's dtype.
 
-    Source: BitNet b1.58, arXiv 2402.17764, section 2; straight-through estimator, arXiv 1308.3432.
+    Which weights, and which straight-through estimator:
+
+    - neither step nor scale: absmean, estimated and packed at once; gradients as above;
+    - step and scale, float32 [1], [N] or [N, K / G]: constants, as `estimate` gives them; gradients
+      as above, none through step or scale;
+    - scale alone: learned, and the step too; it gets a gradient, and that of the weight stops
+      where ``|W| >= 1.5 scale``: `bitcore.estimators.lsq_gradients`. Granularity and group_size
+      are not read in the last two: the shapes say them.
+
+    Source: BitNet b1.58, arXiv 2402.17764, section 2; straight-through estimator, arXiv 1308.3432;
+    learned scale, arXiv 1902.08153.
     """
     y: Tensor = torch.ops.bitlab.qat_linear(
-        x, weight, bias, granularity, group_size or 0, activation, output_dtype(x)
+        x, weight, bias, granularity, group_size or 0, activation, output_dtype(x), step, scale
     )[0]
     return y

@@ -10,13 +10,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitcore import quantize
-from bitcore.packing import pack_codes, unpack_ternary
+from bitcore.packing import pack_codes as pack_codes_of
+from bitcore.packing import unpack_ternary
 
 
 def pack_weight(weight: Tensor, granularity: str, group_size: int) -> tuple[Tensor, Tensor]:
     """Ternarizes and packs: returns qweight uint8 [R, K] and its float32 scale."""
     scale = quantize.weight_scale(weight, granularity, group_size)
-    return pack_codes(quantize.ternarize(weight, scale)), scale
+    return pack_codes(weight, scale), scale
+
+
+def pack_codes(weight: Tensor, step: Tensor) -> Tensor:
+    """Ternarizes with a given step and packs; see `bitcore.ops.pack_codes`."""
+    return pack_codes_of(quantize.ternarize(weight, step))
 
 
 def unpack_weight(

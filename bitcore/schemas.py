@@ -12,6 +12,11 @@ library.define("quantize_activation(Tensor x, bool per_tensor) -> (Tensor, Tenso
 library.define(
     "pack_weight(Tensor weight, str granularity, int group_size) -> (Tensor, Tensor)", tags=_TAGS
 )
+library.define("pack_codes(Tensor weight, Tensor step) -> Tensor", tags=_TAGS)
+library.define(
+    "estimate(Tensor weight, str name, str granularity, int group_size) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
 library.define(
     "unpack_weight(Tensor qweight, Tensor weight_scale, SymInt out_features, ScalarType dtype)"
     " -> Tensor",
@@ -25,7 +30,8 @@ library.define(
 )
 library.define(
     "qat_linear(Tensor x, Tensor weight, Tensor? bias, str granularity, int group_size,"
-    " str activation, ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " str activation, ScalarType out_dtype, Tensor? step=None, Tensor? scale=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 library.define(

@@ -44,6 +44,8 @@ class PackAtLoad(ConversionOps):
         """
         keep = set(model._keep_in_fp32_modules_strict or ())
         for found in quantized_layers(model):
+            if found.module.learned_scale is not None:
+                continue
             names = {f"{name}.weight" for name in found.names}
             self._names.update(dict.fromkeys(names, names))
             for name in names:
@@ -88,7 +90,9 @@ class PackAtLoad(ConversionOps):
         if leaf != "weight" or self.is_head(name):
             return leaf == "weight"
         module = model.get_submodule(module_name)
-        return isinstance(module, BitLayerBase) and not module.is_deployed
+        if not isinstance(module, BitLayerBase) or module.is_deployed:
+            return False
+        return module.learned_scale is None
 
     def convert(
         self,

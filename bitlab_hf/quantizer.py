@@ -50,6 +50,7 @@ from bitlab_hf.head import (
     restore_float,
     swap_skeletons,
 )
+from bitlab_hf.learned import deploy_learned, expect_learned_scales
 from bitlab_hf.packing import PackAtLoad
 from bitlab_hf.replace import (
     Found,
@@ -60,8 +61,10 @@ from bitlab_hf.replace import (
     swap_latent,
     swap_packed,
 )
+from bitlayers.base import BitLayerBase
 from bitlayers.int8 import Int8Rows
 from bitlayers.registry import get_layer
+from bitlayers.training import reset_learned_scale
 
 
 class BitLabHfQuantizer(HfQuantizer):
@@ -96,6 +99,7 @@ class BitLabHfQuantizer(HfQuantizer):
         self.packing = PackAtLoad()
         # What is int8 once loaded: the output head with what is tied to it.
         self.int8: list[Rows] = []
+        self.unlearned: list[BitLayerBase] = []
 
     # Before the weights.
 
@@ -139,6 +143,7 @@ class BitLabHfQuantizer(HfQuantizer):
         else:
             head = self._int8_head(model)
             swap_latent(model, found, config)
+            self.unlearned = expect_learned_scales(model, checkpoint, self.was_converted)
             if self.build_packed:
                 self.packing.add_layers(model, dtype, checkpoint)
                 if head is not None:
@@ -229,6 +234,10 @@ class BitLabHfQuantizer(HfQuantizer):
     # After the weights.
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for layer in self.unlearned:
+            # The file has no scale for it: it starts from the weight that was loaded.
+            reset_learned_scale(layer)
+        self.unlearned.clear()
         if not self.build_packed:
             _mark_latent(model)
             return
@@ -246,6 +255,7 @@ class BitLabHfQuantizer(HfQuantizer):
                 "to, got others\nSet tie_word_embeddings to false in config.json."
             )
         layers = quantized_layers(model)
+        deploy_learned(layers)
         for found in layers:
             layer = found.module
             if not layer.is_deployed:

@@ -183,6 +183,7 @@ def swap_latent(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLa
     check_found(model, linears)
     check_overrides(model, linears, config)
     weights: dict[int, nn.Parameter] = {}
+    scales: dict[int, nn.Parameter] = {}
     layers = []
     for found in linears:
         linear = found.module
@@ -197,6 +198,9 @@ def swap_latent(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLa
             )
         layer.weight = weight
         layer.latent_dtype = weight.dtype
+        if layer.learned_scale is not None:
+            # What shares a weight shares the scale that is trained with it.
+            layer.learned_scale = scales.setdefault(id(weight), layer.learned_scale)
         layers.append(layer)
     _swap(model, linears, layers)
 

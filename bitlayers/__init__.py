@@ -5,6 +5,7 @@ from bitlayers.bitlinear import BitLinear
 from bitlayers.int8 import Int8Embedding, Int8Linear
 from bitlayers.registry import LAYER_REGISTRY, register_layer
 from bitlayers.rmsnorm import RMSNormBitLinear
+from bitlayers.training import set_quant_strength
 from bitlayers.utils import compare_layers, estimate_memory_usage
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "compare_layers",
     "estimate_memory_usage",
     "register_layer",
+    "set_quant_strength",
 ]

@@ -3,8 +3,8 @@
 LATENT: ``weight`` is a float Parameter, in training the straight-through forward reads it, in eval
 mode packed weights derived from it are used. They are a cache, never part of the state dict, so
 that a latent layer saves and loads exactly like the float layer it came from. ``deploy()``, one
-way, makes
-it DEPLOYED: ``qweight`` and ``qweight_scale`` are the state, ``weight`` is None and nothing trains.
+way, makes it DEPLOYED: ``qweight`` and ``qweight_scale`` are the state, ``weight`` is None and
+nothing trains.
 
 A property called ``qweight`` would collide with the Parameter of the deployed state, so
 ``__getattr__`` serves it, in eval mode only.
@@ -12,10 +12,8 @@ A property called ``qweight`` would collide with the Parameter of the deployed s
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable
-from functools import cache
 from typing import Any, Self, cast
 
 import torch
@@ -25,11 +23,10 @@ from bitcore import ops
 from bitcore.config import BitQuantConfig
 from bitcore.errors import ArgumentError, ArgumentTypeError, LifecycleError
 from bitcore.prepared import PreparedLinear
-from bitlayers.checks import check_deployable, check_sizes, load_problem
+from bitlayers.checks import check_deployable, check_sizes, load_problem, log_deployed_stays
 from bitlayers.init import INIT_METHODS
 from bitlayers.scales import Float32Scale
-
-logger = logging.getLogger("bitlab")
+from bitlayers.training import latent_version, make_learned_scale, pack, reset_learned_scale
 
 _PACKED = ("qweight", "qweight_scale")
 
@@ -54,6 +51,8 @@ class BitLayerBase(Float32Scale):
     Attributes:
         quant_config: The configuration.
         latent_dtype: dtype of the latent weight, remembered after `deploy`.
+        learned_scale: float32 Parameter where the estimator trains its scale, else None.
+        quant_strength: How far the training forward is quantized; see `set_quant_strength`.
 
     Raises:
         ArgumentError: A size or init_method is not allowed.
@@ -67,6 +66,8 @@ class BitLayerBase(Float32Scale):
     bias: Any
     qweight: Tensor
     qweight_scale: Tensor
+    learned_scale: nn.Parameter | None
+    quant_strength: float = 1.0
 
     def __init__(
         self,
@@ -97,10 +98,11 @@ class BitLayerBase(Float32Scale):
         self.latent_dtype = dtype or torch.get_default_dtype()
         self._is_deployed = False
         # The weight is held weakly: the cache must not keep one alive that was offloaded.
-        self._cache: tuple[weakref.ref[Tensor], int, Tensor, Tensor] | None = None
+        self._cache: tuple[weakref.ref[Tensor], Any, Tensor, Tensor] | None = None
         self._prepared: PreparedLinear | None = None
         if in_features is None or out_features is None:
             super().__init__()
+            self.register_parameter("learned_scale", None)
             return
         check_sizes(name, in_features, out_features, config)
         if isinstance(self, nn.Linear):
@@ -115,6 +117,7 @@ class BitLayerBase(Float32Scale):
             if bias:
                 self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
             self.reset_parameters()
+        make_learned_scale(self)
 
     # What a subclass writes.
 
@@ -184,7 +187,7 @@ class BitLayerBase(Float32Scale):
             raise ArgumentTypeError(f"train: mode must be a bool, got {mode!r}")
         if self._is_deployed:
             if mode:
-                _log_deployed_stays()
+                log_deployed_stays()
             return super().train(False)
         before = self.training
         self.invalidate_cache()
@@ -208,7 +211,7 @@ class BitLayerBase(Float32Scale):
         weight = self.weight
         if torch.compiler.is_compiling() or weight.is_inference():
             return self._pack()
-        cache, version = self._cache, weight._version
+        cache, version = self._cache, latent_version(self)
         if cache is not None and cache[0]() is weight and cache[1] == version:
             return cache[2], cache[3]
         # A cache made under inference_mode could not be saved for a later backward pass.
@@ -218,9 +221,7 @@ class BitLayerBase(Float32Scale):
         return qweight, scale
 
     def _pack(self) -> tuple[Tensor, Tensor]:
-        config = self.quant_config
-        with torch.no_grad():
-            return ops.pack_weight(self.weight, config.weight_granularity, config.group_size)
+        return pack(self)
 
     def __getattr__(self, name: str) -> Any:
         if name in _PACKED and not self.__dict__.get("_is_deployed", False):
@@ -268,6 +269,7 @@ class BitLayerBase(Float32Scale):
         self.invalidate_cache()
         # Not `del`: code outside asks for `layer.weight` and finds None.
         self.register_parameter("weight", None)
+        self.register_parameter("learned_scale", None)
         self.register_parameter("qweight", nn.Parameter(qweight, requires_grad=False))
         self.register_buffer("qweight_scale", qweight_scale)
         if self.bias is not None:
@@ -313,6 +315,7 @@ class BitLayerBase(Float32Scale):
             dtype=linear.weight.dtype,
         )
         layer.weight, layer.bias = linear.weight, linear.bias
+        make_learned_scale(layer)
         return layer.train(linear.training)
 
     @classmethod
@@ -366,6 +369,10 @@ class BitLayerBase(Float32Scale):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if self.learned_scale is not None and prefix + "learned_scale" in missing_keys:
+            # A float checkpoint: the scale starts from the weight that has just been loaded.
+            missing_keys.remove(prefix + "learned_scale")
+            reset_learned_scale(self)
         if self._is_deployed and prefix + "weight" in unexpected_keys:
             # The empty tensor that makes a deployed file fail to load without BitLab.
             unexpected_keys.remove(prefix + "weight")
@@ -389,12 +396,3 @@ class BitLayerBase(Float32Scale):
             f"{sizes}{state}, weight={config.weight_granularity}{group}, "
             f"activation={config.activation}"
         )
-
-
-@cache
-def _log_deployed_stays() -> None:
-    """Logs once a process."""
-    logger.warning(
-        "bitlab: train() leaves deployed layers in inference mode; train adapters on them, or the "
-        "latent model"
-    )

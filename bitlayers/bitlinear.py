@@ -9,6 +9,7 @@ from bitcore import ops
 from bitcore.prepared import PreparedLinear
 from bitlayers.base import BitLayerBase
 from bitlayers.registry import register_layer
+from bitlayers.training import mixed_linear, training_scales
 
 
 @register_layer("BitLinear")
@@ -29,7 +30,10 @@ class BitLinear(BitLayerBase, nn.Linear):
     """
 
     def _train_forward(self, x: Tensor) -> Tensor:
+        if self.quant_strength < 1:
+            return mixed_linear(self, x)
         config = self.quant_config
+        step, scale = training_scales(self)
         return ops.qat_linear(
             x,
             self.weight,
@@ -37,6 +41,8 @@ class BitLinear(BitLayerBase, nn.Linear):
             config.weight_granularity,
             config.group_size,
             config.activation,
+            step,
+            scale,
         )
 
     def _eval_forward(self, x: Tensor) -> Tensor:

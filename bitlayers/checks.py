@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +14,7 @@ from bitcore.checks import check_float, check_group_size, check_in_features
 from bitcore.config import BitQuantConfig
 from bitcore.errors import ArgumentError, LifecycleError, NonFiniteError
 from bitcore.ops import has_invalid_code
+from bitlayers.training import check_learned_scale
 
 if TYPE_CHECKING:
     from bitlayers.base import BitLayerBase
@@ -40,7 +43,7 @@ def check_deployable(layer: BitLayerBase, name: str) -> None:
     Raises:
         LifecycleError: The layer is deployed, on the meta device, sharded or parametrized.
         ArgumentTypeError: The weight has a dtype that cannot be packed.
-        NonFiniteError: The weight holds NaN or infinity.
+        NonFiniteError: The weight holds NaN or infinity, or a learned scale is not positive.
     """
     if layer.is_deployed:
         raise LifecycleError(f"deploy: {name} must be latent, got a layer that is deployed already")
@@ -48,6 +51,7 @@ def check_deployable(layer: BitLayerBase, name: str) -> None:
     weight = layer._parameters.get("weight")
     if weight is not None and not bool(torch.isfinite(weight).all()):
         raise NonFiniteError(f"deploy: {name} must be finite, got NaN or infinity; nothing changed")
+    check_learned_scale(layer, name)
 
 
 def check_whole(module: nn.Module, name: str) -> None:
@@ -115,3 +119,12 @@ def int8_problem(name: str, qweight: Tensor | None, scale: Tensor | None) -> str
     if scale is None or scale.is_meta or bool((torch.isfinite(scale) & (scale > 0)).all()):
         return None
     return f"{name}qweight_scale must be finite and positive, got other values"
+
+
+@cache
+def log_deployed_stays() -> None:
+    """Says, once a process, that a deployed layer does not train."""
+    logging.getLogger("bitlab").warning(
+        "bitlab: train() leaves deployed layers in inference mode; train adapters on them, or the "
+        "latent model"
+    )

@@ -127,23 +127,27 @@ class CpuKernels:
         shape = (out_features, columns) if granularity == "per_group" else (rows,)
         scale = torch.empty(shape, dtype=torch.float32)
         sums = torch.empty(out_features if granularity == "per_tensor" else 0, dtype=torch.float64)
+        self._check(
+            self._library.bk_cpu_weight_scale(
+                weight.data_ptr(), _TYPE_CODES[weight.dtype], scale.data_ptr(), rows, columns,
+                sums.data_ptr() or None, out_features, in_features, torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        return self.pack_codes(weight, scale), scale
+
+    def pack_codes(self, weight: Tensor, step: Tensor) -> Tensor:
+        """See `bitcore.reference.pack_codes`."""
+        weight, step = weight.contiguous(), step.contiguous()
+        out_features, in_features = weight.shape
         qweight = torch.empty(((out_features + 3) // 4, in_features), dtype=torch.uint8)
-        pointer, code = weight.data_ptr(), _TYPE_CODES[weight.dtype]
-        threads = torch.get_num_threads()
-        library = self._library
         self._check(
-            library.bk_cpu_weight_scale(
-                pointer, code, scale.data_ptr(), rows, columns, sums.data_ptr() or None,
-                out_features, in_features, threads,
+            self._library.bk_cpu_pack_t2(
+                weight.data_ptr(), _TYPE_CODES[weight.dtype], step.data_ptr(), step.shape[0],
+                step.shape[1] if step.dim() == 2 else 0, qweight.data_ptr(), out_features,
+                in_features, torch.get_num_threads(),
             )
         )  # fmt: skip
-        self._check(
-            library.bk_cpu_pack_t2(
-                pointer, code, scale.data_ptr(), rows, columns, qweight.data_ptr(),
-                out_features, in_features, threads,
-            )
-        )  # fmt: skip
-        return qweight, scale
+        return qweight
 
     def has_invalid_code(self, qweight: Tensor) -> bool:
         """See `bitcore.reference.has_invalid_code`."""

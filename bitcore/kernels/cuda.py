@@ -133,20 +133,30 @@ class CudaKernels:
         sums = None
         if granularity == "per_tensor":
             sums = torch.empty(out_features, dtype=torch.float64, device=device)
-        qweight = torch.empty(
-            ((out_features + 3) // 4, in_features), dtype=torch.uint8, device=device
-        )
         code = _TYPE_CODES[weight.dtype]
         written = (scale,) if sums is None else (scale, sums)
         self._call(
             op, "weight_scale", written, weight, code, scale, rows, columns, sums, out_features,
             in_features,
         )  # fmt: skip
+        return self._pack(op, weight, scale), scale
+
+    def pack_codes(self, weight: Tensor, step: Tensor) -> Tensor:
+        """See `bitcore.reference.pack_codes`."""
+        op = "bitlab::pack_codes"
+        self._count_multiprocessors(op, weight.device)
+        return self._pack(op, weight.contiguous(), step.contiguous())
+
+    def _pack(self, op: str, weight: Tensor, step: Tensor) -> Tensor:
+        out_features, in_features = weight.shape
+        qweight = torch.empty(
+            ((out_features + 3) // 4, in_features), dtype=torch.uint8, device=weight.device
+        )
         self._call(
-            op, "pack_t2", (qweight,), weight, code, scale, rows, columns, qweight, out_features,
-            in_features,
+            op, "pack_t2", (qweight,), weight, _TYPE_CODES[weight.dtype], step, step.shape[0],
+            step.shape[1] if step.dim() == 2 else 0, qweight, out_features, in_features,
         )  # fmt: skip
-        return qweight, scale
+        return qweight
 
     def quantize_activation(self, x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
         """See `bitcore.reference.quantize_activation`."""

@@ -35,6 +35,10 @@ class Kernels(Protocol):
         """Ternarizes and packs a float weight."""
         ...
 
+    def pack_codes(self, weight: Tensor, step: Tensor) -> Tensor:
+        """Ternarizes a float weight with a given step and packs it."""
+        ...
+
     def quantize_activation(self, x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
         """Quantizes activations to int8."""
         ...

@@ -40,7 +40,7 @@ def test_what_is_written() -> None:
         ("activation_dtype", "int4"),
         ("weight_granularity", "per_row"),
         ("activation_granularity", ""),
-        ("weight_quantizer", "absmax"),
+        ("weight_quantizer", "absmedian"),
         ("group_size", 32),
     ],
 )

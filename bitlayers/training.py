@@ -1,0 +1,149 @@
+"""What layers do in training only: learned scales, and quantization of less than full strength."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitcore import estimators, ops
+from bitcore.errors import ArgumentError, NonFiniteError
+
+if TYPE_CHECKING:
+    from bitlayers.base import BitLayerBase
+
+
+def is_learned(layer: BitLayerBase) -> bool:
+    """Tells whether the layer's estimator trains its scale."""
+    return estimators.get_estimator(layer.quant_config.weight_quantizer).learned
+
+
+def make_learned_scale(layer: BitLayerBase) -> None:
+    """Gives a latent layer the scale Parameter that its estimator trains, if it does."""
+    scale = None
+    if is_learned(layer):
+        weight = layer.weight
+        data = torch.empty(layer.packed_shapes()[1], dtype=torch.float32, device=weight.device)
+        scale = nn.Parameter(data, requires_grad=weight.requires_grad)
+    layer.register_parameter("learned_scale", scale)
+    reset_learned_scale(layer)
+
+
+@torch.no_grad()
+def reset_learned_scale(layer: BitLayerBase) -> None:
+    """Sets the learned scale, if there is one, as its estimator starts it for the weight."""
+    scale, config = layer.learned_scale, layer.quant_config
+    if scale is None or scale.is_meta or layer.weight.is_meta:
+        return
+    step, _ = ops.estimate(
+        layer.weight, config.weight_quantizer, config.weight_granularity, config.group_size
+    )
+    scale.copy_(step)
+
+
+def training_scales(layer: BitLayerBase) -> tuple[Tensor | None, Tensor | None]:
+    """Returns step and scale as `bitcore.ops.qat_linear` takes them."""
+    config = layer.quant_config
+    if config.weight_quantizer == "absmean":
+        return None, None
+    if layer.learned_scale is not None:
+        return None, layer.learned_scale
+    weight = layer.weight.detach()
+    return ops.estimate(
+        weight, config.weight_quantizer, config.weight_granularity, config.group_size
+    )
+
+
+def latent_version(layer: BitLayerBase) -> tuple[int, int]:
+    """Returns what changes whenever the weight or a learned scale is written in place."""
+    learned: Tensor | None = layer._parameters["learned_scale"]
+    version: int = layer.weight._version
+    return version, 0 if learned is None else learned._version
+
+
+@torch.no_grad()
+def pack(layer: BitLayerBase) -> tuple[Tensor, Tensor]:
+    """Packs a latent weight by the layer's estimator: qweight and its scale."""
+    config = layer.quant_config
+    step, scale = training_scales(layer)
+    if scale is None:
+        return ops.pack_weight(layer.weight, config.weight_granularity, config.group_size)
+    if step is None:
+        step = scale = estimators.learned_step(scale.detach())
+    return ops.pack_codes(layer.weight, step), scale
+
+
+def check_learned_scale(layer: BitLayerBase, name: str) -> None:
+    """Checks that a learned scale can be deployed.
+
+    Args:
+        layer: The layer.
+        name: What messages call its weight.
+
+    Raises:
+        NonFiniteError: The scale holds NaN, infinity, zero or a negative value.
+    """
+    scale = layer.learned_scale
+    if scale is None or bool((torch.isfinite(scale) & (scale > 0)).all()):
+        return
+    bad = scale[~(torch.isfinite(scale) & (scale > 0))].flatten()[0].item()
+    raise NonFiniteError(
+        f"deploy: {name.removesuffix('weight')}learned_scale must be finite and positive, got "
+        f"{bad}; nothing changed\nTrain with a lower learning rate, or set it anew from the weight "
+        "with bitlayers.training.reset_learned_scale(layer)."
+    )
+
+
+def mixed_linear(layer: BitLayerBase, x: Tensor) -> Tensor:
+    """The training forward at a quantization strength s below 1.
+
+    ``y = (x + s (x_q s_x - x)) @ (W + s (w_q s_w - W)).T + bias`` in the output's dtype, gradients
+    straight through both differences (through a learned scale by `bitcore.estimators`).
+
+    Source: "Fine-tuning LLMs to 1.58bit: extreme quantization made easy", Hugging Face blog, 2024.
+    """
+    strength, dtype = layer.quant_strength, ops.output_dtype(x)
+    activation, weight = layer.quant_config.activation, layer.weight
+    if strength > 0 and layer.learned_scale is not None:
+        quantized = estimators.learned_weight(weight, layer.learned_scale)
+        weight = weight + strength * (quantized - weight)
+    elif strength > 0:
+        with torch.no_grad():
+            quantized = ops.unpack_weight(*pack(layer), layer.out_features, torch.float32)
+            difference = strength * (quantized - weight)
+        weight = weight + difference
+    if strength > 0 and activation != "float":
+        with torch.no_grad():
+            codes, scale = torch.ops.bitlab.quantize_activation(x, activation == "int8_per_tensor")
+            difference = strength * (codes.float() * scale - x)
+        x = x + difference
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return F.linear(x.to(dtype), weight.to(dtype), bias)
+
+
+def set_quant_strength(model: nn.Module, value: float) -> None:
+    """Sets how far the training forward of every latent quantized layer is quantized.
+
+    Only training mode reads it: evaluation and deployment always quantize fully.
+
+    Args:
+        model: Any module tree.
+        value: From 0 (not at all) to 1 (fully, the default).
+
+    Raises:
+        ArgumentError: value is no number from 0 to 1, or the model has no quantized layer.
+    """
+    from bitlayers.base import BitLayerBase
+
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1:
+        raise ArgumentError(
+            f"set_quant_strength: value must be a number from 0 to 1, got {value!r}"
+        )
+    layers = [module for module in model.modules() if isinstance(module, BitLayerBase)]
+    if not layers:
+        raise ArgumentError("set_quant_strength: model must hold quantized layers, got none")
+    for layer in layers:
+        layer.quant_strength = float(value)
