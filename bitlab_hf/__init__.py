@@ -6,21 +6,26 @@ from bitlab_hf.interop.bitnet import export_bitnet, load_bitnet
 from bitlab_hf.interop.gguf import export_gguf
 from bitlab_hf.interop.hub import HubError, push
 from bitlab_hf.interop.ternary import convert_ternary
+from bitlab_hf.peft_guard import install as _guard_peft
+from bitlab_hf.peft_merge import MergeResult, merge_and_requantize
 from bitlab_hf.quantizer import BitLabHfQuantizer, register
 from bitlab_hf.replace import replace_linear
 from bitlab_hf.saving import save
 
 register()
+_guard_peft()
 
 __all__ = [
     "BitLabConfig",
     "BitLabHfQuantizer",
     "HubError",
+    "MergeResult",
     "convert_ternary",
     "deploy",
     "export_bitnet",
     "export_gguf",
     "load_bitnet",
+    "merge_and_requantize",
     "push",
     "replace_linear",
     "save",
