@@ -131,8 +131,11 @@ class TernaryStatistics(TrainerCallback):
         self._before = []
         self._watch = InputWatch(self._layers) if main and self._activations else None
         # After a resume the codes of the last log are known only if that log was at this very step.
-        if step == 0 or (self._files is not None and self._files.last_counted == step):
-            self._remember()
+        # Every process packs, because gathering FSDP2's shards is a collective; what is of no use
+        # is dropped afterwards.
+        self._remember()
+        if step > 0 and (self._files is None or self._files.last_counted != step):
+            self._codes = {}
         self._measured, self._interval = step, self._interval_of(state)
         if self._snapshots and step == 0:
             self._take_histograms(0)
