@@ -1,4 +1,4 @@
-"""The repository itself: sizes of files, no trace of a machine, clean libraries, the wheel."""
+"""The repository itself: sizes of files, no trace of a machine, clean libraries."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import zipfile
 from pathlib import Path
-
-import pytest
 
 from bitcore.kernels.native import library_path
 
@@ -110,26 +107,3 @@ def test_cuda_library_exports_its_contract_only() -> None:
     done = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True)
     needed = set(re.findall(r"NEEDED.*\[(.*?)\]", done.stdout))
     assert not any(word in name for name in needed for word in ("torch", "stdc++", "cudart"))
-
-
-@pytest.mark.ci
-def test_wheel(tmp_path: Path) -> None:
-    """One wheel for every Python 3, with the library and the demo model, and no trace of us."""
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    assert re.fullmatch(r"bitlab_hf-[\d.]+-py3-none-.*\.whl", wheel.name)
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        for name in names:
-            assert_no_trace(name, archive.read(name))
-    for name in (
-        "bitcore/lib/libbitkernels_cpu.so",
-        "bitcore/py.typed",
-        "bitlayers/py.typed",
-        "bitlab_hf/py.typed",
-        "bitlab_hf/demo/model/model.safetensors",
-    ):
-        assert name in names
-    assert not any(name.startswith(("tests/", "scripts/", "csrc/")) for name in names)
