@@ -74,7 +74,8 @@ def _qat_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         dx = _input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype)
     rows = dy.reshape(-1, ctx.out_features)
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[8]:
+    # torch leaves trailing arguments out that have their defaults.
+    if ctx.needs_input_grad[1] or (learned is not None and ctx.needs_input_grad[8]):
         with _no_autocast(dy):
             x = inputs[0] if len(inputs) == 1 else inputs[0].float() * inputs[1]
             x = x.to(dy.dtype).reshape(-1, x.shape[-1])

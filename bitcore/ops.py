@@ -224,11 +224,10 @@ def estimate(
 ) -> tuple[Tensor, Tensor]:
     """Returns the step and scale of a registered estimator; see `bitcore.estimators.estimate`.
 
-    One op, so that a compiled model gets the bits of an eager one. No gradient goes through it:
-    give it a detached weight.
+    One op, so that a compiled model gets the bits of an eager one. No gradient goes through it.
     """
     scales: tuple[Tensor, Tensor] = torch.ops.bitlab.estimate(
-        weight, name, granularity, group_size or 0
+        weight.detach(), name, granularity, group_size or 0
     )
     return scales
 

@@ -50,9 +50,8 @@ def training_scales(layer: BitLayerBase) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     if layer.learned_scale is not None:
         return None, layer.learned_scale
-    weight = layer.weight.detach()
     return ops.estimate(
-        weight, config.weight_quantizer, config.weight_granularity, config.group_size
+        layer.weight, config.weight_quantizer, config.weight_granularity, config.group_size
     )
 
 

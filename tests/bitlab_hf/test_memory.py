@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bitlab_hf import BitLabConfig, save
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ci]
 MIB = 2**20
 CODE = """
 import json, sys, threading, time

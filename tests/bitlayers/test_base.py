@@ -78,7 +78,7 @@ def test_states(layer: BitLinear) -> None:
 def test_deployed_layer_stays_in_eval_mode_and_says_so_once(
     layer: BitLinear, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bitlayers.base._log_deployed_stays.cache_clear()
+    bitlayers.checks.log_deployed_stays.cache_clear()
     layer.deploy()
     with caplog.at_level(logging.WARNING, logger="bitlab"):
         assert layer.train() is layer

@@ -71,6 +71,7 @@ def test_linear(tmp_path: Path) -> None:
     assert_targets(result, output)
 
 
+@pytest.mark.ci
 def test_generate(tmp_path: Path) -> None:
     work = tmp_path / "work"
     engines = ("bitlab int8", "bitlab keep", "dense bf16", "bitnet packed")

@@ -63,6 +63,7 @@ def test_trains_resumes_and_deploys(text: Path, tmp_path: Path) -> None:
     assert result(tmp_path)["steps"] == 6
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "launcher",
     [
