@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from bitcore.estimators import lsq_gradients
+from bitcore.saved import share_codes
 from bitcore.schemas import library as _library
+
+# Elements of a weight gradient that are computed at once where they are rounded afterwards.
+_BLOCK_ELEMENTS = 2**21
+# Without the instructions torch multiplies bfloat16 on a CPU up to 300 times slower than float32.
+_HAS_BFLOAT16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -24,6 +30,24 @@ def _input_gradient(
     """``dx = dy @ (w_q * s_w)``."""
     dx: Tensor = torch.ops.bitlab.input_gradient(dy, qweight, weight_scale, out_features, dtype)
     return dx
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``dW = dy.T @ x`` [N, K] of a dtype, for dy [M, N] and x [M, K].
+
+    Computed in dy's dtype, or in float32 on a CPU that does not multiply 16-bit floats; then a
+    block of rows at a time, so that no float32 copy of all of dy and dW is made.
+    """
+    slow = dy.dtype != torch.float32 and not (dy.dtype == torch.bfloat16 and _HAS_BFLOAT16)
+    if dy.device.type != "cpu" or not slow:
+        return (dy.t() @ x.to(dy.dtype)).to(dtype)
+    x = x.float()
+    dw = dy.new_empty((dy.shape[1], x.shape[1]), dtype=dtype)
+    step = max(1, _BLOCK_ELEMENTS // x.shape[1])
+    for first in range(0, dy.shape[1], step):
+        last = min(first + step, dy.shape[1])
+        dw[first:last] = dy[:, first:last].float().t() @ x
+    return dw
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -55,9 +79,11 @@ def _int8_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _qat_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, _, _, activation, _, step, scale = inputs
     _, qweight, weight_scale, codes, x_scale = output
+    # As an output it holds this node, which would hold it: freed by the garbage collector alone.
+    weight_scale = weight_scale.detach()
     # A scale without a step is a learned one: its gradient needs the weight that was rounded.
     ctx.is_learned = step is None and scale is not None
-    saved = (x,) if activation == "float" else (codes, x_scale)
+    saved = (x,) if activation == "float" else share_codes(x, activation, codes, x_scale)
     learned = (weight, scale) if ctx.is_learned else ()
     ctx.save_for_backward(qweight, weight_scale if step is None else scale, *saved, *learned)
     ctx.out_features, ctx.x_dtype = weight.shape[0], x.dtype
@@ -78,11 +104,11 @@ def _qat_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[1] or (learned is not None and ctx.needs_input_grad[8]):
         with _no_autocast(dy):
             x = inputs[0] if len(inputs) == 1 else inputs[0].float() * inputs[1]
-            x = x.to(dy.dtype).reshape(-1, x.shape[-1])
-            dw = rows.t() @ x
+            x = x.reshape(-1, x.shape[-1])
+            dw = _weight_gradient(rows, x, ctx.weight_dtype if learned is None else dy.dtype)
             if learned is not None:
                 dw, dscale = lsq_gradients(dw, *learned)
-            dw = dw.to(ctx.weight_dtype)
+                dw = dw.to(ctx.weight_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         db = rows.float().sum(0).to(ctx.bias_dtype)
     return dx, dw, db, None, None, None, None, None, dscale

@@ -342,8 +342,12 @@ def close(
     targets: list[Target],
     disturbance: Disturbance,
     output: Path,
+    for_vnni: bool = True,
 ) -> None:
-    """Prints the closing table and writes JSON to output and the tables beside it as Markdown."""
+    """Prints the closing table and writes JSON to output and the tables beside it as Markdown.
+
+    `for_vnni` tells whether the targets are stated for machines with VNNI.
+    """
     closing = target_grid(targets)
     closing.show(console)
     result["disturbance"] = found = disturbance.measured()
@@ -352,7 +356,7 @@ def close(
         f"{found['seconds']:.0f} s; other processes took {found['other_processes']:.1%} of the CPU "
         f"time, the host {found['host']:.1%}{'.' if quiet else ': do not trust these figures.'}"
     )
-    if not result["machine"]["vnni"]:
+    if for_vnni and not result["machine"]["vnni"]:
         console.print("The targets are stated for machines with VNNI; this CPU has none.")
     result["targets"] = [target.to_dict() for target in targets]
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The two benchmarks, on tiny shapes: what they write, not how fast anything is."""
+"""The benchmarks, on tiny shapes: what they write, not how fast anything is."""
 
 from __future__ import annotations
 
@@ -97,3 +97,27 @@ def test_generate(tmp_path: Path) -> None:
         "dense", "bitlab-int8", "bitlab-keep", "bitnet",
     }  # fmt: skip
     assert_targets(result, output)
+
+
+@pytest.mark.ci
+def test_train(tmp_path: Path) -> None:
+    options = ("--threads", "1", "--rounds", "1", "--precisions", "float32", "--tokens", "16")
+    result, output = run("bench_train.py", tmp_path, *options)
+    found = {row["engine"]: row for row in result["rows"]}
+    assert {"plain", "bitlab", "transformers"} <= set(found)
+    # onebitllms needs a GPU: the attempt's error is what stands for it.
+    assert ("onebitllms" in found) != ("onebitllms" in result["not_run"])
+    for reason in result["not_run"].values():
+        assert reason in output
+    for row in found.values():
+        time, size = row["time"], row["bytes"]
+        assert 0 < time["step_p10"] <= time["step_ms"] <= time["step_p90"]
+        assert size["peak_with_optimizer"] >= size["peak"] > 0
+        assert size["saved"] > 0
+    targets = {target["name"]: target["measured"] for target in result["targets"]}
+    bitlab, plain = found["bitlab"], found["plain"]
+    memory = bitlab["bytes"]["peak"] / plain["bytes"]["peak"]
+    assert targets["float32 M=16: at most the plain peak"] == pytest.approx(memory)
+    time = bitlab["time"]["step_ms"] / plain["time"]["step_ms"]
+    assert targets["float32 M=16: at most 1.15x the plain time"] == pytest.approx(time)
+    assert "VNNI" not in output

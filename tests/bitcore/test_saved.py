@@ -1,0 +1,126 @@
+"""Activation codes kept for the backward pass: shared where that is right, and only there."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bitcore import ops
+
+K = 64
+
+
+def run(x: Tensor, weight: Tensor, activation: str = "int8_per_token") -> Tensor:
+    return ops.qat_linear(x, weight, None, "per_tensor", None, activation)
+
+
+def saved_codes(call: Callable[[], Tensor]) -> tuple[list[int], Tensor]:
+    """Returns where the int8 tensors lie that a forward pass keeps, and its output."""
+    found = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.int8:
+            found.append(tensor.data_ptr())
+        return tensor if tensor.grad_fn is None else tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = call()
+    return found, y
+
+
+@pytest.fixture
+def weights() -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(n, K, requires_grad=True) for n in (8, 12)]
+
+
+def test_readers_of_one_tensor_share(weights: list[Tensor]) -> None:
+    x = torch.randn(5, K, requires_grad=True)
+    shared, y = saved_codes(lambda: torch.cat([run(x, weight) for weight in weights], -1))
+    assert len(shared) == 2
+    assert len(set(shared)) == 1
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    parts = torch.split(dy, [8, 12], -1)
+    for weight, part in zip(weights, parts, strict=True):
+        alone = weight.detach().clone().requires_grad_()
+        run(x.detach().clone().requires_grad_(), alone).backward(part)
+        assert weight.grad is not None
+        assert alone.grad is not None
+        assert torch.equal(weight.grad, alone.grad)
+
+
+def test_a_write_between_ends_the_sharing(weights: list[Tensor]) -> None:
+    x = torch.randn(5, K)
+
+    def call() -> Tensor:
+        first = run(x, weights[0])
+        x.mul_(-1)
+        return torch.cat([first, run(x, weights[1])], -1)
+
+    found, y = saved_codes(call)
+    assert len(set(found)) == 2
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    for weight, part, sign in zip(weights, torch.split(dy, [8, 12], -1), (-1, 1), strict=True):
+        alone = weight.detach().clone().requires_grad_()
+        run(sign * x, alone).backward(part)
+        assert weight.grad is not None
+        assert alone.grad is not None
+        assert torch.equal(weight.grad, alone.grad)
+
+
+def test_other_quantization_or_tensor_is_not_shared(weights: list[Tensor]) -> None:
+    x = torch.randn(5, K)
+    for second in ((x, "int8_per_tensor"), (x.clone(), "int8_per_token")):
+        found, _ = saved_codes(
+            lambda s=second: run(x, weights[0]).sum() + run(s[0], weights[1], s[1]).sum()
+        )
+        assert len(set(found)) == 2
+
+
+def test_nothing_is_kept_alive(weights: list[Tensor]) -> None:
+    x = torch.randn(5, K)
+    y = run(x, weights[0])
+    gone = weakref.ref(x)
+    codes = y.grad_fn.saved_tensors[2] if hasattr(y.grad_fn, "saved_tensors") else None
+    kept = weakref.ref(codes) if codes is not None else gone
+    del x, y, codes
+    gc.collect()
+    assert gone() is None
+    assert kept() is None
+
+
+def test_checkpointing_recomputes_the_same(weights: list[Tensor]) -> None:
+    gradients = []
+    for recompute in (False, True):
+        x = torch.randn(5, K, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        own = [weight.detach().clone().requires_grad_() for weight in weights]
+
+        def block(x: Tensor, own: list[Tensor] = own) -> Tensor:
+            return torch.cat([run(x, weight) for weight in own], -1)
+
+        y = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        y.square().sum().backward()
+        gradients.append([x.grad, *(weight.grad for weight in own)])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weight_gradient_of_16_bit_outputs_is_that_of_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(7, K).to(dtype), torch.randn(8, K, requires_grad=True)
+    y = run(x, weight)
+    dy = torch.randn(7, 8).to(dtype)
+    y.backward(dy)
+    codes, scale = torch.ops.bitlab.quantize_activation(x, False)
+    expected = dy.double().t() @ (codes.double() * scale.double())
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad.double(), expected, rtol=1e-2, atol=1e-1)
