@@ -15,7 +15,9 @@ from bitcore.schemas import library as _library
 # Elements of a weight gradient that are computed at once where they are rounded afterwards.
 _BLOCK_ELEMENTS = 2**21
 # Without the instructions torch multiplies bfloat16 on a CPU up to 300 times slower than float32.
-_HAS_BFLOAT16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(
+    torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
