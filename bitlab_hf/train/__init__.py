@@ -1,5 +1,15 @@
 """Training: what is added to a Trainer for quantization-aware fine-tuning."""
 
+from bitlab_hf.train.guard import last_checkpoint
+from bitlab_hf.train.recipe import RECIPES, Recipe
 from bitlab_hf.train.statistics import TernaryStatistics
+from bitlab_hf.train.trainer import BitLabTrainer, sft_trainer
 
-__all__ = ["TernaryStatistics"]
+__all__ = [
+    "RECIPES",
+    "BitLabTrainer",
+    "Recipe",
+    "TernaryStatistics",
+    "last_checkpoint",
+    "sft_trainer",
+]

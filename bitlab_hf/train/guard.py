@@ -1,0 +1,130 @@
+"""What keeps a run safe: where a value stopped being finite, and whole checkpoints only."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from bitcore.errors import CheckpointError
+
+
+def first_non_finite(model: nn.Module, forward: Callable[[], object]) -> str | None:
+    """Runs a forward pass again and says which layer's values went non-finite first.
+
+    Args:
+        model: Whose modules are watched, for this pass only.
+        forward: Runs it.
+
+    Returns:
+        ``"the weights (and so the scale) of NAME"``, ``"the activations of NAME"``, or None if all
+        were finite.
+    """
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
+            if found:
+                return
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if not bool(torch.isfinite(parameter).all()):
+                    part = "weights (and so the scale)" if leaf == "weight" else leaf
+                    found.append(f"the {part} of {name}")
+                    return
+            value = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+                found.append(f"the activations of {name}")
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(look(name)) for name, module in model.named_modules() if name
+    ]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found[0] if found else None
+
+
+def last_non_finite_gradient(model: nn.Module) -> str | None:
+    """Returns the parameter nearest to the output whose gradient is not finite: the backward pass
+    reaches it first.
+    """
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+    ]
+    return names[-1] if names else None
+
+
+def non_finite_parameter(model: nn.Module) -> str | None:
+    """Returns the first parameter that holds NaN or infinity, or None."""
+    return next((n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None)
+
+
+def last_checkpoint(directory: str | Path) -> str | None:
+    """Returns the newest checkpoint of a run that was written to its end, or None.
+
+    A Trainer writes ``trainer_state.json`` last: without it, or with half of it, the process ended
+    while it was saving.
+    """
+    found = []
+    for folder in Path(directory).glob("checkpoint-*"):
+        number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if number and _is_whole(folder):
+            found.append((int(number.group(1)), str(folder)))
+    return max(found)[1] if found else None
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@contextmanager
+def whole_or_nothing(folder: Path, writes: bool) -> Iterator[None]:
+    """Removes a checkpoint that could not be written, and puts back the one that it replaced.
+
+    Args:
+        folder: The checkpoint that the block writes.
+        writes: Whether this process looks after the folder; the others only write into it.
+
+    Raises:
+        CheckpointError: Writing failed; earlier checkpoints are as they were.
+    """
+    previous = folder.with_name(f".{folder.name}.previous")
+    if writes and folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    try:
+        yield
+    except BaseException as error:
+        if writes:
+            shutil.rmtree(folder, ignore_errors=True)
+            if previous.exists():
+                previous.rename(folder)
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):
+            last = last_checkpoint(folder.parent)
+            raise CheckpointError(
+                f"BitLabTrainer: {folder.name} must be written whole, got {error}\n"
+                f"The last good checkpoint is {last or 'none'}; train(resume_from_checkpoint=True) "
+                "goes on from it."
+            ) from error
+        raise
+    if writes:
+        shutil.rmtree(previous, ignore_errors=True)

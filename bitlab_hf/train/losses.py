@@ -1,0 +1,93 @@
+"""Distillation losses, each a mean over the positions that count."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Rows of logits at a time: float32 copies of them stay small beside the logits themselves.
+_CHUNK = 512
+
+
+class _LogitsDivergence(torch.autograd.Function):
+    """Sum over rows of KL(teacher || student), with the gradient computed on the way.
+
+    Autograd alone would keep several float32 tensors of the logits' size until the backward pass;
+    this keeps one, in the student's dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=student.device)
+        needed = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(student) if needed else None
+        for start in range(0, len(student), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            log_q = (student[rows].float() / temperature).log_softmax(-1)
+            log_p = (teacher[rows].float() / temperature).log_softmax(-1)
+            p = log_p.exp()
+            # A probability of 0 has the logarithm -inf; its share of the divergence is 0.
+            total += torch.where(p > 0, p * (log_p - log_q), 0.0).sum()
+            if gradient is not None:
+                gradient[rows] = ((log_q.exp() - p) / temperature).to(gradient.dtype)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0].to(gradient.dtype), None, None
+
+
+def logits_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Returns the mean over rows of ``T^2 KL(softmax(teacher / T) || softmax(student / T))``.
+
+    Args:
+        student: Logits [n, V], any float dtype.
+        teacher: Logits [n, V]; no gradient.
+        temperature: T.
+
+    Source: Hinton et al., arXiv 1503.02531.
+    """
+    total: Tensor = _LogitsDivergence.apply(student, teacher, temperature)
+    return total * temperature**2 / max(len(student), 1)
+
+
+def hidden_difference(student: Tensor, teacher: Tensor) -> Tensor:
+    """Returns the mean of ``|student - teacher|^2 / |teacher|^2`` over hidden states [n, H]."""
+    target = teacher.float()
+    differences = (student.float() - target).pow(2).sum(-1)
+    ratios = differences / target.pow(2).sum(-1).clamp(min=1e-12)
+    return ratios.sum() / max(len(student), 1)
+
+
+def relation_divergence(student: Tensor, teacher: Tensor, mask: Tensor, heads: int) -> Tensor:
+    """Returns the mean KL between the relations of tokens in teacher and student.
+
+    With A [L, d] the states of a head, row t of ``softmax(A A^T / sqrt(d))`` says how token t
+    relates to the others. Padding takes part on neither side.
+
+    Args:
+        student: States [B, L, D_s]; D_s must be a multiple of heads.
+        teacher: States [B, L, D_t]; D_t may differ from D_s.
+        mask: bool [B, L], True where a token is.
+        heads: Relation heads.
+
+    Source: MiniLMv2, arXiv 2012.15828, equations 3 to 5; BitNet Distillation, arXiv 2510.13998.
+    """
+    log_q, log_p = (_relations(states, mask, heads) for states in (student, teacher))
+    pairs = torch.where(mask[:, None, None, :], log_p.exp() * (log_p - log_q), 0.0)
+    rows = pairs.sum(-1).mean(1)
+    return rows[mask].sum() / mask.sum().clamp(min=1)
+
+
+def _relations(states: Tensor, mask: Tensor, heads: int) -> Tensor:
+    batch, length, width = states.shape
+    split = states.float().view(batch, length, heads, width // heads).transpose(1, 2)
+    scores = split @ split.transpose(-1, -2) / math.sqrt(width // heads)
+    # Not -inf: rows of padding would be NaN.
+    return scores.masked_fill(~mask[:, None, None, :], -1e9).log_softmax(-1)

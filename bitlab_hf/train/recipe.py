@@ -1,0 +1,166 @@
+"""Recipe: what BitLab adds to a training run, as one frozen value that a file can hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from bitcore.errors import ArgumentError, ConfigError
+
+RECIPE_FILE = "bitlab_recipe.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `BitLabTrainer` does beside an ordinary training step.
+
+    Losses are means over the labelled tokens of an optimizer step, in nats, and are added up with
+    their weights.
+
+    Args:
+        cross_entropy_weight: Weight of the loss against the labels beside a teacher's terms;
+            without a teacher it is 1.
+        logits_weight: Weight of the Kullback-Leibler divergence from the teacher's next-token
+            distribution to the model's (Hinton et al., arXiv 1503.02531), times the square of the
+            temperature.
+        temperature: Divides both logits first.
+        hidden_weight: Weight of the squared difference of a token's hidden states, relative to the
+            teacher's square.
+        hidden_layers: Which decoder layers' outputs it compares, from 0, or from the last with -1;
+            None for all.
+        relation_weight: Weight of the attention-relation term of BitNet Distillation
+            (arXiv 2510.13998): KL between softmax(A A^T / sqrt(d)) of teacher and model, for A the
+            outputs of the query, key and value projections.
+        relation_layer: The layer that it compares; the paper takes one late layer.
+        relation_heads: Into how many heads the projections' outputs are split for it.
+        teacher_required: Whether training without a teacher is an error; else the terms that need
+            one are left out.
+        teacher_8bit: Load a teacher given as a path in 8 bits, through bitsandbytes.
+        guard: Stop at the first loss or gradient that is not finite, naming where it came from.
+
+    Raises:
+        ConfigError: A field has a value that is not allowed.
+    """
+
+    cross_entropy_weight: float = 1.0
+    logits_weight: float = 0.0
+    temperature: float = 1.0
+    hidden_weight: float = 0.0
+    hidden_layers: tuple[int, ...] | None = None
+    relation_weight: float = 0.0
+    relation_layer: int = -1
+    relation_heads: int = 1
+    teacher_required: bool = False
+    teacher_8bit: bool = False
+    guard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("cross_entropy_weight", "logits_weight", "hidden_weight", "relation_weight"):
+            value = getattr(self, name)
+            if not _is_number(value) or value < 0:
+                raise _wrong(name, "a finite number of at least 0", value)
+        if not _is_number(self.temperature) or self.temperature <= 0:
+            raise _wrong("temperature", "a finite number above 0", self.temperature)
+        if self.cross_entropy_weight == 0 and not self.distills:
+            raise _wrong("cross_entropy_weight", "above 0 without a term from a teacher", 0)
+        layers = self.hidden_layers
+        if layers is not None:
+            if not isinstance(layers, (tuple, list)) or not layers or not all(map(_is_int, layers)):
+                raise _wrong("hidden_layers", "layer numbers, or None for all", layers)
+            object.__setattr__(self, "hidden_layers", tuple(layers))
+        if not _is_int(self.relation_layer):
+            raise _wrong("relation_layer", "a layer number", self.relation_layer)
+        if not _is_int(self.relation_heads) or self.relation_heads < 1:
+            raise _wrong("relation_heads", "an int of at least 1", self.relation_heads)
+        for name in ("teacher_required", "teacher_8bit", "guard"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, "true or false", getattr(self, name))
+
+    @property
+    def distills(self) -> bool:
+        """Whether any term needs a teacher."""
+        return max(self.logits_weight, self.hidden_weight, self.relation_weight) > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain values that JSON holds and `from_dict` takes back."""
+        values = asdict(self)
+        if self.hidden_layers is not None:
+            values["hidden_layers"] = list(self.hidden_layers)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Builds a recipe from `to_dict`'s result, or from a part of it.
+
+        Raises:
+            ConfigError: A key is unknown, or a value is not allowed.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(
+                f"Recipe: fields must be among {sorted(known)}, got {', '.join(map(repr, unknown))}"
+            )
+        return cls(**values)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the recipe into a directory, in one step."""
+        target = Path(directory) / RECIPE_FILE
+        staged = target.with_name(f".{RECIPE_FILE}.{os.getpid()}")
+        try:
+            staged.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            staged.replace(target)
+        finally:
+            staged.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Recipe | None:
+        """Returns the recipe that a directory holds, or None."""
+        file = Path(directory) / RECIPE_FILE
+        if not file.exists():
+            return None
+        return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _wrong(name: str, requirement: str, value: object) -> ConfigError:
+    return ConfigError(f"Recipe: {name} must be {requirement}, got {value!r}")
+
+
+RECIPES: dict[str, Recipe] = {
+    # The original model's whole distribution says more about a token than its label does.
+    "default": Recipe(cross_entropy_weight=0.0, logits_weight=1.0),
+    "plain": Recipe(),
+    "distill": Recipe(logits_weight=1.0, cross_entropy_weight=0.0, teacher_required=True),
+    # Terms and temperature of arXiv 2510.13998; its weights are tuned for each task.
+    "bitdistill": Recipe(
+        logits_weight=1.0, temperature=5.0, relation_weight=1.0, teacher_required=True
+    ),
+}
+
+
+def get_recipe(recipe: str | Recipe) -> Recipe:
+    """Returns a recipe given as itself or by its name in `RECIPES`.
+
+    Raises:
+        ArgumentError: There is none of this name.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str) or recipe not in RECIPES:
+        raise ArgumentError(
+            f"BitLabTrainer: recipe must be a Recipe or one of {sorted(RECIPES)}, got {recipe!r}"
+        )
+    return RECIPES[recipe]

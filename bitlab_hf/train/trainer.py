@@ -1,0 +1,140 @@
+"""BitLabTrainer: transformers' Trainer with a recipe, a teacher and guards."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from bitcore.errors import CheckpointError, NonFiniteError
+from bitlab_hf.train.distill import DistillationMixin
+from bitlab_hf.train.guard import (
+    first_non_finite,
+    last_checkpoint,
+    last_non_finite_gradient,
+    non_finite_parameter,
+    whole_or_nothing,
+)
+from bitlab_hf.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class GuardMixin(_Base):
+    """Put before a Trainer class with a ``recipe``: stops at values that are not finite, keeps
+    checkpoints whole, and resumes with the same recipe only.
+    """
+
+    recipe: Recipe
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole.
+
+        Raises:
+            CheckpointError: There is none, or it was made with another recipe.
+            NonFiniteError: A loss or gradient was NaN or infinite; nothing was updated with it.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise CheckpointError(
+                    f"BitLabTrainer: {self.args.output_dir} must hold a checkpoint to resume, "
+                    "got none that is whole"
+                )
+        if isinstance(resume_from_checkpoint, str):
+            self._check_recipe(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_recipe(self, folder: str) -> None:
+        saved = Recipe.load(folder)
+        if saved is None or saved == self.recipe:
+            return
+        old, new = saved.to_dict(), self.recipe.to_dict()
+        listed = ", ".join(f"{k}={new[k]!r} (was {old[k]!r})" for k in old if old[k] != new[k])
+        raise CheckpointError(
+            f"BitLabTrainer: recipe must be the one of {folder}, got {listed}\n"
+            "Resume with recipe=Recipe.load(folder), or start anew from its weights."
+        )
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs one forward and backward pass; stops at a loss that is not finite."""
+        batch = dict(inputs)
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if self.recipe.guard and not bool(torch.isfinite(loss)):
+            inner = self.accelerator.unwrap_model(model)
+            ready = self._prepare_inputs(batch)
+            where = first_non_finite(inner, lambda: model(**ready))
+            self._stop("loss", where or "the loss alone (is every label -100?)")
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self._check_gradients(model)
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None:
+            self._check_gradients(model)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _check_gradients(self, model: Any) -> None:
+        """Stops at a gradient that is not finite, before clipping makes all of them so."""
+        # A loss scaler meets infinite gradients in its normal work, and skips these steps itself.
+        if not self.recipe.guard or getattr(self.accelerator, "scaler", None) is not None:
+            return
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm: Any = torch.nn.utils.get_total_norm(gradients)
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()
+        if not bool(torch.isfinite(norm)):
+            name = last_non_finite_gradient(self.accelerator.unwrap_model(model))
+            self._stop("gradient", f"the gradient of {name}" if name else "the norm alone")
+
+    def _stop(self, what: str, where: str) -> None:
+        last = last_checkpoint(str(self.args.output_dir))
+        raise NonFiniteError(
+            f"BitLabTrainer: {what} of step {self.state.global_step + 1} must be finite, got NaN "
+            f"or infinity, first in {where}\nThe last good checkpoint is {last or 'none'}; try a "
+            "lower learning rate or max_grad_norm."
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+        bad = (
+            non_finite_parameter(self.accelerator.unwrap_model(model))
+            if self.recipe.guard
+            else None
+        )
+        if bad is not None:
+            self._stop("weights", bad)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        with whole_or_nothing(folder, self.args.should_save):
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.recipe.save(folder)
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+
+
+class BitLabTrainer(GuardMixin, DistillationMixin, Trainer):
+    """transformers' Trainer for quantization-aware training.
+
+    Takes everything that a Trainer takes, and:
+
+    Args:
+        recipe: A `Recipe` or its name; written into each checkpoint, and checked on resuming.
+        teacher: The full-precision model, or its path.
+    """
+
+
+@functools.cache
+def sft_trainer() -> type[Any]:
+    """Returns the same for TRL's ``SFTTrainer``; imports trl."""
+    from trl import SFTTrainer  # type: ignore[attr-defined]
+
+    return type("BitLabSFTTrainer", (GuardMixin, DistillationMixin, SFTTrainer), {})
