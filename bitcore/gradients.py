@@ -12,8 +12,8 @@ from bitcore.estimators import lsq_gradients
 from bitcore.saved import share_codes
 from bitcore.schemas import library as _library
 
-# Elements of a weight gradient that are computed at once where they are rounded afterwards.
-_BLOCK_ELEMENTS = 2**21
+# The part of a weight gradient that is computed at once where it is rounded afterwards.
+_BLOCK_ROWS, _BLOCK_COLUMNS = 512, 1024
 # Without the instructions torch multiplies bfloat16 on a CPU up to 300 times slower than float32.
 _HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(
     torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -34,21 +34,30 @@ def _input_gradient(
     return dx
 
 
-def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``dW = dy.T @ x`` [N, K] of a dtype, for dy [M, N] and x [M, K].
+def _weight_gradient(dy: Tensor, inputs: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """``dW = dy.T @ x`` [N, K] of a dtype, for dy [M, N] and x: [..., K], or its codes and scale.
 
-    Computed in dy's dtype, or in float32 on a CPU that does not multiply 16-bit floats; then a
-    block of rows at a time, so that no float32 copy of all of dy and dW is made.
+    Computed in dy's dtype, or in float32 on a CPU that does not multiply 16-bit floats; then in
+    blocks, so that no float32 copy of all of dy, x or dW is made.
     """
+    parts = [part.reshape(-1, part.shape[-1]) for part in inputs]
+
+    def columns(first: int, last: int) -> Tensor:
+        # Promoted within the product: a float copy of the codes would be as large as x.
+        part = parts[0][:, first:last]
+        return part if len(parts) == 1 else part * parts[1]
+
+    (n, k), tokens = (dy.shape[1], parts[0].shape[1]), parts[0].shape[0]
     slow = dy.dtype != torch.float32 and not (dy.dtype == torch.bfloat16 and _HAS_BFLOAT16)
-    if dy.device.type != "cpu" or not slow:
-        return (dy.t() @ x.to(dy.dtype)).to(dtype)
-    x = x.float()
-    dw = dy.new_empty((dy.shape[1], x.shape[1]), dtype=dtype)
-    step = max(1, _BLOCK_ELEMENTS // x.shape[1])
-    for first in range(0, dy.shape[1], step):
-        last = min(first + step, dy.shape[1])
-        dw[first:last] = dy[:, first:last].float().t() @ x
+    if dy.device.type != "cpu" or not slow or tokens == 0:
+        return (dy.t() @ columns(0, k).to(dy.dtype)).to(dtype)
+    dw = dy.new_empty((n, k), dtype=dtype)
+    for left in range(0, k, _BLOCK_COLUMNS):
+        right = min(left + _BLOCK_COLUMNS, k)
+        x = columns(left, right).float()
+        for first in range(0, n, _BLOCK_ROWS):
+            last = min(first + _BLOCK_ROWS, n)
+            dw[first:last, left:right] = dy[:, first:last].float().t() @ x
     return dw
 
 
@@ -105,9 +114,8 @@ def _qat_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     # torch leaves trailing arguments out that have their defaults.
     if ctx.needs_input_grad[1] or (learned is not None and ctx.needs_input_grad[8]):
         with _no_autocast(dy):
-            x = inputs[0] if len(inputs) == 1 else inputs[0].float() * inputs[1]
-            x = x.reshape(-1, x.shape[-1])
-            dw = _weight_gradient(rows, x, ctx.weight_dtype if learned is None else dy.dtype)
+            dtype = ctx.weight_dtype if learned is None else dy.dtype
+            dw = _weight_gradient(rows, inputs, dtype)
             if learned is not None:
                 dw, dscale = lsq_gradients(dw, *learned)
                 dw = dw.to(ctx.weight_dtype)

@@ -24,6 +24,8 @@ _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FLOAT_PLANES = 4
 # From more tokens on, torch's float32 product of unpacked blocks is faster than exact sums.
 _FEW_FLOAT_TOKENS = 16
+# Tokens of a 16-bit gradient that are widened to float32 at once.
+_WIDENED_TOKENS = 512
 # Elements of a block unpacked for torch: 4 MiB of float32.
 _BLOCK_ELEMENTS = 2**20
 # Bytes of workspace that each thread keeps.
@@ -365,17 +367,25 @@ class CpuKernels:
         out_features: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        """See `bitcore.reference.input_gradient`: columns unpacked block by block, in float32."""
+        """See `bitcore.reference.input_gradient`: columns unpacked block by block, in float32.
+
+        16-bit gradients are widened some tokens at a time: of all of them that would take twice
+        their memory, more than unpacking again takes time.
+        """
         rows, in_features = qweight.shape
         qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
         step = max(64, _BLOCK_ELEMENTS // (4 * rows) // 64 * 64)
-        tokens = dy.reshape(-1, out_features).float()
-        dx = torch.empty((tokens.shape[0], in_features), dtype=dtype)
+        tokens = dy.reshape(-1, out_features)
+        count = tokens.shape[0]
+        dx = torch.empty((count, in_features), dtype=dtype)
+        widened = max(1, count if dy.dtype == torch.float32 else _WIDENED_TOKENS)
         with torch.autocast("cpu", enabled=False):
-            for first in range(0, in_features, step):
-                last = min(first + step, in_features)
-                weight = self._unpack_block(
-                    qweight, weight_scale, torch.float32, out_features, (0, rows, first, last)
-                )
-                dx[:, first:last] = tokens @ weight[:out_features]
+            for token in range(0, count, widened):
+                some = tokens[token : token + widened].float()
+                for first in range(0, in_features, step):
+                    last = min(first + step, in_features)
+                    weight = self._unpack_block(
+                        qweight, weight_scale, torch.float32, out_features, (0, rows, first, last)
+                    )
+                    dx[token : token + widened, first:last] = some @ weight[:out_features]
         return dx.view(*dy.shape[:-1], in_features)
