@@ -83,11 +83,20 @@ class BitQuantConfig:
         Raises:
             ConfigError: A key is unknown, or a value is not allowed.
         """
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ConfigError(
-                f"BitQuantConfig: keys must be among {sorted(known)}, "
-                f"got {', '.join(map(repr, unknown))}"
-            )
+        check_fields(cls, values)
         return cls(**values)
+
+
+def check_fields(owner: type, values: Mapping[str, Any]) -> None:
+    """Checks that the keys are fields of a dataclass.
+
+    Raises:
+        ConfigError: One is not; the message lists those that are.
+    """
+    known = {field.name for field in fields(owner)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ConfigError(
+            f"{owner.__name__}: keys must be among {sorted(known)}, "
+            f"got {', '.join(map(repr, unknown))}"
+        )

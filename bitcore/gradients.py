@@ -90,7 +90,7 @@ def _int8_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _qat_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, _, _, activation, _, step, scale = inputs
     _, qweight, weight_scale, codes, x_scale = output
-    # As an output it holds this node, which would hold it: freed by the garbage collector alone.
+    # Saved-tensor hooks would keep this output whole, with the node that keeps it: a cycle.
     weight_scale = weight_scale.detach()
     # A scale without a step is a learned one: its gradient needs the weight that was rounded.
     ctx.is_learned = step is None and scale is not None

@@ -47,6 +47,7 @@ class DistillationMixin(_Base):
         super().__init__(*args, **kwargs)
         self._teacher: Any = None
         self._terms: dict[str, list[Tensor]] = {}
+        self._noted_from = 0
         if teacher is not None and self.recipe.distills:
             self._teacher = load_teacher(teacher, self._inner(), self.recipe)
             if not getattr(self._teacher, "is_quantized", False):
@@ -73,7 +74,7 @@ class DistillationMixin(_Base):
                     model, inputs, return_outputs, num_items_in_batch
                 )
                 loss, outputs = result if return_outputs else (result, None)
-                self._note("loss_ce", loss)
+                self._note("loss_ce", loss, num_items_in_batch)
                 loss = recipe.cross_entropy_weight * loss
             else:
                 outputs = model(**{key: v for key, v in given.items() if key != "labels"})
@@ -117,7 +118,7 @@ class DistillationMixin(_Base):
             ]
             terms["loss_relation"] = (recipe.relation_weight, torch.stack(divergences).sum())
         for name, (weight, term) in terms.items():
-            self._note(name, term * share)
+            self._note(name, term * share, items)
             total = total + weight * share * term
         return total
 
@@ -140,15 +141,20 @@ class DistillationMixin(_Base):
         shifted[:, :-1] = valid[:, 1:]
         return shifted
 
-    def _note(self, name: str, value: Tensor) -> None:
-        self._terms.setdefault(name, []).append(value.detach())
+    def _note(self, name: str, value: Tensor, items: Any) -> None:
+        # A batch's part of its optimizer step: the Trainer divides what was not counted by items.
+        if not self._terms:
+            self._noted_from = self.state.global_step
+        parts = 1 if items is not None else self.current_gradient_accumulation_steps
+        self._terms.setdefault(name, []).append(value.detach() / parts)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the mean of each term since the last log, of this process, to a training log."""
+        """Adds each term's mean over the optimizer steps since the last log to a training log, as
+        this process saw them.
+        """
         if "loss" in logs and self._terms:
-            steps = max(1, self.args.gradient_accumulation_steps)
+            steps = max(1, self.state.global_step - self._noted_from)
             for name, values in self._terms.items():
-                mean = torch.stack(values).float().mean().item()
-                logs[name] = mean * (steps if self.model_accepts_loss_kwargs else 1)
+                logs[name] = torch.stack(values).float().sum().item() / steps
             self._terms = {}
         super().log(logs, *args, **kwargs)

@@ -6,11 +6,13 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bitcore.config import check_fields
 from bitcore.errors import ArgumentError, ConfigError
+from bitlab_hf.train.statistics_files import write_atomically
 
 RECIPE_FILE = "bitlab_recipe.json"
 
@@ -100,23 +102,12 @@ class Recipe:
         Raises:
             ConfigError: A key is unknown, or a value is not allowed.
         """
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ConfigError(
-                f"Recipe: fields must be among {sorted(known)}, got {', '.join(map(repr, unknown))}"
-            )
+        check_fields(cls, values)
         return cls(**values)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the recipe into a directory, in one step."""
-        target = Path(directory) / RECIPE_FILE
-        staged = target.with_name(f".{RECIPE_FILE}.{os.getpid()}")
-        try:
-            staged.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-            staged.replace(target)
-        finally:
-            staged.unlink(missing_ok=True)
+        write_atomically(Path(directory) / RECIPE_FILE, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Recipe | None:
@@ -144,7 +135,7 @@ RECIPES: dict[str, Recipe] = {
     "default": Recipe(cross_entropy_weight=0.0, logits_weight=1.0),
     "plain": Recipe(),
     "distill": Recipe(logits_weight=1.0, cross_entropy_weight=0.0, teacher_required=True),
-    # Terms and temperature of arXiv 2510.13998; its weights are tuned for each task.
+    # The terms of arXiv 2510.13998. Temperature and weights are a start: none is measured here.
     "bitdistill": Recipe(
         logits_weight=1.0, temperature=5.0, relation_weight=1.0, teacher_required=True
     ),

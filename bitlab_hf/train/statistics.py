@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ class TernaryStatistics(TrainerCallback):
 
     TensorBoard, W&B and other reporters get all of it. The terminal and ``trainer_state.json`` get
     the values over all layers only, because 7 values a layer would bury the loss; the layers'
-    values are in the run's folder, in ``ternary_statistics.jsonl``, and `bitlab report` draws them.
-    There too: ``ternary_histograms.json``, weights by size in scales, at the start, the end and
-    evenly between.
+    values are in the run's folder, in ``ternary_statistics.jsonl``. There too:
+    ``ternary_histograms.json``, weights by size in scales, at the start, the end and evenly
+    between.
 
     ``Trainer(callbacks=[TernaryStatistics()])`` works too, but a Trainer calls its reporters before
     the callbacks that it is given, so then TensorBoard and W&B see nothing of it; `attach` puts it
@@ -123,7 +124,7 @@ class TernaryStatistics(TrainerCallback):
                 "Load it with quantization_config=BitLabConfig()."
             )
         main, step = state.is_world_process_zero, state.global_step
-        self._codes, self._fresh, self._files = {}, None, None
+        self._fresh, self._files = None, None
         if main:
             self._files = RunFiles(Path(args.output_dir), list(self._layers), step)
             for logs in self._before if step == 0 else ():
@@ -133,7 +134,7 @@ class TernaryStatistics(TrainerCallback):
         # After a resume the codes of the last log are known only if that log was at this very step.
         # Every process packs, because gathering FSDP2's shards is a collective; what is of no use
         # is dropped afterwards.
-        self._remember()
+        self._codes = {name: qweight for name, (_, qweight, _) in self._all_packed()}
         if step > 0 and (self._files is None or self._files.last_counted != step):
             self._codes = {}
         self._measured, self._interval = step, self._interval_of(state)
@@ -220,11 +221,12 @@ class TernaryStatistics(TrainerCallback):
                 return None
             return layer.weight.detach(), *layer.build_packed()
 
-    def _remember(self) -> None:
+    def _all_packed(self) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
+        """Yields the layers that this process sees whole, with what `_packed` gives."""
         for name, layer in self._layers.items():
             found = self._packed(layer, self._files is not None)
             if found is not None:
-                self._codes[name] = found[1]
+                yield name, found
 
     def _measure(self, main: bool) -> dict[str, list[float | None]]:
         """Returns one list a quantity; packs every layer and keeps its codes."""
@@ -251,11 +253,7 @@ class TernaryStatistics(TrainerCallback):
         return values
 
     def _take_histograms(self, step: int) -> None:
-        counts = {}
-        for name, layer in self._layers.items():
-            found = self._packed(layer, self._files is not None)
-            if found is not None:
-                counts[name] = weight_histogram(*found)
+        counts = {name: weight_histogram(*found) for name, found in self._all_packed()}
         if self._files is not None:
             self._files.add_histograms(step, {"edge": EDGE, "bins": BINS}, counts)
 

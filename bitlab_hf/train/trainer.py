@@ -29,7 +29,7 @@ else:
 
 class GuardMixin(_Base):
     """Put before a Trainer class with a ``recipe``: stops at values that are not finite, keeps
-    checkpoints whole, and resumes with the same recipe only.
+    checkpoints whole, resumes with the same recipe only, and lets no scale decay.
     """
 
     recipe: Recipe
@@ -73,6 +73,11 @@ class GuardMixin(_Base):
             where = first_non_finite(inner, lambda: model(**ready))
             self._stop("loss", where or "the loss alone (is every label -100?)")
         return loss
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Returns what weight decay applies to: what the Trainer says, without learned scales."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.endswith("learned_scale")]
 
     def _clip_grad_norm(self, model: Any) -> Any:
         self._check_gradients(model)

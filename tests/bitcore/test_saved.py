@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -86,9 +87,12 @@ def test_other_quantization_or_tensor_is_not_shared(weights: list[Tensor]) -> No
         assert len(set(found)) == 2
 
 
-def test_nothing_is_kept_alive(weights: list[Tensor]) -> None:
+@pytest.mark.parametrize("hooked", [False, True])
+def test_nothing_is_kept_alive(weights: list[Tensor], hooked: bool) -> None:
     x = torch.randn(5, K)
-    y = run(x, weights[0])
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept)
+    with hooks if hooked else nullcontext():
+        y = run(x, weights[0])
     gone, codes = weakref.ref(x), saved._last.entry[2]
     assert codes() is not None
     # At once: a cycle would hold a step's memory until the collector comes by.

@@ -9,14 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError
 from bitlab_hf import BitLabConfig
-from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, last_checkpoint
+from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, last_checkpoint, sft_trainer
 from bitlab_hf.train.losses import logits_divergence, relation_divergence
 from tests.bitlab_hf.models import make_float_model, training_data
+from tests.bitlab_hf.test_trainer import assert_equal_states, state_of
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +63,6 @@ def make(source: Path, folder: Path, *, model: Any = None, **options: Any) -> Bi
 
 
 NAMES = ("recipe", "teacher", "train_dataset", "data_collator")
-
-
-def state_of(model: Any) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_equal_states(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert set(first) == set(second)
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
 
 
 def test_plain_is_the_trainer(source: Path, tmp_path: Path) -> None:
@@ -119,7 +117,7 @@ def test_the_loss_is_the_mean_over_labelled_tokens(source: Path, tmp_path: Path)
         Recipe(logits_weight=1.0, hidden_weight=0.5),
         Recipe(cross_entropy_weight=0.0, logits_weight=1.0, temperature=2.0),
     ],
-    ids=["all terms", "logits alone"],
+    ids=["labels, logits, hidden states", "logits alone"],
 )
 def test_accumulation_is_one_large_batch(source: Path, tmp_path: Path, recipe: Recipe) -> None:
     gradients = []
@@ -138,6 +136,30 @@ def test_accumulation_is_one_large_batch(source: Path, tmp_path: Path, recipe: R
     for name, gradient in gradients[0].items():
         difference = (gradient - gradients[1][name]).norm()
         assert difference <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+def test_logged_terms_add_up_to_the_loss(source: Path, tmp_path: Path) -> None:
+    """Also where the last optimizer step of an epoch has fewer batches than the others."""
+    recipe = Recipe(cross_entropy_weight=0.5, logits_weight=2.0)
+    trainer = make(
+        source, tmp_path, recipe=recipe, teacher=source, train_dataset=training_data(10),
+        per_device_train_batch_size=2, gradient_accumulation_steps=4, logging_steps=3, max_steps=6,
+    )  # fmt: skip
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in logs] == [3, 6]
+    for entry in logs:
+        expected = 0.5 * entry["loss_ce"] + 2 * entry["loss_logits"]
+        assert entry["loss"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_learned_scales_do_not_decay(source: Path, tmp_path: Path) -> None:
+    config = BitLabConfig(weight_quantizer="lsq")
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    trainer = make(source, tmp_path, model=model, recipe="plain", weight_decay=0.1)
+    decayed = trainer.get_decay_parameter_names(model)
+    assert "model.layers.0.mlp.up_proj.weight" in decayed
+    assert not any("learned_scale" in name for name in decayed)
 
 
 def test_every_term_trains_and_is_logged(source: Path, tmp_path: Path) -> None:
@@ -167,6 +189,58 @@ def test_every_term_trains_and_is_logged(source: Path, tmp_path: Path) -> None:
     assert_equal_states(before, state_of(teacher))
     assert not teacher.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_sft_trainer_learns_from_the_teacher(source: Path, tmp_path: Path) -> None:
+    """TRL's trainer, whose loss may leave logits out: the logged divergence is the direct one."""
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    rows = [{"input_ids": row["input_ids"].tolist()} for row in training_data(4)]
+    model, teacher = load(source), AutoModelForCausalLM.from_pretrained(source)
+    vocabulary = {f"w{index}": index for index in range(model.config.vocab_size)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="w0")),
+        pad_token="w0",
+        eos_token="w1",
+    )
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    with torch.no_grad():
+        p, q = (m.train()(input_ids=ids).logits[:, :-1].log_softmax(-1) for m in (teacher, model))
+    expected = (p.exp() * (p - q)).sum(-1).mean()
+    options = {"max_steps": 2, "learning_rate": 1e-3, "logging_steps": 1, "use_cpu": True}
+    trainer = sft_trainer()(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(tmp_path), report_to="none", save_strategy="no", bf16=False,
+            per_device_train_batch_size=4, gradient_checkpointing=False, **options,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        recipe="distill",
+        teacher=teacher,
+    )  # fmt: skip
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss_logits" in entry]
+    assert logs[0]["loss_logits"] == pytest.approx(float(expected), rel=1e-4)
+    assert logs[1]["loss_logits"] < logs[0]["loss_logits"]
+
+
+def test_eight_bits(source: Path, tmp_path: Path) -> None:
+    """bitsandbytes on the CPU: the teacher's layers, and the optimizer's state."""
+    first = []
+    for eight in (False, True):
+        recipe = Recipe(cross_entropy_weight=0.0, logits_weight=1.0, teacher_8bit=eight)
+        optim = "adamw_bnb_8bit" if eight else "adamw_torch"
+        trainer = make(source, tmp_path, recipe=recipe, teacher=str(source), optim=optim)
+        names = {type(module).__name__ for module in trainer._teacher.modules()}
+        assert ("Linear8bitLt" in names) == eight
+        trainer.train()
+        optimizer: Any = trainer.optimizer
+        assert type(optimizer.optimizer).__module__.startswith("bitsandbytes") == eight
+        first.append(trainer.state.log_history[0]["loss_logits"])
+    assert first[1] == pytest.approx(first[0], rel=0.25)
 
 
 def test_divergences() -> None:
