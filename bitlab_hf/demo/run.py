@@ -30,10 +30,10 @@ from rich.progress import (
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_callback import PrinterCallback
 
 from bitcore.errors import MissingExtraError
 from bitlab_hf.config import BitLabConfig
@@ -43,6 +43,7 @@ from bitlab_hf.demo.report import PROMPTS, Report, show_table, show_texts
 from bitlab_hf.demo.text import Blocks, Perplexity, make_blocks, measure_perplexity
 from bitlab_hf.deploy import deploy
 from bitlab_hf.saving import save
+from bitlab_hf.train import BitLabTrainer
 
 
 @dataclass(frozen=True)
@@ -100,31 +101,6 @@ class _Bars(TrainerCallback):
         if logs and "loss" in logs and self._task is not None:
             text = f"{self._title}, loss {float(logs['loss']):.3f}"
             self._progress.update(self._task, description=text)
-
-
-class _Distiller(Trainer):
-    """A Trainer whose model learns the original's whole distribution of the next token.
-
-    The loss is the cross-entropy against the teacher's probabilities, at temperature 1; the data
-    and their order are the plain Trainer's.
-    """
-
-    def __init__(self, *args: Any, teacher: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._teacher = teacher.eval()
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: Any,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        with torch.no_grad():
-            target = self._teacher(input_ids=inputs["input_ids"]).logits.float().softmax(-1)
-        outputs = model(input_ids=inputs["input_ids"])
-        loss = -(target * outputs.logits.float().log_softmax(-1)).sum(-1).mean()
-        return (loss, outputs) if return_outputs else loss
 
 
 class Demo:
@@ -185,6 +161,8 @@ class Demo:
                 original, dtype=torch.float32, quantization_config=BitLabConfig()
             )
             self._train(ternary, train, progress, "ternary", teacher=model)
+            # A teacher is frozen.
+            model.requires_grad_(True)
             self._train(model, train, progress, "full precision")
             report.finetuned = self._perplexity(model, heldout, progress, "full precision")
             del model
@@ -269,9 +247,8 @@ class Demo:
             "train_dataset": data,
             "callbacks": [_Bars(progress, title)],
         }
-        trainer = _Distiller(**common, teacher=teacher) if ternary else Trainer(**common)
-        from transformers.trainer_callback import PrinterCallback
-
+        recipe = "distill" if ternary else "plain"
+        trainer = BitLabTrainer(**common, recipe=recipe, teacher=teacher)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 
