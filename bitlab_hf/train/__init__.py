@@ -2,12 +2,14 @@
 
 from bitlab_hf.train.guard import last_checkpoint
 from bitlab_hf.train.recipe import RECIPES, Recipe
+from bitlab_hf.train.schedule import QuantStrengthWarmup
 from bitlab_hf.train.statistics import TernaryStatistics
 from bitlab_hf.train.trainer import BitLabTrainer, sft_trainer
 
 __all__ = [
     "RECIPES",
     "BitLabTrainer",
+    "QuantStrengthWarmup",
     "Recipe",
     "TernaryStatistics",
     "last_checkpoint",

@@ -12,6 +12,7 @@ from typing import Any
 
 from bitcore.config import check_fields
 from bitcore.errors import ArgumentError, ConfigError
+from bitlab_hf.train.schedule import SCHEDULES, is_length
 from bitlab_hf.train.statistics_files import write_atomically
 
 RECIPE_FILE = "bitlab_recipe.json"
@@ -43,6 +44,10 @@ class Recipe:
         teacher_required: Whether training without a teacher is an error; else the terms that need
             one are left out.
         teacher_8bit: Load a teacher given as a path in 8 bits, through bitsandbytes.
+        quant_warmup: Over how much of the run the quantization strength rises from 0 to 1: a number
+            of steps (an int), or a share of the run (a float up to 1.0); 0 for full strength from
+            the start. See `QuantStrengthWarmup`.
+        quant_warmup_schedule: ``"linear"`` or ``"cosine"``.
         guard: Stop at the first loss or gradient that is not finite, naming where it came from.
 
     Raises:
@@ -59,6 +64,8 @@ class Recipe:
     relation_heads: int = 1
     teacher_required: bool = False
     teacher_8bit: bool = False
+    quant_warmup: int | float = 0
+    quant_warmup_schedule: str = "linear"
     guard: bool = True
 
     def __post_init__(self) -> None:
@@ -79,6 +86,12 @@ class Recipe:
             raise _wrong("relation_layer", "a layer number", self.relation_layer)
         if not _is_int(self.relation_heads) or self.relation_heads < 1:
             raise _wrong("relation_heads", "an int of at least 1", self.relation_heads)
+        if not is_length(self.quant_warmup):
+            requirement = "a number of steps (an int), or a share of the run (a float up to 1.0)"
+            raise _wrong("quant_warmup", requirement, self.quant_warmup)
+        if self.quant_warmup_schedule not in SCHEDULES:
+            schedules = f"one of {SCHEDULES}"
+            raise _wrong("quant_warmup_schedule", schedules, self.quant_warmup_schedule)
         for name in ("teacher_required", "teacher_8bit", "guard"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, "true or false", getattr(self, name))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from bitcore.errors import CheckpointError, NonFiniteError
+from bitcore.errors import ArgumentError, CheckpointError, NonFiniteError
 from bitlab_hf.train.distill import DistillationMixin
 from bitlab_hf.train.guard import (
     first_non_finite,
@@ -20,6 +20,7 @@ from bitlab_hf.train.guard import (
     whole_or_nothing,
 )
 from bitlab_hf.train.recipe import Recipe
+from bitlab_hf.train.schedule import QuantStrengthWarmup
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -126,7 +127,49 @@ class GuardMixin(_Base):
             super()._save_checkpoint(model, trial, *args, **kwargs)
 
 
-class BitLabTrainer(GuardMixin, DistillationMixin, Trainer):
+class CallbacksMixin(_Base):
+    """Put before a Trainer class with a ``recipe``: warms the quantization strength up."""
+
+    recipe: Recipe
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.recipe.quant_warmup:
+            self._add_warmup()
+
+    def _add_warmup(self) -> None:
+        if self._warmup() is not None:
+            raise ArgumentError(
+                "BitLabTrainer: callbacks must hold no QuantStrengthWarmup beside a recipe's "
+                "quant_warmup, got one\nLeave one of them out."
+            )
+        recipe = self.recipe
+        warmup = QuantStrengthWarmup(recipe.quant_warmup, recipe.quant_warmup_schedule)
+        warmup.on_init_end(self.args, self.state, self.control)
+        self.add_callback(warmup)
+
+    def _warmup(self) -> QuantStrengthWarmup | None:
+        callbacks = self.callback_handler.callbacks
+        return next((one for one in callbacks if isinstance(one, QuantStrengthWarmup)), None)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains; a run that fails leaves the model at full quantization strength too."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            warmup = self._warmup()
+            if warmup is not None and warmup.strength < 1:
+                warmup.on_train_end(self.args, self.state, self.control, self.model)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the quantization strength to a training log, while something sets it."""
+        warmup = self._warmup()
+        if warmup is not None and "loss" in logs:
+            logs["quant_strength"] = warmup.strength
+        super().log(logs, *args, **kwargs)
+
+
+class BitLabTrainer(CallbacksMixin, GuardMixin, DistillationMixin, Trainer):
     """transformers' Trainer for quantization-aware training.
 
     Takes everything that a Trainer takes, and:
@@ -142,4 +185,4 @@ def sft_trainer() -> type[Any]:
     """Returns the same for TRL's ``SFTTrainer``; imports trl."""
     from trl import SFTTrainer  # type: ignore[attr-defined]
 
-    return type("BitLabSFTTrainer", (GuardMixin, DistillationMixin, SFTTrainer), {})
+    return type("BitLabSFTTrainer", (CallbacksMixin, GuardMixin, DistillationMixin, SFTTrainer), {})

@@ -22,8 +22,12 @@ def test_recipes(tmp_path: Path) -> None:
     path = make_float_model("llama", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=BitLabConfig())
     names = {"model": model, "path": path, "data": training_data(), "args": arguments(tmp_path)}
-    trainer, estimator = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    trainer, estimator, warmup = re.findall(
+        r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL
+    )
     exec(compile(trainer, "docs/recipes.md, trainer", "exec"), names)
+    assert names["trainer"].state.global_step == 4  # type: ignore[attr-defined]
+    exec(compile(warmup, "docs/recipes.md, warm-up", "exec"), names)
     assert names["trainer"].state.global_step == 4  # type: ignore[attr-defined]
     try:
         exec(compile(estimator, "docs/recipes.md, estimator", "exec"), names)

@@ -62,7 +62,7 @@ def make(source: Path, folder: Path, *, model: Any = None, **options: Any) -> Bi
     )
 
 
-NAMES = ("recipe", "teacher", "train_dataset", "data_collator")
+NAMES = ("recipe", "teacher", "train_dataset", "data_collator", "callbacks")
 
 
 def test_plain_is_the_trainer(source: Path, tmp_path: Path) -> None:
