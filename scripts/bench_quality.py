@@ -19,12 +19,13 @@ import multiprocessing
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_common import Disturbance, header
-from bench_quality_methods import METHODS, load_bitlab, load_float, train
+from bench_quality_methods import METHODS, POST_TRAINING, load_bitlab, load_float, train
 from bench_quality_model import nats, pretrain, write_json
 from bench_quality_report import summarize, write_report
 from bench_quality_text import DOMAINS, PARTS, load_domain
@@ -32,7 +33,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 GRID_SEED = 0
 # Trained longer, by the ratio of the measured times, for the comparison at equal time.
 EQUAL_TIME = ("auto", "plain")
@@ -52,6 +53,7 @@ class Settings:
         eval_blocks: Blocks of the validation part to choose on.
         test_blocks: Blocks of the test part to score.
         batch: Blocks of a step.
+        every: Reads one file of so many.
         rates: The grid of peak learning rates.
         seeds: Of the comparison.
     """
@@ -65,6 +67,7 @@ class Settings:
     eval_blocks: int = 100
     test_blocks: int = 200
     batch: int = 2
+    every: int = 1
     rates: tuple[float, ...] = RATES
     seeds: tuple[int, ...] = (1, 2, 3)
 
@@ -91,7 +94,7 @@ def prepare(settings: Settings, domain: str) -> dict[str, Any]:
     if record.is_file():
         found: dict[str, Any] = json.loads(record.read_text())
         return found
-    text = load_domain(domain, settings.folder / "sources", settings.length)
+    text = load_domain(domain, settings.folder / "sources", settings.length, settings.every)
     folder.mkdir(parents=True, exist_ok=True)
     made = pretrain(text, folder, settings.hidden, settings.layers, settings.pretrain_tokens)
     save_file(text.parts, folder / "blocks.safetensors")
@@ -99,10 +102,21 @@ def prepare(settings: Settings, domain: str) -> dict[str, Any]:
     made["bytes_per_token"] = text.bytes_per_token
     made["test_tokens"] = test.numel()
     made["float"] = nats(load_float(folder / "model"), test)
-    for granularity in ("per_tensor", "per_channel"):
-        model = load_bitlab(folder / "model", granularity, "infer")
-        made[f"rounded {granularity}"] = nats(model, test)
     write_json(record, made)
+    return made
+
+
+def post_training(settings: Settings, domain: str) -> dict[str, float]:
+    """Scores what is made without training on the test files; once a folder."""
+    folder = settings.folder / domain
+    record = folder / "post-training.json"
+    made: dict[str, float] = json.loads(record.read_text()) if record.is_file() else {}
+    blocks = load_file(folder / "blocks.safetensors")
+    test = blocks["test"][: settings.test_blocks]
+    for title, config in POST_TRAINING.items():
+        if title not in made:
+            made[title] = nats(load_bitlab(folder / "model", "infer", **config), test)
+            write_json(record, made)
     return made
 
 
@@ -112,7 +126,7 @@ def chosen_blocks(blocks: dict[str, Tensor], seed: int, count: int) -> Tensor:
     return blocks["train"][order[:count]]
 
 
-def one_run(settings: Settings, domain: str, method: str, rate: float, seed: int) -> dict[str, Any]:
+def one_run(settings: Settings, method: str, domain: str, rate: float, seed: int) -> dict[str, Any]:
     """Trains once, or reads the finished run; only the comparison's seeds see the test files."""
     folder = settings.folder / domain
     record = folder / "runs" / f"{method}-{settings.blocks}-{rate:g}-{seed}.json"
@@ -142,11 +156,11 @@ def one_run(settings: Settings, domain: str, method: str, rate: float, seed: int
     return result
 
 
-def one_method(settings: Settings, domain: str, method: str) -> list[dict[str, Any]]:
+def one_method(settings: Settings, method: str, domain: str) -> list[dict[str, Any]]:
     """Runs a method's grid, then the seeds at its best learning rate."""
-    grid = [one_run(settings, domain, method, rate, GRID_SEED) for rate in settings.rates]
+    grid = [one_run(settings, method, domain, rate, GRID_SEED) for rate in settings.rates]
     best = min(grid, key=lambda run: float("inf") if math.isnan(run["nats"]) else run["nats"])
-    runs = [one_run(settings, domain, method, best["rate"], seed) for seed in settings.seeds]
+    runs = [one_run(settings, method, domain, best["rate"], seed) for seed in settings.seeds]
     return [*grid, *runs]
 
 
@@ -156,7 +170,7 @@ def finished(settings: Settings, domain: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in runs]
 
 
-def equal_time(settings: Settings, domain: str, method: str) -> list[dict[str, Any]]:
+def equal_time(settings: Settings, method: str, domain: str) -> list[dict[str, Any]]:
     """Trains a cheaper method on as many more tokens as distillation costs time.
 
     Its learning rate is the one chosen at equal tokens; time is CPU seconds a token, the median
@@ -172,7 +186,7 @@ def equal_time(settings: Settings, domain: str, method: str) -> list[dict[str, A
         longer = replace(settings, blocks=json.loads(record.read_text())["blocks"])
     write_json(record, {"blocks": longer.blocks, "method": method})
     rate = rows[method]["rate"]
-    return [one_run(longer, domain, method, rate, seed) for seed in settings.seeds]
+    return [one_run(longer, method, domain, rate, seed) for seed in settings.seeds]
 
 
 def _one_thread() -> None:
@@ -192,11 +206,12 @@ def main() -> None:
             layers=2,
             length=128,
             pretrain_tokens=20_000,
-            blocks=24,
-            eval_blocks=8,
-            test_blocks=8,
+            blocks=20,
+            eval_blocks=4,
+            test_blocks=4,
             rates=(1e-3,),
-            seeds=(1, 2),
+            every=8,
+            seeds=(1,),
         )
     found = header(console, "bench_quality.py")
     disturbance = Disturbance()
@@ -204,17 +219,22 @@ def main() -> None:
     if not arguments.report:
         for domain in arguments.domains:
             prepare(settings, domain)
+            post_training(settings, domain)
         with ProcessPoolExecutor(
             arguments.jobs, multiprocessing.get_context("spawn"), initializer=_one_thread
         ) as pool:
+            # One job runs here, without another process's start.
+            run: Any = pool.map if arguments.jobs > 1 else map
             for step, methods in ((one_method, arguments.methods), (equal_time, EQUAL_TIME)):
-                units = [(domain, m) for m in methods for domain in arguments.domains]
-                waiting = [pool.submit(step, settings, *unit) for unit in units]
-                for unit, future in zip(units, waiting, strict=True):
-                    future.result()
+                units = list(product(methods, arguments.domains))
+                done = run(step, repeat(settings), *zip(*units, strict=True))
+                for unit, _ in zip(units, done, strict=True):
                     console.print("finished:", *unit, step.__name__)
     domains = {
-        domain: {"start": prepare(settings, domain), "runs": finished(settings, domain)}
+        domain: {
+            "start": prepare(settings, domain) | post_training(settings, domain),
+            "runs": finished(settings, domain),
+        }
         for domain in arguments.domains
         if (settings.folder / domain / "start.json").is_file()
     }

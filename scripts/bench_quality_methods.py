@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from bitlab_hf import BitLabConfig
+from bitlab_hf.train import BitLabTrainer, Recipe
 
-# Steps that are not timed: torch.compile and first allocations fall into them.
+# Steps that are not timed: first allocations and caches fall into them.
 UNTIMED_STEPS = 8
 
 
@@ -25,34 +25,39 @@ class Method:
     Attributes:
         title: What tables say.
         linear: "float", "auto" (transformers' online `AutoBitLinear`) or "bitlab".
-        granularity: Of BitLab's weight scales.
-        distill: Weight of the distillation term; 0: the labels' loss alone.
-        temperature: Of the distillation.
-        labels: Weight of the labels' loss beside distillation.
-        hidden: Weight of the squared distance of the last hidden states.
+        config: Arguments of `BitLabConfig`.
+        recipe: Of `BitLabTrainer`; None for a plain Trainer.
     """
 
     title: str
     linear: str = "bitlab"
-    granularity: str = "per_tensor"
-    distill: float = 0.0
-    temperature: float = 1.0
-    labels: float = 0.0
-    hidden: float = 0.0
+    config: dict[str, Any] = field(default_factory=dict)
+    recipe: Recipe | None = None
 
 
+_CHANNEL = {"weight_granularity": "per_channel"}
+_KL = Recipe(cross_entropy_weight=0.0, logits_weight=1.0)
 METHODS = {
     "float": Method("full precision, fine-tuned", linear="float"),
     "auto": Method("AutoBitLinear online, Trainer", linear="auto"),
-    "plain": Method("BitLab, Trainer"),
-    "channel": Method("BitLab per channel, Trainer", granularity="per_channel"),
-    "kl": Method("distillation, T = 1", distill=1.0),
-    "kl2": Method("distillation, T = 2", distill=1.0, temperature=2.0),
-    "kl-labels": Method("distillation + labels, half each", distill=0.5, labels=0.5),
-    "kl-hidden": Method("distillation + last hidden states", distill=1.0, hidden=1.0),
-    "kl-channel": Method("distillation, per channel", distill=1.0, granularity="per_channel"),
+    "plain": Method("plain", recipe=Recipe()),
+    "kl": Method("distillation", recipe=_KL),
+    "channel": Method("plain, per channel", config=_CHANNEL, recipe=Recipe()),
+    "kl-channel": Method("distillation, per channel", config=_CHANNEL, recipe=_KL),
+    "kl-lsq": Method("distillation, learned scale", config={"weight_quantizer": "lsq"}, recipe=_KL),
+    "kl-lsq-channel": Method(
+        "distillation, learned scales per channel",
+        config={"weight_quantizer": "lsq", **_CHANNEL},
+        recipe=_KL,
+    ),
+    "kl-relation": Method(
+        "distillation + attention relations", recipe=replace(_KL, relation_weight=1.0)
+    ),
+    "kl2": Method("distillation, T = 2", recipe=replace(_KL, temperature=2.0)),
+    "kl-labels": Method("distillation + labels, half each", recipe=Recipe(0.5, logits_weight=0.5)),
+    "kl-hidden": Method("distillation + all hidden states", recipe=replace(_KL, hidden_weight=1.0)),
 }
-TRAINED = tuple(METHODS)
+POST_TRAINING: dict[str, dict[str, Any]] = {"rounded": {}, "rounded, per channel": _CHANNEL}
 
 
 def load_float(folder: Path) -> Any:
@@ -60,18 +65,17 @@ def load_float(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def load_bitlab(folder: Path, granularity: str, mode: str = "train") -> Any:
+def load_bitlab(folder: Path, mode: str = "train", **config: Any) -> Any:
     """Loads it ternary: latent to train, or rounded (``mode="infer"``)."""
-    config = BitLabConfig(weight_granularity=granularity, mode=mode)
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=config
+        folder, dtype=torch.float32, quantization_config=BitLabConfig(mode=mode, **config)
     )
 
 
 def load_method(method: Method, folder: Path) -> Any:
     """Builds the model that a method trains."""
     if method.linear == "bitlab":
-        return load_bitlab(folder, method.granularity)
+        return load_bitlab(folder, **method.config)
     model = load_float(folder)
     return auto_bitlinear(model) if method.linear == "auto" else model
 
@@ -92,38 +96,6 @@ def auto_bitlinear(model: Any) -> Any:
             new.load_state_dict(module.state_dict())
             model.set_submodule(name, new)
     return model
-
-
-class DistillingTrainer(Trainer):
-    """A Trainer whose model learns the float model's distribution of the next token."""
-
-    def __init__(self, *args: Any, teacher: Any, method: Method, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._teacher = teacher.eval().requires_grad_(False)
-        self._method = method
-        self.model_accepts_loss_kwargs = False
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-        """``T^2 KL(teacher || model)`` at temperature T, and the method's other terms."""
-        method, hidden = self._method, self._method.hidden > 0
-        ids = inputs["input_ids"]
-        with torch.no_grad():
-            target = self._teacher(input_ids=ids, output_hidden_states=hidden)
-        output = model(input_ids=ids, output_hidden_states=hidden)
-        t = method.temperature
-        wanted = (target.logits / t).log_softmax(-1)
-        found = (output.logits / t).log_softmax(-1)
-        divergence = torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="none")
-        loss = method.distill * t**2 * divergence.sum(-1).mean()
-        if method.labels:
-            shifted = output.logits[:, :-1].flatten(0, 1)
-            labels = torch.nn.functional.cross_entropy(shifted, ids[:, 1:].flatten())
-            loss = loss + method.labels * labels
-        if hidden:
-            last = target.hidden_states[-1]
-            distance = (output.hidden_states[-1] - last).square().mean()
-            loss = loss + method.hidden * distance / last.square().mean()
-        return (loss, output) if return_outputs else loss
 
 
 class _Clock(TrainerCallback):
@@ -174,9 +146,9 @@ def train(
         "train_dataset": [{"input_ids": ids, "labels": ids} for ids in blocks],
         "callbacks": [clock],
     }
-    make: Callable[..., Trainer] = Trainer
-    if method.distill:
-        make = DistillingTrainer
-        common |= {"teacher": load_float(folder), "method": method}
-    make(**common).train()
+    if method.recipe is None:
+        Trainer(**common).train()
+    else:
+        teacher = load_float(folder) if method.recipe.distills else None
+        BitLabTrainer(**common, recipe=method.recipe, teacher=teacher).train()
     return model, clock.seconds / max(1, clock.steps * batch * blocks.shape[1])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_common import pyplot
-from bench_quality_methods import METHODS
+from bench_quality_methods import METHODS, POST_TRAINING
 from bench_quality_model import write_json
 from rich.console import Console
 
@@ -87,8 +87,8 @@ def table(domain: str, entry: dict[str, Any]) -> list[str]:
         "| rate | CPU seconds per 10,000 tokens |",
         "| --- | --: | --: | --: | --: | --: |",
     ]
-    for name in ("float", "rounded per_tensor", "rounded per_channel"):
-        title = "full precision as it is" if name == "float" else name.replace("_", " ")
+    for name in ("float", *POST_TRAINING):
+        title = "full precision as it is" if name == "float" else name
         lines.append(f"| {title} | {start[name]:.3f} | {math.exp(start[name]):.2f} | | | |")
     for method in METHODS:
         title = METHODS[method].title

@@ -137,15 +137,17 @@ def strip_markup(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", prose).strip() + "\n"
 
 
-def load_domain(name: str, folder: Path, length: int) -> Domain:
+def load_domain(name: str, folder: Path, length: int, every: int = 1) -> Domain:
     """Reads, tokenizes and cuts one domain.
 
     Args:
         name: One of `DOMAINS`.
         folder: Where a downloaded package is kept.
         length: Tokens of a block.
+        every: Reads one file of so many.
     """
     files = python_files() if name == "python" else prose_files(folder)
+    files = {part: found[::every] for part, found in files.items()}
     tokenizer = _train_tokenizer(file.text for file in files["pretrain"])
     parts = {}
     for part in PARTS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,12 @@ import pytest
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+from bench_quality_methods import POST_TRAINING  # noqa: E402
 from bench_quality_report import compare, summarize  # noqa: E402
 from bench_quality_text import python_files, strip_markup  # noqa: E402
+
+# One of each kind: full precision, transformers' layer, labels alone, a teacher's terms.
+QUICK = ["float", "auto", "plain", "kl", "kl-hidden"]
 
 
 def run_of(method: str, seed: int, nats: float, rate: float = 1e-3, tokens: int = 10) -> Any:
@@ -65,19 +70,25 @@ def test_markup_is_stripped() -> None:
 def test_quick(tmp_path: Path) -> None:
     output = tmp_path / "quality.json"
     command = [sys.executable, str(SCRIPTS / "bench_quality.py"), "--quick", "--domains", "python"]
-    command += ["--folder", str(tmp_path), "--json", str(output), "--methods", "plain"]
-    command += ["kl-hidden"]
+    command += ["--folder", str(tmp_path), "--json", str(output), "--methods", *QUICK]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert "| AutoBitLinear online, Trainer | not run |" in output.with_suffix(".md").read_text()
+    assert "| distillation, T = 2 | not run |" in output.with_suffix(".md").read_text()
     entry = json.loads(output.read_text())["domains"]["python"]
-    assert set(entry["rows"]) == {"plain", "kl-hidden"}
-    assert all(row["seeds"].keys() == {"1", "2"} for row in entry["rows"].values())
+    assert set(entry["rows"]) == set(QUICK)
+    untrained = [entry["start"][name] for name in ("float", *POST_TRAINING)]
+    assert all(map(math.isfinite, untrained))
+    for method, row in entry["rows"].items():
+        assert row["grid"].keys() == {"0.001"}
+        assert row["seeds"].keys() == row["closed"].keys() == {"1"}
+        figures = [*row["grid"].values(), *row["seeds"].values(), *row["closed"].values()]
+        assert all(map(math.isfinite, figures)), method
+        assert row["seconds_per_token"] > 0
 
     # A lost run is made again, bit for bit; the finished ones are read.
     runs = tmp_path / "quick/python/runs"
-    (lost,) = runs.glob("kl-hidden-24-*-2.json")
+    (lost,) = runs.glob("kl-hidden-20-*-1.json")
     before, kept = json.loads(lost.read_text()), {p: p.stat().st_mtime_ns for p in runs.iterdir()}
     lost.unlink()
     subprocess.run(command, capture_output=True, check=True, timeout=300)
