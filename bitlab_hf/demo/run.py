@@ -246,6 +246,7 @@ class Demo:
             "args": arguments,
             "train_dataset": data,
             "callbacks": [_Bars(progress, title)],
+            "statistics": False,
         }
         recipe = "distill" if ternary else "plain"
         trainer = BitLabTrainer(**common, recipe=recipe, teacher=teacher)

@@ -94,8 +94,12 @@ class TernaryStatistics(TrainerCallback):
         self._fresh: dict[str, list[float | None]] | None = None
 
     def attach(self, trainer: Trainer) -> TernaryStatistics:
-        """Adds the callback to a Trainer, in front of its reporters; returns the callback."""
+        """Adds the callback to a Trainer, in front of its reporters and in place of another one of
+        its kind; returns the callback.
+        """
         callbacks = trainer.callback_handler.callbacks
+        ours = TernaryStatistics, _KeepFromTerminal
+        callbacks[:] = [one for one in callbacks if not isinstance(one, ours)]
         first = 1 + max(
             (i for i, one in enumerate(callbacks) if isinstance(one, DefaultFlowCallback)),
             default=-1,

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from bitcore.errors import ArgumentError, CheckpointError, NonFiniteError
+from bitlab_hf.replace import quantized_layers
 from bitlab_hf.train.distill import DistillationMixin
 from bitlab_hf.train.guard import (
     first_non_finite,
@@ -21,6 +22,7 @@ from bitlab_hf.train.guard import (
 )
 from bitlab_hf.train.recipe import Recipe
 from bitlab_hf.train.schedule import QuantStrengthWarmup
+from bitlab_hf.train.statistics import TernaryStatistics
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -128,14 +130,22 @@ class GuardMixin(_Base):
 
 
 class CallbacksMixin(_Base):
-    """Put before a Trainer class with a ``recipe``: warms the quantization strength up."""
+    """Put before a Trainer class with a ``recipe``: warms the quantization strength up, and logs
+    ternary statistics where the Trainer logs and there are latent layers.
+    """
 
     recipe: Recipe
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, statistics: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.recipe.quant_warmup:
             self._add_warmup()
+        logs = str(getattr(self.args.logging_strategy, "value", self.args.logging_strategy)) != "no"
+        given = any(isinstance(one, TernaryStatistics) for one in self.callback_handler.callbacks)
+        model: Any = self.model
+        latent = any(not one.module.is_deployed for one in quantized_layers(model))
+        if statistics and logs and latent and not given:
+            TernaryStatistics().attach(self)
 
     def _add_warmup(self) -> None:
         if self._warmup() is not None:
@@ -177,6 +187,8 @@ class BitLabTrainer(CallbacksMixin, GuardMixin, DistillationMixin, Trainer):
     Args:
         recipe: A `Recipe` or its name; written into each checkpoint, and checked on resuming.
         teacher: The full-precision model, or its path.
+        statistics: Whether to log `TernaryStatistics`, where the Trainer logs at all and the model
+            has latent layers.
     """
 
 

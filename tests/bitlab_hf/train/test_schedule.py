@@ -1,4 +1,4 @@
-"""The quantization strength's warm-up: values, resuming, accumulation, bad lengths."""
+"""What BitLabTrainer calls back: the warm-up of the quantization strength, and statistics."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError
 from bitlab_hf.replace import quantized_layers
-from bitlab_hf.train import BitLabTrainer, QuantStrengthWarmup, Recipe
+from bitlab_hf.train import BitLabTrainer, QuantStrengthWarmup, Recipe, TernaryStatistics
 from bitlab_hf.train.schedule import strength_at
+from bitlab_hf.train.statistics_files import read_statistics
 from tests.bitlab_hf.models import make_float_model, training_data
 from tests.bitlab_hf.test_trainer import assert_equal_states, state_of
 from tests.bitlab_hf.train.test_trainer import arguments, load, make
@@ -178,3 +179,27 @@ def test_bad_warmups(source: Path, tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(source)
     with pytest.raises(ArgumentError, match="must hold quantized layers, got none"):
         make(source, tmp_path, model=plain, recipe=Recipe(quant_warmup=2)).train()
+
+
+def test_statistics_are_logged_unless_turned_off(source: Path, tmp_path: Path) -> None:
+    for folder, options in (("on", {}), ("off", {"statistics": False}),
+                            ("quiet", {"logging_strategy": "no"})):  # fmt: skip
+        trainer = make(source, tmp_path / folder, recipe="plain", max_steps=2, **options)
+        trainer.train()
+        _, entries = read_statistics(tmp_path / folder)
+        counted = [entry["step"] for entry in entries if "flipped" in entry]
+        assert counted == ([1, 2] if folder == "on" else [])
+        shown = ["ternary/flipped" in entry for entry in trainer.state.log_history]
+        assert sum(shown) == len(counted)
+    # One given replaces it; a float model has none.
+    given = TernaryStatistics()
+    for trainer in (
+        make(source, tmp_path, callbacks=[given]),
+        make(source, tmp_path, model=AutoModelForCausalLM.from_pretrained(source)),
+    ):
+        held = [c for c in trainer.callback_handler.callbacks if isinstance(c, TernaryStatistics)]
+        assert held in ([given], [])
+    trainer = make(source, tmp_path)
+    given.attach(trainer)
+    held = [c for c in trainer.callback_handler.callbacks if isinstance(c, TernaryStatistics)]
+    assert held == [given]
