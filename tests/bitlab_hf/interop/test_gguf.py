@@ -1,6 +1,6 @@
 """GGUF files, read back with gguf's own reader and dequantized by its own code.
 
-llama.cpp itself is asked by ``scripts/check_gguf.py``.
+llama.cpp itself is asked by ``test_llama_cpp.py``, in CI.
 """
 
 from __future__ import annotations
