@@ -1,7 +1,9 @@
 """BitLab in transformers: ternary models from ``from_pretrained`` to ``push_to_hub``."""
 
+from bitlab_hf.card import record_facts
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.deploy import deploy
+from bitlab_hf.facts import Facts
 from bitlab_hf.interop.bitnet import export_bitnet, load_bitnet
 from bitlab_hf.interop.gguf import export_gguf
 from bitlab_hf.interop.hub import HubError, push
@@ -18,6 +20,7 @@ _guard_peft()
 __all__ = [
     "BitLabConfig",
     "BitLabHfQuantizer",
+    "Facts",
     "HubError",
     "MergeResult",
     "convert_ternary",
@@ -27,6 +30,7 @@ __all__ = [
     "load_bitnet",
     "merge_and_requantize",
     "push",
+    "record_facts",
     "replace_linear",
     "save",
 ]

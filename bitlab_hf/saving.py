@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from bitcore.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from bitlab_hf.card import model_card
 from bitlab_hf.config import QUANT_METHOD
+from bitlab_hf.facts import Facts
 
 _WEIGHT_FILES = re.compile(
     r"(model|pytorch_model|adapter_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$"
@@ -29,6 +30,7 @@ def save(
     directory: str | os.PathLike[str],
     *,
     tokenizer: Any = None,
+    facts: Facts | None = None,
     **kwargs: Any,
 ) -> None:
     """Saves a model so that at every moment the directory holds a whole checkpoint.
@@ -41,6 +43,7 @@ def save(
         model: A transformers model, latent or deployed.
         directory: Where to save it; made if needed.
         tokenizer: A tokenizer or processor to save beside the model.
+        facts: What the model's card says beside what the model shows; kept beside the model.
         kwargs: Passed to ``model.save_pretrained``, such as ``max_shard_size``.
 
     Raises:
@@ -66,10 +69,13 @@ def save(
         model.save_pretrained(staged, **kwargs)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
+        if facts is not None:
+            facts.save(staged)
         card = staged / "README.md"
         deployed = getattr(model, "quantization_method", None) == QUANT_METHOD
         if deployed and not card.exists() and not (Path(directory) / "README.md").exists():
-            card.write_text(model_card(model, Path(directory).resolve().name), encoding="utf-8")
+            title = Path(directory).resolve().name
+            card.write_text(model_card(model, title, facts), encoding="utf-8")
 
 
 @contextmanager

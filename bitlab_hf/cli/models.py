@@ -46,7 +46,7 @@ def deploy(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from bitcore.errors import ArgumentError
-    from bitlab_hf import BitLabConfig, save
+    from bitlab_hf import BitLabConfig, Facts, save
 
     quiet()
     given = {
@@ -69,7 +69,10 @@ def deploy(
         model = AutoModelForCausalLM.from_pretrained(
             source, quantization_config=BitLabConfig(mode="infer", **fields)
         )
-        save(model, output, tokenizer=tokenizer_if_any(source))
+        # What training recorded beside the latent model goes into the deployed one's card.
+        known = Facts.load(source)
+        facts = known if known != Facts() else None
+        save(model, output, tokenizer=tokenizer_if_any(source), facts=facts)
     _report("deployed", source, output, started, as_json)
 
 

@@ -28,6 +28,9 @@ Temperature = Annotated[
     float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")
 ]
 Seed = Annotated[int, typer.Option(help="Of sampling.")]
+Record = Annotated[
+    bool, typer.Option("--record", help="Write the figure into the model's card, too.")
+]
 
 
 def evaluate(
@@ -40,14 +43,18 @@ def evaluate(
     tokens: Annotated[int | None, typer.Option(min=2, help="Tokens at most.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Blocks at a time.")] = 4,
     threads: Threads = None,
+    record: Record = False,
     as_json: Json = False,
 ) -> None:
     """Measures the perplexity of a text in blocks of equal length; a rest is left out."""
+    from bitlab_hf import Facts, record_facts
     from bitlab_hf.demo.corpus import SourceFile
     from bitlab_hf.demo.text import make_blocks, measure_perplexity
 
     quiet()
     set_threads(threads)
+    if record:
+        _check_recordable(source)
     tokenizer = load_tokenizer(check_source(source))
     files = [SourceFile(str(file), file.read_text(encoding="utf-8")) for file in text]
     try:
@@ -62,6 +69,10 @@ def evaluate(
         found = measure_perplexity(model, blocks, batch, advance)
     seconds = time.perf_counter() - started
     count = blocks.ids.numel()
+    if record:
+        names = ", ".join(file.name for file in text)
+        key = f"{names}: {count:,} tokens in blocks of {blocks.ids.shape[1]}"
+        record_facts(source, Facts(perplexities={key: found.value}))
     emit(
         {
             "perplexity": found.value,
@@ -86,17 +97,24 @@ def generate(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     threads: Threads = None,
+    record: Record = False,
     as_json: Json = False,
 ) -> None:
     """Continues a text, as it comes, and tells how fast."""
+    from bitlab_hf import Facts, record_facts
+
     quiet()
     set_threads(threads)
+    if record:
+        _check_recordable(source)
     text = sys.stdin.read() if prompt == "-" else prompt
     tokenizer = load_tokenizer(check_source(source))
     speaker = Speaker(load_model(source), tokenizer, max_tokens, temperature, seed)
     if not as_json:
         typer.echo(text, nl=False)
     result = speaker.continue_(tokenizer(text)["input_ids"], show=not as_json)
+    if record and result["tokens_per_second"] is not None:
+        record_facts(source, Facts(speeds={_where(): result["tokens_per_second"]}))
     emit({"prompt": text, **result}, as_json, "")
     if not as_json:
         typer.echo(speed_of(result), err=True)
@@ -141,6 +159,21 @@ def chat(
         emit(result, as_json, "")
         if not as_json:
             typer.echo(speed_of(result), err=True)
+
+
+def _check_recordable(source: str) -> None:
+    if not Path(source).is_dir():
+        raise ArgumentError(f"--record: the model must be a folder, got {source}")
+
+
+def _where() -> str:
+    """Returns what a speed on the CPU depends on."""
+    import torch
+
+    from bitcore.kernels import kernels_for
+
+    isa = getattr(kernels_for("cpu"), "isa", "torch reference")
+    return f"decoding on the CPU, {torch.get_num_threads()} threads, {isa}"
 
 
 def _conversation(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from bitcore.config import check_fields
 from bitcore.errors import ArgumentError, ConfigError
+from bitlab_hf.atomic import write_atomically
 from bitlab_hf.train.schedule import SCHEDULES, is_length
-from bitlab_hf.train.statistics_files import write_atomically
 
 RECIPE_FILE = "bitlab_recipe.json"
 

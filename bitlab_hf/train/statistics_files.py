@@ -10,32 +10,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from bitcore.errors import CheckpointError
+from bitlab_hf.atomic import write_atomically
 
 STATISTICS_FILE = "ternary_statistics.jsonl"
 HISTOGRAMS_FILE = "ternary_histograms.json"
 VERSION = 1
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that at every moment the path holds all of the old or of the new one.
-
-    Raises:
-        OSError: Writing failed; the file is as it was.
-    """
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with staged.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 class RunFiles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bitlab_hf import Facts
 from bitlab_hf.cli.text import _conversation
 from tests.bitlab_hf.interop.stock import build
 
@@ -114,3 +116,21 @@ def test_empty_prompt(cli: Cli, states: dict[str, Path]) -> None:
     done = cli("generate", states["deployed"], "-", text="")
     assert done.code == 1
     assert "at least one token" in str(done.error)
+
+
+def test_record(cli: Cli, states: dict[str, Path], book: Path, tmp_path: Path) -> None:
+    """Figures go into the card; what training recorded comes with the latent model."""
+    latent = tmp_path / "latent"
+    shutil.copytree(states["latent"], latent)
+    Facts(recipe="plain", data="a book").save(latent)
+    model = tmp_path / "deployed"
+    assert cli("deploy", latent, model).code == 0
+    done = cli("eval", model, "--text", book, "--length", 64, "--tokens", 64, "--record", "--json")
+    assert cli("generate", model, "def", "--max-tokens", 3, "--record").code == 0
+    card = (model / "README.md").read_text()
+    assert f"book.txt: 64 tokens in blocks of 64 | {done.json['perplexity']:.3f} |" in card
+    assert "| recipe | plain |" in card
+    assert "| data | a book |" in card
+    assert f"| decoding on the CPU, {torch.get_num_threads()} threads" in card
+    refused = cli("generate", "someone/a-model", "def", "--record")
+    assert "--record: the model must be a folder" in str(refused.error)
