@@ -1,5 +1,6 @@
 """Training: what is added to a Trainer for quantization-aware fine-tuning."""
 
+from bitlab_hf.train.calibrate import CalibrationReport, calibrate
 from bitlab_hf.train.guard import last_checkpoint
 from bitlab_hf.train.recipe import RECIPES, Recipe
 from bitlab_hf.train.schedule import QuantStrengthWarmup
@@ -9,9 +10,11 @@ from bitlab_hf.train.trainer import BitLabTrainer, sft_trainer
 __all__ = [
     "RECIPES",
     "BitLabTrainer",
+    "CalibrationReport",
     "QuantStrengthWarmup",
     "Recipe",
     "TernaryStatistics",
+    "calibrate",
     "last_checkpoint",
     "sft_trainer",
 ]

@@ -1,0 +1,236 @@
+"""One matrix at a time: codes and scales that keep a layer's outputs, from sums over its inputs.
+
+Everything here minimises ``tr((T - C s) H (T - C s)^T)``: T is the weight that is wanted, C the
+codes, s their scales and H the inputs' second moments. For ``H = X^T X`` it is the squared
+difference of the outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Columns that are handled one by one before the rest of the matrix hears of it.
+_BLOCK = 128
+# A scale never falls below it: a row of zeros has to keep one.
+_LEAST = 1e-5
+
+
+@dataclass
+class Moments:
+    """Sums over a layer's input tokens.
+
+    Attributes:
+        hessian: ``X^T X`` of the inputs as the ternary model has them, float64 [K, K].
+        cross: ``F^T X``, F the inputs as the original model has them, float64 [K, K].
+        tokens: How many there were.
+    """
+
+    hessian: Tensor
+    cross: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, features: int, device: torch.device) -> Moments:
+        """Returns the sums over no tokens."""
+        hessian = torch.zeros(features, features, dtype=torch.float64, device=device)
+        return cls(hessian, torch.zeros_like(hessian))
+
+    def add(self, original: Tensor, inputs: Tensor) -> None:
+        """Adds tokens: inputs of both models, float [tokens, K]."""
+        x = inputs.float()
+        self.hessian += (x.t() @ x).double()
+        self.cross += (original.float().t() @ x).double()
+        self.tokens += x.shape[0]
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """Adds ``damping`` times the mean of the diagonal to it; inputs that are always 0 get a 1."""
+    mean = hessian.diagonal().mean()
+    added = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
+    return hessian + torch.diag(added.expand(len(hessian)))
+
+
+def wanted_weight(weight: Tensor, moments: Moments, damping: float) -> Tensor:
+    """The weight that gives the original outputs for the inputs of the ternary model.
+
+    ``T = W F^T X (X^T X)^-1``, damped towards W: what the layers before did to the inputs is taken
+    back as far as a linear layer can.
+
+    Args:
+        weight: W, float [N, K].
+        moments: Of its inputs.
+        damping: In units of the mean of the Hessian's diagonal.
+
+    Returns:
+        float64 [N, K].
+
+    Source: the closed form that GPTAQ, arXiv 2504.02692, spreads over GPTQ's columns.
+    """
+    weight = weight.double()
+    drift = weight @ (moments.cross - moments.hessian)
+    factor = torch.linalg.cholesky(damped(moments.hessian, damping))
+    return weight + torch.cholesky_solve(drift.t(), factor).t()
+
+
+class Scales:
+    """Scales of a matrix and where they apply: per tensor, per row, or per row and group.
+
+    Attributes:
+        values: float64 [1, 1], [N, 1] or [N, K / G].
+    """
+
+    def __init__(self, values: Tensor, columns: int) -> None:
+        self.values = values
+        self._width = columns // values.shape[1]
+
+    def column(self, index: int) -> Tensor:
+        """Returns the scale of a column, [1, 1] or [N, 1]."""
+        group = index // self._width
+        return self.values[:, group : group + 1]
+
+    def full(self) -> Tensor:
+        """Returns them as they multiply codes [N, K]."""
+        return self.values.repeat_interleave(self._width, 1)
+
+    def sums(self, products: Tensor) -> Tensor:
+        """Adds products [N, K] up to the shape of the scales."""
+        grouped = products.view(products.shape[0], self.values.shape[1], -1).sum(2)
+        return grouped.sum(0, keepdim=True) if self.values.shape[0] == 1 else grouped
+
+    def copy(self) -> Scales:
+        """Returns others with the same values."""
+        columns = self.values.shape[1] * self._width
+        return Scales(self.values.clone(), columns)
+
+
+def rounded(values: Tensor, scale: Tensor) -> Tensor:
+    """``clamp(round(values / scale), -1, 1)``."""
+    half = scale / 2
+    return (values > half).double() - (values < -half).double()
+
+
+def start_scales(target: Tensor, hessian: Tensor, shape: tuple[int, int]) -> Scales:
+    """Returns the scales of least squared error for rounding alone, inputs taken as independent.
+
+    Args:
+        target: float64 [N, K].
+        hessian: float64 [K, K]; its diagonal counts.
+        shape: Of the scales.
+    """
+    importance = hessian.diagonal().expand_as(target)
+    scales = Scales(target.new_ones(shape), target.shape[1])
+    ones = scales.sums(torch.ones_like(target))
+    scales.values = (scales.sums(target.abs()) / ones).clamp(min=_LEAST)
+    for _ in range(20):
+        codes = rounded(target, scales.full())
+        over = scales.sums(importance * codes.abs())
+        best = scales.sums(importance * target * codes) / over
+        scales.values = torch.where(over > 0, best, scales.values).clamp(min=_LEAST)
+    return scales
+
+
+def compensated_codes(target: Tensor, hessian: Tensor, scales: Scales) -> Tensor:
+    """Rounds column by column; the error of each goes into the columns that are still to come.
+
+    Columns with the largest inputs come first. Scales stay what they are.
+
+    Args:
+        target: float64 [N, K].
+        hessian: Damped, float64 [K, K].
+        scales: Of the codes.
+
+    Returns:
+        Codes, float64 [N, K].
+
+    Source: GPTQ, arXiv 2210.17323, algorithm 1, with its order by activations.
+    """
+    order = hessian.diagonal().argsort(descending=True)
+    left = target[:, order]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    codes = torch.empty_like(left)
+    columns = order.tolist()
+    for first in range(0, len(columns), _BLOCK):
+        last = min(first + _BLOCK, len(columns))
+        errors = left.new_empty(left.shape[0], last - first)
+        for index in range(first, last):
+            scale = scales.column(columns[index])
+            codes[:, index] = rounded(left[:, index : index + 1], scale)[:, 0]
+            error = left[:, index] - codes[:, index] * scale[:, 0]
+            error = error / upper[index, index]
+            left[:, index:last] -= error[:, None] * upper[index, index:last]
+            errors[:, index - first] = error
+        left[:, last:] -= errors @ upper[first:last, last:]
+    return torch.empty_like(codes).index_copy_(1, order, codes)
+
+
+def descend(target: Tensor, hessian: Tensor, codes: Tensor, scales: Scales) -> Tensor:
+    """Sets every code in turn to the best one beside all others; the loss cannot rise.
+
+    Source: coordinate descent as in QuantEase, arXiv 2309.01885, equation 9.
+    """
+    codes = codes.clone()
+    error = target - codes * scales.full()
+    diagonal = hessian.diagonal()
+    for first in range(0, codes.shape[1], _BLOCK):
+        last = min(first + _BLOCK, codes.shape[1])
+        pull = error @ hessian[:, first:last]
+        for index in range(first, last):
+            scale = scales.column(index)[:, 0]
+            old = codes[:, index]
+            best = rounded(old * scale + pull[:, index - first] / diagonal[index], scale)
+            change = (best - old) * scale
+            codes[:, index] = best
+            error[:, index] -= change
+            pull -= change[:, None] * hessian[index, first:last]
+    return codes
+
+
+def refit(target: Tensor, hessian: Tensor, codes: Tensor, scales: Scales) -> Scales:
+    """Returns the scales of least loss for given codes; exact per tensor and per row.
+
+    Per group it is one round of updates, group by group.
+    """
+    new = scales.copy()
+    groups = scales.values.shape[1]
+    width = codes.shape[1] // groups
+    error = target - codes * new.full()
+    for group in range(groups):
+        part = slice(group * width, (group + 1) * width)
+        pull = (error @ hessian[:, part]) * codes[:, part]
+        over = ((codes[:, part] @ hessian[part, part]) * codes[:, part]).sum(1, keepdim=True)
+        step = pull.sum(1, keepdim=True)
+        if new.values.shape[0] == 1:
+            over, step = over.sum(0, keepdim=True), step.sum(0, keepdim=True)
+        old = new.values[:, group : group + 1].clone()
+        best = torch.where(over > 0, old + step / over, old).clamp(min=_LEAST)
+        new.values[:, group : group + 1] = best
+        error[:, part] -= codes[:, part] * (best - old)
+    return new
+
+
+def loss_of(error: Tensor, hessian: Tensor) -> float:
+    """``tr(E H E^T)``."""
+    return float(((error @ hessian) * error).sum())
+
+
+def solve(
+    target: Tensor, hessian: Tensor, shape: tuple[int, int], rounds: int
+) -> tuple[Tensor, Scales]:
+    """Returns codes and scales: GPTQ, then rounds of scales and codes in turn.
+
+    Args:
+        target: float64 [N, K].
+        hessian: Damped, float64 [K, K].
+        shape: Of the scales: [1, 1], [N, 1] or [N, K / G].
+        rounds: How often scales and codes are improved in turn.
+    """
+    scales = start_scales(target, hessian, shape)
+    codes = compensated_codes(target, hessian, scales)
+    for _ in range(rounds):
+        scales = refit(target, hessian, codes, scales)
+        codes = descend(target, hessian, codes, scales)
+    return codes, refit(target, hessian, codes, scales)
