@@ -22,13 +22,17 @@ def test_recipes(tmp_path: Path) -> None:
     path = make_float_model("llama", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=BitLabConfig())
     names = {"model": model, "path": path, "data": training_data(), "args": arguments(tmp_path)}
-    trainer, estimator, warmup = re.findall(
+    trainer, estimator, warmup, calibration = re.findall(
         r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL
     )
     exec(compile(trainer, "docs/recipes.md, trainer", "exec"), names)
     assert names["trainer"].state.global_step == 4  # type: ignore[attr-defined]
     exec(compile(warmup, "docs/recipes.md, warm-up", "exec"), names)
     assert names["trainer"].state.global_step == 4  # type: ignore[attr-defined]
+    names["samples"] = training_data()
+    exec(compile(calibration, "docs/recipes.md, calibration", "exec"), names)
+    assert names["report"].samples == 32  # type: ignore[attr-defined]
+    assert model.model.layers[0].mlp.up_proj.is_deployed
     try:
         exec(compile(estimator, "docs/recipes.md, estimator", "exec"), names)
         layer = BitLinear(64, 8, quant_config=BitQuantConfig(weight_quantizer="median"))
