@@ -4,7 +4,7 @@
 // global memory to mma fragments, without shared memory, each with kDepth blocks in flight. Then the eight sums of each
 // output meet in shared memory and are added in the order of the warps. Where rows are too few to fill the chip, K is
 // split over the grid's y as well (split_kernel adds the shares). Per group, a warp takes a whole group at a time, and
-// the terms of eight groups are added in ascending order before the next eight.
+// the terms of eight groups are added in ascending order before the next eight, or are left to split_kernel.
 #ifndef BITLAB_CUDA_FEW_CUH
 #define BITLAB_CUDA_FEW_CUH
 
@@ -49,27 +49,30 @@ BK_DEVICE void load_operands(const MatmulParams &p, const uint8_t *low, const ui
     }
 }
 
-template <typename Math, int kTiles>
+template <typename Math, int kTiles, int kDepth>
 BK_DEVICE void multiply_range(const MatmulParams &p, const uint8_t *low, const uint8_t *high,
                               const uint8_t *const (&tokens)[kTiles], int32_t first, int32_t last, int32_t step,
                               typename Math::Sum (&sums)[Math::kLanes][kTiles][4]) {
-    for (int32_t b = first; b < last; b += step * Math::kDepth) {
-        FewOperands<Math, kTiles> operands[Math::kDepth];
+    for (int32_t b = first; b < last; b += step * kDepth) {
+        FewOperands<Math, kTiles> operands[kDepth];
         BK_UNROLL
-        for (int d = 0; d < Math::kDepth; ++d) {
+        for (int d = 0; d < kDepth; ++d) {
             load_operands<Math, kTiles>(p, low, high, tokens, b + d * step, last, operands[d]);
         }
         BK_UNROLL
-        for (int d = 0; d < Math::kDepth; ++d) {
+        for (int d = 0; d < kDepth; ++d) {
             Math::multiply_block(operands[d].low, operands[d].high, operands[d].x, sums);
         }
     }
 }
 
-template <typename Math, int kTiles, bool kGrouped>
+// kShares: the terms of groups go to `partial`, and no block has more than its share of them.
+template <typename Math, int kTiles, bool kGrouped, bool kShares>
 BK_KERNEL(kFewThreads)
 few_kernel(MatmulParams p) {
     using Sum = typename Math::Sum;
+    // A group of 64 or 128 has no more blocks than two.
+    constexpr int kDepth = kGrouped && Math::kDepth > 2 ? 2 : Math::kDepth;
     constexpr int kTokens = 8 * kTiles;
     constexpr int kOutputs = Math::kLanes * kFewRows * kTokens;
     constexpr int kOwn = (kOutputs + kFewThreads - 1) / kFewThreads;
@@ -85,18 +88,20 @@ few_kernel(MatmulParams p) {
     BK_UNROLL
     for (int n = 0; n < kTiles; ++n) tokens[n] = p.x + (8 * n + g < p.M ? 8 * n + g : p.M - 1) * p.x_stride;
 
-    const int rounds = kGrouped ? (p.columns + kFewWarps - 1) / kFewWarps : 1;
+    const int all_rounds = kGrouped ? (p.columns + kFewWarps - 1) / kFewWarps : 1;
+    const int first_round = kShares ? all_rounds * split / p.splits : 0;
+    const int rounds = kShares ? all_rounds * (split + 1) / p.splits : all_rounds;
     float totals[kOwn] = {};
-    for (int round = 0; round < rounds; ++round) {
+    for (int round = first_round; round < rounds; ++round) {
         Sum sums[Math::kLanes][kTiles][4] = {};
         if (kGrouped) {
             const int32_t first = (round * kFewWarps + warp) * p.group_blocks;
             const int32_t last = first < p.blocks ? first + p.group_blocks : first;
-            multiply_range<Math, kTiles>(p, low, high, tokens, first, last, 1, sums);
+            multiply_range<Math, kTiles, kDepth>(p, low, high, tokens, first, last, 1, sums);
         } else {
             const int32_t first = static_cast<int32_t>(static_cast<int64_t>(p.blocks) * split / p.splits);
             const int32_t last = static_cast<int32_t>(static_cast<int64_t>(p.blocks) * (split + 1) / p.splits);
-            multiply_range<Math, kTiles>(p, low, high, tokens, first + warp, last, kFewWarps, sums);
+            multiply_range<Math, kTiles, kDepth>(p, low, high, tokens, first + warp, last, kFewWarps, sums);
         }
         BK_UNROLL
         for (int lane = 0; lane < Math::kLanes; ++lane) {
@@ -120,11 +125,19 @@ few_kernel(MatmulParams p) {
             if (output >= kOutputs || row >= p.weight_rows || n >= p.N || m >= p.M) continue;
             const uint32_t at = 4u * static_cast<uint32_t>(output);
             if (kGrouped) {
+                float *terms = static_cast<float *>(p.partial) + (round * kFewWarps * p.M + m) * p.N + n;
                 for (int w = 0; w < kFewWarps && round * kFewWarps + w < p.columns; ++w) {
                     const Sum sum = load_shared<Sum>(at + 4u * static_cast<uint32_t>(w * kOutputs));
-                    totals[own] = add(totals[own], group_term<Math>(p, sum, lane, m, n, round * kFewWarps + w));
+                    const int column = round * kFewWarps + w;
+                    const float term = group_term<Math>(p, sum, lane, m, n, column);
+                    if (kShares) {
+                        store_global(terms, term);
+                        terms += p.M * p.N;
+                    } else {
+                        totals[own] = add(totals[own], term);
+                    }
                 }
-                if (round == rounds - 1) finish_groups<Math>(p, m, n, totals[own]);
+                if (!kShares && round == rounds - 1) finish_groups<Math>(p, m, n, totals[own]);
             } else {
                 Sum sum = load_shared<Sum>(at);
                 BK_UNROLL

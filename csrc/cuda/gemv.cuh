@@ -3,7 +3,9 @@
 //
 // Every block makes all codes for itself: x is in L2, so that costs less than a second launch. The first packed bytes
 // are on their way meanwhile. A team of 1, 2, 4 or 8 warps takes one packed row (four outputs) at a time; a lane loads
-// 16 bytes of it, kDepth times in flight. Without groups only, and while the codes fit in 48 KiB; few_kernel does the
+// 16 bytes of it, kGemvDepth times in flight. Per group, four lanes turn their sums into one sum each of 64 columns of
+// an output, and a group's lanes add these up; the terms of a row meet in shared memory, and one thread for each output
+// adds them in ascending order while the others are at the next row. All that must fit in 48 KiB; few_kernel does the
 // rest. Rejected: mma with one token of eight used. It needs 16 rows to a warp, so fewer rows fill the chip.
 #ifndef BITLAB_CUDA_GEMV_CUH
 #define BITLAB_CUDA_GEMV_CUH
@@ -25,37 +27,80 @@ struct GemvParams {
     const void *x;
     int32_t x_type;
     bool x_vector;
-    int32_t team;  // warps to a packed row
+    int32_t team;           // warps to a packed row
+    uint32_t terms_stride;  // gemv_terms_stride(team)
 };
 
 inline uint32_t gemv_shared_bytes(int64_t K) { return static_cast<uint32_t>((K + 63) / 64 * 64) + kGemvTail; }
 
+// The lanes of a group must be lanes of one warp, which takes 512 columns at a time.
+inline bool is_gemv_group(int64_t group) { return group == 64 || group == 128 || group == 256 || group == 512; }
+
+// From one group's terms to the next one's: 16 bytes for each team, and an odd number of these, so that lanes at
+// different groups meet different banks.
+inline uint32_t gemv_terms_stride(int team) { return 16u * static_cast<uint32_t>(kGemvWarps / team | 1); }
+
+// Codes, maxima, sums as above, then the sum of every 64 codes, then two sets of terms.
+inline uint32_t gemv_grouped_shared_bytes(int64_t K, int64_t columns, int team) {
+    return static_cast<uint32_t>(K + 128 + K / 64 * 4 + 2 * columns * gemv_terms_stride(team));
+}
+
 struct RowPart {
     Bytes16 at[kGemvDepth];
+    float scale[kGemvDepth];  // with groups: of this lane's output, of the group of these columns
 };
 
+// Which of the four outputs of a packed row a lane keeps the sum of.
+BK_DEVICE int kept_output(int lane) { return 2 * (lane & 1) + (lane >> 1 & 1); }
+
+template <bool kGrouped>
 BK_DEVICE RowPart load_part(const MatmulParams &p, int64_t row, int32_t k, int32_t step) {
     RowPart part;
+    const int64_t own = row + kept_output(thread_x() % kWarp) * p.weight_rows, n = own < p.N ? own : p.N - 1;
     const uint8_t *bytes = p.weight + row * p.K;
     BK_UNROLL
     for (int d = 0; d < kGemvDepth; ++d) {
         const int32_t at = k + d * step;
         part.at[d] = {{0, 0, 0, 0}};
         if (at < p.K) part.at[d] = load_weight_16(bytes, at, p);
+        part.scale[d] = 0.0f;
+        if (kGrouped && at < p.K) {
+            part.scale[d] = load_global(p.weight_scale + n * p.columns + at / (64 * p.group_blocks));
+        }
     }
     return part;
 }
 
-BK_KERNEL(kGemvThreads) gemv_kernel(GemvParams q) {
+BK_DEVICE void multiply_16(const Bytes16 &weights, const Bytes16 &x, int32_t (&acc)[4]) {
+    BK_UNROLL
+    for (int w = 0; w < 4; ++w) {
+        BK_UNROLL
+        for (int i = 0; i < 4; ++i) acc[i] = dot4_us(weights.word[w] & lane_mask(i), x.word[w], acc[i]);
+    }
+}
+
+// Four sums over four lanes: halve what each lane keeps twice, so that it holds its kept_output's.
+BK_DEVICE int32_t sum_of_four(const int32_t (&acc)[4], int lane) {
+    const bool upper = lane & 1, second = lane & 2;
+    const int32_t a = (upper ? acc[2] : acc[0]) + shuffle_xor(upper ? acc[0] : acc[2], 1);
+    const int32_t b = (upper ? acc[3] : acc[1]) + shuffle_xor(upper ? acc[1] : acc[3], 1);
+    return (second ? b : a) + shuffle_xor(second ? a : b, 2);
+}
+
+template <bool kGrouped>
+BK_KERNEL(kGemvThreads)
+gemv_kernel(GemvParams q) {
     const MatmulParams &p = q.matmul;
     const int thread = thread_x(), warp = thread / kWarp, lane = thread % kWarp;
     const int teams = kGemvWarps / q.team, team = warp / q.team;
     const int32_t padded = (p.K + 63) / 64 * 64;
     const int32_t first_k = (warp % q.team * kWarp + lane) * 16, step = q.team * kWarp * 16;
     const uint32_t maxima = static_cast<uint32_t>(padded), sums_at = maxima + 64, partial = maxima + 128;
+    const uint32_t block_sums = partial, stride = q.terms_stride;
+    const uint32_t terms = block_sums + 4u * static_cast<uint32_t>(p.blocks);
 
     int64_t row = block_x() * teams + team;
-    RowPart part = load_part(p, row < p.weight_rows ? row : p.weight_rows - 1, first_k, step);
+    RowPart part = load_part<kGrouped>(p, row < p.weight_rows ? row : p.weight_rows - 1, first_k, step);
 
     uint32_t most = 0;
     float values[8];
@@ -65,9 +110,19 @@ BK_KERNEL(kGemvThreads) gemv_kernel(GemvParams q) {
     }
     const Scaling by = scaling_of(block_max(most, maxima, kGemvThreads));
     int32_t sum = 0;
-    for (int32_t k = thread * 8; k < padded; k += kGemvThreads * 8) {
+    // Every thread of a warp takes part in the shuffles, whether it still has columns or not.
+    for (int32_t first = 0; first < padded; first += kGemvThreads * 8) {
+        const int32_t k = first + thread * 8;
+        int32_t eight = 0;
         load_eight(q.x, q.x_type, k, p.K, q.x_vector, values);
-        store_shared(static_cast<uint32_t>(k), encode_eight(values, by, sum));
+        const Bytes8 codes = encode_eight(values, by, eight);
+        if (k < padded) store_shared(static_cast<uint32_t>(k), codes);
+        sum += eight;
+        if (kGrouped) {
+            BK_UNROLL
+            for (int mask = 1; mask < 8; mask *= 2) eight += shuffle_xor(eight, mask);
+            if (thread % 8 == 0 && k < padded) store_shared(block_sums + static_cast<uint32_t>(k / 16), eight);
+        }
     }
     // Its barrier is also the one between writing the codes and reading them.
     sum = block_sum(sum, sums_at, kGemvThreads);
@@ -77,50 +132,66 @@ BK_KERNEL(kGemvThreads) gemv_kernel(GemvParams q) {
         row = first_row + team;
         const int64_t clamped = row < p.weight_rows ? row : p.weight_rows - 1;
         int32_t acc[4] = {};
-        for (int32_t k = first_k; k < p.K; k += kGemvDepth * step) {
+        const uint32_t slot = partial + static_cast<uint32_t>(set * kGemvWarps * 16);
+        const uint32_t own_terms = terms + static_cast<uint32_t>(set * p.columns) * stride;
+        for (int32_t first = first_k - lane * 16; first < p.K; first += kGemvDepth * step) {
+            const int32_t k = first + lane * 16;
             BK_UNROLL
             for (int d = 0; d < kGemvDepth; ++d) {
                 const int32_t at = k + d * step;
-                if (at >= p.K) continue;
-                const Bytes16 x = load_shared<Bytes16>(static_cast<uint32_t>(at));
-                BK_UNROLL
-                for (int w = 0; w < 4; ++w) {
-                    BK_UNROLL
-                    for (int i = 0; i < 4; ++i) acc[i] = dot4_us(part.at[d].word[w] & lane_mask(i), x.word[w], acc[i]);
+                const bool inside = at < p.K;
+                if (inside) multiply_16(part.at[d], load_shared<Bytes16>(static_cast<uint32_t>(at)), acc);
+                if (!kGrouped) continue;
+                int32_t group_sum = unshift(sum_of_four(acc, lane), kept_output(lane));
+                if (inside) group_sum -= load_shared<int32_t>(block_sums + 4u * static_cast<uint32_t>(at / 64));
+                for (int mask = 4; mask < 4 * p.group_blocks; mask *= 2) group_sum += shuffle_xor(group_sum, mask);
+                if (inside && lane % (4 * p.group_blocks) < 4) {
+                    const uint32_t group = static_cast<uint32_t>(at / (64 * p.group_blocks));
+                    store_shared(own_terms + group * stride + static_cast<uint32_t>(team * 16 + kept_output(lane) * 4),
+                                 multiply(static_cast<float>(group_sum), part.scale[d]));
                 }
+                BK_UNROLL
+                for (int i = 0; i < 4; ++i) acc[i] = 0;
             }
             const int32_t next = k + kGemvDepth * step;
-            if (next < p.K) part = load_part(p, clamped, next, step);
+            if (next - lane * 16 < p.K) part = load_part<kGrouped>(p, clamped, next, step);
         }
         const int64_t next_row = row + grid_x() * teams;
-        if (next_row < p.weight_rows) part = load_part(p, next_row, first_k, step);
+        if (next_row < p.weight_rows) part = load_part<kGrouped>(p, next_row, first_k, step);
 
-        // Four sums over 32 lanes: halve what each lane keeps twice, then add up what is left.
-        const bool upper = lane & 1, second = lane & 2;
-        int32_t a = (upper ? acc[2] : acc[0]) + shuffle_xor(upper ? acc[0] : acc[2], 1);
-        const int32_t b = (upper ? acc[3] : acc[1]) + shuffle_xor(upper ? acc[1] : acc[3], 1);
-        a = (second ? b : a) + shuffle_xor(second ? a : b, 2);
-        a += shuffle_xor(a, 4);
-        a += shuffle_xor(a, 8);
-        a += shuffle_xor(a, 16);
-        const int kept = 2 * (lane & 1) + (lane >> 1 & 1);
-        const uint32_t slot = partial + static_cast<uint32_t>(set * kGemvWarps * 16);
-        if (lane < 4) store_shared(slot + static_cast<uint32_t>(warp * 16 + kept * 4), a);
+        if (!kGrouped) {
+            int32_t a = sum_of_four(acc, lane);
+            a += shuffle_xor(a, 4);
+            a += shuffle_xor(a, 8);
+            a += shuffle_xor(a, 16);
+            if (lane < 4) store_shared(slot + static_cast<uint32_t>(warp * 16 + kept_output(lane) * 4), a);
+        }
         sync_block();
         if (thread < teams * 4) {
             const int i = thread % 4;
             const int64_t r = first_row + thread / 4, n = r + i * p.weight_rows;
-            int32_t total = 0;
-            for (int w = 0; w < q.team; ++w) {
-                total += load_shared<int32_t>(slot + static_cast<uint32_t>((thread / 4 * q.team + w) * 16 + i * 4));
+            if (kGrouped && r < p.weight_rows && n < p.N) {
+                float total = 0.0f;
+                BK_UNROLL_BY_8
+                for (int32_t group = 0; group < p.columns; ++group) {
+                    total = add(total, load_shared<float>(own_terms + static_cast<uint32_t>(group) * stride +
+                                                          4u * static_cast<uint32_t>(thread)));
+                }
+                finish_value(p, 0, n, multiply(total, by.scale));
             }
-            if (r < p.weight_rows && n < p.N) {
-                const float scale = load_global(p.weight_scale + (p.scale_rows == 1 ? 0 : n));
-                const float value = static_cast<float>(unshift(total, i) - sum);
-                finish_value(p, 0, n, multiply(value, multiply(by.scale, scale)));
+            if (!kGrouped) {
+                int32_t total = 0;
+                for (int w = 0; w < q.team; ++w) {
+                    total += load_shared<int32_t>(slot + static_cast<uint32_t>((thread / 4 * q.team + w) * 16 + i * 4));
+                }
+                if (r < p.weight_rows && n < p.N) {
+                    const float scale = load_global(p.weight_scale + (p.scale_rows == 1 ? 0 : n));
+                    const float value = static_cast<float>(unshift(total, i) - sum);
+                    finish_value(p, 0, n, multiply(value, multiply(by.scale, scale)));
+                }
             }
         }
-        // The next row's sums go to the other set, so that one barrier a row is enough.
+        // The next row's sums or terms go to the other set, so that one barrier a row is enough.
         set ^= 1;
     }
 }

@@ -1,5 +1,6 @@
 // The linear layers: quantize, multiply, finish; which kernels do it is decided here, from the shape alone.
 #include "activations.cuh"
+#include "few.cuh"
 #include "gemv.cuh"
 #include "many.cuh"
 #include "matmul.h"
@@ -33,7 +34,8 @@ Workspace lay_out(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int6
     w.scale = w.sums + (integer ? aligned_up(M * (scale_columns ? scale_columns : 1) * 4) : 0);
     w.maxima = w.scale + (integer ? aligned_up(M * 4) : 0);
     w.partial = w.maxima + (integer ? aligned_up(kMaxMaxima * 4) : 0);
-    w.bytes = w.partial + (plan.splits > 1 ? aligned_up(plan.splits * M * N * 4) : 0);
+    const int64_t parts = plan.grouped ? scale_columns : plan.splits;
+    w.bytes = w.partial + (plan.splits > 1 ? aligned_up(parts * M * N * 4) : 0);
     return w;
 }
 
@@ -96,15 +98,27 @@ MatmulParams params_of(bk_cuda_product product, const Shape &shape, const Weight
     return p;
 }
 
-// One token without groups: one kernel does it all.
-const char *run_gemv(const void *x, int32_t x_type, const MatmulParams &matmul, int multiprocessors, void *stream) {
-    GemvParams p = {matmul, x, x_type, is_vector(x, x_type, 0), 1};
-    // As few warps to a row as still give work to two blocks on every multiprocessor.
+// How one token runs as one kernel: the warps to a packed row, 0 if it does not fit in shared memory.
+int gemv_team(const MatmulParams &matmul, bool grouped, int multiprocessors) {
+    const int64_t group = 64 * static_cast<int64_t>(matmul.group_blocks);
+    if (grouped ? !is_gemv_group(group) : matmul.K > kGemvMaxK) return 0;
+    // As few warps as still give work to two blocks on every multiprocessor, but for groups enough that terms fit.
     const int64_t warps = 2 * static_cast<int64_t>(multiprocessors) * kGemvWarps;
-    while (p.team < kGemvWarps && matmul.weight_rows * p.team < warps && matmul.K > 512 * p.team) p.team *= 2;
-    const int64_t blocks = ceil_div(matmul.weight_rows, kGemvWarps / p.team);
+    int team = 1;
+    while (team < kGemvWarps && matmul.weight_rows * team < warps && matmul.K > 512 * team) team *= 2;
+    if (!grouped) return team;
+    while (team <= kGemvWarps && gemv_grouped_shared_bytes(matmul.K, matmul.columns, team) > kSharedBytes) team *= 2;
+    return team <= kGemvWarps ? team : 0;
+}
+
+const char *run_gemv(const void *x, int32_t x_type, const MatmulParams &matmul, bool grouped, int team,
+                     int multiprocessors, void *stream) {
+    const GemvParams p = {matmul, x, x_type, is_vector(x, x_type, 0), team, gemv_terms_stride(team)};
+    const int64_t blocks = ceil_div(matmul.weight_rows, kGemvWarps / team);
     const Grid grid = {blocks < 2 * multiprocessors ? blocks : 2 * multiprocessors, 1};
-    return launch(gemv_kernel, grid, kGemvThreads, gemv_shared_bytes(matmul.K), stream, p);
+    if (!grouped) return launch(gemv_kernel<false>, grid, kGemvThreads, gemv_shared_bytes(matmul.K), stream, p);
+    const uint32_t shared = gemv_grouped_shared_bytes(matmul.K, matmul.columns, team);
+    return launch(gemv_kernel<true>, grid, kGemvThreads, shared, stream, p);
 }
 
 int32_t check_linear(const Shape &shape, const Weights &weights, const Output &output, const void *workspace,
@@ -132,9 +146,11 @@ int32_t linear_i8(bk_cuda_product product, const Shape &shape, const void *x, in
     if (shape.M == 0) return BK_CUDA_OK;
     if (x_type != BK_CUDA_I8) BK_CUDA_TRY(check_tensor(shape, "x", x, x_type));
     MatmulParams p = params_of(product, shape, weights, output);
-    const bool fused = product == BK_CUDA_I8_T2 && shape.M == 1 && !weights.scale_columns && shape.K <= kGemvMaxK;
-    if (fused && x_type != BK_CUDA_I8) {
-        return launched(shape, run_gemv(x, x_type, p, multiprocessors, stream));
+    if (product == BK_CUDA_I8_T2 && shape.M == 1 && x_type != BK_CUDA_I8) {
+        const bool grouped = weights.scale_columns > 0;
+        if (const int team = gemv_team(p, grouped, multiprocessors)) {
+            return launched(shape, run_gemv(x, x_type, p, grouped, team, multiprocessors, stream));
+        }
     }
     const Plan plan = plan_matmul(product, shape.M, shape.N, shape.K, weights.scale_columns, multiprocessors);
     const Workspace parts = lay_out(product, shape.M, shape.N, shape.K, weights.scale_columns, plan);
@@ -179,9 +195,16 @@ Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64
         tiles = ceil_div(rows, kManyRows) * ceil_div(M, 16 * plan.tiles);
         share = kManyShare;
     }
-    // Group terms are added in order, so groups are never split.
-    const int64_t wanted = plan.grouped ? 1 : 2 * static_cast<int64_t>(multiprocessors) / tiles;
-    plan.splits = static_cast<int>(clamp(wanted, 1, clamp(blocks / share, 1, kMaxSplits)));
+    const int64_t wanted = 2 * static_cast<int64_t>(multiprocessors) / tiles;
+    int64_t most = clamp(blocks / share, 1, kMaxSplits);
+    if (plan.grouped) {
+        // A group's term is rounded before it is added, so shares write their terms and split_kernel reads them: 8
+        // bytes a token, output and group, against K / 4 bytes of weights an output, of which the chip has time for
+        // wanted - 1 times as many more.
+        const bool pays = plan.few && 32 * M * scale_columns <= K * (wanted - 1);
+        most = pays ? clamp(scale_columns / kFewWarps, 1, most) : 1;
+    }
+    plan.splits = static_cast<int>(clamp(wanted, 1, most));
     plan.grid = {tiles, plan.splits};
     return plan;
 }

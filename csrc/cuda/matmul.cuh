@@ -31,8 +31,8 @@ struct MatmulParams {
     int64_t N;
     int32_t K;
     int32_t blocks;  // ceil(K / 64)
-    int32_t splits;  // over K; with more than one, sums go to `partial` [splits, M, N] and split_kernel ends the work
-    void *partial;
+    int32_t splits;  // over K; with more than one, sums go to `partial` [splits, M, N], terms of groups to `partial`
+    void *partial;   // [columns, M, N], and split_kernel ends the work
 };
 
 // Sixteen bytes of a weight row; those past K are zero.
@@ -206,17 +206,34 @@ BK_DEVICE void finish_share(const MatmulParams &p, int64_t m, int64_t n, typenam
 
 constexpr int kSplitThreads = 256;
 
-// Adds the shares of K in ascending order, the same bits every run, and finishes the outputs.
-template <typename Math>
+template <bool kFirst, typename First, typename Second>
+struct Pick {
+    using Type = First;
+};
+template <typename First, typename Second>
+struct Pick<false, First, Second> {
+    using Type = Second;
+};
+BK_DEVICE int32_t add(int32_t a, int32_t b) { return a + b; }
+
+// Adds the shares of K, or the terms of groups, in ascending order, the same bits every run, and finishes the outputs.
+template <typename Math, bool kGrouped>
 BK_KERNEL(kSplitThreads)
 split_kernel(MatmulParams p) {
-    const auto *partial = static_cast<const typename Math::Sum *>(p.partial);
+    using Part = typename Pick<kGrouped, float, typename Math::Sum>::Type;
+    const auto *partial = static_cast<const Part *>(p.partial);
     const int64_t outputs = p.M * p.N;
+    const int32_t parts = kGrouped ? p.columns : p.splits;
     for (int64_t i = block_x() * kSplitThreads + thread_x(); i < outputs; i += grid_x() * kSplitThreads) {
-        typename Math::Sum sum = load_global(partial + i);
-        for (int split = 1; split < p.splits; ++split) sum += load_global(partial + split * outputs + i);
-        // Shares are unshifted already: as if of lane 0.
-        finish(p, i / p.N, i % p.N, true_sum<Math>(p, sum, 0, i / p.N, 0));
+        Part sum = load_global(partial + i);
+        for (int32_t part = 1; part < parts; ++part) sum = add(sum, load_global(partial + part * outputs + i));
+        if (kGrouped) {
+            finish_groups<Math>(p, i / p.N, i % p.N, static_cast<float>(sum));
+        } else {
+            // Shares are unshifted already: as if of lane 0.
+            const auto share = static_cast<typename Math::Sum>(sum);
+            finish(p, i / p.N, i % p.N, true_sum<Math>(p, share, 0, i / p.N, 0));
+        }
     }
 }
 

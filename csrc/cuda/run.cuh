@@ -10,8 +10,11 @@ namespace bitlab {
 
 template <typename Math, int kTiles, bool kGrouped>
 const char *run_few(const Plan &plan, const MatmulParams &params, void *stream) {
-    return launch(few_kernel<Math, kTiles, kGrouped>, plan.grid, kFewThreads, few_shared_bytes<Math, kTiles>(), stream,
-                  params);
+    constexpr uint32_t kShared = few_shared_bytes<Math, kTiles>();
+    if (kGrouped && plan.splits > 1) {
+        return launch(few_kernel<Math, kTiles, kGrouped, kGrouped>, plan.grid, kFewThreads, kShared, stream, params);
+    }
+    return launch(few_kernel<Math, kTiles, kGrouped, false>, plan.grid, kFewThreads, kShared, stream, params);
 }
 
 template <typename Math, int kTiles, bool kGrouped>
@@ -26,7 +29,9 @@ template <typename Math>
 const char *run_split(const Plan &plan, const MatmulParams &params, const char *error, void *stream) {
     if (error || plan.splits == 1) return error;
     const int64_t blocks = ceil_div(params.M * params.N, kSplitThreads);
-    return launch(split_kernel<Math>, Grid{blocks < 65536 ? blocks : 65536, 1}, kSplitThreads, 0, stream, params);
+    const Grid grid = {blocks < 65536 ? blocks : 65536, 1};
+    return plan.grouped ? launch(split_kernel<Math, true>, grid, kSplitThreads, 0, stream, params)
+                        : launch(split_kernel<Math, false>, grid, kSplitThreads, 0, stream, params);
 }
 
 // Float activations: sixteen tokens or fewer, or kTiles of many; groups take twice the registers and half the tokens.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +100,7 @@ def pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]
             kernels.linear_int8(x, w, b.abs(), b, torch.bfloat16),
             reference.linear_int8(x, w, b.abs(), b, torch.bfloat16),
         )
+    yield from group_pairs(kernels)
     ties, uneven = tied_tokens(), uneven_weight()
     yield lambda: (
         kernels.quantize_activation(ties, False)[0],
@@ -111,6 +113,24 @@ def pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]
         )
     yield lambda: ordered_shares(kernels, 3)
     yield lambda: ordered_shares(kernels, 20)
+
+
+def group_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+    """One token and few tokens with groups: one kernel, and shares of K whose terms are added."""
+    for tokens, group, multiprocessors in ((1, 64, 1), (1, 128, 1), (1, 64, 132), (3, 64, 132)):
+        in_features = 64 * 38
+        packed, scale = reference.pack_weight(torch.randn(70, in_features), "per_group", group)
+        args = (torch.randn(tokens, in_features), packed, scale, None, 70, "int8_per_token")
+
+        def layer(
+            args: tuple[Any, ...] = args, multiprocessors: int = multiprocessors
+        ) -> tuple[Tensor, Tensor]:
+            kernels.multiprocessors = multiprocessors
+            ours = kernels.linear(*args, torch.float32)
+            kernels.multiprocessors = 4
+            return ours, reference.linear(*args, torch.float32)
+
+        yield layer
 
 
 def float_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:

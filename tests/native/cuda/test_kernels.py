@@ -109,6 +109,48 @@ def test_one_token_with_every_team(host: HostKernels, N: int) -> None:  # noqa: 
             assert host.count(MMA) == 0
 
 
+@pytest.mark.parametrize("group", [64, 128, 256, 512, 192])
+def test_one_token_with_groups(host: HostKernels, group: int) -> None:
+    """One launch where a group's lanes are those of one warp; other groups as several tokens."""
+    for multiprocessors, N, columns in ((1, 70, 1), (4, 9, 5), (4, 515, 4), (132, 70, 23)):  # noqa: N806
+        host.multiprocessors = multiprocessors
+        x, weight = torch.randn(1, columns * group).half(), torch.randn(N, columns * group)
+        qweight, scale = reference.pack_weight(weight, "per_group", group)
+        for activation in ("int8_per_token", "int8_per_tensor"):
+            args = (x, qweight, scale, torch.randn(N), N, activation, torch.float32)
+            before = host.count(LAUNCHES)
+            assert torch.equal(host.linear(*args), reference.linear(*args))
+            fused = host.count(LAUNCHES) == before + 1 and host.count(MMA) == 0
+            assert fused == (group != 192)
+
+
+@pytest.mark.parametrize(("K", "launches"), [(28672, 1), (32000, 3)])
+def test_terms_of_groups_fill_the_shared_memory(host: HostKernels, K: int, launches: int) -> None:  # noqa: N803
+    """The longest layer of a 70B model is one launch; past the end of 48 KiB it is more."""
+    x, qweight, scale = make((1, 6, K), "per_group", torch.bfloat16)
+    args = (x, qweight, scale, None, 6, "int8_per_token", torch.float32)
+    before = host.count(LAUNCHES)
+    assert torch.equal(host.linear(*args), reference.linear(*args))
+    assert host.count(LAUNCHES) == before + launches
+
+
+@pytest.mark.parametrize("tokens", [2, 9, 16])
+def test_groups_are_split_and_added_in_order(host: HostKernels, tokens: int) -> None:
+    host.multiprocessors = 132
+    x, qweight, scale = make((tokens, 70, 64 * 43), "per_group", torch.bfloat16)
+    args = (x, qweight, scale, torch.randn(70), 70, "int8_per_token", torch.float32)
+    for seed in (0, 1, 2):
+        host._library.bk_emulator_order(seed)
+        before = host.count(LAUNCHES)
+        assert torch.equal(host.linear(*args), reference.linear(*args))
+        assert host.count(LAUNCHES) == before + 3
+    for dtype in DTYPES:
+        weight = reference.unpack_weight(qweight, scale, 70, torch.float32)
+        y = host.linear(x.to(dtype), qweight, scale, None, 70, "float", torch.float32)
+        exact = x.to(dtype).double() @ weight.double().t()
+        assert bool(((y.double() - exact).abs() <= sum_bound(x, weight)).all())
+
+
 def test_special_values_pass_through(host: HostKernels) -> None:
     qweight, _ = reference.pack_weight(torch.randn(64, 64), "per_channel", 0)
     scale = torch.logspace(-30, 30, 64)

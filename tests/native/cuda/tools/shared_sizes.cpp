@@ -42,7 +42,8 @@ int main() {
     printf("gradient_kernel<true, 1>\t%u\n", gradient_shared_bytes<1>());
     printf("gradient_kernel<false, 1>\t%u\n", gradient_shared_bytes<1>());
     printf("gradient_kernel<true, 3>\t%u\n", gradient_shared_bytes<3>());
-    printf("gemv_kernel\t%u\n", gemv_shared_bytes(kGemvMaxK));
+    printf("gemv_kernel<false>\t%u\n", gemv_shared_bytes(kGemvMaxK));
+    printf("gemv_kernel<true>\t%u\n", kSharedBytes);
     printf("quantize_kernel\t%u\n", quantize_shared_bytes(BK_CUDA_MAX_IN_FEATURES));
     printf("absmax_kernel\t%u\n", 128);
     printf("sum_rows_kernel\t%u\n", 8 * kWeightThreads);
