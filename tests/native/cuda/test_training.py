@@ -1,0 +1,60 @@
+"""Training through the CUDA kernels on the emulator: which ones a step runs, and its bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bitcore
+from bitcore.kernels import registry
+from bitcore.ops import qat_linear
+from tests.native.cuda.host import HostKernels
+
+
+@pytest.fixture
+def called(host: HostKernels, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes the emulated kernels the CPU's backend; the names of the functions that ran."""
+    names: list[str] = []
+    call = HostKernels._call
+
+    def noted(self: HostKernels, op: str, name: str, *arguments: Any) -> None:
+        names.append(name)
+        call(self, op, name, *arguments)
+
+    monkeypatch.setattr(HostKernels, "_call", noted)
+    monkeypatch.setitem(registry._chosen, "cpu", host)
+    return names
+
+
+def step(x: Tensor, weight: Tensor, granularity: str, activation: str) -> list[Tensor]:
+    """One step's output, and the gradients of its input, weight and bias."""
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, torch.ones(len(weight)))]
+    y = qat_linear(leaves[0], leaves[1], leaves[2], granularity, 64, activation)
+    (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
+@pytest.mark.parametrize("activation", ["int8_per_token", "int8_per_tensor", "float"])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_training_step_runs_the_kernels(
+    called: list[str], tokens: int, activation: str, granularity: str
+) -> None:
+    x, weight = torch.randn(tokens, 192), torch.randn(35, 192)
+    found = step(x, weight, granularity, activation)
+    quantized = activation != "float"
+    forward = ["linear_i8_t2", "quantize_i8"] if quantized else ["linear_float_t2"]
+    assert called == ["weight_scale", "pack_t2", *forward, "input_gradient"]
+    with bitcore.use_backend("reference"):
+        expected = step(x, weight, granularity, activation)
+    assert len(found) == len(expected) == 4
+    y, _, dw, db = (torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert y or not quantized
+    assert dw
+    assert db
+    for a, b in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+    assert not torch.allclose(2 * found[1], expected[1], rtol=1e-3, atol=1e-3)
