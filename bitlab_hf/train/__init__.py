@@ -2,6 +2,7 @@
 
 from bitlab_hf.train.calibrate import CalibrationReport, calibrate
 from bitlab_hf.train.guard import last_checkpoint
+from bitlab_hf.train.logits import precompute_logits
 from bitlab_hf.train.recipe import RECIPES, Recipe
 from bitlab_hf.train.schedule import QuantStrengthWarmup
 from bitlab_hf.train.statistics import TernaryStatistics
@@ -16,5 +17,6 @@ __all__ = [
     "TernaryStatistics",
     "calibrate",
     "last_checkpoint",
+    "precompute_logits",
     "sft_trainer",
 ]

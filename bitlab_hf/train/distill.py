@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from bitcore.errors import ArgumentError
-from bitlab_hf.train.losses import hidden_difference, logits_divergence, relation_divergence
+from bitlab_hf.train.logits import StoredLogits, check_stored, is_stored
+from bitlab_hf.train.losses import (
+    hidden_difference,
+    logits_divergence,
+    relation_divergence,
+    top_divergence,
+)
 from bitlab_hf.train.recipe import Recipe, get_recipe
 from bitlab_hf.train.teacher import States, ask, load_teacher, logits_of, watch
 
@@ -28,7 +34,8 @@ class DistillationMixin(_Base):
 
     Args:
         recipe: A `Recipe` or the name of one.
-        teacher: A model or a path; kept out of checkpoints and of data-parallel wrappers.
+        teacher: A model, its path, or a folder of `precompute_logits`; kept out of checkpoints and
+            of data-parallel wrappers.
         args, kwargs: The Trainer's.
 
     Raises:
@@ -48,7 +55,11 @@ class DistillationMixin(_Base):
         self._teacher: Any = None
         self._terms: dict[str, list[Tensor]] = {}
         self._noted_from = 0
-        if teacher is not None and self.recipe.distills:
+        self._stored: StoredLogits | None = None
+        if is_stored(teacher) and self.recipe.distills:
+            self._stored = StoredLogits(teacher)
+            check_stored(self._stored.settings, self._inner(), self.recipe)
+        elif teacher is not None and self.recipe.distills:
             self._teacher = load_teacher(teacher, self._inner(), self.recipe)
             if not getattr(self._teacher, "is_quantized", False):
                 self._teacher.to(self.args.device)
@@ -65,7 +76,7 @@ class DistillationMixin(_Base):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Returns the loss of a batch, as the Trainer asks for it."""
-        if self._teacher is None or not model.training:
+        if (self._teacher is None and self._stored is None) or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         recipe, inner, given = self.recipe, self._inner(), dict(inputs)
         with watch(model, inner, recipe) as states:
@@ -79,13 +90,15 @@ class DistillationMixin(_Base):
             else:
                 outputs = model(**{key: v for key, v in given.items() if key != "labels"})
                 loss = 0.0
-        with self.accelerator.autocast():
-            target = ask(self._teacher, given, recipe)
+        target = None
+        if self._stored is None:
+            with self.accelerator.autocast():
+                target = ask(self._teacher, given, recipe)
         loss = loss + self._distillation(states, target, inner, given, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _distillation(
-        self, states: States, target: States, inner: Any, inputs: dict[str, Any], items: Any
+        self, states: States, target: States | None, inner: Any, inputs: dict[str, Any], items: Any
     ) -> Tensor:
         recipe = self.recipe
         tokens = self._tokens(inputs)
@@ -101,17 +114,19 @@ class DistillationMixin(_Base):
         total: Tensor = torch.zeros((), device=student.device)
         terms: dict[str, tuple[float, Tensor]] = {}
         if recipe.logits_weight:
-            rows = student[labelled], logits_of(target, self._teacher)[labelled]
-            terms["loss_logits"] = (
-                recipe.logits_weight, logits_divergence(*rows, recipe.temperature)
-            )  # fmt: skip
-        if recipe.hidden_weight:
+            if target is None:
+                term = self._stored_divergence(student, inputs["input_ids"], tokens, labelled)
+            else:
+                rows = student[labelled], logits_of(target, self._teacher)[labelled]
+                term = logits_divergence(*rows, recipe.temperature)
+            terms["loss_logits"] = (recipe.logits_weight, term)
+        if recipe.hidden_weight and target is not None:
             differences = [
                 hidden_difference(ours[labelled], theirs[labelled])
                 for ours, theirs in zip(states.hidden, target.hidden, strict=True)
             ]
             terms["loss_hidden"] = (recipe.hidden_weight, torch.stack(differences).mean())
-        if recipe.relation_weight:
+        if recipe.relation_weight and target is not None:
             divergences = [
                 relation_divergence(ours, theirs, tokens, recipe.relation_heads)
                 for ours, theirs in zip(states.relations, target.relations, strict=True)
@@ -122,6 +137,16 @@ class DistillationMixin(_Base):
             total = total + weight * share * term
         return total
 
+    def _stored_divergence(
+        self, student: Tensor, ids: Tensor, tokens: Tensor, labelled: Tensor
+    ) -> Tensor:
+        assert self._stored is not None
+        top = self._stored.read(ids, tokens, labelled)
+        temperature = self.recipe.temperature
+        return top_divergence(
+            student[labelled], top.indices, top.probabilities, top.rest, temperature
+        )
+
     def _tokens(self, inputs: dict[str, Any]) -> Tensor:
         mask: Tensor | None = inputs.get("attention_mask")
         if mask is not None and mask.dim() == 2:
@@ -131,15 +156,16 @@ class DistillationMixin(_Base):
     def _labelled(self, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
         """Returns which positions predict a label: bool [B, L]."""
         if "shift_labels" in inputs:
-            return torch.as_tensor(inputs["shift_labels"] != -100)
+            return torch.as_tensor((inputs["shift_labels"] != -100) & tokens)
         labels = inputs.get("labels")
         valid = tokens if labels is None else labels != -100
         if not self._loss_shifts_labels:
-            return torch.as_tensor(valid)
+            return torch.as_tensor(valid & tokens)
         # Position t predicts token t + 1; the last one predicts nothing that is known.
         shifted = torch.zeros_like(valid)
         shifted[:, :-1] = valid[:, 1:]
-        return shifted
+        # What padding predicts means nothing, on either side.
+        return shifted & tokens
 
     def _note(self, name: str, value: Tensor, items: Any) -> None:
         # A batch's part of its optimizer step: the Trainer divides what was not counted by items.

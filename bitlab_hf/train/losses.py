@@ -57,6 +57,58 @@ def logits_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0
     return total * temperature**2 / max(len(student), 1)
 
 
+class _TopDivergence(torch.autograd.Function):
+    """`_LogitsDivergence` for a teacher of which the likeliest tokens and the rest are known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, indices: Tensor, top: Tensor, rest: Tensor, temperature: float
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=student.device)
+        needed = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(student) if needed else None
+        for start in range(0, len(student), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            log_q = (student[rows].float() / temperature).log_softmax(-1)
+            index, p, p_rest = indices[rows], top[rows], rest[rows]
+            log_q_top = log_q.gather(-1, index)
+            log_q_rest = log_q.scatter(-1, index, -torch.inf).logsumexp(-1)
+            total += torch.where(p > 0, p * (p.log() - log_q_top), 0.0).sum()
+            total += torch.where(p_rest > 0, p_rest * (p_rest.log() - log_q_rest), 0.0).sum()
+            if gradient is not None:
+                # The rest's probability, shared out as the student shares its own.
+                share = torch.where(p_rest > 0, (p_rest.log() - log_q_rest).exp(), 0.0)
+                difference = log_q.exp() * (1 - share)[:, None]
+                difference.scatter_(-1, index, log_q_top.exp() - p)
+                gradient[rows] = (difference / temperature).to(gradient.dtype)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0].to(gradient.dtype), None, None, None, None
+
+
+def top_divergence(
+    student: Tensor, indices: Tensor, top: Tensor, rest: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Returns `logits_divergence` over the teacher's likeliest tokens, all others being one.
+
+    With all tokens given it is `logits_divergence`; with fewer, a lower bound of it.
+
+    Args:
+        student: Logits [n, V], any float dtype.
+        indices: int64 [n, k], tokens.
+        top: float32 [n, k], the teacher's probabilities of them at this temperature.
+        rest: float32 [n], its probability of all others.
+        temperature: T.
+    """
+    total: Tensor = _TopDivergence.apply(student, indices, top, rest, temperature)
+    return total * temperature**2 / max(len(student), 1)
+
+
 def hidden_difference(student: Tensor, teacher: Tensor) -> Tensor:
     """Returns the mean of ``|student - teacher|^2 / |teacher|^2`` over hidden states [n, H]."""
     target = teacher.float()

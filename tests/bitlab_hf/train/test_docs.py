@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -18,14 +19,17 @@ from tests.bitlab_hf.train.test_trainer import arguments
 TEXT = (Path(__file__).parents[3] / "docs" / "recipes.md").read_text()
 
 
-def test_recipes(tmp_path: Path) -> None:
+def test_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_float_model("llama", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=BitLabConfig())
     names = {"model": model, "path": path, "data": training_data(), "args": arguments(tmp_path)}
-    trainer, estimator, warmup, calibration = re.findall(
+    trainer, stored, estimator, warmup, calibration = re.findall(
         r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL
     )
     exec(compile(trainer, "docs/recipes.md, trainer", "exec"), names)
+    assert names["trainer"].state.global_step == 4  # type: ignore[attr-defined]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(stored, "docs/recipes.md, stored logits", "exec"), names)
     assert names["trainer"].state.global_step == 4  # type: ignore[attr-defined]
     exec(compile(warmup, "docs/recipes.md, warm-up", "exec"), names)
     assert names["trainer"].state.global_step == 4  # type: ignore[attr-defined]
