@@ -38,6 +38,9 @@ class BitLabConfig(QuantizationConfigMixin):
         head: ``"keep"`` leaves the output head alone. ``"int8"`` stores it, and the embedding tied
             to it, in int8 with a scale per row, from `deploy` or ``mode="infer"`` on; a latent
             model keeps it float. ``"ternary"`` converts it like the other layers.
+        sub_norm: Glob patterns of modules, by their whole or their last name (``["o_proj",
+            "down_proj"]``), that get an RMS norm of their input, as BitNet does
+            (arXiv 2402.17764); its weights start at one.
         activation_dtype, activation_granularity, weight_granularity, group_size, weight_quantizer:
             See `bitcore.BitQuantConfig`.
         mode: ``"auto"`` takes what the file holds: latent weights for training from a float or
@@ -59,6 +62,7 @@ class BitLabConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         overrides: dict[str, dict[str, Any]] | None = None,
         head: str = "keep",
+        sub_norm: list[str] | None = None,
         activation_dtype: str = "int8",
         activation_granularity: str = "per_token",
         weight_granularity: str = "per_tensor",
@@ -111,7 +115,14 @@ class BitLabConfig(QuantizationConfigMixin):
         self.format_version = FORMAT_VERSION
         self.weight_format = weight_format
         self.layer = layer
-        self.modules_to_not_convert = _checked_names(modules_to_not_convert)
+        self.modules_to_not_convert = _checked_names(
+            "modules_to_not_convert", modules_to_not_convert
+        )
+        self.sub_norm = _checked_names("sub_norm", sub_norm) or []
+        if self.sub_norm and layer not in ("BitLinear", "RMSNormBitLinear"):
+            raise ConfigError(
+                f"BitLabConfig: layer must be 'BitLinear' with sub_norm, got {layer!r}"
+            )
         self.head = head
         self.mode = mode
         self.latent_dtype = latent_dtype
@@ -159,6 +170,15 @@ class BitLabConfig(QuantizationConfigMixin):
                 values.update(override)
         return BitQuantConfig.from_dict(values)
 
+    def layer_name(self, *names: str) -> str:
+        """Returns the registered layer for the module of this name (or these names)."""
+        return "RMSNormBitLinear" if any(map(self.norms, names)) else self.layer
+
+    def norms(self, name: str) -> bool:
+        """Tells whether ``sub_norm`` names a module."""
+        ends = (name, name.rpartition(".")[2])
+        return any(fnmatch.fnmatchcase(end, p) for p in self.sub_norm for end in ends)
+
     def get_loading_attributes(self) -> dict[str, Any]:
         """Returns what a configuration given at load may say about a file that has its own."""
         return {name: getattr(self, name) for name in LOADING_ATTRIBUTES}
@@ -178,16 +198,15 @@ _KNOWN_FIELDS = {
     "layer",
     "modules_to_not_convert",
     "overrides",
+    "sub_norm",
     "format_version",
     "quant_method",
 }
 
 
-def _checked_names(names: list[str] | None) -> list[str] | None:
+def _checked_names(field: str, names: list[str] | None) -> list[str] | None:
     if names is None:
         return None
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(
-            f"BitLabConfig: modules_to_not_convert must be a list of names, got {names!r}"
-        )
+        raise ConfigError(f"BitLabConfig: {field} must be a list of names, got {names!r}")
     return list(names)

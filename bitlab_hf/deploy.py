@@ -16,6 +16,7 @@ from bitlab_hf.replace import check_single_weight, quantized_layers
 from bitlayers.checks import check_deployable
 from bitlayers.int8 import Int8Embedding, Int8Linear
 from bitlayers.registry import LAYER_REGISTRY
+from bitlayers.rmsnorm import RMSNormBitLinear
 
 logger = logging.getLogger("bitlab")
 Model = TypeVar("Model", bound=nn.Module)
@@ -132,6 +133,13 @@ def _described(model: PreTrainedModel) -> BitLabConfig:
     config.overrides = {
         name: layer.module.quant_config.to_dict() for layer in layers for name in layer.names
     }
+    if config.layer == "BitLinear":
+        config.sub_norm = [
+            name
+            for layer in layers
+            for name in layer.names
+            if isinstance(layer.module, RMSNormBitLinear)
+        ]
     config.head = "int8" if int8_modules(model) else "keep"
     config.modules_to_not_convert = sorted(
         name

@@ -50,7 +50,7 @@ from bitlab_hf.head import (
     restore_float,
     swap_skeletons,
 )
-from bitlab_hf.learned import deploy_learned, expect_learned_scales
+from bitlab_hf.learned import deploy_learned, expect_learned_scales, expect_sub_norms, start_fresh
 from bitlab_hf.packing import PackAtLoad
 from bitlab_hf.replace import (
     Found,
@@ -64,7 +64,7 @@ from bitlab_hf.replace import (
 from bitlayers.base import BitLayerBase
 from bitlayers.int8 import Int8Rows
 from bitlayers.registry import get_layer
-from bitlayers.training import reset_learned_scale
+from bitlayers.rmsnorm import InputRMSNorm
 
 
 class BitLabHfQuantizer(HfQuantizer):
@@ -100,6 +100,7 @@ class BitLabHfQuantizer(HfQuantizer):
         # What is int8 once loaded: the output head with what is tied to it.
         self.int8: list[Rows] = []
         self.unlearned: list[BitLayerBase] = []
+        self.fresh_norms: list[InputRMSNorm] = []
 
     # Before the weights.
 
@@ -150,6 +151,7 @@ class BitLabHfQuantizer(HfQuantizer):
                     self.packing.add_head(model, head, checkpoint)
                     self.int8 = [head]
                 self._check_offload(device_map)
+        self.fresh_norms = expect_sub_norms(model, checkpoint, self.was_converted)
 
     def _read_checkpoint(
         self, model: PreTrainedModel, files: list[str] | None
@@ -234,10 +236,7 @@ class BitLabHfQuantizer(HfQuantizer):
     # After the weights.
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        for layer in self.unlearned:
-            # The file has no scale for it: it starts from the weight that was loaded.
-            reset_learned_scale(layer)
-        self.unlearned.clear()
+        start_fresh(self.unlearned, self.fresh_norms)
         if not self.build_packed:
             _mark_latent(model)
             return

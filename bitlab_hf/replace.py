@@ -111,6 +111,11 @@ def check_overrides(
     names = [
         alias for found in linears for name in found.names for alias in aliases_of(model, name)
     ]
+    if config.sub_norm and not any(map(config.norms, names)):
+        raise ConfigError(
+            f"BitLabConfig: sub_norm must match converted layers, got {config.sub_norm!r}, which "
+            "match none"
+        )
     for pattern in config.overrides:
         if not fnmatch.filter(names, pattern):
             raise ConfigError(
@@ -179,7 +184,6 @@ def _check_int8_head(model: nn.Module) -> None:
 
 def swap_latent(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLabConfig) -> None:
     """Swaps these layers for latent ones."""
-    layer_class = get_layer(config.layer)
     check_found(model, linears)
     check_overrides(model, linears, config)
     weights: dict[int, nn.Parameter] = {}
@@ -193,9 +197,9 @@ def swap_latent(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLa
                 weights[id(weight)] = nn.Parameter(weight.detach().float(), weight.requires_grad)
             weight = weights[id(weight)]
         with _Naming(found.names[0]):
-            layer = layer_class.from_linear(
-                linear, config.layer_config(*aliases_of(model, found.names[0]))
-            )
+            aliases = aliases_of(model, found.names[0])
+            layer_class = get_layer(config.layer_name(*aliases))
+            layer = layer_class.from_linear(linear, config.layer_config(*aliases))
         layer.weight = weight
         layer.latent_dtype = weight.dtype
         if layer.learned_scale is not None:
@@ -207,18 +211,18 @@ def swap_latent(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLa
 
 def swap_packed(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLabConfig) -> None:
     """Swaps these layers for deployed ones whose packed tensors a loader fills."""
-    layer_class = get_layer(config.layer)
     check_found(model, linears)
     layers = []
     for found in linears:
         linear = found.module
         with _Naming(found.names[0]):
+            aliases = aliases_of(model, found.names[0])
             layers.append(
-                layer_class.packed_skeleton(
+                get_layer(config.layer_name(*aliases)).packed_skeleton(
                     linear.in_features,
                     linear.out_features,
                     bias=linear.bias is not None,
-                    quant_config=config.layer_config(*aliases_of(model, found.names[0])),
+                    quant_config=config.layer_config(*aliases),
                     device=linear.weight.device,
                     dtype=linear.weight.dtype,
                 )

@@ -12,7 +12,7 @@ from bitlab_hf import BitLabConfig
 ON_DISK = {
     "quant_method", "format_version", "weight_format", "layer", "modules_to_not_convert",
     "overrides", "head", "weight_quantizer", "weight_granularity", "group_size", "activation_dtype",
-    "activation_granularity",
+    "activation_granularity", "sub_norm",
 }  # fmt: skip
 
 
