@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from bitlab_hf.cli import demo, info, models, text
+from bitlab_hf.cli import demo, info, models, text, train
 from bitlab_hf.cli.common import examples, fail, take_flag
 
 app = typer.Typer(
@@ -35,6 +35,13 @@ def options(
 app.command(
     epilog=examples("bitlab info", "bitlab info out/demo --layers", "bitlab info out/demo --json")
 )(info.info)
+app.command(
+    epilog=examples(
+        "bitlab train my-float-model out/latent --text book.txt",
+        "bitlab train my-float-model out/latent --text book.txt --recipe recipe.json --resume",
+        "bitlab deploy out/latent out/deployed",
+    )
+)(train.train)
 app.command(
     epilog=examples(
         "bitlab deploy out/latent out/deployed",

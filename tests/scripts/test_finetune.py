@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import bitlab_hf  # noqa: F401  (registers the quantizer)
+from bitlab_hf import BitLabConfig, save
 from bitlab_hf.demo.corpus import source_files
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,7 @@ def run(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.Comple
 
 def options(text: Path, output: Path, steps: int, **more: Any) -> list[object]:
     values = {"model": MODEL, "data": text, "output": output, "max-steps": steps, "save-steps": 2,
-              "block": 64, "batch": 2, **more}  # fmt: skip
+              "block": 64, "batch": 2, "quant-warmup": 0.5, **more}  # fmt: skip
     return [item for name, value in values.items() for item in (f"--{name}", value)] + ["--cpu"]
 
 
@@ -88,3 +88,22 @@ def test_bad_input(text: Path, tmp_path: Path) -> None:
         done = run("--model", MODEL, "--output", tmp_path / "out", "--data", *data)
         assert done.returncode != 0
         assert message in done.stderr
+
+
+@pytest.mark.ci
+def test_lora(text: Path, tmp_path: Path) -> None:
+    config = BitLabConfig(mode="infer")
+    model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
+    save(model, tmp_path / "base", tokenizer=AutoTokenizer.from_pretrained(MODEL))
+    script = Path(__file__).parents[2] / "scripts" / "finetune_lora.py"
+    command = [sys.executable, script, "--model", tmp_path / "base", "--data", *text.glob("*.txt"),
+               "--output", tmp_path / "out", "--block", 32, "--batch", 2, "--max-steps", 12,
+               "--rank", 4, "--cpu"]  # fmt: skip
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["reloaded_bit_for_bit"]
+    assert result["last_loss"] < result["first_loss"]
+    assert "drift" in done.stdout
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
+    assert merged.hf_quantizer is not None

@@ -1,0 +1,56 @@
+"""``bitlab train``: from text to a latent model that ``deploy`` packs; resuming; bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitcore.errors import ArgumentError, CheckpointError, ConfigError
+from bitlab_hf.train import Recipe
+
+Cli = Callable[..., Any]
+
+
+def test_train_resume_deploy(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:
+    book, recipe = tmp_path / "book.txt", tmp_path / "recipe.json"
+    book.write_text("def main():\n    for item in range(10):\n        print(item)\n" * 20)
+    recipe.write_text(json.dumps({"logits_weight": 1.0, "quant_warmup": 2}))
+    options = ["--text", book, "--recipe", recipe, "--length", 16, "--batch", 2, "--threads", 1,
+               "--save-every", 2, "--json"]  # fmt: skip
+    out = tmp_path / "latent"
+    done = cli("train", states["float"], out, *options, "--steps", 3)
+    assert done.code == 0, done.error
+    assert done.json["steps"] == 3
+    assert Recipe.load(out / "run" / "checkpoint-2") == Recipe(logits_weight=1.0, quant_warmup=2)
+    done = cli("train", states["float"], out, *options, "--steps", 4, "--resume")
+    assert done.code == 0, done.error
+    assert done.json["steps"] == 4
+    done = cli("deploy", out, tmp_path / "deployed", "--json")
+    assert done.code == 0, done.error
+    assert done.json["bytes_after"] < done.json["bytes_before"]
+    with pytest.raises(CheckpointError, match="recipe must be the one of"):
+        raise cli("train", states["float"], out, *options[:2], *options[4:], "--resume").error
+
+
+def test_bad_input(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("too short")
+    given = ["train", states["float"], tmp_path / "out"]
+    assert cli(*given).code == 2
+    for more, kind, message in (
+        (("--text", book), ArgumentError, "smaller --length"),
+        (("--text", book, "--recipe", "nonsense"), ArgumentError, "recipe must be"),
+        (("--text", book, "--recipe", tmp_path / "none.json"), ArgumentError, "--recipe must be"),
+    ):
+        done = cli(*given, *more)
+        assert done.code == 1
+        assert isinstance(done.error, kind)
+        assert message in str(done.error)
+    (tmp_path / "bad.json").write_text('{"temperature": 0}')
+    with pytest.raises(ConfigError, match="temperature"):
+        raise cli(*given, "--text", book, "--recipe", tmp_path / "bad.json").error
+    assert not (tmp_path / "out").exists()
