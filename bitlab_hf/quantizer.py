@@ -52,6 +52,7 @@ from bitlab_hf.head import (
 )
 from bitlab_hf.learned import deploy_learned, expect_learned_scales, expect_sub_norms, start_fresh
 from bitlab_hf.packing import PackAtLoad
+from bitlab_hf.parallel import check_no_tensor_parallel
 from bitlab_hf.replace import (
     Found,
     find_linears,
@@ -341,7 +342,8 @@ class BitLabHfQuantizer(HfQuantizer):
         return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
-        """Clears the plan: sharded rows of packed weights would be silently wrong."""
+        """Refuses tensor parallel, and keeps experts from being split."""
+        check_no_tensor_parallel("bitlab", getattr(model.config, "distributed_config", None))
         plan.clear()
 
     def is_serializable(self) -> bool:

@@ -49,7 +49,8 @@ def training_scales(layer: BitLayerBase) -> tuple[Tensor | None, Tensor | None]:
     if config.weight_quantizer == "absmean":
         return None, None
     if layer.learned_scale is not None:
-        return None, layer.learned_scale
+        # FSDP's mixed precision rounds parameters for a forward pass.
+        return None, layer.learned_scale.float()
     return ops.estimate(
         layer.weight, config.weight_quantizer, config.weight_granularity, config.group_size
     )
@@ -106,7 +107,7 @@ def mixed_linear(layer: BitLayerBase, x: Tensor) -> Tensor:
     strength, dtype = layer.quant_strength, ops.output_dtype(x)
     activation, weight = layer.quant_config.activation, layer.weight
     if strength > 0 and layer.learned_scale is not None:
-        quantized = estimators.learned_weight(weight, layer.learned_scale)
+        quantized = estimators.learned_weight(weight, layer.learned_scale.float())
         weight = weight + strength * (quantized - weight)
     elif strength > 0:
         with torch.no_grad():

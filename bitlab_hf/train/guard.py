@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from bitcore.errors import CheckpointError
 
+# What a process found, after the number of things it looked at before: the least one is the first.
+Finding = tuple[int, str]
 
-def first_non_finite(model: nn.Module, forward: Callable[[], object]) -> str | None:
+
+def first_non_finite(model: nn.Module, forward: Callable[[], object]) -> Finding | None:
     """Runs a forward pass again and says which layer's values went non-finite first.
 
     Args:
@@ -25,23 +28,26 @@ def first_non_finite(model: nn.Module, forward: Callable[[], object]) -> str | N
         forward: Runs it.
 
     Returns:
-        ``"the weights (and so the scale) of NAME"``, ``"the activations of NAME"``, or None if all
+        ``"the weights (and so the scale) of NAME"`` or ``"the activations of NAME"``; None if all
         were finite.
     """
-    found: list[str] = []
+    found: list[Finding] = []
+    seen = 0
 
     def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
+            nonlocal seen
             if found:
                 return
+            seen += 2
             for leaf, parameter in module.named_parameters(recurse=False):
-                if not bool(torch.isfinite(parameter).all()):
+                if not _is_finite(parameter):
                     part = "weights (and so the scale)" if leaf == "weight" else leaf
-                    found.append(f"the {part} of {name}")
+                    found.append((seen, f"the {part} of {name}"))
                     return
             value = output[0] if isinstance(output, tuple) and output else output
-            if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
-                found.append(f"the activations of {name}")
+            if isinstance(value, Tensor) and not _is_finite(value):
+                found.append((seen + 1, f"the activations of {name}"))
 
         return hook
 
@@ -57,21 +63,31 @@ def first_non_finite(model: nn.Module, forward: Callable[[], object]) -> str | N
     return found[0] if found else None
 
 
-def last_non_finite_gradient(model: nn.Module) -> str | None:
+def last_non_finite_gradient(model: nn.Module) -> Finding | None:
     """Returns the parameter nearest to the output whose gradient is not finite: the backward pass
     reaches it first.
     """
-    names = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
-    ]
-    return names[-1] if names else None
+    found = None
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        if parameter.grad is not None and not _is_finite(parameter.grad):
+            found = (-index, f"the gradient of {name}")
+    return found
 
 
-def non_finite_parameter(model: nn.Module) -> str | None:
+def non_finite_parameter(model: nn.Module) -> Finding | None:
     """Returns the first parameter that holds NaN or infinity, or None."""
-    return next((n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None)
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        if not _is_finite(parameter):
+            return index, name
+    return None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Tells whether a tensor is finite; of a sharded one (DTensor), the part that is here, because
+    other processes may not come to the same question.
+    """
+    here: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return bool(torch.isfinite(here).all())
 
 
 def last_checkpoint(directory: str | Path) -> str | None:

@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers import Trainer
 
 from bitcore.errors import ArgumentError, CheckpointError, NonFiniteError
+from bitlab_hf.parallel import check_no_tensor_parallel
 from bitlab_hf.replace import quantized_layers
 from bitlab_hf.train.distill import DistillationMixin
 from bitlab_hf.train.guard import (
+    Finding,
     first_non_finite,
     last_checkpoint,
     last_non_finite_gradient,
@@ -33,9 +35,16 @@ else:
 class GuardMixin(_Base):
     """Put before a Trainer class with a ``recipe``: stops at values that are not finite, keeps
     checkpoints whole, resumes with the same recipe only, and lets no scale decay.
+
+    Raises:
+        ArgumentError: The arguments ask for tensor parallel.
     """
 
     recipe: Recipe
+
+    def __init__(self, model: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
+        check_no_tensor_parallel("BitLabTrainer", getattr(args, "parallelism_config", None))
+        super().__init__(model, args, *rest, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trains; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole.
@@ -70,12 +79,24 @@ class GuardMixin(_Base):
         """Runs one forward and backward pass; stops at a loss that is not finite."""
         batch = dict(inputs)
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        if self.recipe.guard and not bool(torch.isfinite(loss)):
+        if self.recipe.guard and not self._is_finite_everywhere(loss):
             inner = self.accelerator.unwrap_model(model)
             ready = self._prepare_inputs(batch)
-            where = first_non_finite(inner, lambda: model(**ready))
-            self._stop("loss", where or "the loss alone (is every label -100?)")
+            found = self._earliest(first_non_finite(inner, lambda: model(**ready)))
+            self._stop("loss", found or "the loss alone (is every label -100?)")
         return loss
+
+    def _is_finite_everywhere(self, value: Tensor) -> bool:
+        """Tells whether a scalar is finite in every process: all stop at the same step."""
+        wrong = self.accelerator.reduce((~torch.isfinite(value)).float(), reduction="sum")
+        return not bool(wrong)
+
+    def _earliest(self, found: Finding | None) -> str | None:
+        """Returns the first of what the processes found; every one has to come here."""
+        from accelerate.utils.operations import gather_object
+
+        everywhere: list[Finding | None] = gather_object([found])
+        return min((one for one in everywhere if one is not None), default=(0, None))[1]
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Returns what weight decay applies to: what the Trainer says, without learned scales."""
@@ -101,8 +122,9 @@ class GuardMixin(_Base):
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
         if not bool(torch.isfinite(norm)):
-            name = last_non_finite_gradient(self.accelerator.unwrap_model(model))
-            self._stop("gradient", f"the gradient of {name}" if name else "the norm alone")
+            inner = self.accelerator.unwrap_model(model)
+            found = self._earliest(last_non_finite_gradient(inner))
+            self._stop("gradient", found or "the norm alone")
 
     def _stop(self, what: str, where: str) -> None:
         last = last_checkpoint(str(self.args.output_dir))
@@ -113,13 +135,11 @@ class GuardMixin(_Base):
         )
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
-        bad = (
-            non_finite_parameter(self.accelerator.unwrap_model(model))
-            if self.recipe.guard
-            else None
-        )
-        if bad is not None:
-            self._stop("weights", bad)
+        if self.recipe.guard:
+            inner = self.accelerator.unwrap_model(model)
+            bad = self._earliest(non_finite_parameter(inner))
+            if bad is not None:
+                self._stop("weights", bad)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         with whole_or_nothing(folder, self.args.should_save):
             self.accelerator.wait_for_everyone()

@@ -1,0 +1,179 @@
+"""Runs the trainings that `test_parallel` looks at: one process, then several on gloo.
+
+    python -m tests.bitlab_hf.train.parallel FOLDER
+
+The processes are forked from one that has imported everything, with the variables that torchrun
+sets: so two and eight of them cost one start. Each training writes what it saw into FOLDER.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from bitlab_hf import BitLabConfig
+from bitlab_hf.train import BitLabTrainer, TernaryStatistics
+from tests.bitlab_hf.models import make_float_model, training_data
+
+STEPS, BATCH = 6, 8
+FSDP2 = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+}
+
+
+class FirstGradients(TrainerCallback):
+    """Keeps the gradients of the first optimizer step, whole."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        if state.global_step:
+            return
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                self.found[name.removeprefix("module.")] = whole(parameter.grad).clone()
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    full: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach()
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def make_arguments(folder: Path, sharded: bool = False, **changes: Any) -> TrainingArguments:
+    """Arguments of a run; with ``sharded``, accelerate takes the processes for ones of GPUs.
+
+    On CPUs it leaves its FSDP out, without a word, and takes DDP. All that follows is its own
+    code, on gloo.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH // world(),
+        "per_device_eval_batch_size": BATCH // world(),
+        "learning_rate": 3e-3,
+        "max_grad_norm": 0.0,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        **(FSDP2 if sharded else {}),
+    }
+    arguments = TrainingArguments(**{**values, **changes})
+    assert arguments.device.type == "cpu"
+    if sharded:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return arguments
+
+
+def load(source: Path, **fields: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(source, quantization_config=BitLabConfig(**fields))
+
+
+def train(
+    source: Path,
+    folder: Path,
+    *,
+    sharded: bool = False,
+    resume: str | None = None,
+    model: Any = None,
+    recipe: str | None = None,
+    statistics: bool = False,
+    **changes: Any,
+) -> Trainer:
+    """Trains; the main process writes losses, first gradients and the last weights to FOLDER."""
+    model = load(source) if model is None else model
+    arguments, data = make_arguments(folder, sharded, **changes), training_data(48)
+    options = {"model": model, "args": arguments, "train_dataset": data, "eval_dataset": data[:16]}
+    if recipe is None:
+        trainer = Trainer(**options)
+    else:
+        trainer = BitLabTrainer(**options, recipe=recipe, teacher=str(source))
+    gradients = FirstGradients()
+    trainer.add_callback(gradients)
+    if statistics:
+        TernaryStatistics().attach(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    state = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
+    kind = type(next(iter(trainer.model.parameters()))).__name__
+    if is_main():
+        folder.mkdir(exist_ok=True, parents=True)
+        tensors = {f"grad.{name}": tensor for name, tensor in gradients.found.items()}
+        tensors |= {f"last.{name}": tensor.contiguous() for name, tensor in state.items()}
+        save_file(tensors, folder / "result.safetensors")
+        history = trainer.state.log_history
+        result = {"kind": kind, "history": history}
+        (folder / "result.json").write_text(json.dumps(result))
+    return trainer
+
+
+def two(folder: Path, source: Path) -> None:
+    """What two processes do."""
+    for name, sharded in (("ddp", False), ("fsdp2", True)):
+        train(source, folder / name, sharded=sharded, statistics=True)
+        again = partial(train, source, folder / f"{name}-resumed", sharded=sharded)
+        again(resume=str(folder / name / "checkpoint-2"), statistics=True)
+        train(source, folder / f"{name}-teacher", sharded=sharded, recipe="default")
+
+
+def eight(folder: Path, source: Path) -> None:
+    train(source, folder / "eight", save_strategy="no")
+    train(source, folder / "eight-teacher", save_strategy="no", recipe="default")
+
+
+def _process(rank: int, count: int, store: Path, job: Callable[[], None]) -> None:
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", count),
+                        ("LOCAL_WORLD_SIZE", count)):  # fmt: skip
+        os.environ[name] = str(value)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+    job()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def launch(count: int, store: Path, job: Callable[[], None]) -> None:
+    """Runs a job in processes of their own."""
+    mp.start_processes(_process, (count, store, job), nprocs=count, start_method="fork")
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    source = make_float_model("llama", folder)
+    train(source, folder / "one", statistics=True)
+    train(source, folder / "one-teacher", recipe="default")
+    launch(2, folder / "store-2", partial(two, folder, source))
+    launch(8, folder / "store-8", partial(eight, folder, source))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
