@@ -9,6 +9,7 @@ sets: so two and eight of them cost one start. Each training writes what it saw 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -19,12 +20,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from transformers import (
+    AutoModelForCausalLM,
+    DistributedConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from bitlab_hf import BitLabConfig
+from bitcore.errors import BitLabError
+from bitlab_hf import BitLabConfig, deploy
 from bitlab_hf.train import BitLabTrainer, TernaryStatistics
 from tests.bitlab_hf.models import make_float_model, training_data
 
@@ -137,16 +149,112 @@ def train(
     return trainer
 
 
+def partly_frozen(source: Path) -> Any:
+    model = load(source)
+    model.model.layers[0].requires_grad_(False)
+    model.model.layers[1].self_attn.requires_grad_(False)
+    return model
+
+
+def with_adapter(source: Path) -> Any:
+    """A deployed model with a LoRA."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(load(source, mode="infer"), config)
+
+
+def learned(source: Path) -> Any:
+    return load(source, weight_quantizer="lsq", weight_granularity="per_channel")
+
+
+MODELS = {"frozen": partly_frozen, "adapter": with_adapter, "learned": learned}
+
+
+def message(run: Callable[[], object]) -> str:
+    """Runs what has to fail, and returns what it says."""
+    try:
+        run()
+    except (BitLabError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("nothing was raised")
+
+
+def broken(source: Path, where: str) -> Any:
+    """A model that is not finite in the last process alone, or in its shard of a weight."""
+    model, last = load(source), not is_main()
+    module, calls = model.model.layers[1].mlp.act_fn, iter(range(100))
+    if where == "loss" and last:
+        module.register_forward_hook(lambda _m, _i, y: y * math.nan if next(calls) > 1 else y)
+    if where == "gradient" and last:
+        module.register_full_backward_hook(lambda _m, dx, _dy: (dx[0] * math.nan,))
+    if where == "weight":
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight[-1, 5] = math.inf
+    return model
+
+
+def split(source: Path) -> None:
+    """Splits a layer as torch's own tensor parallel does, and runs the model."""
+    model = load(source).train()
+    mesh = init_device_mesh("cpu", (world(),))
+    parallelize_module(model, mesh, {"model.layers.0.mlp.up_proj": ColwiseParallel()})
+    model(input_ids=torch.arange(8)[None])
+
+
+def with_parallelism(source: Path, folder: Path, trainer: Any) -> None:
+    config = ParallelismConfig(tp_size=world())
+    arguments = make_arguments(folder, parallelism_config=config, eval_strategy="no")
+    # As with GPUs: on CPUs accelerate has no use for the configuration at all.
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer(model=load(source), args=arguments, train_dataset=training_data()).train()
+
+
 def two(folder: Path, source: Path) -> None:
     """What two processes do."""
+    messages = {}
     for name, sharded in (("ddp", False), ("fsdp2", True)):
-        train(source, folder / name, sharded=sharded, statistics=True)
-        again = partial(train, source, folder / f"{name}-resumed", sharded=sharded)
-        again(resume=str(folder / name / "checkpoint-2"), statistics=True)
-        train(source, folder / f"{name}-teacher", sharded=sharded, recipe="default")
+        run = partial(train, source, sharded=sharded)
+        run(folder / name, statistics=True)
+        again = str(folder / name / "checkpoint-2")
+        run(folder / f"{name}-resumed", resume=again, statistics=True)
+        run(folder / f"{name}-teacher", recipe="default")
+        for kind, make in MODELS.items():
+            run(folder / f"{name}-{kind}", model=make(source), max_steps=2)
+        for where in ("loss", "gradient", "weight"):
+            stops = partial(run, folder / f"{name}-{where}", recipe="plain", eval_strategy="no")
+            messages[f"{name} {where}"] = message(
+                lambda where=where, stops=stops: stops(model=broken(source, where))
+            )
+    config = {**FSDP2["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}
+    run = partial(train, source, sharded=True, fsdp_config=config)
+    run(folder / "shards")
+    run(folder / "shards-resumed", resume=str(folder / "shards" / "checkpoint-2"))
+    trainer = train(source, folder / "bf16", sharded=True, model=learned(source), bf16=True)
+    messages["deploy"] = message(lambda: deploy(trainer.accelerator.unwrap_model(trainer.model)))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    native = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=BitLabConfig(),
+        distributed_config=DistributedConfig(fsdp_size=world()),
+    )  # fmt: skip
+    train(source, folder / "native", model=native, save_strategy="no")
+    for mode in ("train", "infer"):
+        messages[f"tp {mode}"] = message(
+            lambda mode=mode: AutoModelForCausalLM.from_pretrained(
+                source,
+                quantization_config=BitLabConfig(mode=mode),
+                distributed_config=DistributedConfig(tp_size=world()),
+            )
+        )
+    messages["tp torch"] = message(lambda: split(source))
+    for trainer_class in (Trainer, BitLabTrainer):
+        messages[f"tp {trainer_class.__name__}"] = message(
+            lambda kind=trainer_class: with_parallelism(source, folder / "split", kind)
+        )
+    (folder / f"messages-{os.environ['RANK']}.json").write_text(json.dumps(messages))
 
 
 def eight(folder: Path, source: Path) -> None:
+    """What eight processes do."""
     train(source, folder / "eight", save_strategy="no")
     train(source, folder / "eight-teacher", save_strategy="no", recipe="default")
 
@@ -171,6 +279,8 @@ def main(folder: Path) -> None:
     source = make_float_model("llama", folder)
     train(source, folder / "one", statistics=True)
     train(source, folder / "one-teacher", recipe="default")
+    for kind, make in MODELS.items():
+        train(source, folder / f"one-{kind}", model=make(source), max_steps=2)
     launch(2, folder / "store-2", partial(two, folder, source))
     launch(8, folder / "store-8", partial(eight, folder, source))
 
