@@ -19,25 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import (
-    Contender,
-    Disturbance,
-    Grid,
-    Probe,
-    Target,
-    Timing,
-    close,
-    header,
-    last_level_cache,
-    pyplot,
-    race,
-)
+from bench_common import Disturbance, Grid, Probe, Target, close, header, pyplot
 from bench_engines import DEFAULT, NAMES, Engine, Weight, build, build_head, check
 from ggml_peer import BLOCK, Ggml
 from rich.console import Console
 from rich.progress import Progress
 
 from bitcore.kernels import kernels_for
+from bitlab_hf.timing import Contender, Timing, last_level_cache, race
 
 Shape = tuple[int, int]
 Row = dict[str, Any]

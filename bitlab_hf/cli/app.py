@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from bitlab_hf.cli import demo, info, models, text, train
+from bitlab_hf.cli import bench, demo, info, models, report, text, train
 from bitlab_hf.cli.common import examples, fail, take_flag
 
 app = typer.Typer(
@@ -82,6 +82,16 @@ app.command(
 app.command(
     epilog=examples("bitlab chat my-model", 'bitlab chat my-model --system "Answer in one line."')
 )(text.chat)
+app.command(
+    epilog=examples(
+        "bitlab bench", "bitlab bench out/demo --tokens 1 --threads 1 --threads 2 --json"
+    )
+)(bench.bench)
+app.command(
+    epilog=examples(
+        "bitlab report out/demo/run", "bitlab report my-run --out report.html --baseline 12.4"
+    )
+)(report.report)
 app.command(
     epilog=examples(
         "bitlab demo --quick", "bitlab demo --model path/to/model --output out/mine --json"

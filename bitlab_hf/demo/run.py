@@ -43,7 +43,10 @@ from bitlab_hf.demo.report import PROMPTS, Report, show_table, show_texts
 from bitlab_hf.demo.text import Blocks, Perplexity, make_blocks, measure_perplexity
 from bitlab_hf.deploy import deploy
 from bitlab_hf.saving import save
-from bitlab_hf.train import BitLabTrainer
+from bitlab_hf.train import BitLabTrainer, record_baseline
+
+# How often the ternary model is evaluated in training, and on which part of the held-out blocks.
+EVALUATIONS, EVALUATED = 8, 5
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ class Demo:
             ternary = AutoModelForCausalLM.from_pretrained(
                 original, dtype=torch.float32, quantization_config=BitLabConfig()
             )
-            self._train(ternary, train, progress, "ternary", teacher=model)
+            self._train(ternary, train, progress, "ternary", teacher=model, watched=heldout)
             # A teacher is frozen.
             model.requires_grad_(True)
             self._train(model, train, progress, "full precision")
@@ -218,12 +221,20 @@ class Demo:
         )
 
     def _train(
-        self, model: Any, train: Blocks, progress: Progress, title: str, teacher: Any = None
+        self,
+        model: Any,
+        train: Blocks,
+        progress: Progress,
+        title: str,
+        teacher: Any = None,
+        watched: Blocks | None = None,
     ) -> None:
         settings = self._settings
         ternary = teacher is not None
+        run = settings.output / "run"
         arguments = TrainingArguments(
-            output_dir=self._scratch.name,
+            output_dir=str(run) if ternary else self._scratch.name,
+            run_name="The demo" if settings.model is None else settings.model,
             per_device_train_batch_size=settings.batch if ternary else settings.float_batch,
             num_train_epochs=1,
             learning_rate=settings.learning_rate if ternary else settings.float_learning_rate,
@@ -239,19 +250,29 @@ class Demo:
             report_to="none",
             logging_steps=5,
             disable_tqdm=True,
+            eval_strategy="no" if watched is None else "steps",
+            eval_steps=1 / EVALUATIONS,
+            per_device_eval_batch_size=8,
+            include_num_input_tokens_seen=True,
         )
-        data = [{"input_ids": ids, "labels": ids} for ids in train.ids]
         common = {
             "model": model,
             "args": arguments,
-            "train_dataset": data,
+            "train_dataset": _examples(train.ids),
+            "eval_dataset": None if watched is None else _examples(watched.ids[::EVALUATED]),
             "callbacks": [_Bars(progress, title)],
-            "statistics": False,
+            "statistics": watched is not None,
         }
         recipe = "distill" if ternary else "plain"
         trainer = BitLabTrainer(**common, recipe=recipe, teacher=teacher)
         trainer.remove_callback(PrinterCallback)
+        if watched is not None:
+            record_baseline(trainer, teacher, "original")
+            trainer.recipe.save(run)
+            trainer.evaluate()
         trainer.train()
+        if watched is not None:
+            trainer.save_state()
 
     def _probe(self, progress: Progress, model: Path, ids: Any) -> tuple[Answer, torch.Tensor]:
         name = "ternary" if model == self._settings.output else "original"
@@ -259,6 +280,10 @@ class Demo:
         result = probe(model, ids, list(PROMPTS), self._settings.generate, self._report.threads)
         progress.advance(task)
         return result
+
+
+def _examples(ids: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": block, "labels": block} for block in ids]
 
 
 def _require_accelerate() -> None:

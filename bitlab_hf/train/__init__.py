@@ -1,5 +1,6 @@
 """Training: what is added to a Trainer for quantization-aware fine-tuning."""
 
+from bitlab_hf.train.baseline import record_baseline
 from bitlab_hf.train.calibrate import CalibrationReport, calibrate
 from bitlab_hf.train.guard import last_checkpoint
 from bitlab_hf.train.logits import precompute_logits
@@ -18,5 +19,6 @@ __all__ = [
     "calibrate",
     "last_checkpoint",
     "precompute_logits",
+    "record_baseline",
     "sft_trainer",
 ]

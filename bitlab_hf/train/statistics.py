@@ -14,6 +14,7 @@ from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, 
 
 from bitcore.errors import ArgumentError
 from bitlab_hf.replace import quantized_layers
+from bitlab_hf.train.facts import run_facts
 from bitlab_hf.train.statistics_files import RunFiles
 from bitlab_hf.train.statistics_measure import (
     BINS,
@@ -130,7 +131,8 @@ class TernaryStatistics(TrainerCallback):
         main, step = state.is_world_process_zero, state.global_step
         self._fresh, self._files = None, None
         if main:
-            self._files = RunFiles(Path(args.output_dir), list(self._layers), step)
+            facts = run_facts(model, args, state.max_steps)
+            self._files = RunFiles(Path(args.output_dir), list(self._layers), step, facts)
             for logs in self._before if step == 0 else ():
                 self._files.add(0, logs, {})
         self._before = []

@@ -1,9 +1,9 @@
 """The two files of `TernaryStatistics` in a run's folder.
 
-``ternary_statistics.jsonl`` has a first line with the names of the layers, then one line for every
-log: what the Trainer logged, and one list of numbers a quantity, in the layers' order. Lines are
-appended; a last line that was cut off by a crash is not read. ``ternary_histograms.json`` is
-written beside itself and renamed.
+``ternary_statistics.jsonl`` has a first line with the names of the layers and facts about the run,
+then one line for every log: what the Trainer logged, and one list of numbers a quantity, in the
+layers' order. Lines are appended; a last line that was cut off by a crash is not read.
+``ternary_histograms.json`` is written beside itself and renamed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ class RunFiles:
         layers: Names of the layers.
         step: Where training begins: 0 starts both files anew, a later one keeps what they hold up
             to it, as long as they are of the same layers.
+        facts: What the first line tells about the run beside its layers.
     """
 
-    def __init__(self, folder: Path, layers: list[str], step: int) -> None:
+    def __init__(
+        self, folder: Path, layers: list[str], step: int, facts: dict[str, Any] | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._lines, self._histograms = folder / STATISTICS_FILE, folder / HISTOGRAMS_FILE
         kept: list[dict[str, Any]] = []
@@ -47,7 +50,7 @@ class RunFiles:
                 ]
         counted = [entry["step"] for entry in kept if "flipped" in entry]
         self._last_counted = counted[-1] if counted else None
-        header = {"version": VERSION, "layers": layers}
+        header = {"version": VERSION, "layers": layers, "facts": facts or {}}
         lines = [json.dumps(line) for line in (header, *kept)]
         write_atomically(self._lines, "\n".join(lines) + "\n")
 

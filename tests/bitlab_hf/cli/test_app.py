@@ -13,8 +13,8 @@ import pytest
 from bitlab_hf.cli.app import app
 
 COMMANDS = [
-    "chat", "convert", "demo", "deploy", "eval", "export", "generate", "import", "info",
-    "push",
+    "bench", "chat", "convert", "demo", "deploy", "eval", "export", "generate", "import", "info",
+    "push", "report",
 ]  # fmt: skip
 
 
