@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from bench_common import Disturbance, header
-from bench_quality_methods import METHODS, POST_TRAINING, load_bitlab, load_float, train
+from bench_quality_methods import METHODS, POST_TRAINING, load_float, load_post_training, train
 from bench_quality_model import nats, pretrain, write_json
 from bench_quality_report import summarize, write_report
 from bench_quality_text import DOMAINS, PARTS, load_domain
@@ -113,9 +113,10 @@ def post_training(settings: Settings, domain: str) -> dict[str, float]:
     made: dict[str, float] = json.loads(record.read_text()) if record.is_file() else {}
     blocks = load_file(folder / "blocks.safetensors")
     test = blocks["test"][: settings.test_blocks]
-    for title, config in POST_TRAINING.items():
+    samples = chosen_blocks(blocks, GRID_SEED, settings.blocks)
+    for title in POST_TRAINING:
         if title not in made:
-            made[title] = nats(load_bitlab(folder / "model", "infer", **config), test)
+            made[title] = nats(load_post_training(title, folder / "model", samples), test)
             write_json(record, made)
     return made
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from bitlab_hf import BitLabConfig
-from bitlab_hf.train import BitLabTrainer, Recipe
+from bitlab_hf import BitLabConfig, deploy
+from bitlab_hf.train import BitLabTrainer, Recipe, calibrate
 
 # Steps that are not timed: first allocations and caches fall into them.
 UNTIMED_STEPS = 8
@@ -57,7 +57,13 @@ METHODS = {
     "kl-labels": Method("distillation + labels, half each", recipe=Recipe(0.5, logits_weight=0.5)),
     "kl-hidden": Method("distillation + all hidden states", recipe=replace(_KL, hidden_weight=1.0)),
 }
-POST_TRAINING: dict[str, dict[str, Any]] = {"rounded": {}, "rounded, per channel": _CHANNEL}
+# Title: arguments of `BitLabConfig`, and whether the layers are calibrated.
+POST_TRAINING: dict[str, tuple[dict[str, Any], bool]] = {
+    "rounded": ({}, False),
+    "rounded, per channel": (_CHANNEL, False),
+    "calibrated": ({}, True),
+    "calibrated, per channel": (_CHANNEL, True),
+}
 
 
 def load_float(folder: Path) -> Any:
@@ -70,6 +76,16 @@ def load_bitlab(folder: Path, mode: str = "train", **config: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=BitLabConfig(mode=mode, **config)
     )
+
+
+def load_post_training(title: str, folder: Path, samples: Tensor) -> Any:
+    """Makes a ternary model of `POST_TRAINING`; calibration sees the samples, int64 [n, length]."""
+    config, calibrated = POST_TRAINING[title]
+    if not calibrated:
+        return load_bitlab(folder, "infer", **config)
+    model = load_bitlab(folder, **config)
+    calibrate(model, [{"input_ids": ids} for ids in samples])
+    return deploy(model)
 
 
 def load_method(method: Method, folder: Path) -> Any:
