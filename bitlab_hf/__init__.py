@@ -6,6 +6,7 @@ from bitlab_hf.deploy import deploy
 from bitlab_hf.facts import Facts
 from bitlab_hf.interop.bitnet import export_bitnet, load_bitnet
 from bitlab_hf.interop.gguf import export_gguf
+from bitlab_hf.interop.gguf_import import import_gguf, load_gguf
 from bitlab_hf.interop.hub import HubError, push
 from bitlab_hf.interop.ternary import convert_ternary
 from bitlab_hf.peft_guard import install as _guard_peft
@@ -27,7 +28,9 @@ __all__ = [
     "deploy",
     "export_bitnet",
     "export_gguf",
+    "import_gguf",
     "load_bitnet",
+    "load_gguf",
     "merge_and_requantize",
     "push",
     "record_facts",

@@ -54,7 +54,12 @@ app.command(
         "bitlab convert ternary-but-float out/packed --keep-inexact --json",
     )
 )(models.convert)
-app.command("import", epilog=examples("bitlab import a-bitnet-model out/imported"))(models.import_)
+app.command(
+    "import",
+    epilog=examples(
+        "bitlab import a-bitnet-model out/imported", "bitlab import model.gguf out/imported"
+    ),
+)(models.import_)
 app.command(
     epilog=examples(
         "bitlab export out/demo out/for-everyone --to bitnet",

@@ -106,16 +106,37 @@ def convert(
     )
 
 
-def import_(source: Source, output: Output, as_json: Json = False) -> None:
-    """Turns a checkpoint of transformers' bitnet method into BitLab's own.
+def import_(
+    source: Annotated[
+        str, typer.Argument(help="A folder, a hub name, or a .gguf file.", show_default=False)
+    ],
+    output: Output,
+    activation: Annotated[
+        str | None, typer.Option(help="Activations of a GGUF model: int8 or float32.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Turns a checkpoint of transformers' bitnet method, or a ternary GGUF file, into BitLab's own.
 
-    Not needed to run one (load_bitnet, eval, generate and chat take it as it is); a packed one
-    becomes a deployed model, a latent one a latent model for training.
+    Not needed to run a bitnet one (load_bitnet, eval, generate and chat take it as it is); a packed
+    one becomes a deployed model, a latent one a latent model for training.
     """
-    from bitlab_hf import load_bitnet, save
+    from bitcore.errors import ArgumentError
+    from bitlab_hf import import_gguf, load_bitnet, save
 
     quiet()
     started = time.perf_counter()
+    if source.endswith(".gguf"):
+        file = Path(source)
+        total = file.stat().st_size if file.is_file() else None
+        with progress("importing", total) as advance:
+            import_gguf(file, output, activation_dtype=activation, advance=advance)
+        _report("imported", source, output, started, as_json)
+        return
+    if activation is not None:
+        raise ArgumentError(
+            f"import: activation must be left out for a bitnet checkpoint, got {activation!r}"
+        )
     with progress("importing", None):
         model = load_bitnet(check_source(source))
         save(model, output, tokenizer=tokenizer_if_any(source))
@@ -168,8 +189,10 @@ def push(
 
 def _report(verb: str, source: str, output: Path, started: float, as_json: bool) -> None:
     seconds = time.perf_counter() - started
-    folder = Path(source)
-    before = folder_bytes(folder) if folder.is_dir() else None
+    given = Path(source)
+    before = folder_bytes(given) if given.is_dir() else None
+    if given.is_file():
+        before = given.stat().st_size
     after = output.stat().st_size if output.is_file() else folder_bytes(output)
     sizes = megabytes(after) if before is None else f"{megabytes(before)} -> {megabytes(after)}"
     emit(

@@ -219,16 +219,16 @@ def _tensors(model: PreTrainedModel, architecture: str, qtype: str) -> Iterator[
     for name, module in model.named_modules():
         if config.tie_word_embeddings and module is head:
             continue
-        order = _row_order(config, name) if architecture == "llama" else None
+        order = row_order(config, name) if architecture == "llama" else None
         if name in layers:
-            yield _layer(_renamed(names, f"{name}.weight"), layers[name], qtype, order)
+            yield _layer(renamed(names, f"{name}.weight"), layers[name], qtype, order)
         for leaf, tensor in module.named_parameters(recurse=False):
             if name in layers and leaf != "bias":
                 continue
             wide = tensor.dim() == 2
             kind = _float_kind(tensor.dtype) if wide else "F32"
             yield _Tensor(
-                _renamed(names, f"{name}.{leaf}"),
+                renamed(names, f"{name}.{leaf}"),
                 tuple(tensor.shape),
                 kind,
                 _floats(tensor if order is None else tensor[order], kind),
@@ -249,7 +249,8 @@ def _rope_factors(model: PreTrainedModel) -> Tensor:
     return 1.0 / (theta**steps) / scaled
 
 
-def _renamed(names: Any, key: str) -> str:
+def renamed(names: Any, key: str) -> str:
+    """Returns llama.cpp's name of a tensor; names is gguf's map of the architecture."""
     # The names of the first BitNet models are the ones that the map knows.
     known = key.replace("attn_sub_norm", "inner_attn_ln").replace("ffn_sub_norm", "ffn_layernorm")
     renamed: str | None = names.get_name(known, try_suffixes=(".weight", ".bias"))
@@ -260,7 +261,7 @@ def _renamed(names: Any, key: str) -> str:
     return renamed
 
 
-def _row_order(config: Any, name: str) -> Tensor | None:
+def row_order(config: Any, name: str) -> Tensor | None:
     """Returns where llama.cpp's rows of a query or key matrix are found, for the ``llama`` kind.
 
     It rotates neighbouring pairs of a head's rows, transformers the two halves of the head.

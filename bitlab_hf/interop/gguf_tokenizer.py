@@ -6,9 +6,12 @@ import json
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer, PreTrainedModel
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+from tokenizers import pre_tokenizers as splitting
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from bitcore.errors import ArgumentError
+from bitcore.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
     import gguf
@@ -19,6 +22,7 @@ _WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _PATTERNS = {_WORDS % "{1,3}": "llama-bpe", _WORDS % "": "qwen2"}
+_SPLITS = {name: pattern for pattern, name in _PATTERNS.items()}
 
 
 def find_tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:
@@ -113,3 +117,68 @@ def _pre_tokenizer(content: dict[str, Any] | None) -> str:
         f"({', '.join(['gpt-2', *_PATTERNS.values()])}), got {[p.get('type') for p in parts]}\n"
         'Pass pre_tokenizer="..." with llama.cpp\'s name of it.'
     )
+
+
+def rebuild_tokenizer(fields: dict[str, Any]) -> Any:
+    """Returns a GGUF file's tokenizer; None if its kind is not one that `add_tokenizer` writes.
+
+    transformers' own reader of GGUF tokenizers is not used: it does not look at how text is split,
+    and knows no ``bitnet``.
+
+    Args:
+        fields: The file's fields.
+
+    Raises:
+        CheckpointError: The vocabulary, its merges or an index into it are damaged.
+    """
+    import gguf
+
+    def field(name: str) -> Any:
+        return fields.get(f"tokenizer.ggml.{name}")
+
+    tokens, pre = field("tokens") or [], field("pre")
+    if field("model") != "gpt2" or (pre != "gpt-2" and pre not in _SPLITS):
+        return None
+    types = field("token_type") or [gguf.TokenType.NORMAL] * len(tokens)
+    merges = [tuple(merge.split(" ")) for merge in field("merges") or []]
+    names = [name for name in ("bos", "eos", "pad", "unk") if field(f"{name}_token_id") is not None]
+    special = {name: field(f"{name}_token_id") for name in names}
+    damaged = [index for index in special.values() if not 0 <= index < len(tokens)]
+    if damaged or len(types) != len(tokens) or any(len(merge) != 2 for merge in merges):
+        raise CheckpointError("load_gguf: the tokenizer must be whole, got a damaged one")
+    kinds = dict(zip(tokens, types, strict=True))
+    unused = {text for text, kind in kinds.items() if kind == gguf.TokenType.UNUSED}
+    vocabulary = {text: index for index, text in enumerate(tokens) if text not in unused}
+    try:
+        bpe = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
+    except Exception as error:
+        # Of no class of its own: a merge of a token that is not there.
+        raise CheckpointError(
+            f"load_gguf: the merges must be of tokens in the vocabulary, got: {error}"
+        ) from error
+    backend = Tokenizer(bpe)
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    level = splitting.ByteLevel(add_prefix_space=False, use_regex=pre == "gpt-2")
+    split = [splitting.Split(Regex(_SPLITS[pre]), "isolated")] if pre in _SPLITS else []
+    backend.pre_tokenizer = splitting.Sequence([*split, level]) if split else level
+    backend.decoder = decoders.ByteLevel()
+    if field("add_bos_token") and "bos" in special:
+        first = tokens[special["bos"]]
+        backend.post_processor = TemplateProcessing(
+            single=[first, "$A"],
+            pair=[first, "$A", first, "$B:1"],
+            special_tokens=[(first, special["bos"])],
+        )
+    for text, kind in kinds.items():
+        if kind == gguf.TokenType.CONTROL:
+            backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+        elif kind == gguf.TokenType.USER_DEFINED:
+            backend.add_tokens([AddedToken(text, special=False, normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        **{f"{name}_token": tokens[index] for name, index in special.items()},
+    )
+    tokenizer.chat_template = fields.get("tokenizer.chat_template")
+    return tokenizer

@@ -105,7 +105,7 @@ def convert_ternary(
     }
     report = Conversion(bytes_before=sum(file.stat().st_size for file in files))
     structures = _examine(model, files, names, keep_inexact, report, advance or (lambda size: None))
-    config = _configuration(model, names, structures)
+    config = packed_configuration(model, names, structures)
     with replacing(directory, "convert_ternary") as staged:
         weight_map: dict[str, str] = {}
         for index, file in enumerate(files):
@@ -227,16 +227,26 @@ def _examine(
     return structures
 
 
-def _configuration(
-    model: PreTrainedModel, names: dict[str, str], structures: dict[str, Structure]
+def packed_configuration(
+    model: PreTrainedModel,
+    names: dict[str, str],
+    structures: dict[str, Structure],
+    activation_dtype: str = "float32",
 ) -> BitLabConfig:
-    """Returns the configuration: the commonest scheme, and overrides for the others."""
+    """Returns the configuration: the commonest scheme, and overrides for the others.
+
+    Args:
+        model: The skeleton.
+        names: The model's name of each linear layer, by the file's key.
+        structures: Structure of each layer that is packed, by the file's key.
+        activation_dtype: See `BitLabConfig`.
+    """
     packed = {names[key]: structure for key, structure in structures.items()}
     base = Counter((s.scheme, s.group_size) for s in packed.values()).most_common(1)[0][0]
     head = model.get_output_embeddings()
     return BitLabConfig(
         weight_format="packed",
-        activation_dtype="float32",
+        activation_dtype=activation_dtype,
         weight_granularity=str(base[0]),
         group_size=base[1],
         overrides={
@@ -286,12 +296,12 @@ def _write(file: Path, target: Path, structures: dict[str, Structure], first: bo
                 else:
                     for rows in row_blocks(*tensor.shape):
                         out.write(f"{base}qweight_scale", scales_of(tensor[rows], mine[key]))
-                for lanes in _lanes(tensor):
+                for lanes in lanes_of(tensor):
                     out.write(f"{base}qweight", pack_codes(lanes.float().sign().to(torch.int8)))
     return [entry.name for entry in entries]
 
 
-def _lanes(weight: Tensor) -> Any:
+def lanes_of(weight: Tensor) -> Any:
     """Yields blocks of packed rows: their four lanes [4 * rows, K] one under the other."""
     out_features, in_features = weight.shape
     packed_rows = (out_features + 3) // 4
@@ -321,13 +331,14 @@ def _prove(file: Path, target: Path, structures: dict[str, Structure], advance: 
                 qweight, scale = (
                     written.get_tensor(f"{base}{leaf}") for leaf in ("qweight", "qweight_scale")
                 )
-                same = _same_values(tensor, qweight, scale)
+                same = same_values(tensor, qweight, scale)
             if not same:
                 raise CheckpointError(f"{key} must come back as it was, got other values")
             advance(tensor.numel() * tensor.element_size())
 
 
-def _same_values(weight: Tensor, qweight: Tensor, scale: Tensor) -> bool:
+def same_values(weight: Tensor, qweight: Tensor, scale: Tensor) -> bool:
+    """Returns whether packed codes and scales give exactly these values, as float [N, K]."""
     packed_rows, out_features = len(qweight), len(weight)
     for rows in row_blocks(packed_rows, 4 * weight.shape[1]):
         count = rows.stop - rows.start

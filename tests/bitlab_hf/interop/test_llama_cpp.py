@@ -27,7 +27,7 @@ from bitlab_hf.replace import quantized_layers
 from tests.bitlab_hf.interop.test_gguf import DEMO, NAMES, read, rotated
 
 pytestmark = pytest.mark.ci
-LENGTH, COUNT, STEPS = 250, 1000, 50
+LENGTH, COUNT, STEPS = 250, 1000, 16
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def model(tokenizer: Any) -> Any:
-    """The demo's model after 51,200 tokens of quantization-aware training, in float32."""
+    """The demo's model after 16,384 tokens of quantization-aware training, in float32."""
     torch.manual_seed(0)
     latent: Any = AutoModelForCausalLM.from_pretrained(
         DEMO, dtype=torch.float32, quantization_config=BitLabConfig()

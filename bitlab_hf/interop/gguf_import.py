@@ -1,0 +1,336 @@
+"""Ternary GGUF files as deployed models: the inverse of `export_gguf`.
+
+Every matrix is read row block by row block through the memory map, and its structure is found by
+its values, as for floats that are ternary already: a file's scale for each 256 inputs becomes one
+of the matrix or of the row where they are equal, and two of 128 inputs each where they are not.
+Nothing of the file is used as a path.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from bitcore.errors import ArgumentError, CheckpointError, MissingExtraError
+from bitcore.packing import pack_codes
+from bitlab_hf.card import model_card
+from bitlab_hf.checkpoint import LAYERS_KEY
+from bitlab_hf.interop.gguf import renamed, row_order
+from bitlab_hf.interop.gguf_config import read_config
+from bitlab_hf.interop.gguf_tokenizer import rebuild_tokenizer
+from bitlab_hf.interop.stream import Entry, StreamWriter
+from bitlab_hf.interop.structure import Structure, find_structure, row_blocks, scales_of
+from bitlab_hf.interop.ternary import lanes_of, packed_configuration, same_values
+from bitlab_hf.replace import find_linears, swap_packed
+from bitlab_hf.saving import replacing
+
+if TYPE_CHECKING:
+    import gguf
+
+logger = logging.getLogger("bitlab")
+_TERNARY = ("TQ2_0", "TQ1_0")
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_FACTORS = "rope_freqs.weight"
+
+
+class Source:
+    """A tensor of the file as floats, its rows in transformers' order.
+
+    Args:
+        item: gguf's record of it; its data is memory-mapped.
+        order: Where each row lies in the file, or None for as they are.
+
+    Attributes:
+        shape: Rows first.
+        dtype: Of the values that it gives; float32 for ternary types.
+        kind: GGUF's name of its type.
+    """
+
+    def __init__(self, item: gguf.ReaderTensor, order: Tensor | None) -> None:
+        self._item, self._order = item, None if order is None else order.numpy()
+        self.kind = item.tensor_type.name
+        self.shape = tuple(int(size) for size in reversed(item.shape.tolist()))
+        self.dtype = _FLOATS.get(self.kind, torch.float32)
+
+    def numel(self) -> int:
+        """Returns the number of values."""
+        return int(np.prod(self.shape))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        import gguf
+
+        raw = self._item.data[rows if self._order is None else self._order[rows]]
+        part = np.array(raw)
+        if self.kind in _TERNARY and len(part):
+            part = gguf.quants.dequantize(part, self._item.tensor_type)
+        shape = (len(part), *self.shape[1:])
+        if not len(part):
+            return torch.zeros(shape, dtype=self.dtype)
+        return torch.from_numpy(part).view(self.dtype).view(shape)
+
+
+def load_gguf(
+    path: str | os.PathLike[str],
+    *,
+    activation_dtype: str | None = None,
+    auto_class: Any = AutoModelForCausalLM,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Loads a ternary GGUF file as a deployed model.
+
+    It goes through a temporary folder, which needs the space of the packed model.
+
+    Args:
+        path: The file.
+        activation_dtype: See `import_gguf`.
+        auto_class: Which of transformers' auto classes loads it.
+        kwargs: Passed to ``from_pretrained``.
+
+    Returns:
+        The model, with the file's codes and scales.
+
+    Raises:
+        MissingExtraError, ArgumentError, CheckpointError: See `import_gguf`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        import_gguf(path, Path(scratch) / "model", activation_dtype=activation_dtype)
+        # What is memory-mapped stays when its name goes.
+        model: Any = auto_class.from_pretrained(Path(scratch) / "model", **kwargs)
+    model.config._name_or_path = str(path)
+    return cast(PreTrainedModel, model)
+
+
+def import_gguf(
+    path: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    activation_dtype: str | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """Writes a ternary GGUF file as a deployed model with its tokenizer, in place in one step.
+
+    Args:
+        path: A file of the architecture ``llama``, ``qwen2``, ``qwen3`` or ``bitnet`` with tensors
+            of the types TQ2_0, TQ1_0, BF16, F16 and F32. Linear layers in floats that are exactly
+            ternary are packed too, others stay float.
+        directory: The folder to write.
+        activation_dtype: ``"int8"`` or ``"float32"``, see `BitLabConfig`; the file does not say.
+            Default int8 where a tensor is of a ternary type, for which llama.cpp quantizes
+            activations, else float32.
+        advance: Called with the bytes of the file done; the sum is about its size.
+
+    Raises:
+        MissingExtraError: The package ``gguf`` is not installed.
+        ArgumentError: There is no such file.
+        CheckpointError: The file is truncated or damaged, of an unknown architecture, holds a
+            tensor of another type or one that the model does not have, or no ternary layer.
+    """
+    advance = advance or (lambda size: None)
+    reader = _open(Path(path))
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    if fields.get("split.count", 1) > 1:
+        raise CheckpointError(
+            "load_gguf: the model must be in one file, got a part of one\n"
+            "Merge the parts with llama.cpp's gguf-split."
+        )
+    items = {item.name: item for item in reader.tensors}
+    for item in items.values():
+        if item.tensor_type.name not in (*_TERNARY, *_FLOATS):
+            raise CheckpointError(
+                f"load_gguf: {item.name} must be of a type among "
+                f"{', '.join((*_TERNARY, *_FLOATS))}, got {item.tensor_type.name}\n"
+                "Run the file with llama.cpp, or start from its float model."
+            )
+    shapes = {name: Source(item, None).shape for name, item in items.items()}
+    factors = Source(items[_FACTORS], None)[:].float() if _FACTORS in items else None
+    config = read_config(fields, shapes, factors)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    sources = _sources(model, str(fields["general.architecture"]), items)
+    config.dtype = sources["model.embed_tokens.weight"].dtype
+    names = {
+        f"{name}.weight": name
+        for found in find_linears(model, [])
+        for name in found.names
+        if f"{name}.weight" in sources
+    }
+    structures = _structures(sources, names)
+    if activation_dtype is None:
+        ternary = any(sources[key].kind in _TERNARY for key in structures)
+        activation_dtype = "int8" if ternary else "float32"
+    quantization = packed_configuration(model, names, structures, activation_dtype)
+    tokenizer = rebuild_tokenizer(fields)
+    if tokenizer is None:
+        logger.warning(
+            "load_gguf: the tokenizer is of a kind that is not rebuilt (%s, %s); take the one of "
+            "the model's source",
+            fields.get("tokenizer.ggml.model"),
+            fields.get("tokenizer.ggml.pre"),
+        )
+    with replacing(directory, "import_gguf") as staged:
+        _write(staged / "model.safetensors", sources, structures, advance)
+        _prove(staged / "model.safetensors", sources, structures)
+        config.quantization_config = quantization.to_dict()
+        config.save_pretrained(staged)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
+        swap_packed(
+            model, find_linears(model, quantization.modules_to_not_convert or []), quantization
+        )
+        title = Path(directory).resolve().name
+        (staged / "README.md").write_text(model_card(model, title), encoding="utf-8")
+
+
+def _open(path: Path) -> gguf.GGUFReader:
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingExtraError(
+            "load_gguf: the package gguf must be installed, got none\n"
+            'Run `pip install "bitlab-hf[gguf]"`.'
+        ) from error
+    if not path.is_file():
+        raise ArgumentError(f"load_gguf: path must be a GGUF file, got {str(path)!r}")
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
+        raise CheckpointError(
+            f"load_gguf: {path.name} must be a whole GGUF file, got: {error}\n"
+            "It is truncated, damaged or of another format; fetch or write it again."
+        ) from error
+
+
+def _sources(
+    model: PreTrainedModel, architecture: str, items: dict[str, gguf.ReaderTensor]
+) -> dict[str, Source]:
+    """Returns the file's tensor of each parameter, by the model's name of it."""
+    import gguf
+
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    known = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
+    sources: dict[str, Source] = {}
+    used = {_FACTORS}
+    for key, parameter in model.state_dict().items():
+        if key == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        name = renamed(known, key)
+        if name not in items:
+            raise CheckpointError(
+                f"load_gguf: {name} must be in the file, got none\nThe file is incomplete."
+            )
+        rotated = architecture == "llama"
+        order = row_order(model.config, key.rpartition(".")[0]) if rotated else None
+        source = Source(items[name], None if order is None else order.argsort())
+        if source.shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"load_gguf: {name} must be of shape {list(parameter.shape)}, "
+                f"got {list(source.shape)}"
+            )
+        if source.kind in _TERNARY and len(source.shape) != 2:
+            raise CheckpointError(f"load_gguf: {name} must be of a float type, got {source.kind}")
+        sources[key] = source
+        used.add(name)
+    further = sorted(set(items) - used)
+    if further:
+        raise CheckpointError(
+            f"load_gguf: every tensor must be one that {type(model).__name__} has, "
+            f"got {further[0]!r}\nRun the file with llama.cpp."
+        )
+    return sources
+
+
+def _structures(sources: dict[str, Source], names: dict[str, str]) -> dict[str, Structure]:
+    structures: dict[str, Structure] = {}
+    for key in names:
+        structure = find_structure(cast(Tensor, sources[key]))
+        if structure.scheme is not None:
+            structures[key] = structure
+        elif sources[key].kind in _TERNARY:
+            raise CheckpointError(
+                f"load_gguf: {key} must have finite scales, got {structure.label}\n"
+                "The file is damaged; fetch or write it again."
+            )
+    if not structures:
+        raise CheckpointError(
+            "load_gguf: at least one linear layer must be ternary, got none\n"
+            "transformers loads other GGUF files: from_pretrained(folder, gguf_file=...)."
+        )
+    return structures
+
+
+def _write(
+    target: Path,
+    sources: dict[str, Source],
+    structures: dict[str, Structure],
+    advance: Callable[[int], None],
+) -> None:
+    entries: list[Entry] = []
+    for key, source in sources.items():
+        if key in structures:
+            rows, columns = source.shape
+            base = key.removesuffix("weight")
+            entries.append(Entry(f"{base}qweight", "U8", ((rows + 3) // 4, columns)))
+            scale_shape = structures[key].scale_shape(rows, columns)
+            entries.append(Entry(f"{base}qweight_scale", "F32", scale_shape))
+        else:
+            entries.append(Entry(key, _STORED[source.dtype], source.shape))
+    # Without BitLab, this key makes a load fail instead of giving random weights.
+    entries.append(Entry(next(iter(structures)), "U8", (0,)))
+    layers = [key.removesuffix(".weight") for key in structures]
+    with StreamWriter(target, entries, {"format": "pt", LAYERS_KEY: json.dumps(layers)}) as out:
+        for key, source in sources.items():
+            if key not in structures:
+                for rows in _blocks(source):
+                    out.write(key, source[rows])
+            else:
+                base, structure = key.removesuffix("weight"), structures[key]
+                if structure.scale is not None:
+                    out.write(f"{base}qweight_scale", torch.tensor([structure.scale]))
+                else:
+                    for rows in _blocks(source):
+                        out.write(f"{base}qweight_scale", scales_of(source[rows], structure))
+                for lanes in lanes_of(cast(Tensor, source)):
+                    out.write(f"{base}qweight", pack_codes(lanes.float().sign().to(torch.int8)))
+            advance(source._item.n_bytes)
+
+
+def _blocks(source: Source) -> Any:
+    return row_blocks(source.shape[0], int(np.prod(source.shape[1:])))
+
+
+def _prove(target: Path, sources: dict[str, Source], structures: dict[str, Structure]) -> None:
+    """Reads what was written back and compares it with the file, value for value."""
+    with safe_open(target, "pt") as written:
+        for key, source in sources.items():
+            if key in structures:
+                base = key.removesuffix("weight")
+                qweight, scale = (
+                    written.get_tensor(f"{base}{leaf}") for leaf in ("qweight", "qweight_scale")
+                )
+                same = same_values(cast(Tensor, source), qweight, scale)
+            else:
+                tensor = written.get_tensor(key)
+                same = all(
+                    torch.equal(
+                        source[rows].contiguous().view(torch.uint8),
+                        tensor[rows].contiguous().view(torch.uint8),
+                    )
+                    for rows in _blocks(source)
+                )
+            if not same:
+                raise CheckpointError(f"{key} must come back as it was, got other values")
