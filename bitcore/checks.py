@@ -28,6 +28,15 @@ def check_dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         raise ArgumentTypeError(f"{op}: {name} must be {dtype}, got {tensor.dtype}")
 
 
+def check_devices(op: str, first: Tensor, *others: Tensor | None) -> None:
+    """Checks that all tensors are on the first one's device: kernels are given bare pointers."""
+    for other in others:
+        if other is not None and other.device != first.device:
+            raise ArgumentError(
+                f"{op}: all tensors must be on {first.device}, got one on {other.device}"
+            )
+
+
 def check_weight(op: str, weight: Tensor) -> None:
     """Checks a float weight [N, K], N and K at least 1."""
     check_float(op, "weight", weight)

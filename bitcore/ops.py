@@ -69,6 +69,7 @@ def _unpack_weight(
     qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
 ) -> Tensor:
     checks.check_packed("bitlab::unpack_weight", qweight, weight_scale, out_features)
+    checks.check_devices("bitlab::unpack_weight", qweight, weight_scale)
     return kernels_for(qweight.device.type).unpack_weight(
         qweight, weight_scale, out_features, dtype
     )
@@ -76,6 +77,7 @@ def _unpack_weight(
 
 def _matmul(codes: Tensor, qweight: Tensor, out_features: int) -> Tensor:
     _check_matmul(codes, qweight, out_features)
+    checks.check_devices("bitlab::matmul", codes, qweight)
     return kernels_for(codes.device.type).matmul(codes, qweight, out_features)
 
 
@@ -89,6 +91,7 @@ def _linear(
     out_dtype: torch.dtype,
 ) -> Tensor:
     _check_linear(x, qweight, weight_scale, bias, out_features, activation, out_dtype)
+    checks.check_devices("bitlab::linear", x, qweight, weight_scale, bias)
     return kernels_for(x.device.type).linear(
         x, qweight, weight_scale, bias, out_features, activation, out_dtype
     )
@@ -107,6 +110,7 @@ def _input_gradient_op(
     dy: Tensor, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
 ) -> Tensor:
     _check_gradient(dy, qweight, weight_scale, out_features, dtype)
+    checks.check_devices("bitlab::input_gradient", dy, qweight, weight_scale)
     return kernels_for(dy.device.type).input_gradient(
         dy, qweight, weight_scale, out_features, dtype
     )

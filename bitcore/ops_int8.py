@@ -33,6 +33,7 @@ def _linear_int8(
     out_dtype: torch.dtype,
 ) -> Tensor:
     _check_linear_int8(x, qweight, weight_scale, bias, out_dtype)
+    checks.check_devices("bitlab::linear_int8", x, qweight, weight_scale, bias)
     return kernels_for(x.device.type).linear_int8(x, qweight, weight_scale, bias, out_dtype)
 
 

@@ -22,6 +22,7 @@ def _check_step(op: str, name: str, weight: Tensor, step: Tensor) -> None:
 
 def _pack_codes(weight: Tensor, step: Tensor) -> Tensor:
     _check_step("bitlab::pack_codes", "step", weight, step)
+    checks.check_devices("bitlab::pack_codes", weight, step)
     return kernels_for(weight.device.type).pack_codes(weight, step)
 
 

@@ -46,6 +46,7 @@ class PreparedLinear:
         self._run: Callable[[Tensor], Tensor] | None = None
         if qweight.device.type == "cpu":
             checks.check_linear_weights(*self._constants)
+            checks.check_devices("bitlab::linear", qweight, weight_scale, bias)
             self._kernels = kernels_for("cpu")
             prepare = getattr(self._kernels, "prepare_linear", None)
             self._run = prepare and prepare(*self._constants)

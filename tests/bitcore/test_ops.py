@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitcore import ops
+from bitcore import ops, ops_int8, ops_qat
 from bitcore.errors import ArgumentError, ArgumentTypeError
+from bitcore.prepared import PreparedLinear
 
 OPS = torch.ops.bitlab
 ACTIVATIONS = ["int8_per_token", "int8_per_tensor", "float"]
@@ -229,3 +230,25 @@ def test_empty_and_high_rank_inputs(backend: str) -> None:
     ).sum().backward()
     assert weight.grad is not None
     assert weight.grad.eq(0).all()
+
+
+def test_tensors_on_two_devices_are_refused_before_any_kernel_sees_a_pointer() -> None:
+    """The implementations themselves, as the dispatcher calls them for CPU and CUDA mixed."""
+    x, codes = torch.randn(2, 64), torch.ones(2, 64, dtype=torch.int8)
+    qweight, scale = ops.pack_weight(torch.randn(8, 64), "per_tensor", None)
+    bias, rows = torch.zeros(8), torch.ones(8, 64, dtype=torch.int8)
+    calls = (
+        (ops._linear, (x, qweight, scale, bias), (8, "int8_per_token", torch.float32)),
+        (ops._matmul, (codes, qweight), (8,)),
+        (ops._unpack_weight, (qweight, scale), (8, torch.float32)),
+        (ops._input_gradient_op, (torch.randn(2, 8), qweight, scale), (8, torch.float32)),
+        (ops_int8._linear_int8, (x, rows, torch.ones(8), bias), (torch.float32,)),
+        (ops_qat._pack_codes, (torch.randn(8, 64), scale), ()),
+    )
+    for call, tensors, rest in calls:
+        for index in range(1, len(tensors)):
+            mixed = [t.to("meta") if i == index else t for i, t in enumerate(tensors)]
+            with pytest.raises(ArgumentError, match="all tensors must be on cpu, got one on meta"):
+                call(*mixed, *rest)
+    with pytest.raises(ArgumentError, match="all tensors must be on cpu, got one on meta"):
+        PreparedLinear(qweight, scale, bias.to("meta"), 8, "int8_per_token")
