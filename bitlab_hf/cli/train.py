@@ -137,7 +137,7 @@ def _blocks(tokenizer: Any, text: list[Path] | None, dataset: str | None, length
     if dataset is None:
         files = [SourceFile(str(file), file.read_text(encoding="utf-8")) for file in text or ()]
     else:
-        from datasets import load_dataset
+        from datasets import load_dataset  # type: ignore[attr-defined]
 
         rows = load_dataset(dataset, split="train")
         if "text" not in rows.column_names:

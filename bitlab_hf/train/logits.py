@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitcore.errors import ArgumentError, CheckpointError
+from bitlab_hf.atomic import write_atomically
 from bitlab_hf.train.recipe import Recipe
-from bitlab_hf.train.statistics_files import write_atomically
 
 SETTINGS_FILE = "bitlab_logits.json"
 VERSION = 1
