@@ -27,12 +27,14 @@ class Method:
         linear: "float", "auto" (transformers' online `AutoBitLinear`) or "bitlab".
         config: Arguments of `BitLabConfig`.
         recipe: Of `BitLabTrainer`; None for a plain Trainer.
+        calibrated: Whether training starts from `calibrate` on the run's own blocks.
     """
 
     title: str
     linear: str = "bitlab"
     config: dict[str, Any] = field(default_factory=dict)
     recipe: Recipe | None = None
+    calibrated: bool = False
 
 
 _CHANNEL = {"weight_granularity": "per_channel"}
@@ -50,6 +52,7 @@ METHODS = {
         config={"weight_quantizer": "lsq", **_CHANNEL},
         recipe=_KL,
     ),
+    "kl-calibrated": Method("distillation, calibrated start", recipe=_KL, calibrated=True),
     "kl-relation": Method(
         "distillation + attention relations", recipe=replace(_KL, relation_weight=1.0)
     ),
@@ -139,6 +142,9 @@ def train(
     """
     torch.manual_seed(seed)
     model = load_method(method, folder)
+    if method.calibrated:
+        calibrate(model, [{"input_ids": ids} for ids in blocks])
+        model.train()
     clock = _Clock()
     arguments = TrainingArguments(
         output_dir=scratch,

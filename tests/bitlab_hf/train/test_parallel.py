@@ -188,7 +188,7 @@ def test_a_checkpoint_is_the_whole_model(runs: Path, tmp_path: Path, name: str) 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_statistics_count_the_whole_weights(runs: Path, name: str) -> None:
     (header, one), (other, several) = (read_statistics(runs / run) for run in ("one", name))
-    assert other == header
+    assert other["layers"] == header["layers"]
     assert len(several) == len(one)
     for found, expected in zip(several, one, strict=True):
         for what in ("negative", "zero", "positive", "flipped", "scale"):
