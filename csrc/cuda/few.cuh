@@ -71,8 +71,8 @@ template <typename Math, int kTiles, bool kGrouped, bool kShares>
 BK_KERNEL(kFewThreads)
 few_kernel(MatmulParams p) {
     using Sum = typename Math::Sum;
-    // A group of 64 or 128 has no more blocks than two.
-    constexpr int kDepth = kGrouped && Math::kDepth > 2 ? 2 : Math::kDepth;
+    // A group of 64 or 128 has no more blocks than two; shares have many warps at work, and no registers to spare.
+    constexpr int kDepth = kShares ? 1 : kGrouped && Math::kDepth > 2 ? 2 : Math::kDepth;
     constexpr int kTokens = 8 * kTiles;
     constexpr int kOutputs = Math::kLanes * kFewRows * kTokens;
     constexpr int kOwn = (kOutputs + kFewThreads - 1) / kFewThreads;
