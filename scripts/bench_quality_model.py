@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_quality_text import VOCABULARY, Domain
+from bench_quality_text import Domain
+from pretrain_demo_lm import VOCABULARY
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -16,14 +16,13 @@ import re
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from pretrain_demo_lm import train_tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -33,8 +32,6 @@ DOMAINS = ("python", "prose")
 PARTS = ("pretrain", "train", "validation", "test")
 PROSE_PACKAGE = "Django==5.2.8"
 PROSE_SHA256 = "23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589bc2772f1bcc8456c7f"
-VOCABULARY = 2048
-SEPARATOR = "<|endoftext|>"
 # Of a hundred files: 16 to fine-tune on, 4 to choose on, 5 (prose) to compare on.
 _FIRST_TRAIN, _FIRST_VALIDATION, _FIRST_TEST = 75, 91, 95
 
@@ -148,7 +145,7 @@ def load_domain(name: str, folder: Path, length: int, every: int = 1) -> Domain:
     """
     files = python_files() if name == "python" else prose_files(folder)
     files = {part: found[::every] for part, found in files.items()}
-    tokenizer = _train_tokenizer(file.text for file in files["pretrain"])
+    tokenizer = train_tokenizer(file.text for file in files["pretrain"])
     parts = {}
     for part in PARTS:
         order = torch.randperm(len(files[part]), generator=torch.Generator().manual_seed(0))
@@ -165,23 +162,3 @@ def _blocks(tokenizer: Any, texts: list[str], length: int) -> Tensor:
     stream = torch.tensor(list(chain.from_iterable([0, *ids] for ids in encoded)))
     count = stream.numel() // length
     return stream[: count * length].view(count, length)
-
-
-def _train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[SEPARATOR],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=SEPARATOR,
-        eos_token=SEPARATOR,
-        pad_token=SEPARATOR,
-        clean_up_tokenization_spaces=False,
-    )

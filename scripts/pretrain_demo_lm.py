@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -28,8 +29,8 @@ BLOCK = 512
 SEPARATOR = "<|endoftext|>"
 
 
-def train_tokenizer() -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE on the training files of the library (its tests left out)."""
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -39,7 +40,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator((file.text for file in source_files("train")), trainer)
+    bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=SEPARATOR,
@@ -112,7 +113,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    tokenizer = train_tokenizer()
+    tokenizer = train_tokenizer(file.text for file in source_files("train"))
     train = blocks_of(tokenizer, "train", with_tests=True)
     heldout = blocks_of(tokenizer, "heldout", with_tests=False)
     model = build_model().train()

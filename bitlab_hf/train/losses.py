@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,35 +13,40 @@ from torch import Tensor
 _CHUNK = 512
 
 
-class _LogitsDivergence(torch.autograd.Function):
-    """Sum over rows of KL(teacher || student), with the gradient computed on the way.
+# Of some rows and the logarithms of the student's probabilities there, at the temperature: the sum
+# of their divergences, and its gradient by the student's logits, those divided by the temperature.
+Divergence = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+
+
+class _SumOfRows(torch.autograd.Function):
+    """Sum of a divergence over rows, with the gradient computed on the way.
 
     Autograd alone would keep several float32 tensors of the logits' size until the backward pass;
     this keeps one, in the student's dtype.
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    def forward(ctx: Any, student: Tensor, temperature: float, divergence: Divergence) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=student.device)
-        needed = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(student) if needed else None
+        gradient = torch.empty_like(student)
         for start in range(0, len(student), _CHUNK):
             rows = slice(start, start + _CHUNK)
             log_q = (student[rows].float() / temperature).log_softmax(-1)
-            log_p = (teacher[rows].float() / temperature).log_softmax(-1)
-            p = log_p.exp()
-            # A probability of 0 has the logarithm -inf; its share of the divergence is 0.
-            total += torch.where(p > 0, p * (log_p - log_q), 0.0).sum()
-            if gradient is not None:
-                gradient[rows] = ((log_q.exp() - p) / temperature).to(gradient.dtype)
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
+            part, difference = divergence(rows, log_q)
+            total += part
+            gradient[rows] = (difference / temperature).to(gradient.dtype)
+        ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0].to(gradient.dtype), None, None
+
+
+def _mean_of_rows(student: Tensor, temperature: float, divergence: Divergence) -> Tensor:
+    total: Tensor = _SumOfRows.apply(student, temperature, divergence)
+    return total * temperature**2 / max(len(student), 1)
 
 
 def logits_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -53,42 +59,14 @@ def logits_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0
 
     Source: Hinton et al., arXiv 1503.02531.
     """
-    total: Tensor = _LogitsDivergence.apply(student, teacher, temperature)
-    return total * temperature**2 / max(len(student), 1)
 
+    def divergence(rows: slice, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = (teacher[rows].float() / temperature).log_softmax(-1)
+        p = log_p.exp()
+        # A probability of 0 has the logarithm -inf; its share of the divergence is 0.
+        return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(), log_q.exp() - p
 
-class _TopDivergence(torch.autograd.Function):
-    """`_LogitsDivergence` for a teacher of which the likeliest tokens and the rest are known."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, indices: Tensor, top: Tensor, rest: Tensor, temperature: float
-    ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=student.device)
-        needed = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(student) if needed else None
-        for start in range(0, len(student), _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            log_q = (student[rows].float() / temperature).log_softmax(-1)
-            index, p, p_rest = indices[rows], top[rows], rest[rows]
-            log_q_top = log_q.gather(-1, index)
-            log_q_rest = log_q.scatter(-1, index, -torch.inf).logsumexp(-1)
-            total += torch.where(p > 0, p * (p.log() - log_q_top), 0.0).sum()
-            total += torch.where(p_rest > 0, p_rest * (p_rest.log() - log_q_rest), 0.0).sum()
-            if gradient is not None:
-                # The rest's probability, shared out as the student shares its own.
-                share = torch.where(p_rest > 0, (p_rest.log() - log_q_rest).exp(), 0.0)
-                difference = log_q.exp() * (1 - share)[:, None]
-                difference.scatter_(-1, index, log_q_top.exp() - p)
-                gradient[rows] = (difference / temperature).to(gradient.dtype)
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None, None, None
+    return _mean_of_rows(student, temperature, divergence)
 
 
 def top_divergence(
@@ -105,8 +83,19 @@ def top_divergence(
         rest: float32 [n], its probability of all others.
         temperature: T.
     """
-    total: Tensor = _TopDivergence.apply(student, indices, top, rest, temperature)
-    return total * temperature**2 / max(len(student), 1)
+
+    def divergence(rows: slice, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        index, p, p_rest = indices[rows], top[rows], rest[rows]
+        log_q_top = log_q.gather(-1, index)
+        log_q_rest = log_q.scatter(-1, index, -torch.inf).logsumexp(-1)
+        of_top = torch.where(p > 0, p * (p.log() - log_q_top), 0.0).sum()
+        of_rest = torch.where(p_rest > 0, p_rest * (p_rest.log() - log_q_rest), 0.0).sum()
+        # The rest's probability, shared out as the student shares its own.
+        share = torch.where(p_rest > 0, (p_rest.log() - log_q_rest).exp(), 0.0)
+        difference = log_q.exp() * (1 - share)[:, None]
+        return of_top + of_rest, difference.scatter_(-1, index, log_q_top.exp() - p)
+
+    return _mean_of_rows(student, temperature, divergence)
 
 
 def hidden_difference(student: Tensor, teacher: Tensor) -> Tensor:
