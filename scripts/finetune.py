@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from bitlab_hf import BitLabConfig, deploy, save
+from bitlab_hf import BitLabConfig, Facts, deploy, save
 from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, last_checkpoint
 
 
@@ -101,7 +101,11 @@ def main() -> None:
     after = trainer.evaluate()["eval_loss"]
 
     if trainer.is_world_process_zero():
-        save(deploy(trainer.accelerator.unwrap_model(model)), given.output, tokenizer=tokenizer)
+        packed = deploy(trainer.accelerator.unwrap_model(model))
+        key = f"held-out part of it: {held_out * given.block:,} tokens"
+        names = ", ".join(Path(name).name for name in given.data)
+        facts = Facts(recipe="default", data=names, perplexities={key: math.exp(after)})
+        save(packed, given.output, tokenizer=tokenizer, facts=facts)
         result = {
             "perplexity_ternarized_untrained": math.exp(before),
             "perplexity_trained": math.exp(after),

@@ -64,7 +64,7 @@ def train(
     from transformers import AutoModelForCausalLM, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
-    from bitlab_hf import BitLabConfig, save
+    from bitlab_hf import BitLabConfig, Facts, save
     from bitlab_hf.train import BitLabTrainer
 
     quiet()
@@ -94,7 +94,11 @@ def train(
     with progress("training", planned) as advance:
         trainer.add_callback(_advancing(advance))
         trainer.train(resume_from_checkpoint=resume or None)
-    save(model, output, tokenizer=tokenizer)
+    data = dataset or ", ".join(file.name for file in text or ())
+    # A path would say where things lie on this machine.
+    base = None if Path(source).exists() else source
+    facts = Facts(base_model=base, recipe=Path(recipe).name, data=data)
+    save(model, output, tokenizer=tokenizer, facts=facts)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     found = {
         "output": str(output),

@@ -51,7 +51,7 @@ class Run:
         values: For each of `QUANTITIES`: step and one number a layer (None where not measured).
         snapshots: Histograms, steps ascending.
         edge: Largest weight of a histogram, in scales; its bins are equal parts of -edge to edge.
-        facts: What the statistics' first line tells, see `bitlab_hf.train.facts`.
+        facts: What the statistics' first line tells, see `bitlab_hf.train.run_facts`.
         recipe: Fields of the recipe; None without one.
         steps: Steps done.
         max_steps: Steps that the run was to take; None where not recorded.

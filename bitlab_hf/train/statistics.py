@@ -14,7 +14,7 @@ from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, 
 
 from bitcore.errors import ArgumentError
 from bitlab_hf.replace import quantized_layers
-from bitlab_hf.train.facts import run_facts
+from bitlab_hf.train.run_facts import run_facts
 from bitlab_hf.train.statistics_files import RunFiles
 from bitlab_hf.train.statistics_measure import (
     BINS,

@@ -32,6 +32,9 @@ def test_train_resume_deploy(cli: Cli, states: dict[str, Path], tmp_path: Path) 
     done = cli("deploy", out, tmp_path / "deployed", "--json")
     assert done.code == 0, done.error
     assert done.json["bytes_after"] < done.json["bytes_before"]
+    card = (tmp_path / "deployed" / "README.md").read_text()
+    assert "| recipe | recipe.json |" in card
+    assert "| data | book.txt |" in card
     with pytest.raises(CheckpointError, match="recipe must be the one of"):
         raise cli("train", states["float"], out, *options[:2], *options[4:], "--resume").error
 
