@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bitlab_hf import BitLabConfig, save
 from bitlab_hf.demo.corpus import source_files
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.ci
 SCRIPT = Path(__file__).parents[2] / "scripts" / "finetune.py"
 MODEL = str(files("bitlab_hf.demo") / "model")
 
@@ -64,7 +64,6 @@ def test_trains_resumes_and_deploys(text: Path, tmp_path: Path) -> None:
     assert result(tmp_path)["steps"] == 6
 
 
-@pytest.mark.ci
 @pytest.mark.parametrize(
     "launcher",
     [
@@ -91,7 +90,6 @@ def test_bad_input(text: Path, tmp_path: Path) -> None:
         assert message in done.stderr
 
 
-@pytest.mark.ci
 def test_lora(text: Path, tmp_path: Path) -> None:
     config = BitLabConfig(mode="infer")
     model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
