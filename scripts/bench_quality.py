@@ -33,7 +33,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 GRID_SEED = 0
 # Trained longer, by the ratio of the measured times, for the comparison at equal time.
 EQUAL_TIME = ("auto", "plain")
@@ -172,15 +172,15 @@ def finished(settings: Settings, domain: str) -> list[dict[str, Any]]:
 
 
 def equal_time(settings: Settings, method: str, domain: str) -> list[dict[str, Any]]:
-    """Trains a cheaper method on as many more tokens as distillation costs time.
+    """Trains a cheaper method on as many more tokens as the default recipe costs time.
 
     Its learning rate is the one chosen at equal tokens; time is CPU seconds a token, the median
     over all runs of a method in this domain.
     """
     rows = summarize(finished(settings, domain))
-    if method not in rows or "kl" not in rows:
+    if method not in rows or "default" not in rows:
         return []
-    ratio = rows["kl"]["seconds_per_token"] / rows[method]["seconds_per_token"]
+    ratio = rows["default"]["seconds_per_token"] / rows[method]["seconds_per_token"]
     longer = replace(settings, blocks=max(settings.blocks, round(settings.blocks * ratio)))
     record = settings.folder / domain / f"equal-time-{method}.json"
     if record.is_file():
@@ -218,14 +218,13 @@ def main() -> None:
     disturbance = Disturbance()
     _one_thread()
     if not arguments.report:
-        for domain in arguments.domains:
-            prepare(settings, domain)
-            post_training(settings, domain)
         with ProcessPoolExecutor(
             arguments.jobs, multiprocessing.get_context("spawn"), initializer=_one_thread
         ) as pool:
             # One job runs here, without another process's start.
             run: Any = pool.map if arguments.jobs > 1 else map
+            for start in (prepare, post_training):
+                list(run(start, repeat(settings), arguments.domains))
             for step, methods in ((one_method, arguments.methods), (equal_time, EQUAL_TIME)):
                 units = list(product(methods, arguments.domains))
                 done = run(step, repeat(settings), *zip(*units, strict=True))

@@ -9,13 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from bitlab_hf import BitLabConfig, deploy
-from bitlab_hf.train import BitLabTrainer, Recipe, calibrate
-
-# Steps that are not timed: first allocations and caches fall into them.
-UNTIMED_STEPS = 8
+from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, calibrate
 
 
 @dataclass(frozen=True)
@@ -27,38 +24,43 @@ class Method:
         linear: "float", "auto" (transformers' online `AutoBitLinear`) or "bitlab".
         config: Arguments of `BitLabConfig`.
         recipe: Of `BitLabTrainer`; None for a plain Trainer.
-        calibrated: Whether training starts from `calibrate` on the run's own blocks.
     """
 
     title: str
     linear: str = "bitlab"
     config: dict[str, Any] = field(default_factory=dict)
     recipe: Recipe | None = None
-    calibrated: bool = False
 
 
 _CHANNEL = {"weight_granularity": "per_channel"}
-_KL = Recipe(cross_entropy_weight=0.0, logits_weight=1.0)
+_LEARNED = {"weight_quantizer": "lsq"}
+_KL, _DEFAULT = RECIPES["distill"], RECIPES["default"]
+_SAMPLES = _DEFAULT.calibration_samples
 METHODS = {
     "float": Method("full precision, fine-tuned", linear="float"),
     "auto": Method("AutoBitLinear online, Trainer", linear="auto"),
     "plain": Method("plain", recipe=Recipe()),
     "kl": Method("distillation", recipe=_KL),
-    "channel": Method("plain, per channel", config=_CHANNEL, recipe=Recipe()),
-    "kl-channel": Method("distillation, per channel", config=_CHANNEL, recipe=_KL),
-    "kl-lsq": Method("distillation, learned scale", config={"weight_quantizer": "lsq"}, recipe=_KL),
+    "default": Method("default: distillation, calibrated start", recipe=_DEFAULT),
+    "default-lsq": Method("default, learned scale", config=_LEARNED, recipe=_DEFAULT),
+    "default-channel": Method("default, per channel", config=_CHANNEL, recipe=_DEFAULT),
+    "plain-calibrated": Method("calibrated start", recipe=Recipe(calibration_samples=_SAMPLES)),
+    "kl-lsq": Method("distillation, learned scale", config=_LEARNED, recipe=_KL),
     "kl-lsq-channel": Method(
-        "distillation, learned scales per channel",
-        config={"weight_quantizer": "lsq", **_CHANNEL},
-        recipe=_KL,
+        "distillation, learned scales per channel", config={**_LEARNED, **_CHANNEL}, recipe=_KL
     ),
-    "kl-calibrated": Method("distillation, calibrated start", recipe=_KL, calibrated=True),
+    "kl-warmup": Method("distillation, strength warmed up", recipe=replace(_KL, quant_warmup=0.2)),
+    "kl-subln": Method(
+        "distillation, SubLN", config={"sub_norm": ["o_proj", "down_proj"]}, recipe=_KL
+    ),
+    "kl-hidden": Method("distillation + all hidden states", recipe=replace(_KL, hidden_weight=1.0)),
     "kl-relation": Method(
         "distillation + attention relations", recipe=replace(_KL, relation_weight=1.0)
     ),
-    "kl2": Method("distillation, T = 2", recipe=replace(_KL, temperature=2.0)),
     "kl-labels": Method("distillation + labels, half each", recipe=Recipe(0.5, logits_weight=0.5)),
-    "kl-hidden": Method("distillation + all hidden states", recipe=replace(_KL, hidden_weight=1.0)),
+    "kl2": Method("distillation, T = 2", recipe=replace(_KL, temperature=2.0)),
+    "kl-channel": Method("distillation, per channel", config=_CHANNEL, recipe=_KL),
+    "channel": Method("plain, per channel", config=_CHANNEL, recipe=Recipe()),
 }
 # Title: arguments of `BitLabConfig`, and whether the layers are calibrated.
 POST_TRAINING: dict[str, tuple[dict[str, Any], bool]] = {
@@ -117,35 +119,16 @@ def auto_bitlinear(model: Any) -> Any:
     return model
 
 
-class _Clock(TrainerCallback):
-    """CPU seconds of the process, from the first timed step on."""
-
-    def __init__(self) -> None:
-        self.seconds, self.steps = 0.0, 0
-        self._started = 0.0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.process_time()
-        if state.global_step <= UNTIMED_STEPS:
-            self._started = now
-        else:
-            self.seconds, self.steps = now - self._started, state.global_step - UNTIMED_STEPS
-
-
 def train(
     method: Method, folder: Path, blocks: Tensor, rate: float, seed: int, batch: int, scratch: str
 ) -> tuple[Any, float]:
     """Trains a method's model on each block once.
 
     Returns:
-        The model, and CPU seconds a token.
+        The model, and CPU seconds a token, a calibrated start included.
     """
     torch.manual_seed(seed)
     model = load_method(method, folder)
-    if method.calibrated:
-        calibrate(model, [{"input_ids": ids} for ids in blocks])
-        model.train()
-    clock = _Clock()
     arguments = TrainingArguments(
         output_dir=scratch,
         per_device_train_batch_size=batch,
@@ -166,11 +149,12 @@ def train(
         "model": model,
         "args": arguments,
         "train_dataset": [{"input_ids": ids, "labels": ids} for ids in blocks],
-        "callbacks": [clock],
     }
     if method.recipe is None:
-        Trainer(**common).train()
+        trainer = Trainer(**common)
     else:
         teacher = load_float(folder) if method.recipe.distills else None
-        BitLabTrainer(**common, recipe=method.recipe, teacher=teacher).train()
-    return model, clock.seconds / max(1, clock.steps * batch * blocks.shape[1])
+        trainer = BitLabTrainer(**common, recipe=method.recipe, teacher=teacher)
+    started = time.process_time()
+    trainer.train()
+    return model, (time.process_time() - started) / blocks.numel()

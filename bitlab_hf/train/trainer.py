@@ -24,6 +24,7 @@ from bitlab_hf.train.guard import (
 )
 from bitlab_hf.train.recipe import Recipe
 from bitlab_hf.train.schedule import QuantStrengthWarmup
+from bitlab_hf.train.start import CalibratedStartMixin
 from bitlab_hf.train.statistics import TernaryStatistics
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ class CallbacksMixin(_Base):
         super().log(logs, *args, **kwargs)
 
 
-class BitLabTrainer(CallbacksMixin, GuardMixin, DistillationMixin, Trainer):
+class BitLabTrainer(CallbacksMixin, GuardMixin, CalibratedStartMixin, DistillationMixin, Trainer):
     """transformers' Trainer for quantization-aware training.
 
     Takes everything that a Trainer takes, and:
@@ -217,4 +218,5 @@ def sft_trainer() -> type[Any]:
     """Returns the same for TRL's ``SFTTrainer``; imports trl."""
     from trl import SFTTrainer  # type: ignore[attr-defined]
 
-    return type("BitLabSFTTrainer", (CallbacksMixin, GuardMixin, DistillationMixin, SFTTrainer), {})
+    bases = (CallbacksMixin, GuardMixin, CalibratedStartMixin, DistillationMixin, SFTTrainer)
+    return type("BitLabSFTTrainer", bases, {})

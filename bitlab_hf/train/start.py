@@ -1,0 +1,146 @@
+"""A calibrated start: what a Trainer does before the first step of a ternary model."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.utils.logging import tqdm
+
+from bitcore.errors import ArgumentError, ConfigError, LifecycleError
+from bitlab_hf.replace import quantized_layers
+from bitlab_hf.train.calibrate import CalibrationReport, Progress, calibrate
+from bitlab_hf.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+logger = logging.getLogger("bitlab")
+
+# Samples that are run at a time.
+_BATCH = 8
+
+
+class CalibratedStartMixin(_Base):
+    """Put before a Trainer class with a ``recipe``: calibrates the model on examples of the
+    training data before the first step, where the recipe asks for it.
+
+    Left out where training resumes, and where latent weights are frozen, as under an adapter.
+    Undone where the loss of the examples does not fall: weights that were trained ternary already
+    lose by it. All processes do the same, on the same examples.
+
+    Attributes:
+        calibration: What it did; None if nothing.
+        calibration_progress: Called with layers done, layers in all and the layer's name; None for
+            the progress bar that the Trainer's other ones look like.
+    """
+
+    recipe: Recipe
+    calibration: CalibrationReport | None = None
+    calibration_progress: Progress | None = None
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Calibrates, unless a run goes on; then trains."""
+        wanted = self.recipe.calibration_samples and self.train_dataset is not None
+        if wanted and not resume_from_checkpoint:
+            self.calibration = self._calibrate(self.accelerator.unwrap_model(self.model))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @torch.no_grad()
+    def _calibrate(self, model: Any) -> CalibrationReport | None:
+        layers = [one.module for one in quantized_layers(model) if not one.module.is_deployed]
+        if not layers or not all(layer.weight.requires_grad for layer in layers):
+            return None
+        on_cpu = self.args.device.type == "cpu"
+        precision: AbstractContextManager[Any] = (
+            nullcontext() if on_cpu else self.accelerator.autocast()
+        )
+        parameters = [one for layer in layers for one in layer.parameters(recurse=False)]
+        before = [one.detach().clone() for one in parameters]
+        batches = self._calibration_batches()
+        with precision, self._calibration_bar() as progress:
+            rounded = _loss(model, batches)
+            try:
+                samples = [row for batch in batches for row in _rows(batch)]
+                report = calibrate(model, samples, _BATCH, progress=progress)
+            except (ArgumentError, ConfigError, LifecycleError) as error:
+                logger.warning("BitLabTrainer: training starts without calibration: %s", error)
+                return None
+            calibrated = _loss(model, batches)
+        if calibrated < rounded or math.isnan(calibrated):
+            logger.info("%s; loss %.4f, rounded %.4f", report, calibrated, rounded)
+            return report
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+        for layer in layers:
+            layer.invalidate_cache()
+        logger.warning(
+            "BitLabTrainer: training starts without calibration: it took the loss of %d examples "
+            "from %.4f to %.4f",
+            report.samples,
+            rounded,
+            calibrated,
+        )
+        return None
+
+    def _calibration_batches(self) -> list[dict[str, Any]]:
+        """Returns examples of the training data as the model takes them; draws from no generator
+        that training draws from.
+        """
+        data: Any = self.train_dataset
+        count = self.recipe.calibration_samples
+        if isinstance(data, torch.utils.data.IterableDataset):
+            rows = list(islice(iter(data), count))
+        else:
+            generator = torch.Generator().manual_seed(self.args.seed)
+            order = torch.randperm(len(data), generator=generator)[:count]
+            rows = [data[index] for index in order.tolist()]
+        collate: Any = self._get_collator_with_removed_columns(self.data_collator)
+        with torch.random.fork_rng(devices=()):
+            parts = [collate(rows[at : at + _BATCH]) for at in range(0, len(rows), _BATCH)]
+        return [dict(self._prepare_inputs(part)) for part in parts]
+
+    @contextmanager
+    def _calibration_bar(self) -> Iterator[Progress]:
+        if self.calibration_progress is not None:
+            yield self.calibration_progress
+            return
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+        with tqdm(desc="calibrated start", unit="layer", disable=hidden) as bar:
+
+            def advance(done: int, total: int, _name: str) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            yield advance
+
+
+def _rows(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields what `calibrate` reads of each row of a batch."""
+    if "input_ids" not in batch:
+        yield batch
+        return
+    mask: Any = batch.get("attention_mask")
+    masked = mask is not None and mask.dim() == 2
+    for index, ids in enumerate(batch["input_ids"]):
+        yield {"input_ids": ids, "attention_mask": mask[index]} if masked else {"input_ids": ids}
+
+
+def _loss(model: nn.Module, batches: list[dict[str, Any]]) -> float:
+    """Returns the mean loss of the batches in eval mode; NaN for a model that gives none."""
+    training = model.training
+    model.eval()
+    try:
+        losses = [getattr(model(**batch), "loss", None) for batch in batches]
+    finally:
+        model.train(training)
+    return sum(math.nan if loss is None else float(loss) for loss in losses) / max(1, len(losses))
