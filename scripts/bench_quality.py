@@ -33,7 +33,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 GRID_SEED = 0
 # Trained longer, by the ratio of the measured times, for the comparison at equal time.
 EQUAL_TIME = ("auto", "plain")

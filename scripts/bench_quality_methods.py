@@ -43,12 +43,8 @@ METHODS = {
     "kl": Method("distillation", recipe=_KL),
     "default": Method("default: distillation, calibrated start", recipe=_DEFAULT),
     "default-lsq": Method("default, learned scale", config=_LEARNED, recipe=_DEFAULT),
-    "default-channel": Method("default, per channel", config=_CHANNEL, recipe=_DEFAULT),
     "plain-calibrated": Method("calibrated start", recipe=Recipe(calibration_samples=_SAMPLES)),
     "kl-lsq": Method("distillation, learned scale", config=_LEARNED, recipe=_KL),
-    "kl-lsq-channel": Method(
-        "distillation, learned scales per channel", config={**_LEARNED, **_CHANNEL}, recipe=_KL
-    ),
     "kl-warmup": Method("distillation, strength warmed up", recipe=replace(_KL, quant_warmup=0.2)),
     "kl-subln": Method(
         "distillation, SubLN", config={"sub_norm": ["o_proj", "down_proj"]}, recipe=_KL
@@ -60,6 +56,10 @@ METHODS = {
     "kl-labels": Method("distillation + labels, half each", recipe=Recipe(0.5, logits_weight=0.5)),
     "kl2": Method("distillation, T = 2", recipe=replace(_KL, temperature=2.0)),
     "kl-channel": Method("distillation, per channel", config=_CHANNEL, recipe=_KL),
+    "kl-lsq-channel": Method(
+        "distillation, learned scales per channel", config={**_LEARNED, **_CHANNEL}, recipe=_KL
+    ),
+    "default-channel": Method("default, per channel", config=_CHANNEL, recipe=_DEFAULT),
     "channel": Method("plain, per channel", config=_CHANNEL, recipe=Recipe()),
 }
 # Title: arguments of `BitLabConfig`, and whether the layers are calibrated.

@@ -84,3 +84,16 @@ def rewrite(
         metadata = handle.metadata() if keep_metadata else {"format": "pt"}
     change(tensors)
     save_file(tensors, file, metadata)
+
+
+def taught(path: Path) -> Path:
+    """Trains a float model to know `training_data`, and saves it in its place."""
+    model = AutoModelForCausalLM.from_pretrained(path).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ids = torch.stack([row["input_ids"] for row in training_data()])
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.save_pretrained(path)
+    return path

@@ -38,7 +38,7 @@ from transformers import (
 from bitcore.errors import BitLabError
 from bitlab_hf import BitLabConfig, deploy
 from bitlab_hf.train import BitLabTrainer, TernaryStatistics
-from tests.bitlab_hf.models import make_float_model, training_data
+from tests.bitlab_hf.models import make_float_model, taught, training_data
 
 STEPS, BATCH = 6, 8
 FSDP2 = {
@@ -144,7 +144,8 @@ def train(
         tensors |= {f"last.{name}": tensor.contiguous() for name, tensor in state.items()}
         save_file(tensors, folder / "result.safetensors")
         history = trainer.state.log_history
-        result = {"kind": kind, "history": history}
+        calibrated = getattr(trainer, "calibration", None) is not None
+        result = {"kind": kind, "history": history, "calibrated": calibrated}
         (folder / "result.json").write_text(json.dumps(result))
     return trainer
 
@@ -209,7 +210,7 @@ def with_parallelism(source: Path, folder: Path, trainer: Any) -> None:
     trainer(model=load(source), args=arguments, train_dataset=training_data()).train()
 
 
-def two(folder: Path, source: Path) -> None:
+def two(folder: Path, source: Path, known: Path) -> None:
     """What two processes do."""
     messages = {}
     for name, sharded in (("ddp", False), ("fsdp2", True)):
@@ -217,7 +218,7 @@ def two(folder: Path, source: Path) -> None:
         run(folder / name, statistics=True)
         again = str(folder / name / "checkpoint-2")
         run(folder / f"{name}-resumed", resume=again, statistics=True)
-        run(folder / f"{name}-teacher", recipe="default")
+        train(known, folder / f"{name}-teacher", sharded=sharded, recipe="default")
         for kind, make in MODELS.items():
             run(folder / f"{name}-{kind}", model=make(source), max_steps=2)
         for where in ("loss", "gradient", "weight"):
@@ -253,10 +254,10 @@ def two(folder: Path, source: Path) -> None:
     (folder / f"messages-{os.environ['RANK']}.json").write_text(json.dumps(messages))
 
 
-def eight(folder: Path, source: Path) -> None:
+def eight(folder: Path, source: Path, known: Path) -> None:
     """What eight processes do."""
     train(source, folder / "eight", save_strategy="no")
-    train(source, folder / "eight-teacher", save_strategy="no", recipe="default")
+    train(known, folder / "eight-teacher", save_strategy="no", recipe="default")
 
 
 def _process(rank: int, count: int, store: Path, job: Callable[[], None]) -> None:
@@ -278,11 +279,13 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     source = make_float_model("llama", folder)
     train(source, folder / "one", statistics=True)
-    train(source, folder / "one-teacher", recipe="default")
+    # Random weights know nothing that a calibrated start could keep.
+    known = taught(make_float_model("llama", folder / "known"))
+    train(known, folder / "one-teacher", recipe="default")
     for kind, make in MODELS.items():
         train(source, folder / f"one-{kind}", model=make(source), max_steps=2)
-    launch(2, folder / "store-2", partial(two, folder, source))
-    launch(8, folder / "store-8", partial(eight, folder, source))
+    launch(2, folder / "store-2", partial(two, folder, source, known))
+    launch(8, folder / "store-8", partial(eight, folder, source, known))
 
 
 if __name__ == "__main__":

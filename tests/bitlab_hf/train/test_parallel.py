@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[3]
 TOLERANCE = 1e-5
 # Adam's first steps divide a gradient by its own size: one near 0 takes its rounding to the weight.
 AFTER_ADAM = 1e-3
+# And from the weights a little of it to the losses.
+CURVE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +74,14 @@ def assert_near(
 def test_several_processes_are_one(runs: Path, name: str, teacher: str) -> None:
     """Gradients of the first step, the loss of every step, the trained weights."""
     one, several = runs / f"one{teacher}", runs / f"{name}{teacher}"
+    assert result(one)["calibrated"] is result(several)["calibrated"] is bool(teacher)
     assert result(several)["kind"] == ("DTensor" if name == "fsdp2" else "Parameter")
     assert_near(tensors(several, "grad."), tensors(one, "grad."))
     assert_near(tensors(several, "last."), tensors(one, "last."), AFTER_ADAM)
     for what in ("loss", "eval_loss"):
         expected = curve(one, what)
         assert len(expected) == (6 if what == "loss" else 3)
-        assert curve(several, what) == pytest.approx(expected, rel=TOLERANCE)
+        assert curve(several, what) == pytest.approx(expected, rel=CURVE)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])

@@ -1,0 +1,150 @@
+"""The calibrated start: what it does to a model, and where it is left out or undone."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import IterableDataset
+from transformers import AutoModelForCausalLM
+
+from bitlab_hf.train import RECIPES, Recipe, calibrate
+from tests.bitlab_hf.models import make_float_model, taught, training_data
+from tests.bitlab_hf.test_trainer import assert_equal_states, state_of
+from tests.bitlab_hf.train.test_trainer import load, make
+
+SAMPLES = 20
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows its text: rounding costs it a lot."""
+    return taught(make_float_model("llama", tmp_path_factory.mktemp("float")))
+
+
+def start(source: Path, folder: Path, **options: Any) -> Any:
+    """Trains without changing a weight: what is left is the start."""
+    options.setdefault("recipe", Recipe(calibration_samples=SAMPLES))
+    trainer = make(source, folder, learning_rate=0.0, max_steps=1, **options)
+    trainer.train()
+    return trainer
+
+
+def loss(model: Any) -> float:
+    ids = torch.stack([row["input_ids"] for row in training_data()])
+    with torch.no_grad():
+        return float(model.eval()(input_ids=ids, labels=ids).loss)
+
+
+def test_it_is_calibrate_on_the_training_data(source: Path, tmp_path: Path) -> None:
+    trainer = start(source, tmp_path)
+    assert trainer.calibration.samples == SAMPLES
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(trainer.args.seed))
+    data = training_data()
+    calibrated = load(source)
+    report = calibrate(calibrated, [data[index] for index in order[:SAMPLES].tolist()])
+    assert report.layers == trainer.calibration.layers
+    assert_equal_states(state_of(trainer.model), state_of(calibrated))
+    floating = loss(AutoModelForCausalLM.from_pretrained(source))
+    rounded, ours = loss(load(source)), loss(trainer.model)
+    assert ours - floating < 0.6 * (rounded - floating)
+
+
+def test_the_default_recipe_asks_for_it(source: Path, tmp_path: Path) -> None:
+    assert RECIPES["default"].calibration_samples > 0
+    seen: list[tuple[int, int, str]] = []
+    trainer = make(source, tmp_path, recipe="default", teacher=source)
+    trainer.calibration_progress = lambda *step: seen.append(step)
+    trainer.train()
+    assert trainer.calibration.samples == 32
+    assert [done for done, _, _ in seen] == list(range(1, 15))
+    assert {total for _, total, _ in seen} == {14}
+
+
+def test_training_draws_the_same_batches_after_it(source: Path, tmp_path: Path) -> None:
+    """Undone, nothing is left of it: the run is bit-equal to one without."""
+    model = load(source)
+    plain = make(source, tmp_path, model=model, recipe="plain")
+    plain.train()
+    other = make(source, tmp_path, recipe=Recipe(calibration_samples=SAMPLES))
+    other._calibrate_model = other._calibrate
+    other._calibrate = lambda model: keep_state(other, model)
+    other.train()
+    assert_equal_states(state_of(model), state_of(other.model))
+
+
+def keep_state(trainer: Any, model: Any) -> None:
+    """Calibrates, and puts the weights back."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert trainer._calibrate_model(model) is not None
+    model.load_state_dict(before)
+
+
+def test_it_is_undone_where_the_loss_rises(tmp_path: Path, caplog: Any) -> None:
+    """A random model knows nothing that calibration could keep."""
+    source = make_float_model("llama", tmp_path)
+    with caplog.at_level(logging.WARNING, "bitlab"):
+        trainer = start(source, tmp_path)
+    assert trainer.calibration is None
+    assert "took the loss of 20 examples from" in caplog.text
+    assert_equal_states(state_of(trainer.model), state_of(load(source)))
+
+
+def test_a_resumed_run_goes_on(source: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"recipe": "default", "teacher": source, "max_steps": 4}
+    whole = make(source, tmp_path / "a", **options, save_strategy="steps", save_steps=2)
+    whole.train()
+    again = make(source, tmp_path / "b", **options)
+    again.train(str(tmp_path / "a" / "checkpoint-2"))
+    assert whole.calibration is not None
+    assert again.calibration is None
+    assert_equal_states(state_of(whole.model), state_of(again.model))
+
+
+def frozen(source: Path) -> Any:
+    model = load(source)
+    model.model.layers[0].requires_grad_(False)
+    return model
+
+
+def adapter(source: Path) -> Any:
+    return get_peft_model(load(source), LoraConfig(r=2, target_modules="all-linear"))
+
+
+@pytest.mark.parametrize("kind", [frozen, adapter])
+def test_frozen_weights_stay(source: Path, tmp_path: Path, kind: Any) -> None:
+    model = kind(source)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = start(source, tmp_path, model=model)
+    assert trainer.calibration is None
+    assert_equal_states(before, state_of(model))
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    """Examples without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(training_data())
+
+
+def test_a_stream_gives_its_first_examples(source: Path, tmp_path: Path) -> None:
+    trainer = start(source, tmp_path, train_dataset=Stream())
+    calibrated = load(source)
+    calibrate(calibrated, training_data()[:SAMPLES])
+    assert_equal_states(state_of(trainer.model), state_of(calibrated))
+
+
+def test_what_cannot_be_calibrated_is_trained_as_it_is(
+    source: Path, tmp_path: Path, caplog: Any
+) -> None:
+    model = load(source)
+    layers = model.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    with caplog.at_level(logging.WARNING, "bitlab"):
+        trainer = start(source, tmp_path, model=model)
+    assert trainer.calibration is None
+    assert "must belong to one module" in caplog.text
