@@ -10,4 +10,6 @@ bin=$(cd "${BITLAB_VENV:-.venv}/bin" && pwd)
 "$bin/clang-format" --dry-run --Werror $(git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh')
 "$bin/mypy"
 "$bin/lint-imports"
-exec "$bin/pytest" -m "not ci" "$@"
+# One process for each CPU; a test that is about threads sets their number itself.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$bin/pytest" -n logical --dist worksteal -m "not ci" "$@"

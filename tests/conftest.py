@@ -43,11 +43,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(params=[1, 2])
-def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
+def num_threads(request: pytest.FixtureRequest) -> int:
     torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    return int(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -76,5 +74,10 @@ def gpu() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _as_if_alone() -> Iterator[None]:
+    """The same random numbers and thread count for every test, whatever ran before."""
+    before = torch.get_num_threads()
     torch.manual_seed(0)
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)

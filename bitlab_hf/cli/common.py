@@ -102,9 +102,14 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+Advance = Callable[[float], None]
+
+
 @contextmanager
-def progress(title: str, total: float | None) -> Iterator[Callable[[float], None]]:
-    """Shows a bar with the time left on standard error; gives what advances it."""
+def bars() -> Iterator[Callable[[str, float | None], Advance]]:
+    """Shows bars with the time left on standard error; gives what adds one of a title and a total,
+    which gives what advances it.
+    """
     from rich.progress import (
         BarColumn,
         Progress,
@@ -122,9 +127,20 @@ def progress(title: str, total: float | None) -> Iterator[Callable[[float], None
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda amount: bar.advance(task, amount)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+
+        def add(title: str, total: float | None) -> Advance:
+            task = shown.add_task(title, total=total)
+            return lambda amount: shown.advance(task, amount)
+
+        yield add
+
+
+@contextmanager
+def progress(title: str, total: float | None) -> Iterator[Advance]:
+    """Shows one bar; gives what advances it."""
+    with bars() as add:
+        yield add(title, total)
 
 
 def emit(result: dict[str, Any], as_json: bool, text: str) -> None:

@@ -16,10 +16,10 @@ from bitlab_hf.cli.common import (
     Output,
     Source,
     Threads,
+    bars,
     check_source,
     emit,
     load_tokenizer,
-    progress,
     quiet,
     set_threads,
 )
@@ -91,8 +91,9 @@ def train(
     trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
     planned = steps or math.ceil(len(blocks) / batch)
-    with progress("training", planned) as advance:
-        trainer.add_callback(_advancing(advance))
+    with bars() as add:
+        trainer.calibration_progress = _calibrating(add)
+        trainer.add_callback(_advancing(add, planned))
         trainer.train(resume_from_checkpoint=resume or None)
     data = dataset or ", ".join(file.name for file in text or ())
     # A path would say where things lie on this machine.
@@ -153,14 +154,28 @@ def _blocks(tokenizer: Any, text: list[Path] | None, dataset: str | None, length
         raise ArgumentError(f"train: {error}\nPass a smaller --length or more text.") from error
 
 
-def _advancing(advance: Any) -> Any:
+def _calibrating(add: Any) -> Any:
+    """Returns what shows the layers of a calibrated start."""
+    shown: list[Any] = []
+
+    def advance(_done: int, total: int, _name: str) -> None:
+        if not shown:
+            shown.append(add("calibrating", total))
+        shown[0](1)
+
+    return advance
+
+
+def _advancing(add: Any, planned: int) -> Any:
+    """Returns the callback that shows the steps of training."""
     from transformers import TrainerCallback
 
     class Advancing(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            advance(state.global_step)
+            self.advance = add("training", planned)
+            self.advance(state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            advance(1)
+            self.advance(1)
 
     return Advancing()

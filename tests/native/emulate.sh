@@ -9,7 +9,6 @@ python=${1:-${PYTHON:-python3}}
 tests=$PWD/tests/native
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-summary=()
 
 require() { # COMMAND PACKAGE
     if ! command -v "$1" >/dev/null; then
@@ -29,14 +28,12 @@ fi
 
 # run PLACE COMMAND...: runs a self-test and keeps what it says of each instruction set for the summary.
 run() {
-    local place=$1 start=$SECONDS
+    local place=$1 start=$SECONDS output=$work/${1// /-}.output
     shift
-    echo "-- $place"
-    "$@" | tee "$work/output"
-    while read -r line; do
-        summary+=("$place: $line")
-    done < <(grep -E '^[a-z0-9_]+: .* failures$' "$work/output")
-    summary+=("$place: $((SECONDS - start)) s")
+    "$@" >"$output" || { echo "-- $place" && cat "$output" && exit 1; }
+    echo "-- $place" && cat "$output"
+    { grep -E '^[a-z0-9_]+: .* failures$' "$output" | sed "s/^/$place: /"
+      echo "$place: $((SECONDS - start)) s"; } >>"$work/summary-${place%% *}"
 }
 
 build() { # FOLDER CMAKE_ARGUMENTS...
@@ -61,9 +58,13 @@ aarch64-linux-gnu-g++ "${flags[@]}" -fopenmp "$tests/selftest.cpp" -o "$work/aar
 arm() { # CPU ISA...
     run "qemu $1" qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu "$1" "$work/aarch64" "${@:2}"
 }
-arm max neon_i8mm neon_dotprod portable
-arm cortex-a76 --quick neon_dotprod portable
-arm cortex-a72 --quick portable
+arms() {
+    arm max neon_i8mm neon_dotprod portable
+    arm cortex-a76 --quick neon_dotprod portable
+    arm cortex-a72 --quick portable
+}
+arms & # beside Bochs: neither uses more than a core
+armed=$!
 
 echo "== self-test: AVX-512 and AVX-VNNI, under Bochs"
 "$python" -m venv "$work/venv"
@@ -88,5 +89,6 @@ bochs sapphire_rapids avx512vnni avxvnni avx512bw avx2
 bochs skylake_x --quick avx512bw avx2
 bochs arrow_lake --quick avxvnni avx2
 
+wait "$armed"
 echo "== self-test: all passed"
-printf '%s\n' "${summary[@]}"
+cat "$work"/summary-*
