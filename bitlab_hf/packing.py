@@ -134,3 +134,33 @@ class PackAtLoad(ConversionOps):
         elif not torch.equal(built.qweight, qweight) or not torch.equal(built.qweight_scale, scale):
             self.differing.append(name)
         return scale
+
+
+def stand_in_for_weights(model: PreTrainedModel) -> None:
+    """Lets transformers initialize what a file lacks around layers that have no float weight.
+
+    Some architectures initialize a linear layer from its parent (T5, wav2vec 2.0), and take its
+    ``weight`` for a tensor. For as long as transformers does this, once, the layers show an empty
+    one that counts as initialized.
+    """
+    initialize = model._initialize_missing_keys
+
+    def initialize_missing_keys(*args: Any, **kwargs: Any) -> None:
+        del vars(model)["_initialize_missing_keys"]
+        layers = [
+            found.module
+            for found in quantized_layers(model)
+            if found.module._parameters.get("weight") is None
+        ]
+        empty = torch.empty(0)
+        vars(empty)["_is_hf_initialized"] = True
+        for layer in layers:
+            # An attribute of the instance hides the parameter that is None.
+            vars(layer)["weight"] = empty
+        try:
+            initialize(*args, **kwargs)
+        finally:
+            for layer in layers:
+                del vars(layer)["weight"]
+
+    vars(model)["_initialize_missing_keys"] = initialize_missing_keys

@@ -51,7 +51,7 @@ from bitlab_hf.head import (
     swap_skeletons,
 )
 from bitlab_hf.learned import deploy_learned, expect_learned_scales, expect_sub_norms, start_fresh
-from bitlab_hf.packing import PackAtLoad
+from bitlab_hf.packing import PackAtLoad, stand_in_for_weights
 from bitlab_hf.parallel import check_no_tensor_parallel
 from bitlab_hf.replace import (
     Found,
@@ -153,6 +153,7 @@ class BitLabHfQuantizer(HfQuantizer):
                     self.int8 = [head]
                 self._check_offload(device_map)
         self.fresh_norms = expect_sub_norms(model, checkpoint, self.was_converted)
+        stand_in_for_weights(model)
 
     def _read_checkpoint(
         self, model: PreTrainedModel, files: list[str] | None
