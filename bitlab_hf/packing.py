@@ -148,9 +148,10 @@ def stand_in_for_weights(model: PreTrainedModel) -> None:
     def initialize_missing_keys(*args: Any, **kwargs: Any) -> None:
         del vars(model)["_initialize_missing_keys"]
         layers = [
-            found.module
-            for found in quantized_layers(model)
-            if found.module._parameters.get("weight") is None
+            module
+            for module in model.modules()
+            if isinstance(module, (BitLayerBase, Int8Rows))
+            and module._parameters.get("weight") is None
         ]
         empty = torch.empty(0)
         vars(empty)["_is_hf_initialized"] = True

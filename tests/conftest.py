@@ -16,6 +16,7 @@ from bitcore.kernels import kernels_for
 from bitcore.kernels.cpu import CpuKernels
 from tests.native.cuda.build_host import build
 from tests.native.cuda.host import HostKernels, load_host_library
+from tests.stock_environment import make_stock_environment
 
 # Names a host library of the CUDA kernels that is there already.
 HOST_LIBRARY_VARIABLE = "BITLAB_CUDA_HOST_LIBRARY"
@@ -63,6 +64,12 @@ def host(host_library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[
     host_library.bk_emulator_order(zlib.crc32(request.node.name.encode()) % 3)
     yield HostKernels(host_library)
     host_library.bk_emulator_clear()
+
+
+@pytest.fixture(scope="session")
+def stock_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that has transformers and no BitLab."""
+    return make_stock_environment(tmp_path_factory.mktemp("stock") / "venv")
 
 
 @pytest.fixture

@@ -100,3 +100,16 @@ def test_every_head(name: str, config: Any, inputs: dict[str, Tensor], tmp_path:
         for value, other in zip(outputs(one, inputs), expected, strict=True):
             # A float head's products depend on where in memory its weight lies.
             torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-6)
+
+
+def test_an_int8_head_that_its_model_initializes(tmp_path: Path) -> None:
+    auto = transformers.AutoModelForSeq2SeqLM
+    config, inputs = MODELS["AutoModelForSeq2SeqLM"]
+    auto.from_config(config).save_pretrained(tmp_path / "float")
+    model = auto.from_pretrained(
+        tmp_path / "float", quantization_config=BitLabConfig(mode="infer", head="int8")
+    )
+    model.save_pretrained(tmp_path / "packed")
+    again = auto.from_pretrained(tmp_path / "packed")
+    for value, other in zip(outputs(again, inputs), outputs(model, inputs), strict=True):
+        assert torch.equal(value, other)

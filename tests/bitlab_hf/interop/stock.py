@@ -1,14 +1,13 @@
 """Stock ``bitnet`` checkpoints, built with transformers' own classes, and stock transformers alone.
 
-Run as ``python -m tests.bitlab_hf.interop.stock FOLDER OUTPUT`` in a process without BitLab, it
-writes the logits and greedy tokens of a folder.
+Run as a script, ``python stock.py FOLDER OUTPUT``, in an environment without BitLab, it writes the
+logits and greedy tokens of a folder.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -100,17 +99,13 @@ def outputs(model: Any) -> dict[str, Tensor]:
     return {"logits": model(input_ids=ids).logits.float(), "tokens": tokens}
 
 
-def stock_outputs(folder: Path, scratch: Path) -> dict[str, Tensor]:
-    """`outputs` of stock transformers in a process that cannot import BitLab."""
+def stock_outputs(python: Path, folder: Path, scratch: Path) -> dict[str, Tensor]:
+    """`outputs` of stock transformers, run by the Python of an environment without BitLab."""
+    # Not there when this file is run as a script.
+    from tests.stock_environment import run_stock
+
     file = scratch / "stock.safetensors"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bitlab_hf.interop.stock", str(folder), str(file)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "HF_HUB_OFFLINE": "1"},
-    )
+    done = run_stock(python, __file__, folder, file)
     assert done.returncode == 0, done.stderr
     assert "newly initialized" not in done.stderr
     return dict(load_file(file))
@@ -125,9 +120,7 @@ def rewrite_config(folder: Path, **fields: Any) -> None:
 def _main() -> None:
     folder, file = sys.argv[1:]
     for name in ("bitcore", "bitlayers", "bitlab_hf", "bitlab_autoload"):
-        assert name not in sys.modules
-        # Any import of it fails.
-        sys.modules[name] = None  # type: ignore[assignment]
+        assert importlib.util.find_spec(name) is None
     # Its functions are compiled; what is compared here is their arithmetic.
     torch.compiler.set_stance("force_eager")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
