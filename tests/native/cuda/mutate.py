@@ -2,14 +2,14 @@
 
     python tests/native/cuda/mutate.py [WORD ...]     all, or those whose name or file holds a word
 
-Every mutant is compiled for the emulator; one that does not compile ends the program, as does one
-that no check notices.
+A fault is compiled into one of the sources that it reaches, its mutation's unit, and linked with
+the right objects of all others: with less of the program wrong it is no easier to notice. A mutant
+that does not compile ends the program; one that no check notices fails it.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import re
 import shutil
 import sys
@@ -23,27 +23,40 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from tests.native.cuda.build_host import ROOT, build, sources
+from tests.native.cuda.build_host import (
+    OPTIONS,
+    ROOT,
+    build,
+    compile_source,
+    find_compiler,
+    link,
+    run,
+    sources,
+)
 from tests.native.cuda.host import load_host_library
 from tests.native.cuda.mutations import MUTATIONS, Mutation
 from tests.native.cuda.quick_check import first_failure
 
 LIMIT = 120.0  # seconds
+STANDARD = ("functional", "math.h", "stddef.h", "stdint.h", "string.h")
 FOLDERS = ("csrc/include", "csrc/cuda", "tests/native/cuda")
 
 
-def apply(mutation: Mutation, root: Path) -> None:
-    """Replaces the text in a copy; any white space in `old` stands for any other."""
-    path = root / mutation.path
-    text = path.read_text()
+def faulty_text(mutation: Mutation) -> str:
+    """Returns the file with the fault in it; any white space in `old` stands for any other.
+
+    Raises:
+        SystemExit: `old` is not there exactly once.
+    """
+    text = (ROOT / mutation.path).read_text()
     pattern = r"\s+".join(re.escape(word) for word in mutation.old.split())
     found = len(re.findall(pattern, text))
     if found != 1:
         raise SystemExit(f"{mutation.path}: {mutation.old!r} must be there once, found {found}")
-    path.write_text(re.sub(pattern, lambda _: mutation.new, text))
+    return re.sub(pattern, lambda _: mutation.new, text)
 
 
-def reachable(source: Path, root: Path) -> set[str]:
+def reachable(source: Path) -> set[str]:
     """Names of the files that a source includes, itself among them."""
     names, queue = set(), [source]
     while queue:
@@ -52,24 +65,31 @@ def reachable(source: Path, root: Path) -> set[str]:
             continue
         names.add(path.name)
         for name in re.findall(r'#include "([^"]+)"', path.read_text()):
-            found = [root / folder / name for folder in FOLDERS]
+            found = [ROOT / folder / name for folder in FOLDERS]
             queue += [path for path in found if path.is_file()]
     return names
 
 
-def build_mutant(mutation: Mutation, objects: Path, folder: Path) -> Path:
-    """Compiles what the fault can reach; the other objects are those of the right kernels."""
+def precompile(folder: Path) -> tuple[str, ...]:
+    """Compiles the standard headers of the emulator once; returns the options that use them."""
+    header = folder / "standard.h"
+    header.write_text("".join(f"#include <{name}>\n" for name in STANDARD))
+    run([find_compiler(), *OPTIONS, "-w", "-x", "c++-header", str(header), "-o", f"{header}.gch"])
+    return ("-w", "-include", str(header))
+
+
+def build_mutant(
+    mutation: Mutation, right: Path, folder: Path, options: tuple[str, ...] = ()
+) -> Path:
+    """Compiles the fault's unit and links it with the objects of the right kernels."""
     root = folder / "root"
     for name in FOLDERS:
         shutil.copytree(ROOT / name, root / name)
-    apply(mutation, root)
-    kept = folder / "kept"
-    kept.mkdir()
-    changed = Path(mutation.path).name
-    for source in sources(root):
-        if changed not in reachable(source, root):
-            os.link(objects / f"{source.stem}.o", kept / f"{source.stem}.o")
-    return build(folder / "objects", root, kept, options=("-O1", "-w"))
+    (root / mutation.path).write_text(faulty_text(mutation))
+    unit = next(source for source in sources(root) if source.stem == mutation.unit)
+    faulty = compile_source(unit, folder, root, options)
+    others = [path for path in sorted(right.glob("*.o")) if path.name != faulty.name]
+    return link([faulty, *others], folder / "mutant.so")
 
 
 def judge(library: Path, answer: Connection) -> None:
@@ -102,14 +122,16 @@ def main(words: list[str]) -> int:
     context.set_forkserver_preload(["tests.native.cuda.quick_check"])
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        failure = judged(build(work / "right"), context)
+        options = precompile(work)
+        failure = judged(build(work / "right", options=options), context)
         if failure is not None:
             raise SystemExit(f"The kernels fail without any fault: {failure}")
 
         def one(index: int) -> str | None:
             folder = work / str(index)
             folder.mkdir()
-            found = judged(build_mutant(chosen[index], work / "right", folder), context)
+            mutant = build_mutant(chosen[index], work / "right", folder, options)
+            found = judged(mutant, context)
             shutil.rmtree(folder)
             return found
 

@@ -14,22 +14,28 @@ class Mutation:
         path: The file, from the repository's root.
         old: What stands there, exactly once; white space counts as one space.
         new: What is put in its place.
+        unit: Stem of the source that is compiled with it; all others are the right ones.
     """
 
     name: str
     path: str
     old: str
     new: str
+    unit: str
 
 
-def _in(path: str, *faults: tuple[str, str, str]) -> list[Mutation]:
-    return [Mutation(name, path, old, new) for name, old, new in faults]
+def _in(path: str, unit: str, *faults: tuple[str, ...]) -> list[Mutation]:
+    """A fault is its name, old and new text and, where it is not the file's, its unit."""
+    return [
+        Mutation(fault[0], path, fault[1], fault[2], *(fault[3:] or (unit,))) for fault in faults
+    ]
 
 
 BARRIER = "sync_block();"
 MUTATIONS = [
     *_in(
         "csrc/cuda/matmul.cuh",
+        "ternary_int8",
         ("wrong mask", "0x03030303u << (2 * lane)", "0x03030303u << (2 * (lane ^ 1))"),
         (
             "wrong fragment index of A",
@@ -45,6 +51,7 @@ MUTATIONS = [
             "wrong fragment index of int8 weights",
             "{low.word[2 * h], high.word[2 * h],",
             "{high.word[2 * h], low.word[2 * h],",
+            "int8_int8",
         ),
         ("wrong shift of a lane", "return sum >> (2 * lane)", "return sum >> lane"),
         ("offset of the codes left in", "unshift(sum, lane) - static_cast", "unshift(sum, lane) + static_cast"),
@@ -61,22 +68,25 @@ MUTATIONS = [
         ("terms of the last group left out", "kGrouped ? p.columns : p.splits;", "kGrouped ? p.columns - 1 : p.splits;"),
         ("no end of K", "return k < p.K ? load_weights(row + k) : v;", "return load_weights(row + k);"),
         ("no end of K in misaligned rows", "k + i < p.K ? load_global(row + k + i) : 0", "load_global(row + k + i)"),
-        ("wrong number taken from codes", "0xC301C301", "0xC300C300"),
-        ("wrong number taken from codes, float16", "0xE401E401", "0xE400E400"),
+        ("wrong number taken from codes", "0xC301C301", "0xC300C300", "ternary_f32"),
+        ("wrong number taken from codes, float16", "0xE401E401", "0xE400E400", "ternary_16"),
         (
             "wrong columns of float fragments",
             "x[n][2 * plane + q / 2]",
             "x[n][2 * plane + q % 2]",
+            "ternary_f32",
         ),
         (
             "wrong bytes of float fragments",
             "const uint32_t codes = select_bytes(word >> (2 * lane), 0, selector) & 0x00030003;",
             "const uint32_t codes = select_bytes(word >> (2 * lane), 0, selector ^ 0x0101) & 0x00030003;",
+            "ternary_f32",
         ),
         ("group's scale of another group", "n * p.columns + column));", "n * p.columns));"),
     ),
     *_in(
         "csrc/cuda/few.cuh",
+        "ternary_int8",
         ("missing barrier before the sums are read", f"{BARRIER} BK_UNROLL for (int own = 0;", "BK_UNROLL for (int own = 0;"),
         ("missing barrier before the next groups", f"if (kGrouped) {BARRIER}", ""),
         (
@@ -98,10 +108,11 @@ MUTATIONS = [
     ),
     *_in(
         "csrc/cuda/many.cuh",
+        "ternary_int8",
         ("missing barrier in the pipeline", f"wait_async<kStages - 2>(); {BARRIER}", "wait_async<kStages - 2>();"),
         ("one copy too few waited for", "wait_async<kStages - 2>()", "wait_async<kStages - 1>()"),
         ("stage filled while it is read", "stage == 0 ? kStages - 1 : stage - 1", "stage"),
-        ("no swizzle", "chunk ^ (token & 1)", "chunk ^ (token & 0)"),
+        ("no swizzle", "chunk ^ (token & 1)", "chunk ^ (token & 0)", "ternary_f32"),
         ("no end of the tokens", "first_token + token < p.M ? first_token + token : p.M - 1", "first_token + token"),
         ("no end of K", "k < p.K ? from + k : from, k < p.K ? 16 : 0", "from + k, 16"),
         ("wrong row of a fragment", "(row + 8) * 64", "(row + 4) * 64"),
@@ -111,6 +122,7 @@ MUTATIONS = [
     ),
     *_in(
         "csrc/cuda/gemv.cuh",
+        "linear",
         ("missing barrier before the sums are read", f"a); }} {BARRIER}", "a); }"),
         ("sums overwritten while they are read", "set ^= 1;", ""),
         ("wrong lane of a sum", "2 * (lane & 1) + (lane >> 1 & 1)", "2 * (lane >> 1 & 1) + (lane & 1)"),
@@ -130,6 +142,7 @@ MUTATIONS = [
     ),
     *_in(
         "csrc/cuda/activations.cuh",
+        "linear",
         ("codes cut off, not rounded", "by.finite ? round_even(value) : 0", "by.finite ? static_cast<int32_t>(value) : 0"),
         ("one rounding more", "return {divide(127.0f, m),", "return {multiply(127.0f, divide(1.0f, m)),"),
         ("sum of half the columns", "sum += shuffle_xor(sum, 4);", ""),
@@ -139,11 +152,13 @@ MUTATIONS = [
     ),
     *_in(
         "csrc/cuda/types.cuh",
+        "linear",
         ("largest of half the lanes", "int mask = 16; mask > 0; mask /= 2) { const", "int mask = 8; mask > 0; mask /= 2) { const"),
         ("no end of a row", "index + i < count ? load_float(row, type, index + i) : 0.0f", "load_float(row, type, index + i)"),
     ),
     *_in(
         "csrc/cuda/gradient.cuh",
+        "gradient",
         ("missing barrier after the tiles are written", f"}} }} }} {BARRIER} if (passes", "} } } if (passes"),
         ("missing barrier before the next tiles", f"}} {BARRIER} }} }} const float scale", "} } } const float scale"),
         ("wrong lanes of a byte", "pair_of_lanes<kIsBf16>(near, 2)", "pair_of_lanes<kIsBf16>(near, 0)"),
@@ -153,6 +168,7 @@ MUTATIONS = [
     ),
     *_in(
         "csrc/cuda/weights.cuh",
+        "weights",
         ("chains added in another order", "lane / kChains * kChains + l)", "lane / kChains * kChains + kChains - l)"),
         ("rows added in another order", "load_shared<double>(8 * i)", "load_shared<double>(8 * ((p.parts < kWeightThreads ? static_cast<uint32_t>(p.parts) : kWeightThreads) - 1 - i))"),
         ("missing barrier of the rows' sums", f"load_global(p.sums + row)); {BARRIER}", "load_global(p.sums + row));"),
@@ -161,6 +177,7 @@ MUTATIONS = [
     ),
     *_in(
         "tests/native/cuda/fragments.h",
+        "emulator",
         ("wrong fragment table of A", "((i / 4) % 2) * 8, in_group * 4 + i % 4 + (i / 8) * 16", "(i / 8) * 8, in_group * 4 + i % 4 + ((i / 4) % 2) * 16"),
         ("wrong fragment table of C", "lane / 4 + (i / 2) * 8, (lane % 4) * 2 + i % 2", "lane / 4 + (i % 2) * 8, (lane % 4) * 2 + i / 2"),
     ),

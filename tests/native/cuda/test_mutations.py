@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.native.cuda.mutate import FOLDERS, ROOT, apply
+from tests.native.cuda.build_host import sources
+from tests.native.cuda.mutate import ROOT, faulty_text, reachable
 from tests.native.cuda.mutations import MUTATIONS, Mutation
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
-def test_a_fault_can_be_put_in(tmp_path: Path, mutation: Mutation) -> None:
-    for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    apply(mutation, tmp_path)
-    before = (ROOT / mutation.path).read_text()
-    assert (tmp_path / mutation.path).read_text() != before
+def test_a_fault_can_be_put_in(mutation: Mutation) -> None:
+    assert faulty_text(mutation) != (ROOT / mutation.path).read_text()
+    (unit,) = (source for source in sources(ROOT) if source.stem == mutation.unit)
+    assert Path(mutation.path).name in reachable(unit)
