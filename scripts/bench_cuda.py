@@ -1,76 +1,62 @@
-"""Times linear layers on a GPU: BitLab's CUDA kernels against bf16 cuBLAS, in one run.
+"""Times BitLab's CUDA kernels on a GPU: layers, quantizers of training, a whole model.
 
-    python scripts/bench_cuda.py                               # every shape, 1 to 4096 tokens
-    python scripts/bench_cuda.py --shapes 8192x8192 --tokens 1 16 --json out/bench_cuda.json
+    python scripts/bench_cuda.py                               # everything
+    python scripts/bench_cuda.py --shapes 8192x8192 --tokens 1 16 --no-generate
+    python scripts/bench_cuda.py --quick  # tiny, to see that it runs; without a GPU too
 
 Needs this repository, torch with CUDA, and either an installed libbitkernels_cuda or nvcc, which
-then compiles it for this GPU (a minute or two). Nothing else is imported.
+then compiles it for this GPU (a minute or two). The whole model needs transformers besides, and is
+left out, with a line that says so, where that is missing.
 
-Each side is a CUDA graph that runs the layer once on each of several copies of its weights, which
-together have four times the size of the L2 cache (64 copies at most), so that weights come from
-memory as they do in a model. Sides
-take turns, replay by replay, between two events; a time is that of a replay divided by its calls,
-and the median is reported. BitLab's calls are whole layers: bf16 activations are quantized, outputs
-are bf16. The ceilings are measured in the same run: a copy (bytes read plus bytes written) and a
-square matmul in bf16.
+**Layers** run against bf16 cuBLAS. Each side is a CUDA graph that runs the layer once on each of
+several copies of its weights, which together have four times the size of the L2 cache (64 copies at
+most), so that weights come from memory as they do in a model. Sides take turns, replay by replay,
+between two events; a time is that of a replay divided by its calls, and the median is reported.
+BitLab's calls are whole layers: bf16 activations are quantized, outputs are bf16. The ceilings are
+measured in the same run: a copy (bytes read plus bytes written) and a square matmul in bf16.
+
+**Quantizers**: BitLab's single-pass ops of a training step against torch.compile's fusion of the
+same formula, both as above; `keep` names the kernel where it is a tenth faster or more, else the
+simpler torch.compile.
+
+**Generate**: bench_generate.py on this GPU: BitNet-2B-4T's geometry, random weights, static cache
+and transformers' own compilation to CUDA graphs, against dense bf16 and the packed `bitnet`.
+
+Writes out/bench_cuda.json and, in Markdown, out/bench_cuda.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+from bench_cuda_sides import Bench, Quantizer, Row, ceilings, measure, quantizers  # noqa: E402
 
 # Outputs x inputs of the layers of BitNet 2B-4T, Llama 8B and Llama 70B, and a square.
 SHAPES = (
     "2560x2560", "6912x2560", "2560x6912", "4096x4096", "14336x4096", "4096x14336", "8192x8192",
     "28672x8192", "8192x28672",
 )  # fmt: skip
+LARGE = ("8192x8192", "28672x8192", "8192x28672")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-REPLAYS = 30
-WARM_UP = 3
-MOST_COPIES = 64
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured side.
-
-    Attributes:
-        shape: Outputs x inputs.
-        tokens: M.
-        engine: ``"bitlab"`` or ``"cublas bf16"``.
-        us: Microseconds of one call, median.
-        us_p10: Tenth percentile.
-        us_p90: Ninetieth percentile.
-        gbs: Bytes of weights read a second, in 1e9.
-        tops: Multiplications and additions a second, in 1e12.
-    """
-
-    shape: str
-    tokens: int
-    engine: str
-    us: float
-    us_p10: float
-    us_p90: float
-    gbs: float
-    tops: float
+TRAINING_TOKENS = 2048
+DTYPES = (torch.float32, torch.bfloat16)
+ENGINES = ("bitlab int8", "dense bf16", "bitnet packed")
 
 
 @dataclass(frozen=True)
@@ -115,176 +101,184 @@ def build_library() -> str:
     return str(folder)
 
 
-def captured(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """Returns a graph that makes the calls one after another."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
-def race(sides: dict[str, list[Callable[[], object]]]) -> dict[str, list[float]]:
-    """Replays the sides in turn; returns the microseconds of one call, sorted."""
-    graphs = {name: captured(calls) for name, calls in sides.items()}
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for replay in range(WARM_UP + REPLAYS):
-        for name, graph in graphs.items():
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if replay >= WARM_UP:
-                times[name].append(begin.elapsed_time(end) * 1e3 / len(sides[name]))
-    return {name: sorted(found) for name, found in times.items()}
-
-
-def ceilings() -> dict[str, float]:
-    """Measures what this GPU can do: a copy in GB/s, a bf16 matmul in TFLOP/s."""
-    source = torch.empty(512 * MIB, dtype=torch.uint8, device="cuda")
-    to = torch.empty_like(source)
-    side = 8192
-    a, b = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    times = race({"copy": [lambda: to.copy_(source)], "matmul": [lambda: a @ b]})
-    return {
-        "copy_gbs": 2 * source.numel() / statistics.median(times["copy"]) / 1e3,
-        "bf16_tops": 2 * side**3 / statistics.median(times["matmul"]) / 1e6,
-    }
-
-
-def check(x: Tensor, qweight: Tensor, scale: Tensor, out_features: int) -> None:
-    """Compares the kernels with plain torch on this GPU, bit for bit, before anything is timed.
-
-    Raises:
-        SystemExit: They differ.
-    """
-    from bitcore import reference
-
-    args = (x, qweight, scale, None, out_features, "int8_per_token", torch.float32)
-    if not torch.equal(torch.ops.bitlab.linear(*args), reference.linear(*args)):
-        raise SystemExit(f"{out_features}x{x.shape[1]}, {x.shape[0]} tokens: a wrong result")
-
-
-def measure(shape: str, tokens: int, l2_bytes: int) -> list[Row]:
-    """Times one layer on both sides."""
-    out_features, in_features = (int(size) for size in shape.split("x"))
-    packed_bytes, dense_bytes = out_features * in_features // 4, 2 * out_features * in_features
-    x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
-    latent = torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16)
-    qweight, scale = torch.ops.bitlab.pack_weight(latent, "per_tensor", 0)
-    check(x[: min(tokens, 64)], qweight, scale, out_features)
-
-    def copies(tensor: Tensor, size: int) -> list[Tensor]:
-        count = min(MOST_COPIES, max(2, -(-4 * l2_bytes // size)))
-        return [tensor.clone() for _ in range(count)]
-
-    def layer(weight: Tensor) -> Callable[[], object]:
-        args = (x, weight, scale, None, out_features, "int8_per_token", torch.bfloat16)
-        return lambda: torch.ops.bitlab.linear(*args)
-
-    dense = copies(latent, dense_bytes)
-    sides: dict[str, list[Callable[[], object]]] = {
-        "bitlab": [layer(weight) for weight in copies(qweight, packed_bytes)],
-        "cublas bf16": [lambda w=w: torch.nn.functional.linear(x, w) for w in dense],
-    }
-    rows = []
-    for engine, times in race(sides).items():
-        us = statistics.median(times)
-        size = packed_bytes if engine == "bitlab" else dense_bytes
-        work = 2 * tokens * out_features * in_features
-        tenth = len(times) // 10
-        rows.append(
-            Row(shape, tokens, engine, us, times[tenth], times[-1 - tenth], size / us / 1e3,
-                work / us / 1e6)
-        )  # fmt: skip
-    return rows
-
-
-def targets(rows: list[Row], limits: dict[str, float]) -> list[Target]:
-    """Compares the rows with what is asked of an H100."""
+def targets(rows: list[Row], limits: dict[str, float], speeds: dict[str, float]) -> list[Target]:
+    """Compares the rows, and the tokens a second of `generate`, with what is asked of an H100."""
     found = {(row.shape, row.tokens, row.engine): row for row in rows}
 
     def speedup(shape: str, tokens: int) -> float | None:
         ours, peer = (found.get((shape, tokens, name)) for name in ("bitlab", "cublas bf16"))
         return None if ours is None or peer is None else peer.us / ours.us
 
-    large, small = found.get(("8192x8192", 1, "bitlab")), found.get(("2560x6912", 1, "bitlab"))
-    share = None if large is None else 100 * large.gbs / limits["copy_gbs"]
-    listed = [
-        Target("M 1, 8192x8192: 6x bf16", speedup("8192x8192", 1), 6.0),
-        Target("M 1, 8192x8192: 70 % of the copy bandwidth", share, 70.0),
-        Target("M 1, 2560x6912: 2x bf16", speedup("2560x6912", 1), 2.0),
-        Target("M 1, 2560x6912: under 6 us", None if small is None else small.us, 6.0, False),
-    ]
+    listed = []
+    for shape in LARGE:
+        ours = found.get((shape, 1, "bitlab"))
+        share = None if ours is None else 100 * ours.gbs / limits["copy_gbs"]
+        listed.append(Target(f"M 1, {shape}: 6x bf16", speedup(shape, 1), 6.0))
+        listed.append(Target(f"M 1, {shape}: 70 % of the copy bandwidth", share, 70.0))
+    small = found.get(("2560x6912", 1, "bitlab"))
+    listed.append(Target("M 1, 2560x6912: 2x bf16", speedup("2560x6912", 1), 2.0))
+    microseconds = None if small is None else small.us
+    listed.append(Target("M 1, 2560x6912: under 6 us", microseconds, 6.0, False))
     for tokens, bound in ((16, 4.0), (256, 1.3), (4096, 1.0)):
         for shape in ("8192x8192", "14336x4096"):
             name = f"M {tokens}, {shape}: {bound:g}x bf16"
             listed.append(Target(name, speedup(shape, tokens), bound))
+    own = speeds.get("bitlab int8")
+    for peer, bound in (("dense bf16", 2.0), ("bitnet packed", 10.0)):
+        ratio = None if own is None or peer not in speeds else own / speeds[peer]
+        listed.append(Target(f"generate: {bound:g}x {peer}", ratio, bound))
     return listed
 
 
-def table(rows: list[Row]) -> str:
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """Returns a table whose first column is text."""
+    rule = ["---", *["--:"] * (len(columns) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, rule, *rows))
+
+
+def layer_table(rows: list[Row], limits: dict[str, float]) -> str:
     """Returns the rows in Markdown, one line for both sides of a layer."""
-    lines = ["| shape | M | bitlab us | bf16 us | speed-up | GB/s packed | TOP/s |"]
-    lines.append("|---|--:|--:|--:|--:|--:|--:|")
-    for ours, peer in zip(rows[::2], rows[1::2], strict=True):
-        lines.append(
-            f"| {ours.shape} | {ours.tokens} | {ours.us:.2f} | {peer.us:.2f} | "
-            f"{peer.us / ours.us:.2f} | {ours.gbs:.0f} | {ours.tops:.1f} |"
-        )
-    return "\n".join(lines)
+    columns = ["shape", "M", "bitlab us", "bf16 us", "speed-up", "GB/s packed", "of copy", "TOP/s",
+               "of matmul"]  # fmt: skip
+    lines = [
+        [
+            ours.shape, str(ours.tokens), f"{ours.us:.2f}", f"{peer.us:.2f}",
+            f"{peer.us / ours.us:.2f}", f"{ours.gbs:.0f}", f"{ours.gbs / limits['copy_gbs']:.0%}",
+            f"{ours.tops:.1f}", f"{ours.tops / limits['bf16_tops']:.0%}",
+        ]
+        for ours, peer in zip(rows[::2], rows[1::2], strict=True)
+    ]  # fmt: skip
+    return markdown(columns, lines)
 
 
-def main() -> None:
-    """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxK")
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+def quantizer_table(found: list[Quantizer]) -> str:
+    """Returns the quantizers in Markdown."""
+    columns = ["quantizer", "shape", "dtype", "bitlab us", "torch.compile us", "equal", "keep"]
+    lines = [
+        [one.name, one.shape, one.dtype, f"{one.us:.2f}", f"{one.compiled_us:.2f}",
+         f"{one.equal:.4%}", one.keep]
+        for one in found
+    ]  # fmt: skip
+    return markdown(columns, lines)
+
+
+def target_table(listed: list[Target]) -> str:
+    """Returns the closing table in Markdown."""
+    figures = ["-" if one.measured is None else f"{one.measured:.2f}" for one in listed]
+    lines = [[one.name, figure, one.verdict] for one, figure in zip(listed, figures, strict=True)]
+    return markdown(["target", "measured", "met"], lines)
+
+
+def generate(device: torch.device, quick: bool) -> dict[str, Any] | None:
+    """Runs bench_generate.py on the device; returns what it wrote, None without transformers.
+
+    Raises:
+        SystemExit: It fails.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        print("generate: left out, transformers is not installed (pip install .)")
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "generate.json"
+        command = [
+            sys.executable, str(ROOT / "scripts/bench_generate.py"), "--device", device.type,
+            "--cache", "static", "--engines", *ENGINES, "--json", str(path), "--no-png",
+            *(["--quick"] if quick else ["--decode", "128"]),
+        ]  # fmt: skip
+        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        done = subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": paths})
+        if done.returncode != 0:
+            raise SystemExit("bench_generate.py failed; its message is above.")
+        result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", metavar="NxK")
+    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--no-generate", action="store_true", help="leave the whole model out")
     parser.add_argument("--json", type=Path, default=Path("out/bench_cuda.json"))
+    parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
     options = parser.parse_args()
+    options.shapes = options.shapes or (["64x128", "96x64"] if options.quick else SHAPES)
+    options.tokens = options.tokens or ([1, 20] if options.quick else TOKENS)
+    return options
+
+
+def prepare(quick: bool) -> tuple[Bench, str]:
+    """Returns what is measured how, and the device in words; builds the library where needed.
+
+    Raises:
+        SystemExit: There is no GPU, or no library and no nvcc.
+    """
     if not torch.cuda.is_available():
-        raise SystemExit("bench_cuda.py needs a CUDA device; torch finds none.")
+        if not quick:
+            raise SystemExit(
+                "bench_cuda.py needs a CUDA device; torch finds none. "
+                "(--quick checks on a CPU that the script runs.)"
+            )
+        return Bench(torch.device("cpu"), 2, 1024, 64), "CPU: no time here is a measurement"
     from bitcore.kernels.native import LIBRARY_DIRECTORY_VARIABLE, library_path
 
     if not library_path("bitkernels_cuda").is_file():
         os.environ[LIBRARY_DIRECTORY_VARIABLE] = build_library()
+    properties = torch.cuda.get_device_properties(0)
+    device = torch.device("cuda", 0)
+    l2_bytes = getattr(properties, "L2_cache_size", Bench(device).l2_bytes)
+    words = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
+    return Bench(device, 5 if quick else 30, l2_bytes, 1024 if quick else 8192), words
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    options = parse_arguments()
+    bench, words = prepare(options.quick)
     import bitcore
 
-    properties = torch.cuda.get_device_properties(0)
-    l2_bytes = getattr(properties, "L2_cache_size", 64 * MIB)
-    print(f"{properties.name}, {properties.multi_processor_count} multiprocessors, "
-          f"torch {torch.__version__}, CUDA {torch.version.cuda}")  # fmt: skip
-    limits = ceilings()
-    print(f"copy {limits['copy_gbs']:.0f} GB/s, bf16 matmul {limits['bf16_tops']:.0f} TFLOP/s")
+    print(f"{words}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    limits = ceilings(bench)
+    print(f"copy {limits['copy_gbs']:.0f} GB/s, bf16 matmul {limits['bf16_tops']:.1f} TFLOP/s")
     rows: list[Row] = []
-    with bitcore.use_backend("cuda"):
+    fused: list[Quantizer] = []
+    with bitcore.use_backend("cuda" if bench.device.type == "cuda" else "auto"):
         for shape in options.shapes:
             for tokens in options.tokens:
-                rows += measure(shape, tokens, l2_bytes)
-                print(table(rows[-2:]).splitlines()[-1], flush=True)
+                rows += measure(bench, shape, tokens)
+                print(layer_table(rows[-2:], limits).splitlines()[-1], flush=True)
+            for dtype in DTYPES:
+                few = 20 if options.quick else TRAINING_TOKENS
+                fused += quantizers(bench, shape, few, dtype)
+                print("\n".join(quantizer_table(fused[-3:]).splitlines()[2:]), flush=True)
+            if bench.device.type == "cuda":
                 torch.cuda.empty_cache()
-    closing = targets(rows, limits)
-    for target in closing:
-        figure = "-" if target.measured is None else f"{target.measured:.2f}"
-        print(f"{target.name:48} {figure:>8}  {target.verdict}")
+    model = None if options.no_generate else generate(bench.device, options.quick)
+    engines = [] if model is None else model["engines"]
+    speeds = {engine["engine"]: engine["decode_tok_s"] for engine in engines}
+    closing = targets(rows, limits, speeds)
+    print(target_table(closing))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     result = {
-        "device": properties.name,
+        "device": words,
         "date": date.today().isoformat(),
         "torch": torch.__version__,
         "ceilings": limits,
         "rows": [asdict(row) for row in rows],
+        "quantizers": [{**asdict(one), "keep": one.keep} for one in fused],
+        "generate": model,
         "targets": [{**asdict(target), "verdict": target.verdict} for target in closing],
     }
     options.json.write_text(json.dumps(result, indent=1) + "\n")
-    options.json.with_suffix(".md").write_text(table(rows) + "\n")
+    decode = markdown(
+        ["engine", "decode tok/s", "prompt tok/s", "compiled"],
+        [[one["engine"], f"{one['decode_tok_s']:.1f}", f"{one['prompt_tok_s']:.0f}",
+          "yes" if one["compiled"] else "no"] for one in engines],
+    )  # fmt: skip
+    tables = (layer_table(rows, limits), quantizer_table(fused), decode, target_table(closing))
+    options.json.with_suffix(".md").write_text(f"{words}\n\n" + "\n\n".join(tables) + "\n")
 
 
 if __name__ == "__main__":

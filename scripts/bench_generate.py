@@ -74,6 +74,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, help="tokens of the prompt; default 512")
     parser.add_argument("--prompt-repeats", type=int, default=2, help="in each process")
     parser.add_argument("--decode", type=int, help="tokens to generate; default 32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--cache",
+        choices=("dynamic", "static"),
+        default="dynamic",
+        help="static on cuda: transformers compiles the decoding to CUDA graphs where it can",
+    )
     parser.add_argument("--json", type=Path, default=Path("out/bench/generate.json"))
     parser.add_argument("--png", type=Path, help="default: beside the JSON")
     parser.add_argument("--no-png", action="store_true")
@@ -149,8 +156,9 @@ def read_once(model: Path) -> float:
 def measure_once(name: str, model: Path, options: Any) -> Result:
     """Measures one engine once, in a fresh process."""
     kind = ENGINES[name][1]
-    slow = kind == "bitnet"
+    slow = kind == "bitnet" and options.device == "cpu"
     request = {
+        "device": options.device, "cache": options.cache,
         "do": "measure", "kind": kind, "model": str(model), "threads": options.threads,
         "prompt": options.prompt, "prompt_repeats": 1 if slow else options.prompt_repeats,
         "decode": min(options.decode, FEW_TOKENS) if slow else options.decode,
@@ -184,6 +192,7 @@ def summarize(name: str, model: Path, runs: list[Result], prompt: int) -> Result
         "file_bytes": file_bytes,
         "layer": runs[0]["layer"],
         "head": runs[0]["head"],
+        "compiled": runs[0]["compiled"],
         "runs": runs,
     }
 
@@ -289,8 +298,11 @@ def main() -> None:
         "isa": getattr(kernels_for("cpu"), "isa", "reference"), "threads": options.threads,
         "geometry": options.geometry, "prompt": options.prompt, "decode": options.decode,
         "rounds": options.rounds, "quick": options.quick, "engines": results,
+        "device": options.device, "cache": options.cache,
     }  # fmt: skip
-    close(console, result, [grid], find_targets(results), disturbance, options.json)
+    on_cpu = options.device == "cpu"
+    targets = find_targets(results) if on_cpu else []
+    close(console, result, [grid], targets, disturbance, options.json, for_vnni=on_cpu)
     if not options.no_png:
         draw(results, options.png)
     console.print(f"Results: {options.json}", highlight=False)

@@ -96,15 +96,17 @@ def measure(request: Request) -> dict[str, Any]:
     kind = request["kind"]
     if kind == "bitlab":
         import bitlab_hf  # noqa: F401  (registers the quantizer)
-    if kind == "bitnet":
-        pass
 
-    # transformers compiles parts of its bitnet layer, which makes them slower on a CPU.
-    torch.compiler.set_stance("force_eager")
+    device = request["device"]
+    if device == "cpu":
+        # transformers compiles parts of its bitnet layer, which makes them slower on a CPU.
+        torch.compiler.set_stance("force_eager")
     torch.set_num_threads(request["threads"])
     imported = status("VmRSS")
     started = time.perf_counter()
-    model: Any = AutoModelForCausalLM.from_pretrained(request["model"], dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        request["model"], dtype=torch.bfloat16, device_map=None if device == "cpu" else device
+    )
     load_seconds = time.perf_counter() - started
     model.generation_config.eos_token_id = None
     vocabulary = model.config.vocab_size
@@ -112,7 +114,7 @@ def measure(request: Request) -> dict[str, Any]:
 
     def run(length: int, count: int) -> list[float]:
         """Returns the start, and when each of count tokens came."""
-        ids = torch.randint(0, vocabulary, (1, length), generator=generator)
+        ids = torch.randint(0, vocabulary, (1, length), generator=generator).to(device)
         clock = Clock()
         started = time.perf_counter()
         output = model.generate(
@@ -122,11 +124,17 @@ def measure(request: Request) -> dict[str, Any]:
             max_new_tokens=count,
             pad_token_id=0,
             streamer=clock,
+            cache_implementation=None if request["cache"] == "dynamic" else request["cache"],
         )
         assert output.shape[1] == length + count
         return [started, *clock.times[1:]]
 
     run(8, 2)  # maps the file's pages and starts the threads
+    if device != "cpu":
+        # Compiles for the cache's length that is measured below, and records the graph.
+        run(request["prompt"], 1)
+        for _ in range(2):
+            run(16, request["decode"])
     prompts = []
     for _ in range(request["prompt_repeats"]):
         begin, first = run(request["prompt"], 1)
@@ -141,6 +149,7 @@ def measure(request: Request) -> dict[str, Any]:
         "peak_bytes": status("VmHWM"),
         "layer": type(model.model.layers[0].mlp.up_proj).__name__,
         "head": type(model.lm_head).__name__,
+        "compiled": getattr(model, "_compiled_call", None) is not None,
     }
 
 

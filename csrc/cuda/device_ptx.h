@@ -161,6 +161,7 @@ BK_DEVICE uint16_t encode_bf16(float value) {
 // Starts a kernel on the current device; returns null, or CUDA's text of what is wrong.
 template <typename P>
 const char *launch(void (*kernel)(P), Grid grid, int threads, uint32_t shared_bytes, void *stream, P params) {
+    if (grid.x > 0x7FFFFFFF || grid.y > 0xFFFF) return cudaGetErrorString(cudaErrorInvalidConfiguration);
     void *arguments[] = {&params};
     const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
     const cudaError_t error =

@@ -25,6 +25,7 @@ extern "C" int32_t bk_cuda_input_gradient(const void *dy, int32_t dy_type, int64
     if (M == 0) return BK_CUDA_OK;
     BK_CUDA_TRY(check_tensor(shape, "dy", dy, dy_type));
     BK_CUDA_TRY(check_tensor(shape, "dx", dx, dx_type));
+    BK_CUDA_TRY(check_tensor(shape, "weight_scale", weight_scale, BK_CUDA_F32));
     GradientParams p = {};
     p.dy = dy;
     p.dy_stride = dy_stride;

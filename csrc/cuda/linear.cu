@@ -125,7 +125,10 @@ int32_t check_linear(const Shape &shape, const Weights &weights, const Output &o
                      int32_t multiprocessors) {
     BK_CUDA_TRY(check_shape(shape, weights.scale_rows, weights.scale_columns, 64));
     if (shape.M == 0) return BK_CUDA_OK;
-    if (output.y_type != BK_CUDA_I32) BK_CUDA_TRY(check_tensor(shape, "y", output.y, output.y_type));
+    if (output.y_type != BK_CUDA_I32) {
+        BK_CUDA_TRY(check_tensor(shape, "y", output.y, output.y_type));
+        BK_CUDA_TRY(check_tensor(shape, "weight_scale", weights.scale, BK_CUDA_F32));
+    }
     if (weights.bias) BK_CUDA_TRY(check_tensor(shape, "bias", weights.bias, weights.bias_type));
     if (multiprocessors < 1) {
         return fail(BK_CUDA_INVALID_ARGUMENT, "%s: multiprocessors must be at least 1, got %d", shape.op,

@@ -14,6 +14,7 @@ int32_t pack_params(const Shape &shape, const void *weight, int32_t type, const 
                     int64_t scale_columns, uint8_t *qweight, PackParams &params) {
     BK_CUDA_TRY(check_shape(shape, scale_rows, scale_columns, 16));
     BK_CUDA_TRY(check_tensor(shape, "weight", weight, type));
+    BK_CUDA_TRY(check_tensor(shape, "weight_scale", scale, BK_CUDA_F32));
     const int64_t columns = scale_columns ? scale_columns : 1;
     params = {weight,
               type,
@@ -40,6 +41,7 @@ int32_t bk_cuda_weight_scale(const void *weight, int32_t weight_type, float *wei
     const Shape shape = {"bk_cuda_weight_scale", 0, N, K};
     BK_CUDA_TRY(check_shape(shape, scale_rows, scale_columns, 16));
     BK_CUDA_TRY(check_tensor(shape, "weight", weight, weight_type));
+    BK_CUDA_TRY(check_tensor(shape, "weight_scale", weight_scale, BK_CUDA_F32));
     const int64_t columns = scale_columns ? scale_columns : 1;
     const bool per_tensor = scale_rows == 1 && scale_columns == 0 && row_sums;
     if (scale_rows == 1 && scale_columns == 0 && N > 1 && !row_sums) {

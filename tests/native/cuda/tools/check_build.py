@@ -2,8 +2,8 @@
 
 python tests/native/cuda/tools/check_build.py BUILD_LOG SHARED_SIZES SASS...
 
-BUILD_LOG is the output of a build with ``-Xptxas=-v``; SHARED_SIZES that of shared_sizes.cpp; each
-SASS file that of ``cuobjdump -sass`` for one architecture.
+BUILD_LOG holds the output of a build with ``-Xptxas=-v``; SHARED_SIZES that of shared_sizes.cpp;
+each SASS file that of ``cuobjdump -sass`` for one architecture.
 """
 
 from __future__ import annotations
@@ -116,9 +116,15 @@ def main(log: Path, sizes: Path, sass: list[Path]) -> int:
         )
         if kernel.stack or kernel.spills:
             faults.append(f"{kernel.architecture} {kernel.name}: stack or spills")
+    reported = {(kernel.name, kernel.architecture) for kernel in kernels}
     for path in sass:
         code = parse_sass(path.read_text())
         found = check_sass(path.stem, code)
+        found += [
+            f"{path.stem} {name}: no report of ptxas"
+            for name in code
+            if (name, path.stem) not in reported
+        ]
         print(f"{path.stem}: machine code of {len(code)} kernels, {len(found)} faults")
         faults += found
     for fault in faults:

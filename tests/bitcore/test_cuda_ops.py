@@ -1,0 +1,270 @@
+"""Every op of the CUDA backend alike, on the emulator: what it refuses, and that it never waits."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bitcore import ops, ops_int8, ops_qat, reference
+from bitcore.errors import ArgumentError, BackendError
+from bitcore.kernels import registry
+from bitcore.kernels.cuda import CudaKernels
+from tests.native.cuda.host import LAUNCHES, HostKernels
+
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+N, K = 9, 64
+# name: the tokens of the call, then its other tensors and arguments.
+Arguments = tuple[Tensor, list[Tensor], tuple[Any, ...]]
+Make = Callable[[int], Arguments]
+
+
+def packed() -> list[Tensor]:
+    return list(reference.pack_weight(torch.randn(N, K), "per_channel", 0))
+
+
+CALLS: dict[str, Make] = {
+    "quantize_activation": lambda m: (torch.randn(m, K), [], (False,)),
+    "quantize_activation per tensor": lambda m: (torch.randn(m, K), [], (True,)),
+    "matmul": lambda m: (torch.ones(m, K, dtype=torch.int8), packed()[:1], (N,)),
+    "linear": lambda m: (
+        torch.randn(m, K), packed(), (None, N, "int8_per_token", torch.bfloat16)
+    ),
+    "linear per tensor": lambda m: (
+        torch.randn(m, K), packed(), (None, N, "int8_per_tensor", torch.float32)
+    ),
+    "linear float": lambda m: (torch.randn(m, K), packed(), (None, N, "float", torch.float32)),
+    "linear bf16": lambda m: (
+        torch.randn(m, K).bfloat16(), packed(), (None, N, "float", torch.float32)
+    ),
+    "linear_int8": lambda m: (
+        torch.randn(m, K), [torch.ones(N, K, dtype=torch.int8), torch.rand(N)],
+        (None, torch.float32),
+    ),
+    "input_gradient": lambda m: (torch.randn(m, N), packed(), (N, torch.float32)),
+}  # fmt: skip
+# Those without tokens; M is their N.
+WEIGHT_CALLS: dict[str, Make] = {
+    "pack_weight": lambda n: (torch.randn(n, K), [], ("per_tensor", 0)),
+    "pack_codes": lambda n: (torch.randn(n, K), [torch.ones(1)], ()),
+    "unpack_weight": lambda n: (*split(packed()), (N, torch.float32)),
+}
+ALL = CALLS | WEIGHT_CALLS
+# The functions behind torch.ops.bitlab, which check before any backend is asked.
+OPS = {
+    "quantize_activation": ops._quantize_activation, "matmul": ops._matmul, "linear": ops._linear,
+    "linear_int8": ops_int8._linear_int8, "input_gradient": ops._input_gradient_op,
+    "pack_codes": ops_qat._pack_codes, "unpack_weight": ops._unpack_weight,
+}  # fmt: skip
+
+
+def split(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    return tensors[0], tensors[1:]
+
+
+def call(kernels: Any, name: str, count: int = 3) -> Any:
+    first, rest, arguments = ALL[name](count)
+    return getattr(kernels, name.split()[0])(first, *rest, *arguments)
+
+
+def tensors_of(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else result
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_tokens_launch_nothing(host: HostKernels, name: str) -> None:
+    before = host.count(LAUNCHES)
+    found, expected = call(host, name, 0), call(reference, name, 0)
+    for ours, theirs in zip(tensors_of(found), tensors_of(expected), strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.dtype == theirs.dtype
+    assert host.count(LAUNCHES) == before
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_strides_do_not_matter(host: HostKernels, name: str) -> None:
+    first, rest, arguments = ALL[name](12)
+    method = getattr(host, name.split()[0])
+
+    def spread(tensor: Tensor) -> Tensor:
+        room = torch.zeros(*(2 * size for size in tensor.shape), dtype=tensor.dtype)
+        return room[tuple(slice(None, None, 2) for _ in tensor.shape)].copy_(tensor)
+
+    expected = method(first, *rest, *arguments)
+    found = method(spread(first), *map(spread, rest), *arguments)
+    turned = method(first.t().contiguous().t(), *map(spread, rest), *arguments)
+    for tensors in (found, turned):
+        for ours, theirs in zip(tensors_of(tensors), tensors_of(expected), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_failed_launch_carries_the_shapes(
+    host: HostKernels, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(HostKernels, "_call", CudaKernels._call)
+    host._library.bk_emulator_clear()
+    op = re.escape(f"bitlab::{name.split()[0]}")
+    with pytest.raises(BackendError, match=rf"{op}: bk_cuda_\w+ \[M \d, N \d, K 64\]: .*outside"):
+        call(host, name)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_old_gpu_is_refused(
+    host_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    kernels = CudaKernels.__new__(CudaKernels)
+    kernels._library, kernels._multiprocessors = host_library, {}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    op = re.escape(f"bitlab::{name.split()[0]}")
+    with pytest.raises(BackendError, match=f"{op}: compute capability must be at least 8.0, got"):
+        call(kernels, name)
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name != "quantize_activation"])
+def test_two_devices_are_refused(host: HostKernels, name: str) -> None:
+    """Two GPUs, and a CPU with a GPU, as far as the addresses: fakes have none."""
+    for devices in (("cuda:0", "cuda:1"), ("cpu", "cuda:0"), ("cuda:1", "cpu")):
+        with FakeTensorMode():
+            first, rest, arguments = ALL[name](3)
+            first, rest = first.to(devices[0]), [tensor.to(devices[1]) for tensor in rest]
+            with pytest.raises(ArgumentError, match=rf"bitlab::{name}: .* on {devices[0]}, got"):
+                OPS[name](first, *rest, *arguments)
+
+
+def test_a_launch_goes_to_the_tensors_device_and_its_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[object] = []
+    stream = type("Stream", (), {"cuda_stream": 77})()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: said.append(device) or stream)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: said.append(index) or nullcontext())
+    kernels = CudaKernels.__new__(CudaKernels)
+    for index in (1, 0):
+        device = torch.device("cuda", index)
+        assert kernels._launch(device, lambda *arguments: arguments, [5]) == (5, 77)
+    assert said == [torch.device("cuda", 1), 1, torch.device("cuda", 0)]
+
+
+def test_misaligned_storage_is_refused(host: HostKernels) -> None:
+    """Every float tensor of every function, by its name."""
+    room = torch.zeros(4096, dtype=torch.uint8)
+    good, odd = room.data_ptr() + -room.data_ptr() % 256, room.data_ptr() + 1
+    shape, scratch = (3, N, K), (good, 4, None)
+    library = host._library
+    layouts: list[tuple[str, Callable[[dict[str, int]], tuple[Any, ...]], str]] = [
+        ("linear_i8_t2", lambda p: (p["x"], 0, K, good, p["weight_scale"], N, 0, p["bias"], 0,
+         p["y"], 0, *shape, 0, *scratch), "x weight_scale bias y"),
+        ("linear_float_t2", lambda p: (p["x"], 0, K, good, p["weight_scale"], N, 0, p["bias"], 0,
+         p["y"], 0, *shape, *scratch), "x weight_scale bias y"),
+        ("linear_i8_i8", lambda p: (p["x"], 0, K, good, p["weight_scale"], p["bias"], 0, p["y"],
+         0, *shape, *scratch), "x weight_scale bias y"),
+        ("quantize_i8", lambda p: (p["x"], 0, K, good, good, 3, K, 0, good, None), "x"),
+        ("input_gradient", lambda p: (p["dy"], 0, N, good, p["weight_scale"], N, 0, p["dx"], 0,
+         *shape, None), "dy weight_scale dx"),
+        ("weight_scale", lambda p: (p["weight"], 0, p["weight_scale"], N, 0, None, N, K, None),
+         "weight weight_scale"),
+        ("pack_t2", lambda p: (p["weight"], 0, p["weight_scale"], N, 0, good, N, K, None),
+         "weight weight_scale"),
+        ("unpack_t2", lambda p: (good, p["weight_scale"], N, 0, p["weight"], 0, N, K, None),
+         "weight weight_scale"),
+    ]  # fmt: skip
+    before = host.count(LAUNCHES)
+    for function, arguments, names in layouts:
+        for name in names.split():
+            pointers = {one: odd if one == name else good for one in names.split()}
+            status = getattr(library, f"bk_cuda_{function}")(*arguments(pointers))
+            text = library.bk_cuda_last_error().decode()
+            assert status == 1, (function, name)
+            assert text.startswith(f"bk_cuda_{function}: {name} must be aligned"), text
+    assert host.count(LAUNCHES) == before
+
+
+def test_sizes_above_the_limits_are_refused(host: HostKernels) -> None:
+    many, wide = torch.empty(2**31, K, device="meta"), "K must be from 1 to 131071"
+    for name in ("quantize_activation", "linear", "linear_int8", "matmul", "input_gradient"):
+        _, rest, arguments = ALL[name](1)
+        with pytest.raises(ArgumentError, match=f"bitlab::{name}: .* at most 2147483647 tokens"):
+            getattr(host, name)(many[:, :N] if "grad" in name else many, *rest, *arguments)
+    library, sizes = host._library, (2**31, 2**17)
+    for function, arguments in (
+        ("quantize_i8", (0, 0, K, 0, 0, 1, 2**17, 0, 0, 0)),
+        ("input_gradient", (0, 0, N, 0, 0, 1, 0, 0, 0, 1, *sizes, 0)),
+        ("weight_scale", (0, 0, 0, 1, 0, 0, *sizes, 0)),
+        ("pack_t2", (0, 0, 0, 1, 0, 0, *sizes, 0)),
+        ("unpack_t2", (0, 0, 1, 0, 0, 0, *sizes, 0)),
+    ):
+        assert getattr(library, f"bk_cuda_{function}")(*arguments) == 1
+        assert wide in library.bk_cuda_last_error().decode()
+
+
+class Watch(TorchDispatchMode):
+    """Notes what torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+# What makes the host wait for a device: values read, copies between devices, sizes from values.
+WAITING = {
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique2",
+    "_unique2", "bincount", "_to_copy",
+}  # fmt: skip
+
+
+def test_the_watch_sees_what_waits() -> None:
+    with Watch() as watch:
+        torch.ones(1).item()
+        torch.ones(1).nonzero()
+        torch.ones(1).to("meta")
+    assert watch.names >= {"_local_scalar_dense", "nonzero", "_to_copy"}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_ops_never_wait(host: HostKernels, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(registry._chosen, "cpu", host)
+    first, rest, arguments = ALL[name](3)
+    function = OPS.get(name.split()[0], ops._pack_weight)
+    with Watch() as watch:
+        function(first, *rest, *arguments)
+    assert not watch.names & WAITING
+    assert "empty" in watch.names
+
+
+def test_a_training_step_never_waits(host: HostKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._chosen, "cpu", host)
+    x, weight = torch.randn(3, K), torch.randn(N, K)
+    with Watch() as watch:
+        found = ops_qat._qat_linear(
+            x, weight, None, "per_tensor", 0, "int8_per_token", torch.float32
+        )
+    assert found[0].shape == (3, N)
+    assert not watch.names & WAITING
+    x.requires_grad_()
+    weight.requires_grad_()
+    y = ops.qat_linear(x, weight, None, "per_tensor", None, "int8_per_token")
+    with Watch() as watch:
+        y.backward(torch.ones_like(y))
+    assert "mm" in watch.names
+    assert not watch.names & (WAITING - {"_to_copy"})
+
+
+def test_the_library_calls_nothing_that_waits() -> None:
+    text = "".join(path.read_text() for path in sorted(SOURCES.glob("*")) if path.suffix != ".txt")
+    called = set(re.findall(r"\b(cuda[A-Z]\w*|cu[A-Z]\w*)\(", text))
+    assert called == {"cudaLaunchKernel", "cudaGetLastError", "cudaGetErrorString"}
