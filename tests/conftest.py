@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import zlib
 from collections.abc import Iterator
@@ -51,11 +52,17 @@ def num_threads(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="session")
 def host_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The CUDA kernels compiled for the emulator, once a session."""
+    """The CUDA kernels compiled for the emulator, once for all processes of a session."""
     path = os.environ.get(HOST_LIBRARY_VARIABLE)
-    if path is None:
-        path = str(build(tmp_path_factory.mktemp("cuda_host")))
-    return load_host_library(Path(path))
+    if path is not None:
+        return load_host_library(Path(path))
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_host"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = folder / "libbitkernels_cuda_host.so"
+        return load_host_library(library if library.is_file() else build(folder))
 
 
 @pytest.fixture
