@@ -97,6 +97,22 @@ def _linear(
     )
 
 
+def _linear_with_codes(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_linear(x, qweight, weight_scale, bias, out_features, activation, out_dtype)
+    checks.check_devices("bitlab::linear", x, qweight, weight_scale, bias)
+    return kernels_for(x.device.type).linear_with_codes(
+        x, qweight, weight_scale, bias, out_features, activation, out_dtype
+    )
+
+
 def _check_gradient(
     dy: Tensor, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
 ) -> None:

@@ -62,11 +62,12 @@ def _qat_linear(
         qweight, used_scale = ops._pack_weight(weight, granularity, group_size)
     else:
         qweight = _pack_codes(weight, used_step)
-    y = ops._linear(x, qweight, used_scale, bias, weight.shape[0], activation, out_dtype)
+    args = (x, qweight, used_scale, bias, weight.shape[0], activation, out_dtype)
     if activation == "float":
-        codes, x_scale = x.new_empty(0, dtype=torch.int8), x.new_empty(0, dtype=torch.float32)
+        y, codes = ops._linear(*args), x.new_empty(0, dtype=torch.int8)
+        x_scale = x.new_empty(0, dtype=torch.float32)
     else:
-        codes, x_scale = ops._quantize_activation(x, activation == "int8_per_tensor")
+        y, codes, x_scale = ops._linear_with_codes(*args)
     # An input must not be an output too; the backward pass keeps it by itself.
     kept = used_scale if step is None else used_scale.new_empty(0)
     return y, qweight, kept, codes, x_scale

@@ -86,6 +86,20 @@ def linear(
     return y.to(out_dtype).contiguous()
 
 
+def linear_with_codes(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns `linear` of int8 activations, and `quantize_activation`: what training keeps."""
+    y = linear(x, qweight, weight_scale, bias, out_features, activation, out_dtype)
+    return y, *quantize_activation(x, activation == "int8_per_tensor")
+
+
 def linear_float(
     x: Tensor,
     qweight: Tensor,

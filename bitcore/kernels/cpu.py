@@ -222,6 +222,14 @@ class CpuKernels:
         constants = self._linear_constants(qweight, weight_scale, bias, out_features, activation)
         return self._run_linear(constants, x, out_dtype)
 
+    def linear_with_codes(
+        self, x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+        out_features: int, activation: str, out_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See `bitcore.reference.linear_with_codes`."""
+        y = self.linear(x, qweight, weight_scale, bias, out_features, activation, out_dtype)
+        return y, *self.quantize_activation(x, activation == "int8_per_tensor")
+
     def prepare_linear(
         self,
         qweight: Tensor,

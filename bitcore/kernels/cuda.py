@@ -20,6 +20,7 @@ from bitcore.kernels.native import library_path
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _I8_T2, _I8_I8, _F16_T2, _F32_T2 = range(4)
 _QUANTIZE_WORKSPACE = 4096
+_BLOCK = 64  # columns that the kernels multiply at a time
 _LEAST_CAPABILITY = (8, 0)
 _MOST_ELEMENTS = 2**31 - 1
 # Activations of this op's name that are not quantized.
@@ -196,6 +197,39 @@ class CudaKernels:
         out_dtype: torch.dtype,
     ) -> Tensor:
         """See `bitcore.reference.linear`: one native call, activations included."""
+        return self._linear(x, qweight, weight_scale, bias, out_features, activation, out_dtype, ())
+
+    def linear_with_codes(
+        self,
+        x: Tensor,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        activation: str,
+        out_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `bitcore.reference.linear_with_codes`: x is read once where K is a multiple of 64."""
+        args = (x, qweight, weight_scale, bias, out_features, activation, out_dtype)
+        if x.shape[-1] % _BLOCK != 0:
+            codes, scale = self.quantize_activation(x, activation == "int8_per_tensor")
+            return self.linear(*args), codes, scale
+        codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+        scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+        return self._linear(*args, (codes, scale)), codes, scale
+
+    def _linear(
+        self,
+        x: Tensor,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        activation: str,
+        out_dtype: torch.dtype,
+        kept: tuple[Tensor, ...],
+    ) -> Tensor:
+        """A layer; the codes and scales of x stay in `kept`, if given."""
         op = "bitlab::linear"
         tokens = self._tokens(op, "x", x)
         columns = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
@@ -205,11 +239,12 @@ class CudaKernels:
         workspace, count = self._workspace(product, op, tokens, out_features, columns)
         bias = None if bias is None else bias.contiguous()
         quantized = () if is_float else (int(activation == "int8_per_tensor"),)
+        name = "linear_float_t2" if is_float else "linear_codes_i8_t2" if kept else "linear_i8_t2"
         self._call(
-            op, "linear_float_t2" if is_float else "linear_i8_t2", (y, workspace), tokens,
+            op, name, (y, *kept, workspace), tokens,
             _TYPE_CODES[x.dtype], tokens.stride(0), qweight.contiguous(),
             weight_scale.contiguous(), weight_scale.shape[0], columns, bias,
-            0 if bias is None else _TYPE_CODES[bias.dtype], y, _TYPE_CODES[out_dtype],
+            0 if bias is None else _TYPE_CODES[bias.dtype], y, _TYPE_CODES[out_dtype], *kept,
             tokens.shape[0], out_features, tokens.shape[1], *quantized, workspace, count,
         )  # fmt: skip
         return y

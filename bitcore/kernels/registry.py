@@ -92,6 +92,19 @@ class Kernels(Protocol):
         """Runs the whole layer."""
         ...
 
+    def linear_with_codes(
+        self,
+        x: Tensor,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        activation: str,
+        out_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the whole layer and keeps the int8 codes of x and their scales."""
+        ...
+
 
 @dataclass(frozen=True)
 class BackendInfo:

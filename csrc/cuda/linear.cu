@@ -77,6 +77,12 @@ struct Output {
     int32_t y_type;
 };
 
+// Where the codes of x and their scales are to stay, or nulls.
+struct Kept {
+    int8_t *codes;
+    float *scale;
+};
+
 MatmulParams params_of(bk_cuda_product product, const Shape &shape, const Weights &weights, const Output &output) {
     MatmulParams p = {};
     p.weight = static_cast<const uint8_t *>(weights.weight);
@@ -143,13 +149,13 @@ int32_t check_linear(const Shape &shape, const Weights &weights, const Output &o
 
 // Codes, exact sums, scales: all linear layers with int8 activations, and the product alone.
 int32_t linear_i8(bk_cuda_product product, const Shape &shape, const void *x, int32_t x_type, int64_t x_stride,
-                  const Weights &weights, const Output &output, bool per_tensor, void *workspace, int multiprocessors,
-                  void *stream) {
+                  const Weights &weights, const Output &output, const Kept &kept, bool per_tensor, void *workspace,
+                  int multiprocessors, void *stream) {
     BK_CUDA_TRY(check_linear(shape, weights, output, workspace, multiprocessors));
     if (shape.M == 0) return BK_CUDA_OK;
     if (x_type != BK_CUDA_I8) BK_CUDA_TRY(check_tensor(shape, "x", x, x_type));
     MatmulParams p = params_of(product, shape, weights, output);
-    if (product == BK_CUDA_I8_T2 && shape.M == 1 && x_type != BK_CUDA_I8) {
+    if (product == BK_CUDA_I8_T2 && shape.M == 1 && x_type != BK_CUDA_I8 && !kept.codes) {
         const bool grouped = weights.scale_columns > 0;
         if (const int team = gemv_team(p, grouped, multiprocessors)) {
             return launched(shape, run_gemv(x, x_type, p, grouped, team, multiprocessors, stream));
@@ -158,15 +164,15 @@ int32_t linear_i8(bk_cuda_product product, const Shape &shape, const void *x, in
     const Plan plan = plan_matmul(product, shape.M, shape.N, shape.K, weights.scale_columns, multiprocessors);
     const Workspace parts = lay_out(product, shape.M, shape.N, shape.K, weights.scale_columns, plan);
     QuantizeParams q = {};
-    q.codes = at<int8_t>(workspace, parts.x);
+    q.codes = kept.codes ? kept.codes : at<int8_t>(workspace, parts.x);
     q.code_stride = padded_to_64(shape.K);
     q.code_vector = true;
     q.sums = at<int32_t>(workspace, parts.sums);
-    q.scale = at<float>(workspace, parts.scale);
+    q.scale = kept.scale ? kept.scale : at<float>(workspace, parts.scale);
     q.columns = p.columns;
     uint32_t *maxima = per_tensor ? at<uint32_t>(workspace, parts.maxima) : nullptr;
     BK_CUDA_TRY(launched(shape, quantize(x, x_type, x_stride, shape.M, shape.K, maxima, q, stream)));
-    p.x = at<uint8_t>(workspace, parts.x);
+    p.x = reinterpret_cast<const uint8_t *>(q.codes);
     p.x_stride = q.code_stride;
     p.x_sums = q.sums;
     p.x_scale = q.scale;
@@ -230,22 +236,39 @@ int32_t bk_cuda_linear_i8_t2(const void *x, int32_t x_type, int64_t x_stride, co
                              int32_t bias_type, void *y, int32_t y_type, int64_t M, int64_t N, int64_t K,
                              int32_t per_tensor, void *workspace, int32_t multiprocessors, void *stream) {
     return linear_i8(BK_CUDA_I8_T2, {"bk_cuda_linear_i8_t2", M, N, K}, x, x_type, x_stride,
-                     {qweight, weight_scale, scale_rows, scale_columns, bias, bias_type}, {y, y_type}, per_tensor != 0,
-                     workspace, multiprocessors, stream);
+                     {qweight, weight_scale, scale_rows, scale_columns, bias, bias_type}, {y, y_type}, {},
+                     per_tensor != 0, workspace, multiprocessors, stream);
+}
+
+int32_t bk_cuda_linear_codes_i8_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
+                                   const float *weight_scale, int64_t scale_rows, int64_t scale_columns,
+                                   const void *bias, int32_t bias_type, void *y, int32_t y_type, int8_t *codes,
+                                   float *x_scale, int64_t M, int64_t N, int64_t K, int32_t per_tensor, void *workspace,
+                                   int32_t multiprocessors, void *stream) {
+    const Shape shape = {"bk_cuda_linear_codes_i8_t2", M, N, K};
+    if (M > 0 && (!codes || !aligned(codes, K, 16) || K % 64 != 0)) {
+        return fail(BK_CUDA_INVALID_ARGUMENT,
+                    "%s: codes must be aligned to 16 bytes and K a multiple of 64, got %p and K %lld", shape.op,
+                    static_cast<void *>(codes), static_cast<long long>(K));
+    }
+    if (M > 0) BK_CUDA_TRY(check_tensor(shape, "x_scale", x_scale, BK_CUDA_F32));
+    return linear_i8(BK_CUDA_I8_T2, shape, x, x_type, x_stride,
+                     {qweight, weight_scale, scale_rows, scale_columns, bias, bias_type}, {y, y_type}, {codes, x_scale},
+                     per_tensor != 0, workspace, multiprocessors, stream);
 }
 
 int32_t bk_cuda_linear_i8_i8(const void *x, int32_t x_type, int64_t x_stride, const int8_t *qweight,
                              const float *weight_scale, const void *bias, int32_t bias_type, void *y, int32_t y_type,
                              int64_t M, int64_t N, int64_t K, void *workspace, int32_t multiprocessors, void *stream) {
     return linear_i8(BK_CUDA_I8_I8, {"bk_cuda_linear_i8_i8", M, N, K}, x, x_type, x_stride,
-                     {qweight, weight_scale, N, 0, bias, bias_type}, {y, y_type}, false, workspace, multiprocessors,
+                     {qweight, weight_scale, N, 0, bias, bias_type}, {y, y_type}, {}, false, workspace, multiprocessors,
                      stream);
 }
 
 int32_t bk_cuda_matmul_i8_t2_i32(const int8_t *codes, const uint8_t *qweight, int32_t *acc, int64_t M, int64_t N,
                                  int64_t K, void *workspace, int32_t multiprocessors, void *stream) {
     return linear_i8(BK_CUDA_I8_T2, {"bk_cuda_matmul_i8_t2_i32", M, N, K}, codes, BK_CUDA_I8, K,
-                     {qweight, nullptr, 1, 0, nullptr, 0}, {acc, BK_CUDA_I32}, false, workspace, multiprocessors,
+                     {qweight, nullptr, 1, 0, nullptr, 0}, {acc, BK_CUDA_I32}, {}, false, workspace, multiprocessors,
                      stream);
 }
 

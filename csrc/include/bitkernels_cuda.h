@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define BK_CUDA_ABI_VERSION 1
+#define BK_CUDA_ABI_VERSION 2
 #define BK_CUDA_API __attribute__((visibility("default")))
 
 /* Largest K: a sum of K products of the int8 code -128 and the byte 128 still fits int32. */
@@ -72,6 +72,20 @@ BK_CUDA_API int32_t bk_cuda_linear_i8_t2(const void *x, int32_t x_type, int64_t 
                                          const void *bias, int32_t bias_type, void *y, int32_t y_type, int64_t M,
                                          int64_t N, int64_t K, int32_t per_tensor, void *workspace,
                                          int32_t multiprocessors, void *stream);
+
+/*
+ * The same, and what x was quantized to, for a backward pass: x is read once.
+ *
+ *   codes        int8 [M, K], contiguous, aligned to 16 bytes; K a multiple of 64
+ *   x_scale      float32 [M]
+ *   Other arguments as in bk_cuda_linear_i8_t2.
+ */
+BK_CUDA_API int32_t bk_cuda_linear_codes_i8_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
+                                               const float *weight_scale, int64_t scale_rows, int64_t scale_columns,
+                                               const void *bias, int32_t bias_type, void *y, int32_t y_type,
+                                               int8_t *codes, float *x_scale, int64_t M, int64_t N, int64_t K,
+                                               int32_t per_tensor, void *workspace, int32_t multiprocessors,
+                                               void *stream);
 
 /*
  * y = x @ (w_q * weight_scale).T + bias: ternary weights, activations as they are.

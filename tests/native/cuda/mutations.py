@@ -176,6 +176,12 @@ MUTATIONS = [
         ("ties rounded up", "ratio > 0.5f ? 2", "ratio >= 0.4999f ? 2"),
     ),
     *_in(
+        "csrc/cuda/linear.cu",
+        "linear",
+        ("codes of one token not kept", "x_type != BK_CUDA_I8 && !kept.codes", "x_type != BK_CUDA_I8"),
+        ("codes not kept", "kept.codes ? kept.codes : at<int8_t>", "at<int8_t>"),
+    ),
+    *_in(
         "tests/native/cuda/fragments.h",
         "emulator",
         ("wrong fragment table of A", "((i / 4) % 2) * 8, in_group * 4 + i % 4 + (i / 8) * 16", "(i / 8) * 8, in_group * 4 + i % 4 + ((i / 4) % 2) * 16"),

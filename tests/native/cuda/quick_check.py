@@ -49,6 +49,16 @@ def uneven_weight() -> Tensor:
     return torch.tensor([[0.0, 2.0**53, 2.0**29] + [1.0] * 13])
 
 
+def kept(
+    kernels: HostKernels, x: Tensor, packed: Tensor, scale: Tensor, out_features: int
+) -> tuple[Tensor, Tensor]:
+    """A layer's outputs with the codes and scales of its input, in one tensor."""
+    args = (x, packed, scale, None, out_features, "int8_per_token", torch.float32)
+    found = (kernels.linear_with_codes(*args), reference.linear_with_codes(*args))
+    ours, expected = (torch.cat([part.float() for part in parts], dim=1) for parts in found)
+    return ours, expected
+
+
 def pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
     """Calls that give a result and what it must be: integers and int8 layers exactly."""
     for tokens, out_features, in_features in SHAPES:
@@ -88,6 +98,8 @@ def pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]
                 args = (packed, scale, count, torch.float32)
                 return kernels.unpack_weight(*args), reference.unpack_weight(*args)
 
+            if in_features % 64 == 0:
+                yield lambda x=x, q=packed, s=scale, n=out_features: kept(kernels, x, q, s, n)
             yield lambda layer=layer: layer("int8_per_token")
             yield lambda layer=layer: layer("int8_per_tensor")
             yield packing
@@ -111,6 +123,11 @@ def pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]
             kernels.pack_weight(w, "per_tensor", 0)[1],
             reference.pack_weight(w, "per_tensor", 0)[1],
         )
+    one, (packed, scale) = (
+        torch.randn(1, 128),
+        reference.pack_weight(torch.randn(9, 128), "per_channel", 0),
+    )
+    yield lambda: kept(kernels, one, packed, scale, 9)
     yield lambda: ordered_shares(kernels, 3)
     yield lambda: ordered_shares(kernels, 20)
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import bitcore
+from bitcore import reference
 from bitcore.kernels import registry
 from bitcore.ops import qat_linear
-from tests.native.cuda.host import HostKernels
+from tests.native.cuda.host import LAUNCHES, HostKernels
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_a_training_step_runs_the_kernels(
     x, weight = torch.randn(tokens, 192), torch.randn(35, 192)
     found = step(x, weight, granularity, activation)
     quantized = activation != "float"
-    forward = ["linear_i8_t2", "quantize_i8"] if quantized else ["linear_float_t2"]
+    forward = ["linear_codes_i8_t2"] if quantized else ["linear_float_t2"]
     assert called == ["weight_scale", "pack_t2", *forward, "input_gradient"]
     with bitcore.use_backend("reference"):
         expected = step(x, weight, granularity, activation)
@@ -58,3 +59,24 @@ def test_a_training_step_runs_the_kernels(
     for a, b in zip(found[:2], expected[:2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
     assert not torch.allclose(2 * found[1], expected[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("per", ["token", "tensor"])
+@pytest.mark.parametrize("shape", [(0, 64), (1, 64), (3, 128), (20, 192), (1, 100), (20, 100)])
+def test_a_layer_keeps_the_codes_of_its_input(
+    host: HostKernels, shape: tuple[int, int], per: str
+) -> None:
+    x, (qweight, scale) = (
+        torch.randn(shape),
+        reference.pack_weight(torch.randn(35, shape[1]), "per_channel", 0),
+    )
+    args = (x, qweight, scale, torch.randn(35), 35, f"int8_per_{per}", torch.float32)
+    before = host.count(LAUNCHES)
+    for ours, expected in zip(
+        host.linear_with_codes(*args), reference.linear_with_codes(*args), strict=True
+    ):
+        assert torch.equal(ours, expected)
+    launches = host.count(LAUNCHES) - before
+    if shape[1] % 64 == 0:
+        # x is read by one kernel, by two where one scale serves all tokens.
+        assert launches == (0 if shape[0] == 0 else 2 + (per == "tensor"))
