@@ -116,9 +116,58 @@ def test_gradient_checkpointing_changes_nothing(source: Path, tmp_path: Path) ->
 
 
 def test_gradient_accumulation(source: Path, tmp_path: Path) -> None:
-    model = load(source)
-    make_trainer(model, tmp_path, max_steps=2, gradient_accumulation_steps=2).train()
-    assert all(torch.isfinite(p).all() for p in model.parameters())
+    """Four batches of one are one batch of four: sums of float32 in another order."""
+    losses = []
+    for size, parts in ((4, 1), (1, 4)):
+        trainer = make_trainer(
+            load(source), tmp_path, per_device_train_batch_size=size,
+            gradient_accumulation_steps=parts, max_grad_norm=1.0,
+        )  # fmt: skip
+        trainer.train()
+        logs = [log for log in trainer.state.log_history if "grad_norm" in log]
+        losses.append([(log["loss"], log["grad_norm"]) for log in logs])
+    assert len(losses[0]) == 6
+    for one, four in zip(*losses, strict=True):
+        assert four == pytest.approx(one, rel=1e-3)
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5)
+
+
+def test_eight_bit_adamw_resumes(source: Path, tmp_path: Path) -> None:
+    """bitsandbytes' optimizer, on the CPU, in a plain Trainer."""
+    saving = {"optim": "adamw_bnb_8bit", "save_strategy": "steps", "save_steps": 3}
+    straight = load(source)
+    trainer = make_trainer(straight, tmp_path / "run", **saving)
+    trainer.train()
+    optimizer: Any = trainer.optimizer
+    assert type(optimizer.optimizer).__module__.startswith("bitsandbytes")
+    # Weights of 4096 elements and more have states of 8 bits.
+    kept = optimizer.optimizer.state[straight.model.layers[0].mlp.up_proj.weight]
+    assert kept["state1"].dtype == torch.uint8
+    resumed = load(source)
+    make_trainer(resumed, tmp_path / "again", **saving).train(
+        resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3")
+    )
+    assert_equal_states(state_of(straight), state_of(resumed))
+
+
+@pytest.mark.ci
+def test_compiled_training_is_eager_training(tmp_path: Path) -> None:
+    """One graph, no breaks, no recompiles; losses of float32 sums in another order."""
+    source = make_float_model("llama", tmp_path, num_hidden_layers=1)
+    eager = make_trainer(load(source), tmp_path)
+    eager.train()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = make_trainer(load(source), tmp_path, torch_compile=True, eval_strategy="no")
+    compiled.train()
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1
+    losses = [
+        [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        for trainer in (eager, compiled)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_bf16_autocast(source: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -254,6 +255,21 @@ def two(folder: Path, source: Path, known: Path) -> None:
     (folder / f"messages-{os.environ['RANK']}.json").write_text(json.dumps(messages))
 
 
+def full_disk(folder: Path, source: Path) -> None:
+    """A run that cannot write its second checkpoint: the main process ends, with a message."""
+    from tests.bitlab_hf.train.test_trainer import FullDisk
+
+    data, arguments = training_data(48), make_arguments(folder / "full", eval_strategy="no")
+    trainer = BitLabTrainer(
+        model=load(source), args=arguments, train_dataset=data, recipe="plain",
+        callbacks=[FullDisk(3)],
+    )  # fmt: skip
+    try:
+        trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+
 def eight(folder: Path, source: Path, known: Path) -> None:
     """What eight processes do."""
     train(source, folder / "eight", save_strategy="no")
@@ -285,6 +301,10 @@ def main(folder: Path) -> None:
     for kind, make in MODELS.items():
         train(source, folder / f"one-{kind}", model=make(source), max_steps=2)
     launch(2, folder / "store-2", partial(two, folder, source, known))
+    try:
+        launch(2, folder / "store-full", partial(full_disk, folder, source))
+    except mp.ProcessRaisedException as error:
+        (folder / "full.txt").write_text(str(error))
     launch(8, folder / "store-8", partial(eight, folder, source, known))
 
 

@@ -202,3 +202,12 @@ def test_statistics_count_the_whole_weights(runs: Path, name: str) -> None:
     # One line a log: a second process that wrote, too, would double them.
     lines = (runs / name / STATISTICS_FILE).read_text().splitlines()
     assert len(lines) == 1 + len(several)
+
+
+def test_a_full_disk_ends_all_processes(runs: Path) -> None:
+    """With what the main process says; the last good checkpoint stays."""
+    said = (runs / "full.txt").read_text()
+    assert "CheckpointError: BitLabTrainer: checkpoint-4 must be written whole" in said
+    assert "checkpoint-2; train(resume_from_checkpoint=True)" in said
+    folders = {path.name for path in (runs / "full").iterdir() if path.is_dir()}
+    assert folders == {"checkpoint-2"}

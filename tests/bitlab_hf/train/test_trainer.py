@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import resource
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -284,23 +287,36 @@ def test_resuming(source: Path, tmp_path: Path) -> None:
         make(source, tmp_path / "empty", **saving).train(resume_from_checkpoint=True)
 
 
-def test_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make(source, tmp_path, recipe="plain", save_strategy="steps", save_steps=2)
-    save = torch.save
+class FullDisk(TrainerCallback):
+    """From a step on, no file can grow beyond 64 KiB: what is larger fails while it is written."""
 
-    def failing(value: Any, target: Any, *rest: Any, **kwargs: Any) -> None:
-        if "checkpoint-4" in str(target):
-            Path(target).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        save(value, target, *rest, **kwargs)
+    def __init__(self, step: int) -> None:
+        self.step = step
 
-    monkeypatch.setattr(torch, "save", failing)
-    with pytest.raises(CheckpointError, match=r"No space left(.|\n)*checkpoint-2"):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+
+
+@pytest.fixture
+def file_sizes() -> Iterator[None]:
+    """Puts the limit of file sizes back."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("file_sizes")
+def test_a_full_disk(source: Path, tmp_path: Path) -> None:
+    saving: dict[str, Any] = {"recipe": "plain", "save_strategy": "steps", "save_steps": 2}
+    trainer = make(source, tmp_path, callbacks=[FullDisk(3)], **saving)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 must be written(.|\n)*checkpoint-2"):
         trainer.train()
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"checkpoint-2"}
-    monkeypatch.setattr(torch, "save", save)
-    again = make(source, tmp_path, recipe="plain", save_strategy="steps", save_steps=2)
-    again.train(resume_from_checkpoint=True)
+    make(source, tmp_path, **saving).train(resume_from_checkpoint=True)
     assert (tmp_path / "checkpoint-4").is_dir()
 
 
