@@ -36,7 +36,7 @@ from torch import Tensor
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 GRID_SEED = 0
 # Trained longer, by the ratio of the measured times, for the comparison at equal time.
-EQUAL_TIME = ("auto", "plain")
+EQUAL_TIME = ("auto",)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,8 @@ def finished(settings: Settings, domain: str) -> list[dict[str, Any]]:
 
 
 def equal_time(settings: Settings, method: str, domain: str) -> list[dict[str, Any]]:
-    """Trains a cheaper method on as many more tokens as the default recipe costs time.
+    """Trains a cheaper method on as many more tokens as the default recipe costs time, if the text
+    has them.
 
     Its learning rate is the one chosen at equal tokens; time is CPU seconds a token, the median
     over all runs of a method in this domain.
@@ -181,7 +182,9 @@ def equal_time(settings: Settings, method: str, domain: str) -> list[dict[str, A
     if method not in rows or "default" not in rows:
         return []
     ratio = rows["default"]["seconds_per_token"] / rows[method]["seconds_per_token"]
-    longer = replace(settings, blocks=max(settings.blocks, round(settings.blocks * ratio)))
+    there_are = len(load_file(settings.folder / domain / "blocks.safetensors")["train"])
+    wanted = max(settings.blocks, round(settings.blocks * ratio))
+    longer = replace(settings, blocks=min(wanted, there_are))
     record = settings.folder / domain / f"equal-time-{method}.json"
     if record.is_file():
         longer = replace(settings, blocks=json.loads(record.read_text())["blocks"])

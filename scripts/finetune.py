@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--block", type=int, default=512, help="tokens of a training example")
     parser.add_argument("--batch", type=int, default=8, help="examples of a step and process")
     parser.add_argument("--max-steps", type=int, default=-1, help="default: one epoch")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--optim", default="adamw_torch", help="such as adamw_bnb_8bit")
     parser.add_argument("--save-steps", type=int, default=500)
     parser.add_argument("--cpu", action="store_true", help="train on the CPU")

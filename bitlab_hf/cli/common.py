@@ -143,6 +143,41 @@ def progress(title: str, total: float | None) -> Iterator[Advance]:
         yield add(title, total)
 
 
+@contextmanager
+def library_bars() -> Iterator[Callable[[str, float | None], Advance]]:
+    """Shows bars for what transformers loads and writes meanwhile; gives what adds others."""
+    from transformers.utils import logging as transformers_logging
+
+    with bars() as add:
+
+        class Shown(transformers_logging.EmptyTqdm):
+            """What transformers takes for tqdm."""
+
+            def __init__(self, iterable: Any = (), **options: Any) -> None:
+                super().__init__()
+                self._items = iterable
+                total = options.get("total")
+                if total is None and hasattr(iterable, "__len__"):
+                    total = len(iterable)
+                self._advance = add(str(options.get("desc") or "working").lower(), total)
+
+            def __iter__(self) -> Iterator[Any]:
+                for item in self._items:
+                    yield item
+                    self._advance(1)
+
+            def update(self, amount: float = 1) -> None:
+                self._advance(amount)
+
+        before = transformers_logging.set_tqdm_hook(
+            lambda _factory, args, options: Shown(*args, **options)
+        )
+        try:
+            yield add
+        finally:
+            transformers_logging.set_tqdm_hook(before)
+
+
 def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
     """Prints a result: JSON, or lines for people."""
     typer.echo(json.dumps(result, indent=2) if as_json else text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from bitlab_hf.cli.common import (
     check_source,
     emit,
     folder_bytes,
+    library_bars,
     load_model,
     megabytes,
     progress,
@@ -65,7 +67,7 @@ def deploy(
     if held is not None and dict(held).get("weight_format") == "packed":
         raise ArgumentError("deploy: the model must be latent or float, got a deployed one")
     started = time.perf_counter()
-    with progress("packing", None):
+    with library_bars():
         model = AutoModelForCausalLM.from_pretrained(
             source, quantization_config=BitLabConfig(mode="infer", **fields)
         )
@@ -137,7 +139,7 @@ def import_(
         raise ArgumentError(
             f"import: activation must be left out for a bitnet checkpoint, got {activation!r}"
         )
-    with progress("importing", None):
+    with library_bars():
         model = load_bitnet(check_source(source))
         save(model, output, tokenizer=tokenizer_if_any(source))
     _report("imported", source, output, started, as_json)
@@ -159,10 +161,11 @@ def export(
     if to not in ("bitnet", "gguf"):
         raise typer.BadParameter(f"must be bitnet or gguf, got {to}", param_hint="--to")
     started = time.perf_counter()
-    with progress("exporting", None):
+    with library_bars() as add:
         model = load_model(source)
         if to == "gguf":
-            export_gguf(model, output, qtype, tokenizer=tokenizer_if_any(source))
+            tokenizer, advance = tokenizer_if_any(source), add("exporting", 1.0)
+            export_gguf(model, output, qtype, tokenizer=tokenizer, advance=advance)
         else:
             export_bitnet(model, output, tokenizer=tokenizer_if_any(source))
     _report("exported", source, output, started, as_json)
@@ -177,12 +180,16 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Uploads a model to the hub in one commit; run again, it sends only what is missing."""
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+
     from bitlab_hf.interop.hub import push as push_folder
 
     quiet()
+    if sys.stderr.isatty():
+        # The hub's client has bars of its own.
+        enable_progress_bars()
     started = time.perf_counter()
-    with progress("uploading", None):
-        commit = push_folder(folder, repo, private=not public, latent=latent, message=message)
+    commit = push_folder(folder, repo, private=not public, latent=latent, message=message)
     seconds = time.perf_counter() - started
     emit({"commit": commit, "seconds": seconds}, as_json, f"{commit} ({seconds:.1f} s)")
 

@@ -47,7 +47,7 @@ def train(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Blocks of a step.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 512,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Largest one; a cosine.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Largest one; a cosine.")] = 1e-4,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in OUTPUT.")

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from bitlab_hf.demo.report import PROMPTS, Report, show_table, show_texts
 from bitlab_hf.demo.text import Blocks, Perplexity, make_blocks, measure_perplexity
 from bitlab_hf.deploy import deploy
 from bitlab_hf.saving import save
-from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, record_baseline
+from bitlab_hf.train import BitLabTrainer, record_baseline
 
 # How often the ternary model is evaluated in training, and on which part of the held-out blocks.
 EVALUATIONS, EVALUATED = 8, 5
@@ -61,7 +61,6 @@ class Settings:
         length: Tokens of a block.
         batch: Blocks of a training step of the ternary model.
         learning_rate: Its peak learning rate.
-        calibration: Blocks to calibrate it on before.
         float_batch: Blocks of a training step of the full-precision model.
         float_learning_rate: Its peak learning rate.
         generate: Tokens to generate for each prompt.
@@ -74,8 +73,7 @@ class Settings:
     eval_tokens: int = 100_000
     length: int = 512
     batch: int = 2
-    learning_rate: float = 1e-4
-    calibration: int = 64
+    learning_rate: float = 1e-3
     float_batch: int = 8
     float_learning_rate: float = 1e-4
     generate: int = 64
@@ -265,16 +263,10 @@ class Demo:
             "callbacks": [_Bars(progress, title)],
             "statistics": watched is not None,
         }
-        recipe: str | Recipe = "plain"
-        if ternary:
-            recipe = replace(RECIPES["default"], calibration_samples=settings.calibration)
+        recipe = "distill" if ternary else "plain"
         trainer = BitLabTrainer(**common, recipe=recipe, teacher=teacher)
         trainer.remove_callback(PrinterCallback)
         if watched is not None:
-            task = progress.add_task("calibrate", total=None)
-            trainer.calibration_progress = lambda done, total, _name: progress.update(
-                task, completed=done, total=total
-            )
             record_baseline(trainer, teacher, "original")
             trainer.recipe.save(run)
             trainer.evaluate()

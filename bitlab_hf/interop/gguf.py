@@ -62,6 +62,7 @@ def export_gguf(
     *,
     tokenizer: Any = None,
     pre_tokenizer: str | None = None,
+    advance: Callable[[float], None] = lambda _share: None,
 ) -> None:
     """Writes a model and its tokenizer as one GGUF file, in place in one step.
 
@@ -73,6 +74,7 @@ def export_gguf(
         tokenizer: The tokenizer; default the one of the folder or repository that the model was
             loaded from.
         pre_tokenizer: llama.cpp's name of how text is split; default found from the tokenizer.
+        advance: Called with the share of all values that was written since the last call.
 
     Raises:
         MissingExtraError: The package ``gguf`` is not installed.
@@ -105,7 +107,7 @@ def export_gguf(
         writer = gguf.GGUFWriter(name, architecture)
         _add_metadata(writer, model, qtype)
         add_tokenizer(writer, tokenizer, model.config.vocab_size, pre_tokenizer)
-        _write(writer, tensors)
+        _write(writer, tensors, advance)
         os.chmod(name, 0o644)
         os.replace(name, target)
     finally:
@@ -297,7 +299,9 @@ def _layer(name: str, layer: BitLayerBase, qtype: str, order: Tensor | None) -> 
     return _Tensor(name, (layer.out_features, layer.in_features), qtype, make)
 
 
-def _write(writer: gguf.GGUFWriter, tensors: list[_Tensor]) -> None:
+def _write(
+    writer: gguf.GGUFWriter, tensors: list[_Tensor], advance: Callable[[float], None]
+) -> None:
     import gguf
     import numpy as np
 
@@ -309,6 +313,7 @@ def _write(writer: gguf.GGUFWriter, tensors: list[_Tensor]) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    total = sum(math.prod(tensor.shape) for tensor in tensors)
     for tensor in tensors:
         values = tensor.make().contiguous()
         if tensor.kind in ("TQ2_0", "TQ1_0"):
@@ -316,4 +321,5 @@ def _write(writer: gguf.GGUFWriter, tensors: list[_Tensor]) -> None:
         else:
             data = values.view(torch.uint8).numpy()
         writer.write_tensor_data(data)
+        advance(math.prod(tensor.shape) / total)
     writer.close()

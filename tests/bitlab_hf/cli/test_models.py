@@ -110,3 +110,20 @@ def test_usage(cli: Cli, command: str) -> None:
     shown = cli(command, "--help")
     assert shown.code == 0
     assert f"bitlab {command} " in shown.out
+
+
+def test_bars(
+    cli: Cli, states: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal, what loads and what is written is shown with the time left."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    build("llama", tmp_path / "stock")
+    for arguments, titles in (
+        (("deploy", states["float"], tmp_path / "packed"), ("loading weights", "writing model")),
+        (("import", tmp_path / "stock", tmp_path / "own"), ("loading weights", "writing model")),
+        (("export", states["deployed"], tmp_path / "a.gguf", "--to", "gguf"), ("exporting",)),
+    ):
+        done = cli(*arguments)
+        assert done.code == 0, done.error
+        assert all(title in done.err for title in (*titles, "left")), done.err
+        assert "left" not in done.out
