@@ -44,7 +44,7 @@ def check_source(source: str) -> str:
     """Returns a folder or a name of the hub as it was given.
 
     Raises:
-        ArgumentError: It is neither.
+        ArgumentError: It is neither, or the hub does not give it.
     """
     path = Path(source)
     if path.is_dir():
@@ -53,6 +53,16 @@ def check_source(source: str) -> str:
         return source
     if path.exists() or not _HUB_NAME.fullmatch(source):
         raise ArgumentError(f"{source}: the model must be a folder or a hub name, got neither")
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise ArgumentError(
+            f"{source}: the model must be a folder, or on the hub and within reach, got: "
+            f"{str(error).splitlines()[0]}\nCheck the name and the connection; run `hf auth login` "
+            "for what is private."
+        ) from error
     return source
 
 

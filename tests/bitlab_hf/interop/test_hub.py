@@ -55,7 +55,7 @@ def hub() -> Iterator[Hub]:
 
 
 def run(
-    hub: Hub, scratch: Path, *arguments: str, token: str = TOKEN
+    hub: Hub | Nowhere, scratch: Path, *arguments: str, token: str = TOKEN
 ) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
@@ -182,3 +182,43 @@ def test_what_is_not_uploaded(
         push(latent, "me/model")
     with pytest.raises(ArgumentError, match="a token must be given"):
         push(latent, "me/model", latent=True)
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments"),
+    [
+        (True, ("import", "me/none", "OUT")),
+        (True, ("deploy", "me/none", "OUT")),
+        (True, ("generate", "me/none", "hello")),
+        (False, ("import", "me/none", "OUT")),
+    ],
+)
+def test_what_is_not_there(
+    network: bool, arguments: tuple[str, ...], hub: Hub, tmp_path: Path
+) -> None:
+    """One message that names the repository, a code for scripts, and nothing written."""
+    output = tmp_path / "out"
+    given = [str(output) if word == "OUT" else word for word in arguments]
+    code = "from bitlab_hf.cli import main; main()"
+    done = run(hub if network else Nowhere(), tmp_path, "-c", code, *given)
+    assert done.returncode == 1
+    # The client tells of its retries before.
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    said = "is not a valid model identifier" if network else "We couldn't connect"
+    assert message.startswith("error: me/none: the model must be a folder, or on the hub")
+    assert said in message
+    assert "Traceback" not in done.stderr
+    assert not output.exists()
+
+
+def test_no_token(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    done = push_by_command(hub, tmp_path, folder, token="")
+    assert done.returncode == 1
+    assert "hf auth login" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class Nowhere:
+    """Stands for a hub that no one serves."""
+
+    endpoint = "http://127.0.0.1:9"
