@@ -42,7 +42,6 @@ METHODS = {
     "plain": Method("plain", recipe=Recipe()),
     "kl": Method("distillation", recipe=_KL),
     "default": Method("default: distillation, calibrated start", recipe=_DEFAULT),
-    "default-lsq": Method("default, learned scale", config=_LEARNED, recipe=_DEFAULT),
     "plain-calibrated": Method("calibrated start", recipe=Recipe(calibration_samples=_SAMPLES)),
     "kl-lsq": Method("distillation, learned scale", config=_LEARNED, recipe=_KL),
     "kl-warmup": Method("distillation, strength warmed up", recipe=replace(_KL, quant_warmup=0.2)),
@@ -59,7 +58,6 @@ METHODS = {
     "kl-lsq-channel": Method(
         "distillation, learned scales per channel", config={**_LEARNED, **_CHANNEL}, recipe=_KL
     ),
-    "default-channel": Method("default, per channel", config=_CHANNEL, recipe=_DEFAULT),
     "channel": Method("plain, per channel", config=_CHANNEL, recipe=Recipe()),
 }
 # Title: arguments of `BitLabConfig`, and whether the layers are calibrated.

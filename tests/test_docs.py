@@ -107,6 +107,16 @@ def test_commands_exist(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_options_of_scripts_exist(document: Path) -> None:
+    """Each option on a line, or in a phrase of code, that runs one of our Python scripts."""
+    text = document.read_text().replace("\\\n", " ")
+    for name, rest in re.findall(r"scripts/(\w+\.py)([^\n`#]*)", text):
+        known = (ROOT / "scripts" / name).read_text()
+        for option in re.findall(r"(?<=\s)--[\w-]+", rest):
+            assert f'"{option}"' in known, f"{document.name}: {name} {option}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links(document: Path) -> None:
     """Each relative link and picture leads to a file, and each anchor to a heading."""
     for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
