@@ -13,7 +13,7 @@ from bitcore.saved import share_codes
 from bitcore.schemas import library as _library
 
 # The part of a weight gradient that is computed at once where it is rounded afterwards.
-_BLOCK_ROWS, _BLOCK_COLUMNS = 512, 512
+_BLOCK_ROWS, _BLOCK_COLUMNS = 512, 1024
 # Without the instructions torch multiplies bfloat16 on a CPU up to 300 times slower than float32.
 _HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(
     torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -108,6 +108,8 @@ def _qat_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     qweight, weight_scale, *inputs = ctx.saved_tensors
     learned = (inputs.pop(-2), inputs.pop()) if ctx.is_learned else None
     dx = dw = db = dscale = None
+    if ctx.needs_input_grad[0]:
+        dx = _input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype)
     rows = dy.reshape(-1, ctx.out_features)
     # torch leaves trailing arguments out that have their defaults.
     if ctx.needs_input_grad[1] or (learned is not None and ctx.needs_input_grad[8]):
@@ -119,9 +121,6 @@ def _qat_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
                 dw = dw.to(ctx.weight_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         db = rows.float().sum(0).to(ctx.bias_dtype)
-    # Last: the blocks of the weight's gradient are gone when this is allocated.
-    if ctx.needs_input_grad[0]:
-        dx = _input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype)
     return dx, dw, db, None, None, None, None, None, dscale
 
 
