@@ -117,9 +117,9 @@ class CalibratedStartMixin(_Base):
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
         with tqdm(desc="calibrated start", unit="layer", disable=hidden) as bar:
 
-            def advance(done: int, total: int, _name: str) -> None:
+            def advance(_done: int, total: int, _name: str) -> None:
                 bar.total = total
-                bar.update(done - bar.n)
+                bar.update(1)
 
             yield advance
 

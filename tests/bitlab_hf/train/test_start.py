@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from bitlab_hf.train import RECIPES, Recipe, calibrate
 from tests.bitlab_hf.models import make_float_model, taught, training_data
@@ -40,8 +41,14 @@ def loss(model: Any) -> float:
         return float(model.eval()(input_ids=ids, labels=ids).loss)
 
 
-def test_it_is_calibrate_on_the_training_data(source: Path, tmp_path: Path) -> None:
-    trainer = start(source, tmp_path)
+@pytest.mark.parametrize("bars", [True, False])
+def test_it_is_calibrate_on_the_training_data(source: Path, tmp_path: Path, bars: bool) -> None:
+    if not bars:
+        transformers_logging.disable_progress_bar()
+    try:
+        trainer = start(source, tmp_path, disable_tqdm=False)
+    finally:
+        transformers_logging.enable_progress_bar()
     assert trainer.calibration.samples == SAMPLES
     order = torch.randperm(32, generator=torch.Generator().manual_seed(trainer.args.seed))
     data = training_data()
