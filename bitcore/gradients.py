@@ -14,6 +14,9 @@ from bitcore.schemas import library as _library
 
 # The part of a weight gradient that is computed at once where it is rounded afterwards.
 _BLOCK_ROWS, _BLOCK_COLUMNS = 512, 1024
+# Packing the weight again reads it once, which is little beside the products of this many tokens,
+# and the packed bytes of no layer wait for its backward pass. On a GPU it is not as little.
+_REPACKED_TOKENS = 128
 # Without the instructions torch multiplies bfloat16 on a CPU up to 300 times slower than float32.
 _HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(
     torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -92,11 +95,22 @@ def _qat_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     _, qweight, weight_scale, codes, x_scale = output
     # Saved-tensor hooks would keep this output whole, with the node that keeps it: a cycle.
     weight_scale = weight_scale.detach()
+    # Zeros for the outputs without a gradient would be as large as these.
+    ctx.set_materialize_grads(False)
     # A scale without a step is a learned one: its gradient needs the weight that was rounded.
     ctx.is_learned = step is None and scale is not None
     saved = (x,) if activation == "float" else share_codes(x, activation, codes, x_scale)
-    learned = (weight, scale) if ctx.is_learned else ()
-    ctx.save_for_backward(qweight, weight_scale if step is None else scale, *saved, *learned)
+    # A compiler would move the packing into the forward pass, and keep what it gives.
+    repacks = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    repacks = repacks and x.numel() >= _REPACKED_TOKENS * x.shape[-1]
+    ctx.save_for_backward(
+        None if repacks else qweight,
+        weight if repacks or ctx.is_learned else None,
+        weight_scale if step is None else step,
+        weight_scale if step is None else scale,
+        scale if ctx.is_learned else None,
+        *saved,
+    )
     ctx.out_features, ctx.x_dtype = weight.shape[0], x.dtype
     ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
 
@@ -105,19 +119,21 @@ def _qat_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """Straight-through gradients: ``dx = dy @ (w_q s_w)``, ``dW = dy.T @ (x_q s_x)``, clipped and
     with one of the scale where that is learned.
     """
-    qweight, weight_scale, *inputs = ctx.saved_tensors
-    learned = (inputs.pop(-2), inputs.pop()) if ctx.is_learned else None
+    qweight, weight, step, weight_scale, learned_scale, *inputs = ctx.saved_tensors
     dx = dw = db = dscale = None
     if ctx.needs_input_grad[0]:
+        if qweight is None:
+            qweight = torch.ops.bitlab.pack_codes(weight, step)
         dx = _input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype)
+        del qweight
     rows = dy.reshape(-1, ctx.out_features)
     # torch leaves trailing arguments out that have their defaults.
-    if ctx.needs_input_grad[1] or (learned is not None and ctx.needs_input_grad[8]):
+    if ctx.needs_input_grad[1] or (ctx.is_learned and ctx.needs_input_grad[8]):
         with _no_autocast(dy):
-            dtype = ctx.weight_dtype if learned is None else dy.dtype
+            dtype = dy.dtype if ctx.is_learned else ctx.weight_dtype
             dw = _weight_gradient(rows, inputs, dtype)
-            if learned is not None:
-                dw, dscale = lsq_gradients(dw, *learned)
+            if ctx.is_learned:
+                dw, dscale = lsq_gradients(dw, weight, learned_scale)
                 dw = dw.to(ctx.weight_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         db = rows.float().sum(0).to(ctx.bias_dtype)

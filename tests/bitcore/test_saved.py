@@ -121,6 +121,40 @@ def test_checkpointing_recomputes_the_same(weights: list[Tensor]) -> None:
         assert torch.equal(plain, recomputed)
 
 
+@pytest.mark.parametrize("scheme", ["absmean", "step", "learned"])
+def test_a_weight_packed_again_gives_the_same_gradients(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x, weight, dy = torch.randn(6, K), torch.randn(10, K), torch.randn(6, 10)
+    step = None if scheme == "learned" else torch.tensor([0.5])
+    scale = torch.tensor([0.7])
+
+    def step_of(tokens: int) -> tuple[list[Tensor | None], set[torch.dtype]]:
+        monkeypatch.setattr(gradients, "_REPACKED_TOKENS", tokens)
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, scale)]
+        args = () if scheme == "absmean" else (step, leaves[2] if step is None else scale)
+        kept = set()
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.add(tensor.dtype)
+            return tensor if tensor.grad_fn is None else tensor.detach()
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = ops.qat_linear(
+                leaves[0], leaves[1], None, "per_tensor", None, "int8_per_token", *args
+            )
+        y.backward(dy)
+        return [leaf.grad for leaf in leaves], kept
+
+    (kept_gradients, kept), (gradients_again, kept_again) = step_of(7), step_of(6)
+    assert torch.uint8 in kept
+    assert torch.uint8 not in kept_again
+    for first, second in zip(kept_gradients, gradients_again, strict=True):
+        assert (first is None) == (second is None)
+        assert first is None or torch.equal(first, second)
+
+
 def assert_within(found: Tensor, a: Tensor, b: Tensor, roundings: int, dtype: torch.dtype) -> None:
     """Checks ``a @ b`` against so many roundings to dtype, and float32 sums, of its terms."""
     unit = (
