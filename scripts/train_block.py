@@ -2,8 +2,8 @@
 costs in memory, measured in a process of its own.
 
 Run as a script it reads a JSON request from its argument and prints the answer as JSON. The parent
-sets glibc's MALLOC_MMAP_THRESHOLD_ and MKL_DISABLE_FAST_MM, so that freed tensors and the buffers of
-matrix products leave the resident memory at once.
+sets glibc's MALLOC_MMAP_THRESHOLD_ and MKL_DISABLE_FAST_MM, so that freed tensors and the buffers
+of matrix products leave the resident memory at once.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -73,7 +73,7 @@ class Settings:
     eval_tokens: int = 100_000
     length: int = 512
     batch: int = 2
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-4
     float_batch: int = 8
     float_learning_rate: float = 1e-4
     generate: int = 64
@@ -263,8 +263,9 @@ class Demo:
             "callbacks": [_Bars(progress, title)],
             "statistics": watched is not None,
         }
-        recipe = "distill" if ternary else "plain"
+        recipe = "default" if ternary else "plain"
         trainer = BitLabTrainer(**common, recipe=recipe, teacher=teacher)
+        trainer.calibration_progress = _calibrating(progress)
         trainer.remove_callback(PrinterCallback)
         if watched is not None:
             record_baseline(trainer, teacher, "original")
@@ -280,6 +281,16 @@ class Demo:
         result = probe(model, ids, list(PROMPTS), self._settings.generate, self._report.threads)
         progress.advance(task)
         return result
+
+
+def _calibrating(progress: Progress) -> Callable[[int, int, str], None]:
+    """Returns what shows the layers of a calibrated start."""
+    task = progress.add_task("calibrated start", total=None, visible=False)
+
+    def advance(done: int, total: int, _name: str) -> None:
+        progress.update(task, completed=done, total=total, visible=True)
+
+    return advance
 
 
 def _examples(ids: torch.Tensor) -> list[dict[str, torch.Tensor]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils.logging import tqdm
 
 from bitcore.errors import ArgumentError, ConfigError, LifecycleError
@@ -59,6 +60,12 @@ class CalibratedStartMixin(_Base):
     def _calibrate(self, model: Any) -> CalibrationReport | None:
         layers = [one.module for one in quantized_layers(model) if not one.module.is_deployed]
         if not layers or not all(layer.weight.requires_grad for layer in layers):
+            return None
+        if is_deepspeed_zero3_enabled():
+            logger.warning(
+                "BitLabTrainer: training starts without calibration: ZeRO-3 holds the weights in "
+                "partitions\nCalibrate before with bitlab_hf.train.calibrate, and save the model."
+            )
             return None
         on_cpu = self.args.device.type == "cpu"
         precision: AbstractContextManager[Any] = (

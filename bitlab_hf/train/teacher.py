@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bitcore.errors import ArgumentError, MissingExtraError
@@ -35,7 +36,8 @@ def load_teacher(teacher: nn.Module | str | os.PathLike[str], model: Any, recipe
     """
     given: Any = teacher
     if not isinstance(teacher, nn.Module):
-        given = _read(teacher, model, recipe)
+        with _whole():
+            given = _read(teacher, model, recipe)
     elif recipe.teacher_8bit:
         raise ArgumentError(
             "BitLabTrainer: teacher must be a path with teacher_8bit, got a model\n"
@@ -49,6 +51,21 @@ def load_teacher(teacher: nn.Module | str | os.PathLike[str], model: Any, recipe
         )
     _check_sizes(given, model, recipe)
     return given.eval().requires_grad_(False)
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Loads models whole: under DeepSpeed's ZeRO-3 transformers loads every one into partitions,
+    which only the engine that trains it puts together.
+    """
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    config = None if reference is None else reference()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def _read(path: str | os.PathLike[str], model: Any, recipe: Recipe) -> Any:

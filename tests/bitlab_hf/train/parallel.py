@@ -42,7 +42,7 @@ from bitlab_hf import BitLabConfig, deploy
 from bitlab_hf.train import BitLabTrainer, TernaryStatistics
 from tests.bitlab_hf.models import make_float_model, taught, training_data
 
-# As with many tokens: the backward pass packs the weights again, out of what shards are gathered to.
+# As with many tokens: the backward pass packs the weights again, as shards are gathered again.
 gradients._REPACKED_TOKENS = 1
 STEPS, BATCH = 6, 8
 FSDP2 = {
