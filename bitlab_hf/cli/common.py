@@ -66,6 +66,21 @@ def check_source(source: str) -> str:
     return source
 
 
+def check_both(source: str, output: Path) -> str:
+    """Returns the source, checked, of a command that writes another model.
+
+    Raises:
+        ArgumentError: The source cannot be read, or the output would take its place.
+    """
+    check_source(source)
+    if output.exists() and Path(source).exists() and output.samefile(source):
+        raise ArgumentError(
+            f"{output}: the output must be another folder than the model's, got the same\n"
+            "The model would be replaced by what is made of it."
+        )
+    return source
+
+
 def load_tokenizer(source: str) -> Any:
     """Returns a model's tokenizer.
 

@@ -14,7 +14,7 @@ from bitlab_hf.cli.common import (
     Json,
     Output,
     Source,
-    check_source,
+    check_both,
     emit,
     folder_bytes,
     library_bars,
@@ -51,6 +51,7 @@ def deploy(
     from bitlab_hf import BitLabConfig, Facts, save
 
     quiet()
+    check_both(source, output)
     given = {
         "weight_granularity": weight,
         "group_size": group_size,
@@ -58,7 +59,7 @@ def deploy(
         "head": head,
     }
     fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    held = getattr(AutoConfig.from_pretrained(check_source(source)), "quantization_config", None)
+    held = getattr(AutoConfig.from_pretrained(source), "quantization_config", None)
     if held is not None and fields:
         raise ArgumentError(
             f"deploy: {', '.join(fields)} must be left out for a model that has a scheme, "
@@ -94,7 +95,7 @@ def convert(
 
     quiet()
     started = time.perf_counter()
-    folder = Path(check_source(source))
+    folder = Path(check_both(source, output))
     total = 2 * folder_bytes(folder) if folder.is_dir() else None
     with progress("converting", total) as advance:
         report = convert_ternary(source, output, keep_inexact=keep_inexact, advance=advance)
@@ -140,7 +141,7 @@ def import_(
             f"import: activation must be left out for a bitnet checkpoint, got {activation!r}"
         )
     with library_bars():
-        model = load_bitnet(check_source(source))
+        model = load_bitnet(check_both(source, output))
         save(model, output, tokenizer=tokenizer_if_any(source))
     _report("imported", source, output, started, as_json)
 
@@ -162,7 +163,7 @@ def export(
         raise typer.BadParameter(f"must be bitnet or gguf, got {to}", param_hint="--to")
     started = time.perf_counter()
     with library_bars() as add:
-        model = load_model(source)
+        model = load_model(check_both(source, output))
         if to == "gguf":
             tokenizer, advance = tokenizer_if_any(source), add("exporting", 1.0)
             export_gguf(model, output, qtype, tokenizer=tokenizer, advance=advance)

@@ -17,7 +17,7 @@ from bitlab_hf.cli.common import (
     Source,
     Threads,
     bars,
-    check_source,
+    check_both,
     emit,
     load_tokenizer,
     quiet,
@@ -70,7 +70,7 @@ def train(
     quiet()
     set_threads(threads)
     chosen = _recipe(recipe)
-    tokenizer = load_tokenizer(check_source(source))
+    tokenizer = load_tokenizer(check_both(source, output))
     blocks = _blocks(tokenizer, text, dataset, length)
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=BitLabConfig())
     run = output / "run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,22 @@ def test_deploy_refuses(cli: Cli, states: dict[str, Path], tmp_path: Path) -> No
     assert "must hold config.json" in str(done.error)
     assert done.code == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("deploy",), ("convert",), ("import",), ("export",), ("train", "--text", __file__)],
+)
+def test_no_command_writes_over_its_model(
+    cli: Cli, states: dict[str, Path], tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    model = shutil.copytree(states["float"], tmp_path / "model")
+    before = {file.name: file.read_bytes() for file in model.iterdir()}
+    (tmp_path / "link").symlink_to(model)
+    for output in (model, tmp_path / "link"):
+        done = cli(arguments[0], model, output, *arguments[1:])
+        assert "the output must be another folder than the model's" in str(done.error)
+        assert {file.name: file.read_bytes() for file in model.iterdir()} == before
 
 
 def test_convert(cli: Cli, tmp_path: Path) -> None:
