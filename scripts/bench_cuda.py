@@ -49,8 +49,9 @@ from bench_cuda_sides import Bench, Quantizer, Row, ceilings, measure, quantizer
 
 # Outputs x inputs of the layers of BitNet 2B-4T, Llama 8B and Llama 70B, and a square.
 SHAPES = (
-    "2560x2560", "6912x2560", "2560x6912", "4096x4096", "14336x4096", "4096x14336", "8192x8192",
-    "28672x8192", "8192x28672",
+    "2560x2560", "640x2560", "6912x2560", "2560x6912",
+    "4096x4096", "1024x4096", "14336x4096", "4096x14336",
+    "8192x8192", "1024x8192", "28672x8192", "8192x28672",
 )  # fmt: skip
 LARGE = ("8192x8192", "28672x8192", "8192x28672")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)

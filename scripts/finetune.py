@@ -80,6 +80,7 @@ def main() -> None:
 
     model = AutoModelForCausalLM.from_pretrained(given.model, quantization_config=BitLabConfig())
     recipe = Recipe(**{**RECIPES["default"].to_dict(), "quant_warmup": given.quant_warmup})
+    warmed = f", warmed up over {given.quant_warmup} of the run" if given.quant_warmup else ""
     checkpoints = str(given.output / "checkpoints")
     trainer = BitLabTrainer(
         model=model,
@@ -104,7 +105,7 @@ def main() -> None:
         packed = deploy(trainer.accelerator.unwrap_model(model))
         key = f"held-out part of it: {held_out * given.block:,} tokens"
         names = ", ".join(Path(name).name for name in given.data)
-        facts = Facts(recipe="default", data=names, perplexities={key: math.exp(after)})
+        facts = Facts(recipe="default" + warmed, data=names, perplexities={key: math.exp(after)})
         save(packed, given.output, tokenizer=tokenizer, facts=facts)
         result = {
             "perplexity_ternarized_untrained": math.exp(before),

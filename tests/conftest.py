@@ -80,11 +80,14 @@ def stock_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def gpu() -> torch.device:
-    """A CUDA device; the only place that skips for want of one."""
+def gpu() -> Iterator[torch.device]:
+    """A CUDA device with BitLab's kernels, which fail if they are missing; the only place that
+    skips for want of a device.
+    """
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
-    return torch.device("cuda", torch.cuda.current_device())
+    with bitcore.use_backend("cuda"):
+        yield torch.device("cuda", torch.cuda.current_device())
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pytest
+
 from bitcore.kernels.native import library_path
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +92,6 @@ def test_lengths_of_files() -> None:
 
 
 def test_cuda_library_exports_its_contract_only() -> None:
-    """Where nvcc built it; everywhere else the header has nothing to compare with."""
     path = library_path("bitkernels_cuda")
     declared = re.findall(
         r"BK_CUDA_API [\w ]+?[ *](bk_cuda_\w+)\(",
@@ -98,7 +99,7 @@ def test_cuda_library_exports_its_contract_only() -> None:
     )
     assert declared
     if not path.is_file():
-        return
+        pytest.skip("built without nvcc: there is no CUDA library to compare the header with")
     assert_no_trace(path.name, path.read_bytes())
     done = subprocess.run(
         ["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True

@@ -7,6 +7,7 @@ import torch
 
 import bitcore
 from bitcore import reference
+from bitcore.errors import ArgumentError
 from bitlayers import BitLinear
 
 pytestmark = pytest.mark.gpu
@@ -93,3 +94,35 @@ def test_gradients_reach_the_input(gpu: torch.device) -> None:
     weight = reference.unpack_weight(qweight, scale, 130, torch.float64)
     assert x.grad is not None
     torch.testing.assert_close(x.grad.double(), weight.sum(0).expand(40, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_int8_weights_equal_the_reference(gpu: torch.device) -> None:
+    for tokens in (1, 7, 40):
+        x, bias = torch.randn(tokens, 320).bfloat16(), torch.randn(130)
+        qweight, scale = torch.randint(-127, 128, (130, 320), dtype=torch.int8), torch.rand(130)
+        args = (x, qweight, scale, bias)
+        y = torch.ops.bitlab.linear_int8(*(one.to(gpu) for one in args), torch.float32)
+        assert torch.equal(y.cpu(), reference.linear_int8(*args, torch.float32))
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_training_step_is_the_references(gpu: torch.device, tokens: int) -> None:
+    x, weight, dy = torch.randn(tokens, 320), torch.randn(130, 320), torch.randn(tokens, 130)
+    found = []
+    for device in (gpu, torch.device("cpu")):
+        leaves = [one.to(device).requires_grad_() for one in (x, weight)]
+        y = bitcore.ops.qat_linear(*leaves, None, "per_channel", None, "int8_per_token")
+        y.backward(dy.to(device))
+        found.append([one.cpu() for one in (y.detach(), leaves[0].grad, leaves[1].grad)])
+    assert torch.equal(found[0][0], found[1][0])
+    # Sums of floats in another order.
+    for ours, expected in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_on_two_devices_are_refused(gpu: torch.device) -> None:
+    packed = reference.pack_weight(torch.randn(64, 192), "per_tensor", 0)
+    with pytest.raises(ArgumentError, match="device"):
+        torch.ops.bitlab.linear(
+            torch.randn(3, 192, device=gpu), *packed, None, 64, "int8_per_token", torch.float32
+        )

@@ -1,7 +1,7 @@
 """Peak memory of the three loads, each in its own process.
 
 Anonymous memory is measured: pages of the memory-mapped file are the kernel's to drop. The bounds
-are those of an earlier prototype on a model of the same size, 385 MiB in bf16.
+are for a model of 385 MiB in bf16.
 """
 
 from __future__ import annotations
