@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from bitcore.errors import CheckpointError
 from bitcore.ops import has_invalid_code
 from bitlab_hf.config import BitLabConfig
+from bitlab_hf.files import own_safetensors
 from bitlab_hf.head import (
     Rows,
     check_supported,
@@ -35,9 +36,7 @@ from bitlayers.int8 import Int8Rows
 
 # In the header of every file of a deployed checkpoint: the names of the converted layers, as JSON.
 LAYERS_KEY = "bitlab_layers"
-_SAFETENSORS_NAMES = {
-    "F32": "float32", "U8": "uint8", "I8": "int8", "BF16": "bfloat16", "F16": "float16"
-}  # fmt: skip
+_SAFETENSORS_NAMES = {"F32": "float32", "U8": "uint8", "I8": "int8"}
 _FLOATS = ("F32", "BF16", "F16")
 
 
@@ -89,9 +88,10 @@ def read_checkpoint(
         What the files hold; None if there are no files, or not in safetensors.
 
     Raises:
-        CheckpointError: A file is truncated or its header is damaged.
+        CheckpointError: A file is truncated, its header is damaged, or it lies elsewhere.
     """
-    if not files or not all(str(file).endswith(".safetensors") for file in files):
+    files = own_safetensors(model.name_or_path, files)
+    if files is None:
         return None
     headers: list[TensorHeader] = []
     layers: set[str] | None = None
@@ -286,7 +286,7 @@ def _check_headers(
                 "The checkpoint is incomplete; fetch or write it again."
             )
         if header.dtype not in dtypes or header.shape != expected:
-            dtype = _SAFETENSORS_NAMES.get(dtypes[0], dtypes[0])
+            dtype = _SAFETENSORS_NAMES[dtypes[0]]
             raise CheckpointError(
                 f"{name} must be {dtype} {list(expected)} for {what}, got {header.dtype} "
                 f"{list(header.shape)}\nconfig.json and the tensors do not belong together."

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitcore.errors import CheckpointError
-from bitlab_hf.interop.ternary import weight_files
+from bitlab_hf.files import weight_files
 
 _BLOCK = 2**22
 

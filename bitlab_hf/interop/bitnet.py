@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from bitcore.errors import ArgumentError, ArgumentTypeError, CheckpointError, ConfigError
 from bitlab_hf.checkpoint import Checkpoint, TensorHeader, read_checkpoint
 from bitlab_hf.config import BitLabConfig
+from bitlab_hf.files import own_safetensors
 from bitlab_hf.quantizer import BitLabHfQuantizer, mark_quantized
 from bitlab_hf.replace import Found, find_modules, quantized_layers
 from bitlab_hf.saving import save
@@ -86,10 +87,8 @@ class BitNetSource(BitLabConfig):
         return BitLabConfig(**fields)
 
 
-def _safetensors_keys(files: list[str] | None) -> list[str] | None:
-    """Returns the keys of a checkpoint's files; None if they are not safetensors."""
-    if not files or not all(str(file).endswith(".safetensors") for file in files):
-        return None
+def _keys(files: list[str]) -> list[str]:
+    """Returns the keys of a checkpoint's files."""
     keys: list[str] = []
     for file in files:
         with safe_open(file, framework="pt") as handle:
@@ -108,13 +107,15 @@ class BitNetQuantizer(BitLabHfQuantizer):
         self._renamings: list[WeightRenaming] = []
 
     def _read_checkpoint(self, model: PreTrainedModel, files: list[str] | None) -> Checkpoint:
-        keys = _safetensors_keys(files)
-        if keys is None:
+        files = own_safetensors(model.name_or_path, files, "load_bitnet")
+        if files is None:
             raise CheckpointError(
                 "load_bitnet: the checkpoint must be safetensors files, got others\n"
                 "Load and save it once with an older transformers."
             )
-        scaled = [key.removesuffix("_scale") for key in keys if key.endswith(".weight_scale")]
+        scaled = [
+            key.removesuffix("_scale") for key in _keys(files) if key.endswith(".weight_scale")
+        ]
         self._renamings = [
             WeightRenaming(
                 "^" + re.escape(key) + "(?=_scale$|$)", key.removesuffix("weight") + "qweight"

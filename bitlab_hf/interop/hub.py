@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from bitcore.errors import ArgumentError, BitLabError
-from bitlab_hf.interop.ternary import weight_files
+from bitlab_hf.files import weight_files
 
 # What loads a model and its tokenizer. No pickles, no optimizer, no checkpoints of a training.
 _SUFFIXES = (".json", ".txt", ".model", ".jinja")

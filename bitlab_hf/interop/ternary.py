@@ -30,12 +30,12 @@ from bitcore.quantize import dequantize
 from bitlab_hf.card import model_card
 from bitlab_hf.checkpoint import LAYERS_KEY, read_checkpoint
 from bitlab_hf.config import BitLabConfig
+from bitlab_hf.files import INDEX, weight_files
 from bitlab_hf.interop.stream import Entry, StreamWriter
 from bitlab_hf.interop.structure import Structure, find_structure, row_blocks, scales_of
 from bitlab_hf.replace import find_linears, swap_packed
 from bitlab_hf.saving import replacing
 
-_INDEX = "model.safetensors.index.json"
 Advance = Callable[[int], None]
 
 
@@ -116,9 +116,9 @@ def convert_ternary(
         if len(files) > 1:
             metadata = {"total_size": report.bytes_after}
             index_file = {"metadata": metadata, "weight_map": weight_map}
-            (staged / _INDEX).write_text(json.dumps(index_file, indent=2) + "\n")
+            (staged / INDEX).write_text(json.dumps(index_file, indent=2) + "\n")
         for file in source.iterdir():
-            if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != _INDEX:
+            if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != INDEX:
                 shutil.copyfile(file, staged / file.name)
         written = json.loads((source / "config.json").read_text())
         written["quantization_config"] = config.to_dict()
@@ -127,33 +127,6 @@ def convert_ternary(
         title = Path(directory).resolve().name
         (staged / "README.md").write_text(model_card(model, title), encoding="utf-8")
     return report
-
-
-def weight_files(folder: Path, op: str) -> list[Path]:
-    """Returns a folder's safetensors files.
-
-    Raises:
-        CheckpointError: There are none, one is missing, or the index names a file elsewhere.
-    """
-    single, index = folder / "model.safetensors", folder / _INDEX
-    if not index.exists():
-        if single.exists():
-            return [single]
-        raise CheckpointError(
-            f"{op}: the folder must hold model.safetensors or its index, got neither in {folder}"
-        )
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{op}: {index.name} must hold a weight_map, got: {error}") from error
-    for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(
-                f"{op}: {index.name} must name files of its own folder, got {name!r}"
-            )
-        if not (folder / name).exists():
-            raise CheckpointError(f"{op}: {name} must be in the folder, got none")
-    return [folder / name for name in names]
 
 
 def _skeleton(source: Path) -> PreTrainedModel:
