@@ -4,10 +4,60 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from bitcore.errors import CheckpointError
+from bitcore.errors import ArgumentError, CheckpointError, ConfigError
+from bitlab_hf.config import QUANT_METHOD, BitLabConfig
 
 INDEX = "model.safetensors.index.json"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns a folder's config.json.
+
+    Raises:
+        ArgumentError: There is none.
+        CheckpointError: It is damaged; the message says where.
+    """
+    file = folder / "config.json"
+    if not file.exists():
+        raise ArgumentError(f"{folder}: the folder must hold config.json, got none")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file}: the file must hold JSON, got: {error}\n"
+            "It is damaged; fetch or write it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: the file must hold a JSON object, got {content!r:.80}")
+    return content
+
+
+def scheme_of(held: Any, source: str) -> dict[str, Any] | None:
+    """Returns the quantization_config that a model's configuration holds; None of a float model.
+
+    Args:
+        held: What it holds under that name.
+        source: The model, for error messages.
+
+    Raises:
+        ConfigError: Neither BitLab nor transformers' bitnet method wrote it, a newer BitLab did, or
+            a field has a value that is not allowed.
+    """
+    if held is None:
+        return None
+    fields = held if isinstance(held, dict) else {}
+    method = fields.get("quant_method")
+    if method not in (QUANT_METHOD, "bitnet"):
+        raise ConfigError(
+            f"{source}: quant_method must be {QUANT_METHOD!r} or 'bitnet', or there must be no "
+            f"quantization_config, got {method!r}\n"
+            "Take the float model that it was made from, or the library that made it."
+        )
+    if method == QUANT_METHOD:
+        BitLabConfig.from_dict(fields)
+    return fields
 
 
 def weight_files(folder: Path, op: str) -> list[Path]:

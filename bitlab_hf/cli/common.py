@@ -40,37 +40,75 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
 
 
-def check_source(source: str) -> str:
-    """Returns a folder or a name of the hub as it was given.
+def read_scheme(source: str) -> dict[str, Any] | None:
+    """Returns the quantization_config of a folder or a name of the hub; None of a float model.
 
     Raises:
         ArgumentError: It is neither, or the hub does not give it.
+        CheckpointError: config.json is damaged, or weights are missing or lie elsewhere.
+        ConfigError: BitLab does not know the scheme.
     """
+    from bitlab_hf.files import INDEX, read_config, scheme_of, weight_files
+
     path = Path(source)
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ArgumentError(f"{source}: the folder must hold config.json, got none")
-        return source
+        scheme = scheme_of(read_config(path).get("quantization_config"), source)
+        if (path / INDEX).exists():
+            weight_files(path, source)
+        return scheme
     if path.exists() or not _HUB_NAME.fullmatch(source):
         raise ArgumentError(f"{source}: the model must be a folder or a hub name, got neither")
     from transformers import AutoConfig
 
     try:
-        AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source)
     except OSError as error:
         raise ArgumentError(
             f"{source}: the model must be a folder, or on the hub and within reach, got: "
             f"{str(error).splitlines()[0]}\nCheck the name and the connection; run `hf auth login` "
             "for what is private."
         ) from error
+    return scheme_of(getattr(config, "quantization_config", None), source)
+
+
+def check_source(source: str) -> str:
+    """Returns a folder or a name of the hub as it was given, checked as `read_scheme` does."""
+    read_scheme(source)
     return source
 
 
-def check_both(source: str, output: Path) -> str:
-    """Returns the source, checked, of a command that writes another model.
+def check_unpacked(source: str, op: str, fix: str) -> dict[str, Any] | None:
+    """Returns the scheme of a model with float weights, latent or not.
 
     Raises:
-        ArgumentError: The source cannot be read, or the output would take its place.
+        ArgumentError: The model is deployed, or of transformers' bitnet method.
+    """
+    scheme = read_scheme(source)
+    if scheme is not None and scheme["quant_method"] == "bitnet":
+        raise ArgumentError(
+            f"{op}: the model must be latent or float, got one of transformers' bitnet method\n"
+            "Make it BitLab's first: bitlab import."
+        )
+    if scheme is not None and scheme.get("weight_format") == "packed":
+        raise ArgumentError(f"{op}: the model must be latent or float, got a deployed one\n{fix}")
+    return scheme
+
+
+def check_trainable(source: str, op: str) -> None:
+    """Checks that a model can be trained.
+
+    Raises:
+        ArgumentError: Its weights are packed.
+    """
+    fix = "Train the latent model that it was made from, or adapters (scripts/finetune_lora.py)."
+    check_unpacked(source, op, fix)
+
+
+def check_both(source: str, output: Path) -> str:
+    """Returns the source, checked as `read_scheme` does, of a command that writes another model.
+
+    Raises:
+        ArgumentError: The output would take the source's place.
     """
     check_source(source)
     if output.exists() and Path(source).exists() and output.samefile(source):
@@ -108,13 +146,12 @@ def tokenizer_if_any(source: str) -> Any:
 
 def load_model(source: str, **options: Any) -> Any:
     """Loads a causal language model, in eval mode: a float one, BitLab's or bitnet's."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from bitlab_hf import load_bitnet
 
-    config = AutoConfig.from_pretrained(check_source(source))
-    held = getattr(config, "quantization_config", None) or {}
-    if isinstance(held, dict) and held.get("quant_method") == "bitnet":
+    scheme = read_scheme(source)
+    if scheme is not None and scheme["quant_method"] == "bitnet":
         return load_bitnet(source, **options).eval()
     return AutoModelForCausalLM.from_pretrained(source, **options).eval()
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bitlab_hf.cli.common import Json, Threads, quiet, set_threads
+from bitlab_hf.cli.common import Json, Threads, check_both, check_trainable, quiet, set_threads
 
 
 def demo(
@@ -34,6 +34,8 @@ def demo(
     quiet()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     set_threads(threads)
+    if model is not None:
+        check_trainable(check_both(model, output), "demo")
     settings = Settings(model=model, output=output)
     if quick:
         settings = dataclasses.replace(

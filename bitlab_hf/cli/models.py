@@ -15,6 +15,7 @@ from bitlab_hf.cli.common import (
     Output,
     Source,
     check_both,
+    check_unpacked,
     emit,
     folder_bytes,
     library_bars,
@@ -45,7 +46,7 @@ def deploy(
     A latent model keeps its own scheme. A float model that was not trained for it loses most of
     what it can: ternarizing is for after quantization-aware training.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from bitcore.errors import ArgumentError
     from bitlab_hf import BitLabConfig, Facts, save
@@ -59,14 +60,12 @@ def deploy(
         "head": head,
     }
     fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    held = getattr(AutoConfig.from_pretrained(source), "quantization_config", None)
-    if held is not None and fields:
+    scheme = check_unpacked(source, "deploy", "It is packed already.")
+    if scheme is not None and fields:
         raise ArgumentError(
             f"deploy: {', '.join(fields)} must be left out for a model that has a scheme, "
             "got them given\nThe scheme was fixed when it was trained."
         )
-    if held is not None and dict(held).get("weight_format") == "packed":
-        raise ArgumentError("deploy: the model must be latent or float, got a deployed one")
     started = time.perf_counter()
     with library_bars():
         model = AutoModelForCausalLM.from_pretrained(

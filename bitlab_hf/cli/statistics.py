@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitcore.errors import CheckpointError
-from bitlab_hf.files import weight_files
+from bitlab_hf.files import read_config, scheme_of, weight_files
 
 _BLOCK = 2**22
 
@@ -60,17 +59,16 @@ def examine(folder: Path, advance: Callable[[float], None]) -> Found:
         advance: Called with the bytes done.
 
     Raises:
-        CheckpointError: config.json is missing or damaged, or a file is.
+        ArgumentError: There is no config.json.
+        CheckpointError: config.json is damaged, or a file is missing or damaged.
+        ConfigError: BitLab does not know the scheme.
     """
     files = weight_files(folder, "info")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"info: config.json must be there and whole, got: {error}") from error
+    config = read_config(folder)
     found = Found(
         architecture=(config.get("architectures") or ["unknown architecture"])[0],
         bytes=sum(file.stat().st_size for file in files),
-        scheme=config.get("quantization_config"),
+        scheme=scheme_of(config.get("quantization_config"), str(folder)),
     )
     total = torch.zeros(3, dtype=torch.int64)
     for file in files:

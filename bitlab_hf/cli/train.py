@@ -18,6 +18,7 @@ from bitlab_hf.cli.common import (
     Threads,
     bars,
     check_both,
+    check_trainable,
     emit,
     load_tokenizer,
     quiet,
@@ -70,7 +71,8 @@ def train(
     quiet()
     set_threads(threads)
     chosen = _recipe(recipe)
-    tokenizer = load_tokenizer(check_both(source, output))
+    check_trainable(check_both(source, output), "train")
+    tokenizer = load_tokenizer(source)
     blocks = _blocks(tokenizer, text, dataset, length)
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=BitLabConfig())
     run = output / "run"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from bitcore.errors import ArgumentError, BitLabError
-from bitlab_hf.files import weight_files
+from bitlab_hf.files import read_config, scheme_of, weight_files
 
 # What loads a model and its tokenizer. No pickles, no optimizer, no checkpoints of a training.
 _SUFFIXES = (".json", ".txt", ".model", ".jinja")
@@ -60,7 +58,8 @@ def push(
     Raises:
         ArgumentError: The folder holds no ternary model, holds latent weights without ``latent``,
             repo_id is no name, or there is no token.
-        CheckpointError: Weight files are missing.
+        CheckpointError: Weight files are missing, or config.json is damaged.
+        ConfigError: BitLab does not know the scheme.
         HubError: The hub refused or could not be reached; the message says what to do.
     """
     source = Path(folder)
@@ -95,13 +94,9 @@ def push(
 
 def _files(folder: Path, latent: bool) -> list[Path]:
     """Returns what is to be uploaded."""
-    config_file = folder / "config.json"
-    if not config_file.exists():
-        raise ArgumentError(f"push: the folder must hold config.json, got none in {folder}")
-    scheme: dict[str, Any] = json.loads(config_file.read_text()).get("quantization_config") or {}
-    method = scheme.get("quant_method")
-    if method not in ("bitlab", "bitnet"):
-        raise ArgumentError(f"push: the folder must hold a ternary model, got {method or 'floats'}")
+    scheme = scheme_of(read_config(folder).get("quantization_config"), str(folder))
+    if scheme is None:
+        raise ArgumentError("push: the folder must hold a ternary model, got floats")
     online = scheme.get("quantization_mode") == "online"
     if (scheme.get("weight_format") == "latent" or online) and not latent:
         raise ArgumentError(

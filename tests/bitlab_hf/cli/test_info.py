@@ -91,7 +91,7 @@ def test_errors(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:
     assert done.code == 1
     assert isinstance(done.error, CheckpointError)
     save_file(load_file(states["float"] / "model.safetensors"), tmp_path / "model.safetensors")
-    assert "config.json must be there" in str(cli("info", tmp_path).error)
+    assert "must hold config.json" in str(cli("info", tmp_path).error)
     (tmp_path / "config.json").write_text("{}")
     content = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[:1000])
