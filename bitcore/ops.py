@@ -7,6 +7,8 @@ Ops never look at values and never branch on them, so they are captured by torch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -271,8 +273,35 @@ def has_invalid_code(qweight: Tensor) -> bool:
     Raises:
         ArgumentTypeError: qweight is not uint8.
     """
-    checks.check_dtype("has_invalid_code", "qweight", qweight, torch.uint8)
-    return kernels_for(qweight.device.type).has_invalid_code(qweight)
+    return find_invalid_code([qweight]) is not None
+
+
+def find_invalid_code(qweights: Sequence[Tensor]) -> int | None:
+    """Finds the first of several packed matrices that holds the code 3, which no writer produces.
+
+    Reads the matrices of each device type in one go, which is quicker than one by one.
+
+    Args:
+        qweights: uint8, any shapes.
+
+    Returns:
+        Its index, or None.
+
+    Raises:
+        ArgumentTypeError: A matrix is not uint8.
+    """
+    for qweight in qweights:
+        checks.check_dtype("find_invalid_code", "qweight", qweight, torch.uint8)
+    by_device: dict[str, list[int]] = {}
+    for index, qweight in enumerate(qweights):
+        by_device.setdefault(qweight.device.type, []).append(index)
+    found = [
+        indices[first]
+        for device, indices in by_device.items()
+        if (first := kernels_for(device).find_invalid_code([qweights[i] for i in indices]))
+        is not None
+    ]
+    return min(found, default=None)
 
 
 def linear(

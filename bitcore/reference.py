@@ -5,6 +5,8 @@ It also runs wherever no native library does (the backend called ``"reference"``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,8 +34,12 @@ def unpack_weight(
     return quantize.dequantize(unpack_ternary(qweight, out_features), weight_scale, dtype)
 
 
-def has_invalid_code(qweight: Tensor) -> bool:
-    """Tells whether any code of packed bytes is 3; see `bitcore.ops.has_invalid_code`."""
+def find_invalid_code(qweights: Sequence[Tensor]) -> int | None:
+    """Finds the first matrix that holds the code 3; see `bitcore.ops.find_invalid_code`."""
+    return next((index for index, one in enumerate(qweights) if _has_invalid_code(one)), None)
+
+
+def _has_invalid_code(qweight: Tensor) -> bool:
     # Both bits of a code set: the low one meets the high one shifted down. In parts of 128 KiB, so
     # that a memory-mapped matrix is scanned in cache and without a copy of its size.
     parts = torch.split(qweight.reshape(-1), 2**17)

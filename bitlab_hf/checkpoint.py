@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,7 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from bitcore.errors import CheckpointError
-from bitcore.ops import has_invalid_code
+from bitcore.ops import find_invalid_code
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.files import own_safetensors
 from bitlab_hf.head import (
@@ -31,7 +30,7 @@ from bitlab_hf.head import (
 )
 from bitlab_hf.replace import Found
 from bitlayers.base import BitLayerBase
-from bitlayers.checks import int8_problem
+from bitlayers.checks import int8_problem, scales_are_valid
 from bitlayers.int8 import Int8Rows
 
 # In the header of every file of a deployed checkpoint: the names of the converted layers, as JSON.
@@ -381,18 +380,17 @@ def verify_packed(layers: list[Found[BitLayerBase]]) -> None:
     Raises:
         CheckpointError: A qweight holds the code 3, or a scale is not a finite positive number.
     """
-    for found in layers:
-        layer = found.module
-        qweight, scale = layer.packed()
-        if qweight.is_meta:
-            continue
-        if has_invalid_code(qweight):
+    held = [(found.names[0], *found.module.packed()) for found in layers]
+    held = [one for one in held if not one[1].is_meta]
+    invalid = find_invalid_code([qweight for _, qweight, _ in held])
+    if invalid is not None:
+        raise CheckpointError(
+            f"{held[invalid][0]}.qweight must hold the codes 0, 1 and 2, got the invalid code 3\n"
+            "The file is damaged; fetch or write it again."
+        )
+    for name, _, scale in held:
+        if not scales_are_valid(scale):
             raise CheckpointError(
-                f"{found.names[0]}.qweight must hold the codes 0, 1 and 2, got the invalid code 3\n"
-                "The file is damaged; fetch or write it again."
-            )
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise CheckpointError(
-                f"{found.names[0]}.qweight_scale must be finite and positive, got other values\n"
+                f"{name}.qweight_scale must be finite and positive, got other values\n"
                 "The file is damaged; fetch or write it again."
             )

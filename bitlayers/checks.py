@@ -116,9 +116,14 @@ def int8_problem(name: str, qweight: Tensor | None, scale: Tensor | None) -> str
     # A minimum makes nothing of the matrix's size.
     if qweight is not None and not qweight.is_meta and int(qweight.amin()) < -127:
         return f"{name}qweight must hold codes of -127 to 127, got -128"
-    if scale is None or scale.is_meta or bool((torch.isfinite(scale) & (scale > 0)).all()):
+    if scale is None or scale.is_meta or scales_are_valid(scale):
         return None
     return f"{name}qweight_scale must be finite and positive, got other values"
+
+
+def scales_are_valid(scale: Tensor) -> bool:
+    """Tells whether all scales are finite and positive; waits for them on a GPU."""
+    return bool((torch.isfinite(scale) & (scale > 0)).all())
 
 
 @cache

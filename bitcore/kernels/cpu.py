@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -151,16 +151,19 @@ class CpuKernels:
         )  # fmt: skip
         return qweight
 
-    def has_invalid_code(self, qweight: Tensor) -> bool:
-        """See `bitcore.reference.has_invalid_code`."""
-        qweight = qweight.contiguous()
-        found = ctypes.c_int32()
+    def find_invalid_code(self, qweights: Sequence[Tensor]) -> int | None:
+        """See `bitcore.reference.find_invalid_code`."""
+        # Held until the call returns: a copy may be all that a pointer points to.
+        whole = [qweight.contiguous() for qweight in qweights]
+        found, many = ctypes.c_int64(), len(whole)
         self._check(
-            self._library.bk_cpu_has_invalid_t2(
-                qweight.data_ptr(), qweight.numel(), ctypes.byref(found), torch.get_num_threads()
+            self._library.bk_cpu_find_invalid_t2(
+                (ctypes.c_void_p * many)(*(qweight.data_ptr() for qweight in whole)),
+                (ctypes.c_int64 * many)(*(qweight.numel() for qweight in whole)),
+                many, ctypes.byref(found), torch.get_num_threads(),
             )
-        )
-        return bool(found.value)
+        )  # fmt: skip
+        return found.value if found.value >= 0 else None
 
     def quantize_activation(self, x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
         """See `bitcore.reference.quantize_activation`."""

@@ -6,7 +6,7 @@ torch's allocator and waits for nothing, so it can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -115,9 +115,9 @@ class CudaKernels:
         """Bytes from torch's allocator, which aligns all that it gives to 512."""
         return torch.empty(size, dtype=torch.uint8, device=device)
 
-    def has_invalid_code(self, qweight: Tensor) -> bool:
-        """See `bitcore.reference.has_invalid_code`: run once a file, so torch will do."""
-        return reference.has_invalid_code(qweight)
+    def find_invalid_code(self, qweights: Sequence[Tensor]) -> int | None:
+        """See `bitcore.reference.find_invalid_code`: run once a file, so torch will do."""
+        return reference.find_invalid_code(qweights)
 
     def pack_weight(
         self, weight: Tensor, granularity: str, group_size: int

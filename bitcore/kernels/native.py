@@ -13,7 +13,7 @@ import torch  # noqa: F401  (loads torch's OpenMP runtime first, so that the lib
 import bitcore
 from bitcore.errors import BackendError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LIBRARY_DIRECTORY_VARIABLE = "BITLAB_LIBRARY_DIR"
 ISA_VARIABLE = "BITLAB_CPU_ISA"
 
@@ -57,7 +57,7 @@ CPU_SIGNATURES: Signatures = {
             c_int64, c_int64, c_int64, c_int32,
         ),
     ),
-    "bk_cpu_has_invalid_t2": (c_int32, (c_void_p, c_int64, c_void_p, c_int32)),
+    "bk_cpu_find_invalid_t2": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p, c_int32)),
 }  # fmt: skip
 
 # The two halves of a bk_linear_args, fields of eight bytes each. As one record they cost a tenth of

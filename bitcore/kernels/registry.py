@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -64,8 +64,8 @@ class Kernels(Protocol):
         """Multiplies an output's gradient with the packed weight."""
         ...
 
-    def has_invalid_code(self, qweight: Tensor) -> bool:
-        """Tells whether any code of packed bytes is 3."""
+    def find_invalid_code(self, qweights: Sequence[Tensor]) -> int | None:
+        """Finds the first of several packed matrices that holds the code 3."""
         ...
 
     def linear_int8(

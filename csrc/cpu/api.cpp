@@ -168,19 +168,33 @@ int32_t bk_cpu_unpack_t2(const uint8_t *qweight, const float *weight_scale, int6
     return BK_OK;
 }
 
-int32_t bk_cpu_has_invalid_t2(const uint8_t *qweight, int64_t count, int32_t *found, int32_t num_threads) {
-    if (count < 0) return fail(BK_INVALID_ARGUMENT, "count must be at least 0");
+int32_t bk_cpu_find_invalid_t2(const uint8_t *const *qweights, const int64_t *counts, int64_t matrices, int64_t *found,
+                               int32_t num_threads) {
+    if (matrices < 0) return fail(BK_INVALID_ARGUMENT, "matrices must be at least 0");
+    int64_t total = 0;
+    for (int64_t m = 0; m < matrices; ++m) {
+        if (counts[m] < 0) return fail(BK_INVALID_ARGUMENT, "counts must be at least 0");
+        total += counts[m];
+    }
     const Kernels &kernels = selected_kernels();
-    std::atomic<bool> invalid{false};
-    const int64_t parts = (count + kScanPart - 1) / kScanPart;
-    parallel(parts, threads_for(count, kBytesPerThread, parts, num_threads), [&](int64_t first, int64_t last) {
-        for (int64_t part = first; part < last && !invalid.load(std::memory_order_relaxed); ++part) {
-            const int64_t begin = part * kScanPart;
-            const int64_t size = count - begin < kScanPart ? count - begin : kScanPart;
-            if (kernels.has_invalid(qweight + begin, size)) invalid.store(true, std::memory_order_relaxed);
+    // Threads take the next part when they are done with one, not a share each: where other processes hold a core, the
+    // rest is done by then. All count the parts of all matrices alike.
+    const int64_t parts = total / kScanPart + matrices;
+    std::atomic<int64_t> next{0}, first_found{matrices};
+    parallel(parts, threads_for(total, kBytesPerThread, parts, num_threads), [&](int64_t, int64_t) {
+        int64_t m = 0, before = 0;
+        for (int64_t part = next.fetch_add(1); m < matrices; part = next.fetch_add(1)) {
+            while (m < matrices && part - before >= scan_parts(counts[m])) before += scan_parts(counts[m++]);
+            if (m >= first_found.load(std::memory_order_relaxed)) return;
+            const int64_t begin = (part - before) * kScanPart;
+            const int64_t size = counts[m] - begin < kScanPart ? counts[m] - begin : kScanPart;
+            if (!kernels.has_invalid(qweights[m] + begin, size)) continue;
+            int64_t known = first_found.load();
+            while (m < known && !first_found.compare_exchange_weak(known, m)) {
+            }
         }
     });
-    *found = invalid.load();
+    *found = first_found.load() < matrices ? first_found.load() : -1;
     return BK_OK;
 }
 

@@ -38,6 +38,7 @@ constexpr int64_t kElementsPerThread = 1 << 15;
 constexpr int64_t kBytesPerThread = 1 << 15;
 // Packed bytes that are scanned for damage between two looks at what other threads have found.
 constexpr int64_t kScanPart = 1 << 16;
+inline int64_t scan_parts(int64_t bytes) { return (bytes + kScanPart - 1) / kScanPart; }
 
 inline bool valid_type(int64_t type) { return type == BK_F32 || type == BK_BF16 || type == BK_F16; }
 inline int64_t groups(int64_t scale_columns) { return scale_columns ? scale_columns : 1; }

@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define BK_ABI_VERSION 3
+#define BK_ABI_VERSION 4
 #define BK_API __attribute__((visibility("default")))
 
 /* Largest K: a sum of K products of the int8 code -128 and the byte 128 still fits int32. */
@@ -177,11 +177,14 @@ BK_API int32_t bk_cpu_unpack_t2(const uint8_t *qweight, const float *weight_scal
                                 int32_t num_threads);
 
 /*
- * Tells whether any of the four codes of any byte is 3, which no writer produces.
- *   qweight uint8 [count]
- *   found   1 or 0
+ * Finds the first packed matrix in which any of the four codes of any byte is 3, which no writer produces. One call
+ * for all matrices of a file: threads meet once, not once a matrix.
+ *   qweights  `matrices` pointers to uint8 [counts[i]]
+ *   counts    int64 [matrices]
+ *   found     its index, or -1
  */
-BK_API int32_t bk_cpu_has_invalid_t2(const uint8_t *qweight, int64_t count, int32_t *found, int32_t num_threads);
+BK_API int32_t bk_cpu_find_invalid_t2(const uint8_t *const *qweights, const int64_t *counts, int64_t matrices,
+                                      int64_t *found, int32_t num_threads);
 
 #ifdef __cplusplus
 }

@@ -73,15 +73,22 @@ void test_quantize(const Shape &s, int32_t type, bool per_tensor, bool invalid) 
 }
 
 void test_invalid(int64_t count) {
-    begin("has_invalid_t2, %lld bytes", number(count));
+    begin("find_invalid_t2, %lld bytes in the middle of three matrices", number(count));
     auto *bytes = input<uint8_t>(count);
+    auto *valid = input<uint8_t>(3);
+    for (int64_t b = 0; b < 3; ++b) valid[b] = 0x92;
+    const uint8_t *matrices[] = {valid, bytes, valid, bytes};
+    const int64_t counts[] = {3, count, 1, count};
     for (int64_t place = -1; place < count; place += count / 5 + 1) {
         for (int64_t b = 0; b < count; ++b) bytes[b] = static_cast<uint8_t>(b % 2 ? 0x92 : 0x61);
         if (place >= 0) bytes[place] = static_cast<uint8_t>(bytes[place] | 3 << (place % 4 * 2));
-        const int32_t want = place >= 0;
-        int32_t found = -1;
-        on_every_isa([&] { return bk_cpu_has_invalid_t2(bytes, count, &found, threads); },
-                     [&] { expect(&found, &want, kI32, 1, 1); });
+        const int32_t want = place >= 0 ? 1 : -1;
+        int64_t found = 0;
+        on_every_isa([&] { return bk_cpu_find_invalid_t2(matrices, counts, 4, &found, threads); },
+                     [&] {
+                         const auto got = static_cast<int32_t>(found);
+                         expect(&got, &want, kI32, 1, 1);
+                     });
     }
 }
 
