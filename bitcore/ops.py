@@ -292,15 +292,11 @@ def find_invalid_code(qweights: Sequence[Tensor]) -> int | None:
     """
     for qweight in qweights:
         checks.check_dtype("find_invalid_code", "qweight", qweight, torch.uint8)
-    by_device: dict[str, list[int]] = {}
-    for index, qweight in enumerate(qweights):
-        by_device.setdefault(qweight.device.type, []).append(index)
-    found = [
-        indices[first]
-        for device, indices in by_device.items()
-        if (first := kernels_for(device).find_invalid_code([qweights[i] for i in indices]))
-        is not None
-    ]
+    found: list[int] = []
+    for device in {qweight.device.type for qweight in qweights}:
+        held = [index for index, one in enumerate(qweights) if one.device.type == device]
+        first = kernels_for(device).find_invalid_code([qweights[index] for index in held])
+        found += [] if first is None else [held[first]]
     return min(found, default=None)
 
 

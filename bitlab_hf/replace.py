@@ -234,8 +234,9 @@ def _swap(model: nn.Module, linears: list[Found[nn.Linear]], layers: list[BitLay
     # All layers were built before the first is put in: an error above changes nothing.
     for found, layer in zip(linears, layers, strict=True):
         for name in found.names:
-            set_module(model, name, layer)
-            parent = model.get_submodule(name.rpartition(".")[0])
+            parent_name, _, child = name.rpartition(".")
+            parent = model.get_submodule(parent_name)
+            setattr(parent, child, layer)
             if isinstance(parent, nn.TransformerEncoderLayer):
                 # Its fast path in eval mode reads the weights itself; 0 turns it off.
                 parent.activation_relu_or_gelu = 0

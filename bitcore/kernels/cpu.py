@@ -156,13 +156,11 @@ class CpuKernels:
         # Held until the call returns: a copy may be all that a pointer points to.
         whole = [qweight.contiguous() for qweight in qweights]
         found, many = ctypes.c_int64(), len(whole)
-        self._check(
-            self._library.bk_cpu_find_invalid_t2(
-                (ctypes.c_void_p * many)(*(qweight.data_ptr() for qweight in whole)),
-                (ctypes.c_int64 * many)(*(qweight.numel() for qweight in whole)),
-                many, ctypes.byref(found), torch.get_num_threads(),
-            )
-        )  # fmt: skip
+        pointers = (ctypes.c_void_p * many)(*(qweight.data_ptr() for qweight in whole))
+        counts = (ctypes.c_int64 * many)(*(qweight.numel() for qweight in whole))
+        threads = torch.get_num_threads()
+        find = self._library.bk_cpu_find_invalid_t2
+        self._check(find(pointers, counts, many, ctypes.byref(found), threads))
         return found.value if found.value >= 0 else None
 
     def quantize_activation(self, x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
