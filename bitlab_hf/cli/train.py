@@ -18,6 +18,7 @@ from bitlab_hf.cli.common import (
     Threads,
     bars,
     check_both,
+    check_source,
     check_trainable,
     emit,
     load_tokenizer,
@@ -67,11 +68,14 @@ def train(
 
     from bitlab_hf import BitLabConfig, Facts, save
     from bitlab_hf.train import BitLabTrainer
+    from bitlab_hf.train.logits import is_stored
 
     quiet()
     set_threads(threads)
     chosen = _recipe(recipe)
     check_trainable(check_both(source, output), "train")
+    if teacher not in (None, "none") and not is_stored(teacher):
+        check_source(teacher)
     tokenizer = load_tokenizer(source)
     blocks = _blocks(tokenizer, text, dataset, length)
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=BitLabConfig())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ class Done:
 def cli() -> Iterator[Callable[..., Done]]:
     """Runs a command; other libraries' logging is put back afterwards."""
     verbosity = transformers_logging.get_verbosity()
+    others = [logging.getLogger(name) for name in ("accelerate", "huggingface_hub")]
+    levels = [other.level for other in others]
 
     def run(*arguments: object, text: str | None = None) -> Done:
         result = CliRunner().invoke(app, [str(item) for item in arguments], input=text)
@@ -44,6 +47,8 @@ def cli() -> Iterator[Callable[..., Done]]:
     yield run
     transformers_logging.set_verbosity(verbosity)
     transformers_logging.enable_progress_bar()
+    for other, level in zip(others, levels, strict=True):
+        other.setLevel(level)
 
 
 @pytest.fixture(scope="session")

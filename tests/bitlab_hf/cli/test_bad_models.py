@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -112,3 +113,22 @@ def test_info_of_other_models(cli: Cli, states: dict[str, Path], tmp_path: Path)
     assert "float" in cli("info", states["float"]).out
     done = cli("info", build("llama", tmp_path / "stock"), "--json")
     assert done.json["scheme"]["quant_method"] == "bitnet"
+
+
+def test_out_of_reach(
+    cli: Cli, states: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    out = tmp_path / "out"
+    for arguments in (
+        ("eval", "nope/nope", "--text", __file__),
+        ("demo", "--model", "nope/nope", "--output", out),
+        ("train", states["float"], out, "--text", __file__, "--teacher", "nope/nope"),
+    ):
+        done = cli(*arguments)
+        assert isinstance(done.error, ArgumentError)
+        assert "nope/nope: the model must be a folder, or on the hub" in str(done.error)
+        assert "Check the name and the connection" in str(done.error)
+        # Where the client tells of its retries.
+        assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
+    assert not out.exists()
