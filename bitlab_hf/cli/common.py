@@ -10,12 +10,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from bitcore.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from bitlab_hf.demo.corpus import SourceFile
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")]
@@ -119,6 +122,26 @@ def check_both(source: str, output: Path) -> str:
             "The model would be replaced by what is made of it."
         )
     return source
+
+
+def read_texts(files: list[Path]) -> list[SourceFile]:
+    """Reads the files that --text names.
+
+    Raises:
+        ArgumentError: A file is not UTF-8.
+    """
+    from bitlab_hf.demo.corpus import SourceFile
+
+    texts: list[SourceFile] = []
+    for file in files:
+        try:
+            texts.append(SourceFile(str(file), file.read_text(encoding="utf-8")))
+        except UnicodeDecodeError as error:
+            raise ArgumentError(
+                f"--text: {file} must be UTF-8, got the byte 0x{error.object[error.start]:02x} at "
+                f"position {error.start}\nConvert it: iconv -f ENCODING -t UTF-8."
+            ) from error
+    return texts
 
 
 def load_tokenizer(source: str) -> Any:

@@ -20,6 +20,7 @@ from bitlab_hf.cli.common import (
     load_tokenizer,
     progress,
     quiet,
+    read_texts,
     set_threads,
 )
 
@@ -48,15 +49,15 @@ def evaluate(
 ) -> None:
     """Measures the perplexity of a text in blocks of equal length; a rest is left out."""
     from bitlab_hf import Facts, record_facts
-    from bitlab_hf.demo.corpus import SourceFile
     from bitlab_hf.demo.text import make_blocks, measure_perplexity
 
     quiet()
     set_threads(threads)
     if record:
         _check_recordable(source)
-    tokenizer = load_tokenizer(check_source(source))
-    files = [SourceFile(str(file), file.read_text(encoding="utf-8")) for file in text]
+    check_source(source)
+    files = read_texts(text)
+    tokenizer = load_tokenizer(source)
     try:
         blocks = make_blocks(tokenizer, files, length)
     except ValueError as error:

@@ -23,6 +23,7 @@ from bitlab_hf.cli.common import (
     emit,
     load_tokenizer,
     quiet,
+    read_texts,
     set_threads,
 )
 
@@ -132,7 +133,7 @@ def _recipe(given: str) -> Any:
         return get_recipe(given)
     try:
         return Recipe.from_dict(json.loads(Path(given).read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ArgumentError(
             f"train: --recipe must be a name or a JSON file, got {given} ({error})"
         ) from error
@@ -146,7 +147,7 @@ def _blocks(tokenizer: Any, text: list[Path] | None, dataset: str | None, length
     if (not text) == (dataset is None):
         raise typer.BadParameter("give either --text or --dataset", param_hint="--text")
     if dataset is None:
-        files = [SourceFile(str(file), file.read_text(encoding="utf-8")) for file in text or ()]
+        files = read_texts(text or [])
     else:
         from datasets import load_dataset  # type: ignore[attr-defined]
 

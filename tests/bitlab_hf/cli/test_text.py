@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bitcore.errors import ArgumentError
 from bitlab_hf import Facts
 from bitlab_hf.cli.text import _conversation
 from tests.bitlab_hf.interop.stock import build
@@ -52,6 +53,18 @@ def test_eval_refuses(cli: Cli, states: dict[str, Path], book: Path, tmp_path: P
     bare = build("llama", tmp_path / "bare")
     done = cli("eval", bare, "--text", book)
     assert "must have a tokenizer, got none" in str(done.error)
+
+
+def test_text_of_another_encoding(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_bytes(b"a\r\n" * 20_000 + "é".encode("latin-1") + b"tait\n")
+    for arguments in (("eval", states["float"]), ("train", states["float"], tmp_path / "out")):
+        done = cli(*arguments, "--text", book)
+        assert isinstance(done.error, ArgumentError)
+        assert f"--text: {book} must be UTF-8, got the byte 0xe9 at position 60000" in str(
+            done.error
+        )
+        assert "iconv" in str(done.error)
 
 
 def test_generate(cli: Cli, states: dict[str, Path]) -> None:
