@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError, ArgumentTypeError, CheckpointError
+from bitlab_hf.atomic import check_folder
 from bitlab_hf.card import model_card
 from bitlab_hf.config import QUANT_METHOD
 from bitlab_hf.facts import Facts
@@ -48,7 +49,8 @@ def save(
 
     Raises:
         ArgumentTypeError: model is no transformers model.
-        ArgumentError: directory holds the working directory, or push_to_hub is asked for.
+        ArgumentError: directory is a file, or holds the working directory, or push_to_hub is asked
+            for.
         OSError: Writing failed; the previous checkpoint is as it was.
     """
     if not isinstance(model, PreTrainedModel):
@@ -90,9 +92,10 @@ def replacing(directory: str | os.PathLike[str], op: str) -> Iterator[Path]:
         op: Who asks, for error messages.
 
     Raises:
-        ArgumentError: directory holds the working directory.
+        ArgumentError: directory is a file, or holds the working directory.
         CheckpointError: The block wrote no weights.
     """
+    check_folder(directory, op)
     target = Path(directory).resolve()
     if target == Path.cwd() or target in Path.cwd().parents:
         raise ArgumentError(

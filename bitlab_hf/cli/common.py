@@ -113,9 +113,12 @@ def check_both(source: str, output: Path) -> str:
     """Returns the source, checked as `read_scheme` does, of a command that writes another model.
 
     Raises:
-        ArgumentError: The output would take the source's place.
+        ArgumentError: The output is a file, or would take the source's place.
     """
+    from bitlab_hf.atomic import check_folder
+
     check_source(source)
+    check_folder(output, str(output))
     if output.exists() and Path(source).exists() and output.samefile(source):
         raise ArgumentError(
             f"{output}: the output must be another folder than the model's, got the same\n"

@@ -29,11 +29,13 @@ def demo(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Runs the whole path: perplexity, QAT fine-tuning, deploy, save, reload, generate."""
+    from bitlab_hf.atomic import check_folder
     from bitlab_hf.demo.run import Demo, Settings
 
     quiet()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     set_threads(threads)
+    check_folder(output, "demo")
     if model is not None:
         check_trainable(check_both(model, output), "demo")
     settings = Settings(model=model, output=output)

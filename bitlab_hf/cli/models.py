@@ -125,10 +125,12 @@ def import_(
     """
     from bitcore.errors import ArgumentError
     from bitlab_hf import import_gguf, load_bitnet, save
+    from bitlab_hf.atomic import check_folder
 
     quiet()
     started = time.perf_counter()
     if source.endswith(".gguf"):
+        check_folder(output, "import")
         file = Path(source)
         total = file.stat().st_size if file.is_file() else None
         with progress("importing", total) as advance:
@@ -156,13 +158,18 @@ def export(
 ) -> None:
     """Writes a BitLab model in a format that runs without BitLab."""
     from bitlab_hf import export_bitnet, export_gguf
+    from bitlab_hf.interop.gguf import check_target
 
     quiet()
     if to not in ("bitnet", "gguf"):
         raise typer.BadParameter(f"must be bitnet or gguf, got {to}", param_hint="--to")
     started = time.perf_counter()
+    if to == "gguf":
+        check_target(output)
+    else:
+        check_both(source, output)
     with library_bars() as add:
-        model = load_model(check_both(source, output))
+        model = load_model(source)
         if to == "gguf":
             tokenizer, advance = tokenizer_if_any(source), add("exporting", 1.0)
             export_gguf(model, output, qtype, tokenizer=tokenizer, advance=advance)

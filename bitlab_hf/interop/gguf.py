@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from bitcore import unpack_ternary
 from bitcore.errors import ArgumentError, ArgumentTypeError, MissingExtraError
 from bitcore.quantize import dequantize
+from bitlab_hf.atomic import check_folder
 from bitlab_hf.interop.gguf_tokenizer import add_tokenizer, find_tokenizer
 from bitlab_hf.replace import quantized_layers
 from bitlayers.base import BitLayerBase
@@ -79,8 +80,8 @@ def export_gguf(
     Raises:
         MissingExtraError: The package ``gguf`` is not installed.
         ArgumentTypeError: model is no transformers model.
-        ArgumentError: The architecture, a layer or the tokenizer cannot be expressed; the message
-            says why and what can.
+        ArgumentError: path is a folder or a file of another kind; or the architecture, a layer or
+            the tokenizer cannot be expressed: the message says why and what can.
     """
     try:
         import gguf
@@ -95,6 +96,7 @@ def export_gguf(
         )
     if qtype not in QTYPES:
         raise ArgumentError(f"export_gguf: qtype must be one of {QTYPES}, got {qtype!r}")
+    check_target(path)
     architecture = _check_model(model)
     _check_layers(model, qtype)
     tokenizer = find_tokenizer(model, tokenizer)
@@ -112,6 +114,30 @@ def export_gguf(
         os.replace(name, target)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Checks that a GGUF file may be written to a path.
+
+    Raises:
+        ArgumentError: It is no file, a file of another kind, or lies below a file.
+    """
+    target = Path(path)
+    check_folder(target.resolve().parent, "export_gguf")
+    if not target.exists():
+        return
+    if not target.is_file():
+        raise ArgumentError(
+            f"export_gguf: path must be a file or a new name, got {path}, which is no file\n"
+            f"Name a file in it: {target / 'model.gguf'}."
+        )
+    with target.open("rb") as file:
+        magic = file.read(4)
+    if magic not in (b"GGUF", b""):
+        raise ArgumentError(
+            f"export_gguf: path must be new or a GGUF file, got {path}, a file of another kind\n"
+            "Remove it first, or name another."
+        )
 
 
 def _check_model(model: PreTrainedModel) -> str:

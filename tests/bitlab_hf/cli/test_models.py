@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bitcore.errors import ArgumentError
 from bitlab_hf import deploy, load_bitnet
 from bitlab_hf.replace import quantized_layers
 from tests.bitlab_hf.interop import test_ternary
@@ -78,6 +79,22 @@ def test_no_command_writes_over_its_model(
         assert {file.name: file.read_bytes() for file in model.iterdir()} == before
 
 
+@pytest.mark.parametrize("below", ["", "model"])
+@pytest.mark.parametrize("command", ["deploy", "convert", "import", "export", "train", "demo"])
+def test_output_that_is_a_file(
+    cli: Cli, states: dict[str, Path], tmp_path: Path, command: str, below: str
+) -> None:
+    (tmp_path / "out").write_text("mine")
+    output = tmp_path / "out" / below
+    options = ["--text", __file__] if command == "train" else []
+    given = ["--output", output] if command == "demo" else [states["float"], output, *options]
+    done = cli(command, *given)
+    assert isinstance(done.error, ArgumentError)
+    assert f"the output must be a folder or a new name, got {output}" in str(done.error)
+    assert (tmp_path / "out").read_text() == "mine"
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
 def test_convert(cli: Cli, tmp_path: Path) -> None:
     source = test_ternary.build(tmp_path / "source")
     done = cli("convert", source, tmp_path / "out", "--json")
@@ -117,6 +134,17 @@ def test_export_of_gguf(cli: Cli, states: dict[str, Path], tmp_path: Path) -> No
     assert done.code == 0, done.error
     assert done.json["bytes_after"] == file.stat().st_size
     assert file.read_bytes()[:4] == b"GGUF"
+    assert cli("export", states["deployed"], file, "--to", "gguf").code == 0
+    (tmp_path / "notes.txt").write_text("mine")
+    for output, told in (
+        (tmp_path / "notes.txt", "must be new or a GGUF file, got"),
+        (tmp_path, "must be a file or a new name, got"),
+        (tmp_path / "notes.txt/model.gguf", "the output must be a folder or a new name, got"),
+    ):
+        done = cli("export", states["deployed"], output, "--to", "gguf")
+        assert isinstance(done.error, ArgumentError)
+        assert told in str(done.error)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
     done = cli("export", states["deployed"], file, "--to", "gguf", "--qtype", "Q4_K")
     assert "qtype must be one of" in str(done.error)
 
