@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError, ArgumentTypeError, CheckpointError
-from bitlab_hf.atomic import check_folder
+from bitlab_hf.atomic import check_folder, naming_full_disk
 from bitlab_hf.card import model_card
 from bitlab_hf.config import QUANT_METHOD
 from bitlab_hf.facts import Facts
@@ -94,6 +94,7 @@ def replacing(directory: str | os.PathLike[str], op: str) -> Iterator[Path]:
     Raises:
         ArgumentError: directory is a file, or holds the working directory.
         CheckpointError: The block wrote no weights.
+        DiskFullError: They do not fit.
     """
     check_folder(directory, op)
     target = Path(directory).resolve()
@@ -106,13 +107,15 @@ def replacing(directory: str | os.PathLike[str], op: str) -> Iterator[Path]:
     staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         staged.chmod(0o777 & ~_umask())
-        yield staged
+        with naming_full_disk(directory, op):
+            yield staged
         if not any(_WEIGHT_FILES.fullmatch(entry.name) for entry in staged.iterdir()):
             raise CheckpointError(f"{op}: weights must be written, got none")
-        if target.exists():
-            _take_over(target, staged)
-        for file in staged.rglob("*"):
-            _flush(file)
+        with naming_full_disk(directory, op):
+            if target.exists():
+                _take_over(target, staged)
+            for file in staged.rglob("*"):
+                _flush(file)
         if target.exists():
             _exchange(staged, target)
         else:

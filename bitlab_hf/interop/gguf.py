@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from bitcore import unpack_ternary
 from bitcore.errors import ArgumentError, ArgumentTypeError, MissingExtraError
 from bitcore.quantize import dequantize
-from bitlab_hf.atomic import check_folder
+from bitlab_hf.atomic import check_folder, naming_full_disk
 from bitlab_hf.interop.gguf_tokenizer import add_tokenizer, find_tokenizer
 from bitlab_hf.replace import quantized_layers
 from bitlayers.base import BitLayerBase
@@ -82,6 +82,7 @@ def export_gguf(
         ArgumentTypeError: model is no transformers model.
         ArgumentError: path is a folder or a file of another kind; or the architecture, a layer or
             the tokenizer cannot be expressed: the message says why and what can.
+        DiskFullError: It does not fit; what was there is as it was.
     """
     try:
         import gguf
@@ -106,10 +107,11 @@ def export_gguf(
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     os.close(handle)
     try:
-        writer = gguf.GGUFWriter(name, architecture)
-        _add_metadata(writer, model, qtype)
-        add_tokenizer(writer, tokenizer, model.config.vocab_size, pre_tokenizer)
-        _write(writer, tensors, advance)
+        with naming_full_disk(path, "export_gguf"):
+            writer = gguf.GGUFWriter(name, architecture)
+            _add_metadata(writer, model, qtype)
+            add_tokenizer(writer, tokenizer, model.config.vocab_size, pre_tokenizer)
+            _write(writer, tensors, advance)
         os.chmod(name, 0o644)
         os.replace(name, target)
     finally:

@@ -225,8 +225,10 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(StreamWriter, "write", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         convert_ternary(source, target)
+    assert str(caught.value).startswith(f"convert_ternary: {target} must be written whole")
+    assert "Free some space" in str(caught.value)
     assert (target / "model.safetensors").read_bytes() == before
     assert not list(tmp_path.glob(".out*"))
 
