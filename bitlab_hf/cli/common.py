@@ -159,7 +159,7 @@ def load_tokenizer(source: str) -> Any:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ArgumentError(
-            f"{source}: the model must have a tokenizer, got none ({_first_line(error)})\n"
+            f"{source}: the model must have a tokenizer, got none ({_first_sentence(error)})\n"
             "Save one into the folder: tokenizer.save_pretrained(folder)."
         ) from error
 
@@ -303,5 +303,6 @@ def take_flag(name: str) -> bool:
     return True
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _first_sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.split(r"(?<=[.!?]) ", text, maxsplit=1)[0]

@@ -52,7 +52,10 @@ def test_eval_refuses(cli: Cli, states: dict[str, Path], book: Path, tmp_path: P
     assert cli("eval", states["float"]).code == 2
     bare = build("llama", tmp_path / "bare")
     done = cli("eval", bare, "--text", book)
-    assert "must have a tokenizer, got none" in str(done.error)
+    assert "must have a tokenizer, got none (Couldn't instantiate" in str(done.error)
+    # The whole of what transformers says to it: a list of three ways.
+    assert "(3) an equivalent slow tokenizer class" in str(done.error)
+    assert ".)\nSave one into the folder" in str(done.error)
 
 
 def test_text_of_another_encoding(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:
