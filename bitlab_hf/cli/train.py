@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,17 +90,17 @@ def train(
         save_steps=save_every, save_total_limit=2, logging_steps=10, disable_tqdm=True,
         report_to="none",
     )  # fmt: skip
-    trainer = BitLabTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=[{"input_ids": ids, "labels": ids} for ids in blocks],
-        recipe=chosen,
-        teacher=None if teacher == "none" else teacher or source,
-    )
-    trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
     planned = steps or math.ceil(len(blocks) / batch)
-    with bars() as add:
+    with _no_empty_folder(run), bars() as add:
+        trainer = BitLabTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=[{"input_ids": ids, "labels": ids} for ids in blocks],
+            recipe=chosen,
+            teacher=None if teacher == "none" else teacher or source,
+        )
+        trainer.remove_callback(PrinterCallback)
         trainer.calibration_progress = _calibrating(add)
         trainer.add_callback(_advancing(add, planned))
         trainer.train(resume_from_checkpoint=resume or None)
@@ -161,6 +163,18 @@ def _blocks(tokenizer: Any, text: list[Path] | None, dataset: str | None, length
         raise ArgumentError(f"train: {error}\nPass a smaller --length or more text.") from error
 
 
+@contextmanager
+def _no_empty_folder(run: Path) -> Iterator[None]:
+    """Removes a run's folder, which a Trainer makes at once, where nothing came into it."""
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
 def _calibrating(add: Any) -> Any:
     """Returns what shows the layers of a calibrated start."""
     shown: list[Any] = []
@@ -184,5 +198,7 @@ def _advancing(add: Any, planned: int) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.advance(1)
+            # The last loss is the result's, however few steps there are.
+            control.should_log = control.should_log or state.global_step == state.max_steps
 
     return Advancing()

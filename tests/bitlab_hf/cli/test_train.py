@@ -25,6 +25,7 @@ def test_train_resume_deploy(cli: Cli, states: dict[str, Path], tmp_path: Path) 
     done = cli("train", states["float"], out, *options, "--steps", 3)
     assert done.code == 0, done.error
     assert done.json["steps"] == 3
+    assert 0 < done.json["loss"] < 10
     assert Recipe.load(out / "run" / "checkpoint-2") == Recipe(logits_weight=1.0, quant_warmup=2)
     done = cli("train", states["float"], out, *options, "--steps", 4, "--resume")
     assert done.code == 0, done.error
@@ -37,6 +38,17 @@ def test_train_resume_deploy(cli: Cli, states: dict[str, Path], tmp_path: Path) 
     assert "| data | book.txt |" in card
     with pytest.raises(CheckpointError, match="recipe must be the one of"):
         raise cli("train", states["float"], out, *options[:2], *options[4:], "--resume").error
+
+
+def test_a_resume_of_nothing_leaves_nothing(
+    cli: Cli, states: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "old").mkdir()
+    for out in (tmp_path / "new/latent", tmp_path / "old"):
+        done = cli("train", states["float"], out, "--text", __file__, "--length", 16, "--resume")
+        assert isinstance(done.error, CheckpointError)
+        assert "must hold a checkpoint to resume" in str(done.error)
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["old"]
 
 
 def test_bad_input(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:
