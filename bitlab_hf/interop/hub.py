@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
+from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError, BitLabError
+from bitlab_hf.facts import Facts
 from bitlab_hf.files import read_config, scheme_of, weight_files
+from bitlab_hf.saving import save
 
 # What loads a model and its tokenizer. No pickles, no optimizer, no checkpoints of a training.
 _SUFFIXES = (".json", ".txt", ".model", ".jinja")
@@ -31,22 +36,26 @@ class HubError(BitLabError, OSError):
 
 
 def push(
-    folder: str | os.PathLike[str],
+    model: PreTrainedModel | str | os.PathLike[str],
     repo_id: str,
     *,
+    tokenizer: Any = None,
+    facts: Facts | None = None,
     private: bool = True,
     latent: bool = False,
     token: str | None = None,
     message: str = "Upload a ternary model",
 ) -> str:
-    """Uploads a model's folder: weights, configuration, tokenizer and model card.
+    """Uploads a model, or a model's folder: weights, configuration, tokenizer and model card.
 
     Everything becomes visible in one commit, which also removes weight files of a previous upload.
     After an interruption, running it again sends only what has not arrived.
 
     Args:
-        folder: As `save` or `export_bitnet` wrote it.
+        model: A ternary transformers model, or a folder as `save` or `export_bitnet` wrote it.
         repo_id: ``"name/model"``; made if needed.
+        tokenizer: Goes with a model; a folder has its own.
+        facts: What the card of a model says beside what the model shows; a folder has its own.
         private: Whether to make it private; one that exists stays as it is.
         latent: Whether latent weights may be uploaded.
         token: An access token; default the one that is logged in.
@@ -57,12 +66,24 @@ def push(
 
     Raises:
         ArgumentError: The folder holds no ternary model, holds latent weights without ``latent``,
-            repo_id is no name, or there is no token.
+            repo_id is no name, there is no token, or tokenizer or facts come with a folder.
         CheckpointError: Weight files are missing, or config.json is damaged.
         ConfigError: BitLab does not know the scheme.
         HubError: The hub refused or could not be reached; the message says what to do.
     """
-    source = Path(folder)
+    if isinstance(model, PreTrainedModel):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / repo_id.rpartition("/")[2]
+            save(model, folder, tokenizer=tokenizer, facts=facts)
+            return push(
+                folder, repo_id, private=private, latent=latent, token=token, message=message
+            )
+    if tokenizer is not None or facts is not None:
+        raise ArgumentError(
+            "push: tokenizer and facts must be left out for a folder, got them given\n"
+            "Save them into it: bitlab_hf.save(model, folder, tokenizer=..., facts=...)."
+        )
+    source = Path(model)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitcore.errors import ArgumentError
@@ -30,6 +31,22 @@ model = AutoModelForCausalLM.from_pretrained("me/model")
 tokenizer = AutoTokenizer.from_pretrained("me/model")
 torch.save(model(input_ids=torch.arange(3, 27).view(1, 24)).logits.detach(), sys.argv[1])
 print(tokenizer("def main():")["input_ids"])
+"""
+
+
+PUSH = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from bitcore.errors import ArgumentError
+from bitlab_hf import BitLabConfig, push
+latent = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=BitLabConfig())
+try:
+    push(latent, "me/latent")
+except ArgumentError as error:
+    print(error)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2])
+push(model, "me/model", tokenizer=AutoTokenizer.from_pretrained(sys.argv[2]))
+model.push_to_hub("me/other", private=True)
 """
 
 
@@ -110,6 +127,28 @@ def test_push_and_load(hub: Hub, folder: Path, tmp_path: Path) -> None:
     assert not [fault for fault in hub.faults if fault[0] != "GET"]
 
 
+def test_push_of_a_model(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    """Ours and transformers' own: the same weights and configuration."""
+    done = run(hub, tmp_path, "-c", PUSH, str(DEMO), str(folder))
+    assert done.returncode == 0, done.stderr
+    assert "must be packed, got latent ones" in done.stdout
+    assert set(hub.repositories) == {"me/model", "me/other"}
+    ours, theirs = hub.repositories["me/model"], hub.repositories["me/other"]
+    assert ours.private
+    assert "# me/model" in ours.files["README.md"].decode()
+    assert ours.files["config.json"] == theirs.files["config.json"]
+    # Not the bytes: safetensors writes its metadata in any order.
+    weights, others = (load(hub.files["model.safetensors"]) for hub in (ours, theirs))
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    for shard in folder.glob("model-*.safetensors"):
+        for name, tensor in load(shard.read_bytes()).items():
+            assert torch.equal(weights.pop(name), tensor)
+    assert not weights
+    loaded = run(hub, tmp_path, "-c", LOAD, str(tmp_path / "logits.pt"))
+    assert loaded.returncode == 0, loaded.stderr
+
+
 def test_again_sends_nothing_twice_and_removes_old_weights(
     hub: Hub, folder: Path, tmp_path: Path
 ) -> None:
@@ -171,6 +210,8 @@ def test_what_is_not_uploaded(
         push(folder, "me/my/model")
     with pytest.raises(ArgumentError, match="must hold a ternary model, got floats"):
         push(DEMO, "me/model")
+    with pytest.raises(ArgumentError, match="must be left out for a folder"):
+        push(folder, "me/model", tokenizer=AutoTokenizer.from_pretrained(DEMO))
     with pytest.raises(ArgumentError, match="must hold config.json"):
         push(tmp_path, "me/model")
     latent = tmp_path / "latent"
