@@ -116,7 +116,7 @@ def test_train(tmp_path: Path) -> None:
         assert size["saved"] > 0
     targets = {target["name"]: target["measured"] for target in result["targets"]}
     bitlab, plain = found["bitlab"], found["plain"]
-    memory = bitlab["bytes"]["peak"] / plain["bytes"]["peak"]
+    memory = round(bitlab["bytes"]["peak"] / plain["bytes"]["peak"], 3)
     assert targets["float32 M=16: at most the plain peak"] == pytest.approx(memory)
     time = bitlab["time"]["step_ms"] / plain["time"]["step_ms"]
     assert targets["float32 M=16: at most 1.15x the plain time"] == pytest.approx(time)
