@@ -57,7 +57,8 @@ def test_trains_resumes_and_deploys(text: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.hf_quantizer is not None
     AutoTokenizer.from_pretrained(tmp_path)
-    assert "| recipe | default, warmed up over 0.5 of the run |" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "| recipe | default, warmed up over 0.5 of the run |" in card
     done = run(*options(text, tmp_path, 6))
     assert done.returncode == 0, done.stderr
     assert result(tmp_path)["resumed_from"] == "checkpoint-4"
