@@ -40,8 +40,8 @@ def _input_gradient(
 def _weight_gradient(dy: Tensor, inputs: list[Tensor], dtype: torch.dtype) -> Tensor:
     """``dW = dy.T @ x`` [N, K] of a dtype, for dy [M, N] and x: [..., K], or its codes and scale.
 
-    Computed in dy's dtype, or in float32 on a CPU that does not multiply 16-bit floats; then in
-    blocks, so that no float32 copy of all of dy, x or dW is made.
+    Computed in dy's dtype, or in float32 on a CPU that does not multiply 16-bit floats; on a CPU in
+    blocks, so that no float copy of all of x is made, nor a float32 one of dy or dW.
     """
     parts = [part.reshape(-1, part.shape[-1]) for part in inputs]
 
@@ -52,7 +52,14 @@ def _weight_gradient(dy: Tensor, inputs: list[Tensor], dtype: torch.dtype) -> Te
 
     (n, k), tokens = (dy.shape[1], parts[0].shape[1]), parts[0].shape[0]
     slow = dy.dtype != torch.float32 and not (dy.dtype == torch.bfloat16 and _HAS_BFLOAT16)
-    if dy.device.type != "cpu" or not slow or tokens == 0:
+    on_cpu = dy.device.type == "cpu" and tokens > 0
+    if on_cpu and not slow and dtype == dy.dtype and not torch.is_grad_enabled():
+        dw = dy.new_empty((n, k))
+        for left in range(0, k, _BLOCK_COLUMNS):
+            right = min(left + _BLOCK_COLUMNS, k)
+            torch.mm(dy.t(), columns(left, right).to(dtype), out=dw[:, left:right])
+        return dw
+    if not on_cpu or not slow:
         return (dy.t() @ columns(0, k).to(dy.dtype)).to(dtype)
     dw = dy.new_empty((n, k), dtype=dtype)
     for left in range(0, k, _BLOCK_COLUMNS):

@@ -164,8 +164,8 @@ def assert_within(found: Tensor, a: Tensor, b: Tensor, roundings: int, dtype: to
 
 
 @pytest.mark.parametrize("activation", ["int8_per_token", "float"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_blocks_of_16_bit_gradients(
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_of_gradients(
     dtype: torch.dtype, activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks that divide neither side, in both backward products."""
