@@ -12,10 +12,10 @@ from bitcore.estimators import lsq_gradients
 from bitcore.saved import share_codes
 from bitcore.schemas import library as _library
 
-# The part of a weight gradient that is computed at once where it is rounded afterwards.
+# The part of a weight gradient that is computed at once on a CPU.
 _BLOCK_ROWS, _BLOCK_COLUMNS = 512, 1024
 # Packing the weight again reads it once, which is little beside the products of this many tokens,
-# and the packed bytes of no layer wait for its backward pass. On a GPU it is not as little.
+# and the packed bytes of no layer wait for its backward pass. On a GPU that was not measured.
 _REPACKED_TOKENS = 128
 # Without the instructions torch multiplies bfloat16 on a CPU up to 300 times slower than float32.
 _HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(
@@ -41,7 +41,7 @@ def _weight_gradient(dy: Tensor, inputs: list[Tensor], dtype: torch.dtype) -> Te
     """``dW = dy.T @ x`` [N, K] of a dtype, for dy [M, N] and x: [..., K], or its codes and scale.
 
     Computed in dy's dtype, or in float32 on a CPU that does not multiply 16-bit floats; on a CPU in
-    blocks, so that no float copy of all of x is made, nor a float32 one of dy or dW.
+    blocks, so that no float copy of all of x, dy or dW is made.
     """
     parts = [part.reshape(-1, part.shape[-1]) for part in inputs]
 
@@ -50,24 +50,18 @@ def _weight_gradient(dy: Tensor, inputs: list[Tensor], dtype: torch.dtype) -> Te
         part = parts[0][:, first:last]
         return part if len(parts) == 1 else part * parts[1]
 
-    (n, k), tokens = (dy.shape[1], parts[0].shape[1]), parts[0].shape[0]
-    slow = dy.dtype != torch.float32 and not (dy.dtype == torch.bfloat16 and _HAS_BFLOAT16)
-    on_cpu = dy.device.type == "cpu" and tokens > 0
-    if on_cpu and not slow and dtype == dy.dtype and not torch.is_grad_enabled():
-        dw = dy.new_empty((n, k))
-        for left in range(0, k, _BLOCK_COLUMNS):
-            right = min(left + _BLOCK_COLUMNS, k)
-            torch.mm(dy.t(), columns(left, right).to(dtype), out=dw[:, left:right])
-        return dw
-    if not on_cpu or not slow:
+    n, k = dy.shape[1], parts[0].shape[1]
+    if dy.device.type != "cpu":
         return (dy.t() @ columns(0, k).to(dy.dtype)).to(dtype)
+    slow = dy.dtype == torch.float16 or (dy.dtype == torch.bfloat16 and not _HAS_BFLOAT16)
+    compute = torch.float32 if slow else dy.dtype
     dw = dy.new_empty((n, k), dtype=dtype)
     for left in range(0, k, _BLOCK_COLUMNS):
         right = min(left + _BLOCK_COLUMNS, k)
-        x = columns(left, right).float()
+        x = columns(left, right).to(compute)
         for first in range(0, n, _BLOCK_ROWS):
             last = min(first + _BLOCK_ROWS, n)
-            dw[first:last, left:right] = dy[:, first:last].float().t() @ x
+            dw[first:last, left:right] = dy[:, first:last].to(compute).t() @ x
     return dw
 
 

@@ -49,18 +49,28 @@ def read_scheme(source: str) -> dict[str, Any] | None:
     """Returns the quantization_config of a folder or a name of the hub; None of a float model.
 
     Raises:
+        ConfigError: BitLab does not know the scheme; see `find_scheme` for the rest.
+    """
+    from bitlab_hf.files import scheme_of
+
+    return scheme_of(find_scheme(source), source)
+
+
+def find_scheme(source: str) -> Any:
+    """Returns the quantization_config of a folder or a name of the hub, whoever wrote it.
+
+    Raises:
         ArgumentError: It is neither, or the hub does not give it.
         CheckpointError: config.json is damaged, or weights are missing or lie elsewhere.
-        ConfigError: BitLab does not know the scheme.
     """
-    from bitlab_hf.files import INDEX, read_config, scheme_of, weight_files
+    from bitlab_hf.files import INDEX, read_config, weight_files
 
     path = Path(source)
     if path.is_dir():
-        scheme = scheme_of(read_config(path).get("quantization_config"), source)
+        held = read_config(path).get("quantization_config")
         if (path / INDEX).exists():
             weight_files(path, source)
-        return scheme
+        return held
     if path.exists() or not _HUB_NAME.fullmatch(source):
         raise ArgumentError(f"{source}: the model must be a folder or a hub name, got neither")
     from transformers import AutoConfig
@@ -73,7 +83,7 @@ def read_scheme(source: str) -> dict[str, Any] | None:
             f"{str(error).splitlines()[0]}\nCheck the name and the connection; run `hf auth login` "
             "for what is private."
         ) from error
-    return scheme_of(getattr(config, "quantization_config", None), source)
+    return getattr(config, "quantization_config", None)
 
 
 def check_source(source: str) -> str:
@@ -109,22 +119,20 @@ def check_trainable(source: str, op: str) -> None:
     check_unpacked(source, op, fix)
 
 
-def check_both(source: str, output: Path) -> str:
-    """Returns the source, checked as `read_scheme` does, of a command that writes another model.
+def check_output(source: str, output: Path) -> None:
+    """Checks where a command writes what it makes of a model.
 
     Raises:
         ArgumentError: The output is a file, or would take the source's place.
     """
     from bitlab_hf.atomic import check_folder
 
-    check_source(source)
     check_folder(output, str(output))
     if output.exists() and Path(source).exists() and output.samefile(source):
         raise ArgumentError(
             f"{output}: the output must be another folder than the model's, got the same\n"
             "The model would be replaced by what is made of it."
         )
-    return source
 
 
 def read_texts(files: list[Path]) -> list[SourceFile]:

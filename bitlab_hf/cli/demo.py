@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bitlab_hf.cli.common import Json, Threads, check_both, check_trainable, quiet, set_threads
+from bitlab_hf.cli.common import Json, Threads, check_output, check_trainable, quiet, set_threads
 
 
 def demo(
@@ -35,9 +35,11 @@ def demo(
     quiet()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     set_threads(threads)
-    check_folder(output, "demo")
-    if model is not None:
-        check_trainable(check_both(model, output), "demo")
+    if model is None:
+        check_folder(output, str(output))
+    else:
+        check_output(model, output)
+        check_trainable(model, "demo")
     settings = Settings(model=model, output=output)
     if quick:
         settings = dataclasses.replace(

@@ -14,7 +14,8 @@ from bitlab_hf.cli.common import (
     Json,
     Output,
     Source,
-    check_both,
+    check_output,
+    check_source,
     check_unpacked,
     emit,
     folder_bytes,
@@ -52,7 +53,7 @@ def deploy(
     from bitlab_hf import BitLabConfig, Facts, save
 
     quiet()
-    check_both(source, output)
+    check_output(source, output)
     given = {
         "weight_granularity": weight,
         "group_size": group_size,
@@ -94,7 +95,8 @@ def convert(
 
     quiet()
     started = time.perf_counter()
-    folder = Path(check_both(source, output))
+    check_output(source, output)
+    folder = Path(check_source(source))
     total = 2 * folder_bytes(folder) if folder.is_dir() else None
     with progress("converting", total) as advance:
         report = convert_ternary(source, output, keep_inexact=keep_inexact, advance=advance)
@@ -141,8 +143,9 @@ def import_(
         raise ArgumentError(
             f"import: activation must be left out for a bitnet checkpoint, got {activation!r}"
         )
+    check_output(source, output)
     with library_bars():
-        model = load_bitnet(check_both(source, output))
+        model = load_bitnet(check_source(source))
         save(model, output, tokenizer=tokenizer_if_any(source))
     _report("imported", source, output, started, as_json)
 
@@ -167,7 +170,7 @@ def export(
     if to == "gguf":
         check_target(output)
     else:
-        check_both(source, output)
+        check_output(source, output)
     with library_bars() as add:
         model = load_model(source)
         if to == "gguf":

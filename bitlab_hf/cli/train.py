@@ -19,10 +19,10 @@ from bitlab_hf.cli.common import (
     Source,
     Threads,
     bars,
-    check_both,
-    check_source,
+    check_output,
     check_trainable,
     emit,
+    find_scheme,
     load_tokenizer,
     quiet,
     read_texts,
@@ -76,9 +76,11 @@ def train(
     quiet()
     set_threads(threads)
     chosen = _recipe(recipe)
-    check_trainable(check_both(source, output), "train")
+    check_output(source, output)
+    check_trainable(source, "train")
     if teacher not in (None, "none") and not is_stored(teacher):
-        check_source(teacher)
+        # Of any scheme that transformers runs: a teacher need not be BitLab's.
+        find_scheme(teacher)
     tokenizer = load_tokenizer(source)
     blocks = _blocks(tokenizer, text, dataset, length)
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=BitLabConfig())

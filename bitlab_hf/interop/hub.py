@@ -71,24 +71,27 @@ def push(
         ConfigError: BitLab does not know the scheme.
         HubError: The hub refused or could not be reached; the message says what to do.
     """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ArgumentError(f"push: repo_id must be 'name/model', got {repo_id!r}") from error
     if isinstance(model, PreTrainedModel):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / repo_id.rpartition("/")[2]
             save(model, folder, tokenizer=tokenizer, facts=facts)
-            return push(
-                folder, repo_id, private=private, latent=latent, token=token, message=message
-            )
+            return _upload(folder, repo_id, private, latent, token, message)
     if tokenizer is not None or facts is not None:
         raise ArgumentError(
             "push: tokenizer and facts must be left out for a folder, got them given\n"
             "Save them into it: bitlab_hf.save(model, folder, tokenizer=..., facts=...)."
         )
-    source = Path(model)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ArgumentError(f"push: repo_id must be 'name/model', got {repo_id!r}") from error
-    files = _files(source, latent)
+    return _upload(Path(model), repo_id, private, latent, token, message)
+
+
+def _upload(
+    folder: Path, repo_id: str, private: bool, latent: bool, token: str | None, message: str
+) -> str:
+    files = _files(folder, latent)
     token = token or get_token()
     if token is None:
         raise ArgumentError(f"push: a token must be given, got none\n{_ADVICE[401]}")

@@ -30,7 +30,7 @@ from bitcore.quantize import dequantize
 from bitlab_hf.card import model_card
 from bitlab_hf.checkpoint import LAYERS_KEY, read_checkpoint
 from bitlab_hf.config import BitLabConfig
-from bitlab_hf.files import INDEX, weight_files
+from bitlab_hf.files import INDEX, read_config, weight_files
 from bitlab_hf.interop.stream import Entry, StreamWriter
 from bitlab_hf.interop.structure import Structure, find_structure, row_blocks, scales_of
 from bitlab_hf.replace import find_linears, swap_packed
@@ -80,6 +80,7 @@ def convert_ternary(
         What was packed, and what was kept and why.
 
     Raises:
+        ArgumentError: The folder holds no config.json.
         ConfigError: The checkpoint is quantized already.
         CheckpointError: A layer is not exactly ternary (the message says by how much), none is, or
             the files are damaged.
@@ -120,7 +121,7 @@ def convert_ternary(
         for file in source.iterdir():
             if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != INDEX:
                 shutil.copyfile(file, staged / file.name)
-        written = json.loads((source / "config.json").read_text())
+        written = read_config(source)
         written["quantization_config"] = config.to_dict()
         (staged / "config.json").write_text(json.dumps(written, indent=2) + "\n")
         swap_packed(model, find_linears(model, config.modules_to_not_convert or []), config)
@@ -131,10 +132,7 @@ def convert_ternary(
 
 def _skeleton(source: Path) -> PreTrainedModel:
     """Returns the model of a folder without weights."""
-    if not (source / "config.json").exists():
-        raise ConfigError(
-            f"convert_ternary: the folder must hold config.json, got none in {source}"
-        )
+    read_config(source)
     config = AutoConfig.from_pretrained(source)
     if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method")

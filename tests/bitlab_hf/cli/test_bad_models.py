@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError
+from bitlab_hf.cli.common import find_scheme
 from tests.bitlab_hf.interop.stock import build
 from tests.bitlab_hf.test_files import lead_out
 
@@ -66,6 +67,11 @@ def test_unknown_schemes(cli: Cli, model: Path, tmp_path: Path, command: str) ->
     done = cli(*commands(model, tmp_path / "out")[command])
     assert "format_version must be at most 1, got 99" in str(done.error)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_may_be_of_any_scheme(model: Path) -> None:
+    set_scheme(model, {"quant_method": "gptq", "bits": 4})
+    assert find_scheme(str(model))["quant_method"] == "gptq"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

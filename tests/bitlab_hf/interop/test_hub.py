@@ -206,8 +206,13 @@ def test_what_is_not_uploaded(
     monkeypatch.setattr("bitlab_hf.interop.hub.get_token", lambda: None)
     with pytest.raises(ArgumentError, match="a token must be given, got none"):
         push(folder, "me/model")
-    with pytest.raises(ArgumentError, match="repo_id must be 'name/model'"):
-        push(folder, "me/my/model")
+    # A name that leads out of the folder in which a model is written first, too.
+    for given, name in (
+        (folder, "me/my/model"),
+        (AutoModelForCausalLM.from_pretrained(folder), "me/.."),
+    ):
+        with pytest.raises(ArgumentError, match="repo_id must be 'name/model'"):
+            push(given, name)
     with pytest.raises(ArgumentError, match="must hold a ternary model, got floats"):
         push(DEMO, "me/model")
     with pytest.raises(ArgumentError, match="must be left out for a folder"):

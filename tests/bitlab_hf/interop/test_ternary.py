@@ -209,7 +209,7 @@ def test_bad_sources(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="got neither"):
         convert_ternary(source, tmp_path / "out")
     (source / "config.json").unlink()
-    with pytest.raises(ConfigError, match=re.escape("must hold config.json")):
+    with pytest.raises(ArgumentError, match=re.escape("must hold config.json")):
         convert_ternary(source, tmp_path / "out")
     assert name
     assert not (tmp_path / "out").exists()

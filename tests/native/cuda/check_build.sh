@@ -38,7 +38,7 @@ c++ -std=c++17 -x c++ -Icsrc/include -Icsrc/cuda -Itests/native/cuda tests/nativ
     tests/native/cuda/emulator.cpp tests/native/cuda/exchange.cpp -o "$work/shared_sizes"
 "$work/shared_sizes" >"$work/shared_sizes.txt"
 # What checks the fragment tables on a GPU.
-nvcc -std=c++17 -arch=sm_80 -Werror all-warnings -Icsrc/cuda -Itests/native/cuda \
+${CUDACXX:-nvcc} -std=c++17 -arch=sm_80 -Werror all-warnings -Icsrc/cuda -Itests/native/cuda \
     tests/native/cuda/fragments_gpu.cu -o "$work/fragments"
 for reader in "${readers[@]}"; do wait "$reader"; done
 "$bin/python" tests/native/cuda/tools/check_build.py "$log" "$work/shared_sizes.txt" "$work/sm_80.txt" "$work/sm_90.txt"
