@@ -1,8 +1,9 @@
-// One warp, one mma: registers in, registers out. The same kernel for the emulator and for a GPU.
+// One warp, one mma, and one warpgroup, two wgmma: registers in, registers out. The same kernel for the emulator and
+// for a GPU.
 #ifndef BITLAB_TEST_FRAGMENT_PROBE_CUH
 #define BITLAB_TEST_FRAGMENT_PROBE_CUH
 
-#include "device.h"
+#include "wgmma.cuh"
 
 namespace bitlab {
 
@@ -31,6 +32,47 @@ fragment_kernel(FragmentParams p) {
     for (int i = 0; i < 4; ++i) {
         store_global(p.d + 4 * lane + i, p.kind < 2 ? static_cast<uint32_t>(sums[i]) : float_bits(floats[i]));
     }
+}
+
+struct WgmmaFragmentParams {
+    const uint32_t *a;  // [2, 128, 4]: A for columns 0 to 31 and 96 to 127 of B
+    const uint8_t *b;   // [64, 128]: int8, 64 tokens
+    uint32_t *d;        // [128, 32]
+};
+
+// The second is added to the first; the first must not read D, which holds no zeros.
+template <int kThreads>
+BK_KERNEL(kThreads)
+wgmma_fragment_kernel(WgmmaFragmentParams p) {
+#if BK_HAS_WGMMA
+    const int thread = thread_x();
+    BK_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t token = static_cast<uint32_t>(thread / 8 + 16 * i), chunk = static_cast<uint32_t>(thread % 8);
+        copy_async_16(token * 128 + token_chunk(token, chunk) * 16, p.b + token * 128 + chunk * 16, 16);
+    }
+    commit_async();
+    wait_async<0>();
+    fence_async_proxy();
+    sync_block();
+    uint32_t a[2][4];
+    int32_t sums[32];
+    BK_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        a[0][i] = load_global(p.a + 4 * thread + i);
+        a[1][i] = load_global(p.a + 4 * (kThreads + thread) + i);
+    }
+    BK_UNROLL
+    for (int i = 0; i < 32; ++i) sums[i] = thread + i;
+    wgmma_fence();
+    wgmma_u8s8(sums, a[0], token_descriptor(0), false);
+    wgmma_u8s8(sums, a[1], token_descriptor(96), true);
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_take(sums);
+    BK_UNROLL
+    for (int i = 0; i < 32; ++i) store_global(p.d + 32 * thread + i, static_cast<uint32_t>(sums[i]));
+#endif
 }
 
 }  // namespace bitlab

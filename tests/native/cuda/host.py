@@ -37,6 +37,10 @@ def load_host_library(path: Path) -> ctypes.CDLL:
     library.bk_emulator_probe.restype = ctypes.c_char_p
     library.bk_emulator_mma.argtypes = (ctypes.c_int32, pointer, pointer, pointer)
     library.bk_emulator_mma.restype = ctypes.c_char_p
+    library.bk_emulator_wgmma_probe.argtypes = (ctypes.c_int32, pointer)
+    library.bk_emulator_wgmma_probe.restype = ctypes.c_char_p
+    library.bk_emulator_one_wgmma.argtypes = (pointer, pointer, pointer)
+    library.bk_emulator_one_wgmma.restype = ctypes.c_char_p
     return library
 
 

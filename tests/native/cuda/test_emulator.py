@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,8 +27,18 @@ B_REGISTERS = {32: [0, 16], 16: [0, 8]}
 PER_REGISTER = {32: 4, 16: 2}
 
 
+# "Register Fragments and Shared Memory Matrix Layouts" of wgmma.m64nNk32: the four warps of a
+# warpgroup hold 16 rows each, in the order above; D of n columns repeats c0-c3 every 8 columns.
+
+
 def documented(k: int, operand: int, lane: int, i: int) -> int:
-    group, thread, per = lane >> 2, lane % 4, PER_REGISTER[k]
+    group, thread, per = lane % 32 >> 2, lane % 4, PER_REGISTER[k]
+    if operand == 3:
+        row, column = A_REGISTERS[k][i // per]
+        return (row + group + 16 * (lane // 32)) * 100 + column + per * thread + i % per
+    if operand == 4:
+        row = group + 8 * (i % 4 // 2) + 16 * (lane // 32)
+        return row * 100 + 8 * (i // 4) + 2 * thread + i % 2
     if operand == 0:
         row, column = A_REGISTERS[k][i // per]
         return (row + group) * 100 + column + per * thread + i % per
@@ -50,12 +61,24 @@ def test_fragment_tables_are_those_of_the_ptx_isa(host_library: ctypes.CDLL, k: 
         assert places == {row * 100 + column for row in range(rows) for column in range(columns)}
 
 
+def test_fragment_tables_of_wgmma(host_library: ctypes.CDLL) -> None:
+    for operand, columns in ((3, 32), (4, 64)):
+        places = set()
+        for lane in range(128):
+            for i in range(columns // 2):
+                place = host_library.bk_emulator_place(32, operand, lane, i)
+                assert place == documented(32, operand, lane, i)
+                places.add(place)
+        assert places == {row * 100 + column for row in range(64) for column in range(columns)}
+
+
 def registers_of(matrix: Tensor, k: int, operand: int) -> Tensor:
-    """The registers [32, 4 or 2] that hold a matrix, by the table above."""
+    """The registers [32, 4 or 2] that hold a matrix, by the table above; [128, ...] of wgmma."""
     per = PER_REGISTER[k]
-    count = matrix.numel() // 32
-    found = torch.empty(32, count, dtype=matrix.dtype)
-    for lane in range(32):
+    lanes = 32 if operand < 3 else 128
+    count = matrix.numel() // lanes
+    found = torch.empty(lanes, count, dtype=matrix.dtype)
+    for lane in range(lanes):
         for i in range(count):
             place = documented(k, operand, lane, i)
             found[lane, i] = matrix[place // 100, place % 100]
@@ -86,6 +109,69 @@ def test_one_mma(host_library: ctypes.CDLL, kind: int) -> None:
     found = d if kind < 2 else d.view(torch.float32)
     expected = registers_of(a.double() @ b.double(), k, 2)
     assert torch.equal(found.double(), expected)
+
+
+@pytest.fixture
+def hopper_library(host_library: ctypes.CDLL) -> Iterator[ctypes.CDLL]:
+    """The library on a device that has wgmma."""
+    host_library.bk_emulator_wgmma(1)
+    yield host_library
+    host_library.bk_emulator_wgmma(0)
+
+
+def test_two_wgmma(hopper_library: ctypes.CDLL) -> None:
+    """Columns 0 to 31 and 96 to 127 of a swizzled tile, the second product added to the first."""
+    a = torch.randint(0, 256, (2, 64, 32)).to(torch.uint8)
+    room = torch.empty(64 * 128 + 16, dtype=torch.int8)
+    b = room[-room.data_ptr() % 16 :][: 64 * 128].view(64, 128)
+    b.copy_(torch.randint(-128, 128, b.shape))
+    registers = torch.stack([registers_of(part, 32, 3) for part in a])
+    d = torch.empty(128, 32, dtype=torch.int32)
+    hopper_library.bk_emulator_clear()
+    for tensor, mode in ((registers, 0), (b, 0), (d, 1)):
+        size = tensor.numel() * tensor.element_size()
+        hopper_library.bk_emulator_register(tensor.data_ptr(), size, mode)
+    text = hopper_library.bk_emulator_one_wgmma(registers.data_ptr(), b.data_ptr(), d.data_ptr())
+    assert text == b""
+    tokens = b.double()
+    expected = a[0].double() @ tokens[:, :32].t() + a[1].double() @ tokens[:, 96:].t()
+    assert torch.equal(d, registers_of(expected, 32, 4).int())
+
+
+WGMMA_FAULTS = {
+    0: "^$",
+    1: "no proxy fence between its write and the barrier",
+    2: "no proxy fence between its write and the barrier",
+    3: "with no barrier after its write",
+    4: "no wgmma_fence since the last group",
+    5: "must begin at a multiple of 1024",
+    6: "have different descriptors",
+    7: "wgmma that was not waited for|sums are taken before",
+    8: "that was never written",
+    9: "registers of A changed",
+    10: "sums were written before",
+    11: "written while wgmma reads it",
+    12: "sums are taken before",
+    13: "sums are taken before",
+    14: "race: thread .* writes shared byte",
+}
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("which", range(15))
+def test_faults_of_wgmma_are_reported(hopper_library: ctypes.CDLL, which: int, order: int) -> None:
+    memory = torch.zeros(128, dtype=torch.int32)
+    hopper_library.bk_emulator_clear()
+    hopper_library.bk_emulator_order(order)
+    hopper_library.bk_emulator_register(memory.data_ptr(), 512, 1)
+    text = hopper_library.bk_emulator_wgmma_probe(which, memory.data_ptr()).decode()
+    hopper_library.bk_emulator_order(0)
+    assert re.search(WGMMA_FAULTS[which], text), text
+
+
+def test_a_device_without_wgmma(host_library: ctypes.CDLL) -> None:
+    memory = torch.zeros(128, dtype=torch.int32)
+    assert b"has no wgmma" in host_library.bk_emulator_wgmma_probe(0, memory.data_ptr())
 
 
 FAULTS = {

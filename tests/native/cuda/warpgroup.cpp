@@ -70,10 +70,10 @@ void write_pattern(Sums &sums, int32_t *d, bool onto) {
 }
 
 void multiply(Warpgroup &group, const Issued &issued) {
-    static int32_t a[kRows][kDepth], b[kDepth][kColumns];
+    static int32_t a[kRows][kDepth], b[kColumns][kDepth];
     for_each_chunk(issued, [&](uint32_t offset, uint32_t n, uint32_t k) {
         const uint8_t *from = end_async_read(offset, 16);
-        for (uint32_t j = 0; j < 16; ++j) b[k + j][n] = static_cast<int8_t>(from[j]);
+        for (uint32_t j = 0; j < 16; ++j) b[n][k + j] = static_cast<int8_t>(from[j]);
     });
     for (int thread = 0; thread < kWarpgroup; ++thread) {
         if (memcmp(issued.a[thread], issued.held[thread], sizeof issued.held[thread]) != 0) {
@@ -88,8 +88,10 @@ void multiply(Warpgroup &group, const Issued &issued) {
         Sums &sums = group.sums[issued.d[thread]];
         for (int i = 0; i < kSums; ++i) {
             const Place p = wgmma_d(thread, i);
-            int64_t sum = issued.onto ? sums.value[i] : 0;
-            for (int k = 0; k < kDepth; ++k) sum += a[p.row][k] * b[k][p.column];
+            const int32_t *row = a[p.row], *token = b[p.column];
+            int32_t product = 0;
+            for (int k = 0; k < kDepth; ++k) product += row[k] * token[k];
+            const int64_t sum = static_cast<int64_t>(issued.onto ? sums.value[i] : 0) + product;
             if (sum != static_cast<int32_t>(sum)) fault("an int32 sum of wgmma overflows");
             sums.value[i] = static_cast<int32_t>(sum);
             if (issued.d[thread][i] != static_cast<int32_t>(kPattern)) {

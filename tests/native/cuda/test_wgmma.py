@@ -1,0 +1,140 @@
+"""The kernel for many tokens on a GPU that has wgmma, on the emulator against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitcore import pack_ternary, reference
+from tests.native.cuda.host import CONFLICTS, MMA, SHARED_LOADS, WGMMA, HostKernels
+from tests.native.cuda.test_kernels import DTYPES, make, random_codes
+
+
+@pytest.fixture
+def hopper(host: HostKernels) -> Iterator[HostKernels]:
+    """The kernels on a device that has wgmma."""
+    host._library.bk_emulator_wgmma(1)
+    yield host
+    host._library.bk_emulator_wgmma(0)
+
+
+def product(hopper: HostKernels, codes: Tensor, weight: Tensor) -> Tensor:
+    """The integer product, which must have gone through wgmma and met no bank conflict."""
+    before = hopper.count(WGMMA)
+    acc = hopper.matmul(codes, pack_ternary(weight), weight.shape[0])
+    assert hopper.count(WGMMA) > before
+    assert hopper.count(MMA) == 0
+    assert hopper.count(SHARED_LOADS) > 0
+    assert hopper.count(CONFLICTS) == 0
+    return acc
+
+
+# Rows and tokens at, below and above the tile; steps of 128 columns cut, whole, fewer and more than
+# stages. With one multiprocessor every grid of more than one tile takes blocks of two warpgroups.
+@pytest.mark.parametrize("multiprocessors", [1, 4])
+@pytest.mark.parametrize("M", [33, 64, 65, 130])
+@pytest.mark.parametrize(
+    ("N", "K"), [(1, 16), (5, 64), (64, 128), (255, 144), (256, 192), (258, 640), (515, 1008)]
+)
+def test_integer_sums(hopper: HostKernels, M: int, N: int, K: int, multiprocessors: int) -> None:  # noqa: N803
+    hopper.multiprocessors = multiprocessors
+    codes = torch.randint(-128, 128, (M, K), dtype=torch.int8)
+    weight = random_codes(N, K)
+    acc = product(hopper, codes, weight)
+    assert torch.equal(acc, (codes.long() @ weight.long().t()).int())
+
+
+@pytest.mark.parametrize(("weight_code", "code"), [(1, 127), (1, -128), (-1, -128)])
+def test_extreme_codes(hopper: HostKernels, weight_code: int, code: int) -> None:
+    """The largest sums at the largest K: the emulator reports an int32 that overflows."""
+    codes = torch.full((33, 131056), code, dtype=torch.int8)
+    weight = torch.full((9, 131056), weight_code, dtype=torch.int8)
+    expected = torch.full((33, 9), code * weight_code * 131056, dtype=torch.int32)
+    assert torch.equal(product(hopper, codes, weight), expected)
+
+
+@pytest.mark.parametrize("K", [6912, 1040])
+def test_a_long_k_is_split_and_added(hopper: HostKernels, K: int) -> None:  # noqa: N803
+    hopper.multiprocessors = 132
+    codes = torch.randint(-128, 128, (40, K), dtype=torch.int8)
+    weight = random_codes(70, K)
+    for seed in (0, 1, 2):
+        hopper._library.bk_emulator_order(seed)
+        acc = product(hopper, codes, weight)
+        assert torch.equal(acc, (codes.double() @ weight.double().t()).int())
+
+
+@pytest.mark.parametrize("activation", ["int8_per_token", "int8_per_tensor"])
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(33, 130, 192), (66, 128, 144), (70, 518, 128)])
+def test_linear_equals_the_reference(
+    hopper: HostKernels,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    granularity: str,
+    activation: str,
+) -> None:
+    x, qweight, scale = make(shape, granularity, dtype)
+    for out_dtype, kind in zip(DTYPES, (None, *DTYPES[1:]), strict=True):
+        bias = None if kind is None else torch.randn(shape[1]).to(kind)
+        args = (x, qweight, scale, bias, shape[1], activation, out_dtype)
+        before = hopper.count(WGMMA)
+        assert torch.equal(hopper.linear(*args), reference.linear(*args))
+        assert hopper.count(WGMMA) > before
+
+
+@pytest.mark.parametrize("K", [8192, 12032])
+def test_long_tokens_are_placed(hopper: HostKernels, K: int) -> None:  # noqa: N803
+    """Past what quantize_kernel holds in registers."""
+    x, qweight, scale = make((33, 9, K), "per_channel", torch.bfloat16)
+    args = (x, qweight, scale, torch.randn(9), 9, "int8_per_token", torch.float32)
+    assert torch.equal(hopper.linear(*args), reference.linear(*args))
+
+
+def test_codes_that_are_kept_are_in_order(hopper: HostKernels) -> None:
+    x, qweight, scale = make((40, 70, 320), "per_channel", torch.bfloat16)
+    args = (x, qweight, scale, None, 70, "int8_per_token", torch.float32)
+    before = hopper.count(WGMMA)
+    ours, expected = (kernels.linear_with_codes(*args) for kernels in (hopper, reference))
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert hopper.count(WGMMA) > before
+
+
+def test_special_values_pass_through(hopper: HostKernels) -> None:
+    x, qweight, _ = make((40, 64, 64), "per_channel", torch.float32)
+    scale = torch.logspace(-30, 30, 64)
+    x[20, 3], x[0, 1] = float("nan"), float("inf")
+    for out_dtype in DTYPES:
+        args = (x, qweight, scale, None, 64, "int8_per_token", out_dtype)
+        y, expected = hopper.linear(*args), reference.linear(*args)
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y.nan_to_num(), expected.nan_to_num())
+
+
+def test_what_goes_another_way(hopper: HostKernels) -> None:
+    """Few tokens, groups, rows that are not aligned to 16 bytes: without wgmma, as right."""
+    cases = [
+        ((32, 70, 64), "per_channel"),
+        ((40, 70, 64), "per_group"),
+        ((40, 70, 72), "per_tensor"),
+    ]
+    for shape, granularity in cases:
+        x, qweight, scale = make(shape, granularity, torch.bfloat16)
+        room = torch.zeros(8 + qweight.numel(), dtype=torch.uint8)
+        moved = room[8:].view(qweight.shape).copy_(qweight)
+        assert moved.data_ptr() % 16
+        for weight in (qweight, moved):
+            before = hopper.count(WGMMA)
+            args = (x, weight, scale, None, 70, "int8_per_token", torch.float32)
+            assert torch.equal(hopper.linear(*args), reference.linear(*args))
+            assert hopper.count(WGMMA) == before
+    x, qweight, scale = make((40, 70, 64), "per_channel", torch.bfloat16)
+    moved = room[8 : 8 + qweight.numel()].view(qweight.shape).copy_(qweight)
+    before = hopper.count(WGMMA)
+    args = (x, moved, scale, None, 70, "int8_per_token", torch.float32)
+    assert torch.equal(hopper.linear(*args), reference.linear(*args))
+    assert hopper.count(WGMMA) == before
