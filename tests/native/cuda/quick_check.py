@@ -113,6 +113,7 @@ def pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]
             reference.linear_int8(x, w, b.abs(), b, torch.bfloat16),
         )
     yield from group_pairs(kernels)
+    yield from wgmma_pairs(kernels)
     ties, uneven = tied_tokens(), uneven_weight()
     yield lambda: (
         kernels.quantize_activation(ties, False)[0],
@@ -150,6 +151,45 @@ def group_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Ten
         yield layer
 
 
+def on_hopper(
+    kernels: HostKernels, multiprocessors: int, call: Callable[[HostKernels], Tensor]
+) -> Tensor:
+    """What a call gives on a device that has wgmma."""
+    kernels.multiprocessors = multiprocessors
+    kernels._library.bk_emulator_wgmma(1)
+    try:
+        return call(kernels)
+    finally:
+        kernels._library.bk_emulator_wgmma(0)
+        kernels.multiprocessors = 4
+
+
+def wgmma_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+    """Many tokens with wgmma: one warpgroup a block, two, and shares of K; codes that are kept."""
+    for tokens, out_features, multiprocessors in ((40, 70, 4), (66, 518, 1), (40, 70, 132)):
+        in_features = 1168
+        x, bias = torch.randn(tokens, in_features), torch.randn(out_features)
+        latent = torch.randn(out_features, in_features)
+        packed, scale = reference.pack_weight(latent, "per_channel", 0)
+        codes = torch.randint(-128, 128, (tokens, in_features), dtype=torch.int8)
+        yield lambda c=codes, q=packed, n=out_features, m=multiprocessors: (
+            on_hopper(kernels, m, lambda k: k.matmul(c, q, n)),
+            reference.matmul(c, q, n),
+        )
+        for dtype in (torch.float32, torch.bfloat16):
+            args = (x, packed, scale, bias, out_features, "int8_per_token", dtype)
+            yield lambda a=args, m=multiprocessors: (
+                on_hopper(kernels, m, lambda k: k.linear(*a)),
+                reference.linear(*a),
+            )
+    some = torch.randn(40, 192)
+    few, few_scale = reference.pack_weight(torch.randn(9, 192), "per_channel", 0)
+    yield lambda: (
+        on_hopper(kernels, 4, lambda k: kept(k, some, few, few_scale, 9)[0]),
+        kept(kernels, some, few, few_scale, 9)[1],
+    )
+
+
 def float_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
     """Calls whose sums are floats, and their float64 values."""
     for tokens, out_features, in_features in SHAPES[1:]:
@@ -176,8 +216,9 @@ def first_failure(library: ctypes.CDLL) -> str | None:
     """Returns the first wrong result or what the emulator reports first; None if all is right."""
     torch.manual_seed(0)
     for k in (32, 16):
-        for operand, elements in ((0, 16 if k == 32 else 8), (1, 8 if k == 32 else 4), (2, 4)):
-            for lane in range(32):
+        operands = [(0, 16 if k == 32 else 8), (1, 8 if k == 32 else 4), (2, 4), (3, 16), (4, 32)]
+        for operand, elements in operands[: 5 if k == 32 else 3]:
+            for lane in range(32 if operand < 3 else 128):
                 for i in range(elements):
                     if library.bk_emulator_place(k, operand, lane, i) != documented(
                         k, operand, lane, i
