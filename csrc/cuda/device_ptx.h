@@ -8,6 +8,7 @@
 #define BK_DEVICE __device__ __forceinline__
 #define BK_UNROLL _Pragma("unroll")
 #define BK_UNROLL_BY_8 _Pragma("unroll 8")
+#define BK_NO_UNROLL _Pragma("unroll 1")
 
 namespace bitlab {
 
@@ -17,6 +18,19 @@ BK_DEVICE int thread_x() { return static_cast<int>(threadIdx.x); }
 BK_DEVICE int64_t block_x() { return blockIdx.x; }
 BK_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 BK_DEVICE int64_t grid_x() { return gridDim.x; }
+
+// Programmatic dependent launch, which Hopper has and newer ones: elsewhere kernels follow one another whole.
+BK_DEVICE void start_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+BK_DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+BK_DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p))); }
 
 template <typename T>
 BK_DEVICE T load_global(const T *p) {
@@ -162,11 +176,21 @@ BK_DEVICE uint16_t encode_bf16(float value) {
 template <typename P>
 const char *launch(void (*kernel)(P), Grid grid, int threads, uint32_t shared_bytes, void *stream, P params) {
     if (grid.x > 0x7FFFFFFF || grid.y > 0xFFFF) return cudaGetErrorString(cudaErrorInvalidConfiguration);
+    int device = 0, major = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &early;
+    config.numAttrs = major >= 9 ? 1 : 0;
     void *arguments[] = {&params};
-    const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
-    const cudaError_t error =
-        cudaLaunchKernel(reinterpret_cast<const void *>(kernel), blocks, dim3(static_cast<unsigned>(threads)),
-                         arguments, shared_bytes, static_cast<cudaStream_t>(stream));
+    const cudaError_t error = cudaLaunchKernelExC(&config, reinterpret_cast<const void *>(kernel), arguments);
     if (error == cudaSuccess) return nullptr;
     cudaGetLastError();  // a launch that failed must not be reported again by the caller's own next check
     return cudaGetErrorString(error);

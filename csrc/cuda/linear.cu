@@ -97,6 +97,7 @@ MatmulParams params_of(bk_cuda_product product, const Shape &shape, const Weight
     p.bias_type = weights.bias_type;
     p.y = output.y;
     p.y_type = output.y_type;
+    p.y_vector = p.weight_rows % 4 == 0 && shape.N % 4 == 0 && aligned(output.y, 0, 4 * size_of(output.y_type));
     p.M = shape.M;
     p.N = shape.N;
     p.K = static_cast<int32_t>(shape.K);

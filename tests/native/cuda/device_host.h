@@ -11,6 +11,7 @@
 #define BK_DEVICE inline
 #define BK_UNROLL
 #define BK_UNROLL_BY_8
+#define BK_NO_UNROLL
 #define BK_SITE \
     emulator::Site { file, line }
 #define BK_WHERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
@@ -21,6 +22,10 @@ inline int thread_x() { return emulator::current().thread; }
 inline int64_t block_x() { return emulator::current().block_x; }
 inline int block_y() { return emulator::current().block_y; }
 inline int64_t grid_x() { return emulator::current().grid_x; }
+
+inline void start_next() {}
+inline void wait_for_previous() { emulator::wait_for_previous(); }
+inline void prefetch(const void *) {}
 
 template <typename T>
 T load_global(const T *p, BK_WHERE) {

@@ -16,6 +16,7 @@ struct FragmentParams {
 template <int kThreads>
 BK_KERNEL(kThreads)
 fragment_kernel(FragmentParams p) {
+    begin();
     const int lane = thread_x();
     uint32_t a[4];
     BK_UNROLL
