@@ -129,7 +129,7 @@ MUTATIONS = [
         ("outputs past the end stored", "p.weight_rows - row < p.N - n ? p.weight_rows - row : p.N - n", "p.weight_rows - row"),
         ("tokens past the end stored", "if (m >= p.M || left <= 0) continue;", "if (left <= 0) continue;"),
         ("sum of another output of four", "scaled(p, m, n + i, sums[i])", "scaled(p, m, n + i, sums[i ^ 1])"),
-        ("share of K written over another", "(split * p.M + m) * p.N + n, p.y_vector", "m * p.N + n, p.y_vector"),
+        ("share of K written over another", "(split * p.M + m) * p.N + n, p.y_vector", "m * p.N + n, p.y_vector", "ternary_16"),
     ),
     *_in(
         "csrc/cuda/gemv.cuh",
