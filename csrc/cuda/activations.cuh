@@ -20,9 +20,10 @@ struct QuantizeParams {
     int64_t x_stride;
     int32_t x_type;  // BK_CUDA_I8: codes already, which are only copied and summed
     bool x_vector;
-    int8_t *codes;           // [M, code_stride]; columns from K to code_stride are written as zero
+    int8_t *codes;           // [M, code_stride], or null; columns from K to code_stride are written as zero
     int64_t code_stride;     // a multiple of 64 if code_vector, else K
     bool code_vector;        // codes are aligned to 8 bytes
+    int8_t *placed;          // [M, K padded to 64]: the codes in the order of place_of_column, or null
     int32_t *sums;           // [M, columns], or null
     float *scale;            // [M], or null
     const uint32_t *maxima;  // per tensor: bits of the largest of each block of absmax_kernel; else null
@@ -69,6 +70,22 @@ BK_DEVICE Bytes8 encode_eight(const float (&values)[8], Scaling by, int32_t &sum
     return codes;
 }
 
+// Where wgmma_kernel wants column c of each 64: columns 16 t + 8 h + 4 w + j at 32 h + 16 w + 4 t + j.
+BK_DEVICE int32_t place_of_column(int32_t c) {
+    return c / 64 * 64 + c / 8 % 2 * 32 + c / 4 % 2 * 16 + c / 16 % 4 * 4 + c % 4;
+}
+
+// Stores a thread's eight codes, those of columns k to k + 7, in that order: two words that belong 16 bytes apart.
+// Lanes whose words are neighbours there exchange one, so that each stores eight bytes. All lanes of a warp call this.
+BK_DEVICE void store_placed(int8_t *row, int32_t k, int32_t padded, const Bytes8 &eight) {
+    const bool odd = k / 16 % 2 != 0;
+    const uint32_t other = shuffle_xor(eight.word[odd ? 0 : 1], 2);
+    const Bytes8 pair = odd ? Bytes8{{other, eight.word[1]}} : Bytes8{{eight.word[0], other}};
+    if (k < padded) {
+        store_global(reinterpret_cast<Bytes8 *>(row + (odd ? place_of_column(k - 16 + 4) : place_of_column(k))), pair);
+    }
+}
+
 // Bytes of shared memory: maxima of the warps, then a sum for every 64 columns.
 inline uint32_t quantize_shared_bytes(int64_t K) { return static_cast<uint32_t>(128 + 4 * ((K + 63) / 64)); }
 
@@ -107,7 +124,9 @@ BK_KERNEL(kQuantizeThreads) quantize_kernel(QuantizeParams p) {
     const auto finish = [&](int32_t k, const float(&values)[8]) {
         int32_t sum = 0;
         const Bytes8 eight = encode_eight(values, by, sum);
-        if (p.code_vector) {
+        if (p.placed) store_placed(p.placed + token * padded, k, padded, eight);
+        if (!p.codes) {
+        } else if (p.code_vector) {
             if (k < padded) store_global(reinterpret_cast<Bytes8 *>(codes + k), eight);
         } else {
             BK_UNROLL

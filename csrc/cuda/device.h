@@ -5,21 +5,32 @@
 // fibers and checks every access. What the two must agree on is said here once:
 //
 // clang-format off
-//   thread_x() block_x() block_y() grid_x()          indices and sizes; blocks and grids are counted by at most x and y
-//   start_next(), wait_for_previous()                the stream's next kernel may start; all that earlier kernels wrote
-//                                                    is there. Before the wait a kernel may only prefetch; begin() is
-//                                                    both, for kernels that have nothing to do in between
-//   prefetch(p)                                      128 bytes of global memory to L2, a hint
-//   load_global(p), store_global(p, value)           naturally aligned; load_weights(p) is 16 bytes read once
-//   load_shared<T>(offset), store_shared(offset, v)  shared memory is a byte array, at most 48 KiB
-//   copy_async_16(offset, p, valid)                  16 bytes from global to shared; bytes past `valid` (0 or 16) are zero
-//   commit_async(), wait_async<N>()                  close a group; wait until at most N groups of this thread are open
-//   sync_block(), sync_warp()                        barriers that order memory
-//   shuffle_xor(value, mask), shuffle(value, lane)   among all 32 lanes
-//   mma_*                                            D += A B of one warp, in the PTX ISA's fragment layouts
-//   dot4_us(a, b, c)                                 c + the dot product of four unsigned and four signed bytes
-//   fma_bf16x2, fma_f16x2                            packed a * b + c, rounded once
-//   multiply, add, divide                            one float32 operation, rounded to nearest even, never contracted
+//   thread_x() block_x() block_y() grid_x()  indices and sizes; blocks and grids are counted by at most x and y
+//   start_next(), wait_for_previous()        the stream's next kernel may start; all that earlier kernels wrote is there.
+//                                            Before the wait a kernel may only prefetch; begin() is both, for kernels
+//                                            that have nothing to do in between
+//   prefetch(p)                              128 bytes of global memory to L2, a hint
+//   load_global(p), store_global(p, value)   naturally aligned; load_weights(p) is 16 bytes read once
+//   load_shared<T>(offset), store_shared(offset, v)
+//                                            shared memory is a byte array, aligned to 1024 bytes, of at most
+//                                            kSharedBytes, or kLargeSharedBytes on a device that has wgmma
+//   copy_async_16(offset, p, valid)          16 bytes from global to shared; bytes past `valid` (0 or 16) are zero
+//   commit_async(), wait_async<N>()          close a group; wait until at most N groups of this thread are open
+//   sync_block(), sync_warp()                barriers that order memory
+//   shuffle_xor(value, mask), shuffle(value, lane)
+//                                            among all 32 lanes
+//   mma_*                                    D += A B of one warp, in the PTX ISA's fragment layouts
+//   has_wgmma(), BK_HAS_WGMMA                whether the current device has, and this compilation makes, what follows
+//   wgmma_u8s8(d, a, b)                      D += A B of four warps, 64 x 64 x 32: A in registers, b the PTX ISA's
+//                                            descriptor of B in shared memory (shared_address(offset)); it runs on
+//                                            while the threads go on: neither A nor D may be touched
+//   wgmma_fence()                            before a group of wgmma: registers written above are seen by it
+//   wgmma_commit(), wgmma_wait<N>()          close a group; wait until at most N groups are open
+//   wgmma_take(d)                            after the wait: D may be read
+//   fence_async_proxy()                      what this thread wrote to shared memory is seen by wgmma after a barrier
+//   dot4_us(a, b, c)                         c + the dot product of four unsigned and four signed bytes
+//   fma_bf16x2, fma_f16x2                    packed a * b + c, rounded once
+//   multiply, add, divide                    one float32 operation, rounded to nearest even, never contracted
 // clang-format on
 #ifndef BITLAB_CUDA_DEVICE_H
 #define BITLAB_CUDA_DEVICE_H
@@ -37,7 +48,7 @@ struct alignas(8) Bytes8 {
     uint32_t word[2];
 };
 
-constexpr uint32_t kSharedBytes = 48 * 1024;
+constexpr uint32_t kSharedBytes = 48 * 1024, kLargeSharedBytes = 227 * 1024;
 constexpr int kWarp = 32;
 
 struct Grid {

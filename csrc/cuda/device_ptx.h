@@ -12,7 +12,7 @@
 
 namespace bitlab {
 
-extern __shared__ __align__(128) unsigned char shared_memory[];
+extern __shared__ __align__(1024) unsigned char shared_memory[];
 
 BK_DEVICE int thread_x() { return static_cast<int>(threadIdx.x); }
 BK_DEVICE int64_t block_x() { return blockIdx.x; }
@@ -80,9 +80,14 @@ BK_DEVICE void store_shared<Bytes16>(uint32_t offset, Bytes16 v) {
     *reinterpret_cast<uint4 *>(shared_memory + offset) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
 
+// Where shared memory at `offset` lies in the address space of its kind.
+BK_DEVICE uint32_t shared_address(uint32_t offset) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory)) + offset;
+}
+
 BK_DEVICE void copy_async_16(uint32_t offset, const void *p, int valid) {
-    const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory)) + offset;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(p)), "r"(valid)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(offset)),
+                 "l"(__cvta_generic_to_global(p)), "r"(valid)
                  : "memory");
 }
 BK_DEVICE void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -131,6 +136,36 @@ BK_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint3
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define BK_HAS_WGMMA 1
+BK_DEVICE void wgmma_u8s8(int32_t (&d)[32], const uint32_t (&a)[4], uint64_t b, bool onto) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, p; }"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]),
+          "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]), "+r"(d[16]),
+          "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]),
+          "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(onto)));
+}
+BK_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+BK_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+BK_DEVICE void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// Keeps the compiler from reading the sums before the wait that stands above.
+BK_DEVICE void wgmma_take(int32_t (&d)[32]) {
+    BK_UNROLL
+    for (int i = 0; i < 32; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
+BK_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#else
+#define BK_HAS_WGMMA 0
+#endif
+
 BK_DEVICE int32_t dot4_us(uint32_t a, uint32_t b, int32_t c) {
     int32_t d;
     asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
@@ -172,13 +207,44 @@ BK_DEVICE uint16_t encode_bf16(float value) {
     return bits;
 }
 
+constexpr bool begins_with(const char *text, const char *word) {
+    return !*word || (*text == *word && begins_with(text + 1, word + 1));
+}
+constexpr bool holds(const char *text, const char *word) {
+    return begins_with(text, word) || (*text && holds(text + 1, word));
+}
+
+// Ten times the compute capability's first number plus the second, of the current device; CUDA is asked once a device.
+inline int capability() {
+    constexpr int kDevices = 64;
+    static int16_t known[kDevices];  // 0: not asked yet
+    int device = 0, major = 0, minor = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    if (device < kDevices) {
+        if (const int found = __atomic_load_n(known + device, __ATOMIC_RELAXED)) return found;
+    }
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+        return 0;
+    }
+    const int found = 10 * major + minor;
+    if (device < kDevices) __atomic_store_n(known + device, static_cast<int16_t>(found), __ATOMIC_RELAXED);
+    return found;
+}
+
+// Whether the library has machine code for sm_90a and the current device runs it.
+inline bool has_wgmma() {
+#ifdef BK_CUDA_ARCHITECTURES
+    return holds(BK_CUDA_ARCHITECTURES, "sm_90a") && capability() == 90;
+#else
+    return false;
+#endif
+}
+
 // Starts a kernel on the current device; returns null, or CUDA's text of what is wrong.
 template <typename P>
 const char *launch(void (*kernel)(P), Grid grid, int threads, uint32_t shared_bytes, void *stream, P params) {
     if (grid.x > 0x7FFFFFFF || grid.y > 0xFFFF) return cudaGetErrorString(cudaErrorInvalidConfiguration);
-    int device = 0, major = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaLaunchAttribute early = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
@@ -188,9 +254,15 @@ const char *launch(void (*kernel)(P), Grid grid, int threads, uint32_t shared_by
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &early;
-    config.numAttrs = major >= 9 ? 1 : 0;
+    config.numAttrs = capability() >= 90 ? 1 : 0;
+    const auto *function = reinterpret_cast<const void *>(kernel);
+    cudaError_t error = cudaSuccess;
+    if (shared_bytes > kSharedBytes) {
+        error =
+            cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    }
     void *arguments[] = {&params};
-    const cudaError_t error = cudaLaunchKernelExC(&config, reinterpret_cast<const void *>(kernel), arguments);
+    if (error == cudaSuccess) error = cudaLaunchKernelExC(&config, function, arguments);
     if (error == cudaSuccess) return nullptr;
     cudaGetLastError();  // a launch that failed must not be reported again by the caller's own next check
     return cudaGetErrorString(error);

@@ -1,8 +1,8 @@
-// From the sums of a tile, held by the lanes as mma leaves them, to outputs in rows.
+// From a tile of sums in shared memory to outputs, four at a time.
 //
-// The sums of one lane of the packed bytes at a time go through shared memory, so that a thread gets four outputs in a
-// row and stores them at once. Its loop is small: unrolled over registers, this code took more time than the product,
-// most of it waiting for instructions.
+// The registers of a tensor core's sums are scattered over rows and tokens. Through shared memory a thread takes four
+// consecutive outputs of one token: a row of a tile is written to memory as whole lines, and one short loop does what
+// unrolled over all registers of a thread would be more code than the instruction cache holds.
 #ifndef BITLAB_CUDA_EPILOGUE_CUH
 #define BITLAB_CUDA_EPILOGUE_CUH
 
@@ -10,99 +10,113 @@
 
 namespace bitlab {
 
-// Words from token to token of a staged tile: lanes (g, t) that hold rows g of tokens 2 t meet different banks, and
-// every row begins at a multiple of 16 bytes.
-template <int kRows>
-constexpr int kStagedPitch = kRows + 4;
+// Sums of kTokens tokens times kOutputs outputs, four bytes each, the outputs of a token side by side. The padding
+// puts the eight outputs and four pairs of tokens that a warp's mma sums lie in on 32 banks.
+template <int kTokens, int kOutputs>
+struct SumTile {
+    static constexpr uint32_t kStride = 4 * (kOutputs + 4);
+    static constexpr uint32_t kBytes = kTokens * kStride;
+    static_assert(kOutputs % 32 == 0, "rows of two tokens are 8 banks apart");
 
-// Outputs n to n + count - 1 of token m, scaled already; at most four.
-BK_DEVICE void finish_values(const MatmulParams &p, int64_t m, int64_t n, int count, float (&values)[4]) {
-    if (count < 4 || !p.y_vector) {
-        BK_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            if (i < count) finish_value(p, m, n + i, values[i]);
-        }
+    static BK_DEVICE uint32_t at(int token, int output) {
+        return static_cast<uint32_t>(token) * kStride + 4u * static_cast<uint32_t>(output);
+    }
+};
+
+BK_DEVICE float sum_value(uint32_t bits, int32_t) { return static_cast<float>(static_cast<int32_t>(bits)); }
+BK_DEVICE float sum_value(uint32_t bits, float) { return bits_float(bits); }
+
+// Writes `count` of four 32-bit values to consecutive places.
+BK_DEVICE void store_words(void *p, int64_t index, const Bytes16 &values, int count) {
+    auto *to = static_cast<uint32_t *>(p) + index;
+    if (count == 4 && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+        store_global(reinterpret_cast<Bytes16 *>(to), values);
         return;
     }
     BK_UNROLL
     for (int i = 0; i < 4; ++i) {
-        if (p.bias) values[i] = add(values[i], load_float(p.bias, p.bias_type, n + i));
-    }
-    if (p.y_type == BK_CUDA_F32) {
-        Bytes16 bits;
-        BK_UNROLL
-        for (int i = 0; i < 4; ++i) bits.word[i] = float_bits(values[i]);
-        store_global(reinterpret_cast<Bytes16 *>(static_cast<float *>(p.y) + m * p.N + n), bits);
-    } else {
-        Bytes8 bits = {{0, 0}};
-        BK_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t half = p.y_type == BK_CUDA_BF16 ? encode_bf16(values[i]) : encode_f16(values[i]);
-            bits.word[i / 2] |= half << (16 * (i % 2));
-        }
-        store_global(reinterpret_cast<Bytes8 *>(static_cast<uint16_t *>(p.y) + m * p.N + n), bits);
+        if (i < count) store_global(to + i, values.word[i]);
     }
 }
 
-template <typename T>
-BK_DEVICE void store_four(T *to, bool vector, int count, const T (&values)[4]) {
-    if (vector && count == 4) {
-        Bytes16 bits;
-        memcpy(&bits, values, sizeof bits);
-        store_global(reinterpret_cast<Bytes16 *>(to), bits);
-    } else {
-        BK_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            if (i < count) store_global(to + i, values[i]);
-        }
+// The same of four float32 values, converted to `type`.
+BK_DEVICE void store_floats(void *p, int32_t type, int64_t index, const Bytes16 &values, int count) {
+    if (type == BK_CUDA_F32) {
+        store_words(p, index, values, count);
+        return;
     }
-}
-
-// Four sums in a row over this block's share of K: outputs, or terms for split_kernel.
-template <typename Math>
-BK_DEVICE void finish_sums(const MatmulParams &p, int64_t m, int64_t n, int count, int lane, int split,
-                           typename Math::Sum (&sums)[4]) {
-    using Sum = typename Math::Sum;
-    const int shift = Math::kLanes == 4 ? lane : 0;
+    uint32_t half[4];
     BK_UNROLL
-    for (int i = 0; i < 4; ++i) sums[i] = unshift(sums[i], shift);
-    if (p.splits > 1) {
-        store_four(static_cast<Sum *>(p.partial) + (split * p.M + m) * p.N + n, p.y_vector, count, sums);
+    for (int i = 0; i < 4; ++i) {
+        const float value = bits_float(values.word[i]);
+        half[i] = type == BK_CUDA_BF16 ? encode_bf16(value) : encode_f16(value);
+    }
+    auto *to = static_cast<uint16_t *>(p) + index;
+    if (count == 4 && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
+        store_global(reinterpret_cast<Bytes8 *>(to), Bytes8{{half[0] | half[1] << 16, half[2] | half[3] << 16}});
         return;
     }
     BK_UNROLL
-    for (int i = 0; i < 4; ++i) sums[i] = true_sum<Math>(p, sums[i], 0, m, 0);
-    if (p.y_type == BK_CUDA_I32) {
-        store_four(static_cast<Sum *>(p.y) + m * p.N + n, p.y_vector, count, sums);
-        return;
+    for (int i = 0; i < 4; ++i) {
+        if (i < count) store_global(to + i, static_cast<uint16_t>(half[i]));
     }
-    float values[4];
-    BK_UNROLL
-    for (int i = 0; i < 4; ++i) values[i] = i < count ? scaled(p, m, n + i, sums[i]) : 0.0f;
-    finish_values(p, m, n, count, values);
 }
 
-// Finishes the staged sums (per group: totals) of one lane of the packed bytes: T [kTokens][kStagedPitch<kRows>] at
-// the beginning of shared memory, rows from first_row and tokens from first_token on.
-template <typename Math, bool kGrouped, int kRows, int kTokens, int kThreads, typename T>
-BK_DEVICE void finish_staged(const MatmulParams &p, int64_t first_row, int64_t first_token, int lane, int split) {
-    constexpr int kFours = kRows / 4;
+// Finishes the sums of one mask's outputs (per group: the totals of the groups' terms), or stores the sums as a share
+// of K; see finish_share. The tile lies at offset `tile`; its first output is packed row `first_row` under mask `lane`.
+// All of the block's kThreads threads call this,
+// with a barrier before it.
+template <typename Math, bool kGrouped, int kThreads, int kTokens, int kOutputs>
+BK_DEVICE void finish_tile(const MatmulParams &p, uint32_t tile, int64_t first_row, int64_t first_token, int lane,
+                           int split) {
+    using Sum = typename Pick<kGrouped, float, typename Math::Sum>::Type;
+    using Tile = SumTile<kTokens, kOutputs>;
+    constexpr bool kShifted = !kGrouped && Math::kIsInteger && Math::kLanes == 4;
+    constexpr int kQuads = kOutputs / 4, kTokensAtOnce = kThreads / kQuads;
+    static_assert(kThreads % kQuads == 0 && kTokens % kTokensAtOnce == 0, "a thread keeps its four outputs");
+    const int quad = thread_x() % kQuads;
+    const int64_t row = first_row + 4 * quad, output = row + lane * p.weight_rows;
+    const int64_t rows = p.weight_rows - row, outputs = p.N - output, valid = rows < outputs ? rows : outputs;
+    const int count = valid < 4 ? static_cast<int>(valid) : 4;
+    if (count <= 0) return;
+    const bool is_share = !kGrouped && p.splits > 1, is_float = !is_share && p.y_type != BK_CUDA_I32;
+    float scale[4] = {}, bias[4] = {};
+    BK_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        if (is_float && i < count) {
+            scale[i] = kGrouped ? 1.0f : load_global(p.weight_scale + (p.scale_rows == 1 ? 0 : output + i));
+            if (p.bias) bias[i] = load_float(p.bias, p.bias_type, output + i);
+        }
+    }
     BK_NO_UNROLL
-    for (int at = thread_x(); at < kTokens * kFours; at += kThreads) {
-        const int64_t m = first_token + at / kFours, row = first_row + at % kFours * 4, n = row + lane * p.weight_rows;
-        const int64_t left = p.weight_rows - row < p.N - n ? p.weight_rows - row : p.N - n;
-        if (m >= p.M || left <= 0) continue;
-        const int count = left < 4 ? static_cast<int>(left) : 4;
-        const uint32_t offset = 4u * static_cast<uint32_t>(at / kFours * kStagedPitch<kRows> + at % kFours * 4);
-        const Bytes16 bits = load_shared<Bytes16>(offset);
-        T values[4];
-        memcpy(values, &bits, sizeof bits);
-        if constexpr (kGrouped) {
+    for (int token = thread_x() / kQuads; token < kTokens; token += kTokensAtOnce) {
+        const int64_t m = first_token + token;
+        if (m >= p.M) break;
+        Bytes16 values = load_shared<Bytes16>(tile + Tile::at(token, 4 * quad));
+        if (kShifted) {
+            const int32_t offset = is_share ? 0 : load_global(p.x_sums + m);
             BK_UNROLL
-            for (int i = 0; i < 4; ++i) values[i] = scaled_groups<Math>(p, m, values[i]);
-            finish_values(p, m, n, count, values);
+            for (int i = 0; i < 4; ++i) {
+                const auto sum = static_cast<int32_t>(values.word[i]);
+                values.word[i] = static_cast<uint32_t>(unshift(sum, lane) - offset);
+            }
+        }
+        const int64_t index = m * p.N + output;
+        if (is_share) {
+            store_words(p.partial, split * p.M * p.N + index, values, count);
+        } else if (!is_float) {
+            store_words(p.y, index, values, count);
         } else {
-            finish_sums<Math>(p, m, n, count, lane, split, values);
+            // The order of the float operations is that of finish().
+            const float x_scale = Math::kIsInteger ? load_global(p.x_scale + m) : 0.0f;
+            BK_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const float factor = Math::kIsInteger ? multiply(x_scale, scale[i]) : scale[i];
+                float value = multiply(sum_value(values.word[i], Sum{}), factor);
+                if (p.bias) value = add(value, bias[i]);
+                values.word[i] = float_bits(value);
+            }
+            store_floats(p.y, p.y_type, index, values, count);
         }
     }
 }

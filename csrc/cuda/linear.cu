@@ -4,6 +4,7 @@
 #include "gemv.cuh"
 #include "many.cuh"
 #include "matmul.h"
+#include "wgmma.cuh"
 
 namespace bitlab {
 namespace {
@@ -13,6 +14,9 @@ constexpr int64_t kAlignment = 256;
 // A share of K that is worth a block of its own, in blocks of 64 columns.
 constexpr int64_t kFewShare = 16, kManyShare = 8;
 constexpr int64_t kMaxSplits = 64;
+// The fewest tokens for wgmma_kernel, whose tiles have 64: from half a tile on, the tensor cores' twofold speed pays.
+constexpr int64_t kLeastWgmmaTokens = 33;
+constexpr int kWgmmaGroups = 1;
 
 int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
 
@@ -97,7 +101,6 @@ MatmulParams params_of(bk_cuda_product product, const Shape &shape, const Weight
     p.bias_type = weights.bias_type;
     p.y = output.y;
     p.y_type = output.y_type;
-    p.y_vector = p.weight_rows % 4 == 0 && shape.N % 4 == 0 && aligned(output.y, 0, 4 * size_of(output.y_type));
     p.M = shape.M;
     p.N = shape.N;
     p.K = static_cast<int32_t>(shape.K);
@@ -162,10 +165,14 @@ int32_t linear_i8(bk_cuda_product product, const Shape &shape, const void *x, in
             return launched(shape, run_gemv(x, x_type, p, grouped, team, multiprocessors, stream));
         }
     }
-    const Plan plan = plan_matmul(product, shape.M, shape.N, shape.K, weights.scale_columns, multiprocessors);
+    const Plan plan = plan_matmul(product, shape.M, shape.N, shape.K, weights.scale_columns, multiprocessors,
+                                  p.weight_vector && has_wgmma());
     const Workspace parts = lay_out(product, shape.M, shape.N, shape.K, weights.scale_columns, plan);
     QuantizeParams q = {};
-    q.codes = kept.codes ? kept.codes : at<int8_t>(workspace, parts.x);
+    // Codes that the caller keeps are in the order of the columns; wgmma_kernel reads a copy in its own.
+    int8_t *own = at<int8_t>(workspace, parts.x);
+    q.placed = plan.wgmma ? own : nullptr;
+    q.codes = kept.codes ? kept.codes : plan.wgmma ? nullptr : own;
     q.code_stride = padded_to_64(shape.K);
     q.code_vector = true;
     q.sums = at<int32_t>(workspace, parts.sums);
@@ -173,22 +180,25 @@ int32_t linear_i8(bk_cuda_product product, const Shape &shape, const void *x, in
     q.columns = p.columns;
     uint32_t *maxima = per_tensor ? at<uint32_t>(workspace, parts.maxima) : nullptr;
     BK_CUDA_TRY(launched(shape, quantize(x, x_type, x_stride, shape.M, shape.K, maxima, q, stream)));
-    p.x = reinterpret_cast<const uint8_t *>(q.codes);
+    p.x = reinterpret_cast<const uint8_t *>(plan.wgmma ? q.placed : q.codes);
     p.x_stride = q.code_stride;
     p.x_sums = q.sums;
     p.x_scale = q.scale;
     p.splits = plan.splits;
     p.partial = at<uint8_t>(workspace, parts.partial);
-    return launched(shape,
-                    product == BK_CUDA_I8_T2 ? run_ternary_int8(plan, p, stream) : run_int8_int8(plan, p, stream));
+    return launched(shape, plan.wgmma                 ? run_ternary_wgmma(plan, p, stream)
+                           : product == BK_CUDA_I8_T2 ? run_ternary_int8(plan, p, stream)
+                                                      : run_int8_int8(plan, p, stream));
 }
 
 }  // namespace
 
-Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64_t scale_columns, int multiprocessors) {
+Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64_t scale_columns, int multiprocessors,
+                 bool wgmma) {
     Plan plan = {};
     plan.grouped = scale_columns > 0;
     plan.few = M <= kFewTokens;
+    plan.wgmma = wgmma && product == BK_CUDA_I8_T2 && !plan.grouped && M >= kLeastWgmmaTokens;
     const int64_t rows = weight_rows(product, N), blocks = ceil_div(K, 64);
     int64_t tiles, share;
     if (plan.few) {
@@ -196,6 +206,9 @@ Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64
         plan.tiles = one ? 1 : 2;
         tiles = ceil_div(rows, 16);
         share = kFewShare;
+    } else if (plan.wgmma) {
+        tiles = ceil_div(rows, WgmmaLayout<kWgmmaGroups>::kRows) * ceil_div(M, kWgmmaTokens);
+        share = kManyShare;
     } else {
         // Groups keep totals beside their sums, in registers that wider tiles would need.
         plan.tiles = plan.grouped || product == BK_CUDA_F32_T2 ? 2
@@ -205,7 +218,8 @@ Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64
         tiles = ceil_div(rows, kManyRows) * ceil_div(M, 16 * plan.tiles);
         share = kManyShare;
     }
-    const int64_t wanted = 2 * static_cast<int64_t>(multiprocessors) / tiles;
+    // wgmma of one block keeps a multiprocessor's tensor cores busy, and the shares of many tokens are long to add.
+    const int64_t wanted = (plan.wgmma ? 1 : 2) * static_cast<int64_t>(multiprocessors) / tiles;
     int64_t most = clamp(blocks / share, 1, kMaxSplits);
     if (plan.grouped) {
         // A group's term is rounded before it is added, so shares write their terms and split_kernel reads them: 8
@@ -229,7 +243,14 @@ int64_t bk_cuda_linear_workspace(int32_t product, int64_t M, int64_t N, int64_t 
                                  int32_t multiprocessors) {
     if (M <= 0 || N <= 0 || K <= 0 || multiprocessors < 1) return 0;
     const auto kind = static_cast<bk_cuda_product>(product);
-    return lay_out(kind, M, N, K, scale_columns, plan_matmul(kind, M, N, K, scale_columns, multiprocessors)).bytes;
+    // Enough with wgmma and without, which depends on the current device and on where the weights lie.
+    int64_t most = 0;
+    for (int wgmma = 0; wgmma < 2; ++wgmma) {
+        const Plan plan = plan_matmul(kind, M, N, K, scale_columns, multiprocessors, wgmma != 0);
+        const int64_t bytes = lay_out(kind, M, N, K, scale_columns, plan).bytes;
+        most = bytes > most ? bytes : most;
+    }
+    return most;
 }
 
 int32_t bk_cuda_linear_i8_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
@@ -283,7 +304,7 @@ int32_t bk_cuda_linear_float_t2(const void *x, int32_t x_type, int64_t x_stride,
     if (M == 0) return BK_CUDA_OK;
     BK_CUDA_TRY(check_tensor(shape, "x", x, x_type));
     const bk_cuda_product product = x_type == BK_CUDA_F32 ? BK_CUDA_F32_T2 : BK_CUDA_F16_T2;
-    const Plan plan = plan_matmul(product, M, N, K, scale_columns, multiprocessors);
+    const Plan plan = plan_matmul(product, M, N, K, scale_columns, multiprocessors, false);
     const Workspace parts = lay_out(product, M, N, K, scale_columns, plan);
     MatmulParams p = params_of(product, shape, weights, {y, y_type});
     const int64_t padded = padded_to_64(K);

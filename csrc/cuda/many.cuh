@@ -23,7 +23,8 @@ struct ManyLayout {
     static constexpr uint32_t kStageBytes = kWeightBytes + Math::kPlanes * kPlaneBytes;
     static constexpr int kStages = 4 * kStageBytes <= kSharedBytes ? 4 : 3;
     static_assert(kStages * kStageBytes <= kSharedBytes, "stages fit without asking for more shared memory");
-    static_assert(kTokens * kStagedPitch<kManyRows> * 4 <= kStages * kStageBytes, "a staged tile fits in them");
+    using Tile = SumTile<kTokens, kManyRows>;
+    static_assert(Tile::kBytes <= kStages * kStageBytes, "a tile of sums fits where the stages were");
 };
 
 // Where the 16-byte chunk of a token's row lies in the row.
@@ -112,8 +113,8 @@ BK_DEVICE void add_group(const MatmulParams &p, int64_t first_row, int64_t first
     }
 }
 
-// Writes one lane's values to shared memory as finish_staged reads them.
-template <int kTiles, typename T>
+// Writes one lane's values to shared memory as finish_tile reads them.
+template <typename Tile, int kTiles, typename T>
 BK_DEVICE void stage_tile(const T (&values)[kTiles][4]) {
     const int warp = thread_x() / kWarp, g = thread_x() % kWarp / 4, t = thread_x() % 4;
     BK_UNROLL
@@ -121,7 +122,7 @@ BK_DEVICE void stage_tile(const T (&values)[kTiles][4]) {
         BK_UNROLL
         for (int c = 0; c < 4; ++c) {
             const int row = warp / 2 * 16 + g + c / 2 * 8, token = warp % 2 * 8 * kTiles + 8 * n + 2 * t + c % 2;
-            store_shared(4u * static_cast<uint32_t>(token * kStagedPitch<kManyRows> + row), values[n][c]);
+            store_shared(Tile::at(token, row), values[n][c]);
         }
     }
 }
@@ -132,6 +133,7 @@ many_kernel(MatmulParams p) {
     begin();
     using Sum = typename Math::Sum;
     using Layout = ManyLayout<Math, kTiles>;
+    using Tile = typename Layout::Tile;
     constexpr int kStages = Layout::kStages;
     const int64_t row_tiles = (p.weight_rows + kManyRows - 1) / kManyRows;
     const int64_t first_row = block_x() % row_tiles * kManyRows, first_token = block_x() / row_tiles * Layout::kTokens;
@@ -176,16 +178,13 @@ many_kernel(MatmulParams p) {
     for (int lane = 0; lane < Math::kLanes; ++lane) {
         sync_block();  // the last stage has been read, or the tile of the lane before
         if constexpr (kGrouped) {
-            stage_tile<kTiles>(totals[lane]);
-            sync_block();
-            finish_staged<Math, true, kManyRows, Layout::kTokens, kManyThreads, float>(p, first_row, first_token, lane,
-                                                                                       split);
+            stage_tile<Tile>(totals[lane]);
         } else {
-            stage_tile<kTiles>(sums[lane]);
-            sync_block();
-            finish_staged<Math, false, kManyRows, Layout::kTokens, kManyThreads, Sum>(p, first_row, first_token, lane,
-                                                                                      split);
+            stage_tile<Tile>(sums[lane]);
         }
+        sync_block();
+        finish_tile<Math, kGrouped, kManyThreads, Layout::kTokens, kManyRows>(p, 0, first_row, first_token, lane,
+                                                                              split);
     }
 }
 

@@ -27,7 +27,6 @@ struct MatmulParams {
     int32_t bias_type;
     void *y;
     int32_t y_type;  // a bk_cuda_type
-    bool y_vector;   // four outputs in a row from a multiple of four on can be stored at once, to `partial` too
     int64_t M;
     int64_t N;
     int32_t K;

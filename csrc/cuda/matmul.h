@@ -1,4 +1,4 @@
-// Which kernel multiplies, and where its memory lies: the host side of few.cuh, many.cuh and matmul.cuh.
+// Which kernel multiplies, and where its memory lies: the host side of few.cuh, many.cuh, wgmma.cuh and matmul.cuh.
 #ifndef BITLAB_CUDA_MATMUL_H
 #define BITLAB_CUDA_MATMUL_H
 
@@ -9,18 +9,22 @@ namespace bitlab {
 struct MatmulParams;
 
 struct Plan {
-    bool few;   // few_kernel, else many_kernel
-    int tiles;  // kTiles of the kernel
+    bool few;    // few_kernel, else many_kernel
+    bool wgmma;  // wgmma_kernel instead
+    int tiles;   // kTiles of the kernel
     bool grouped;
     int splits;  // over K
     Grid grid;
 };
 
-// How a product of this shape is computed; a function of the arguments alone.
-Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64_t scale_columns, int multiprocessors);
+// How a product of this shape is computed, with wgmma where it pays if the device and the weights' rows allow it; a
+// function of the arguments alone.
+Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64_t scale_columns, int multiprocessors,
+                 bool wgmma);
 
 // Queues the plan's kernels, one for each kind of arithmetic in a file of its own (they take long to compile).
 const char *run_ternary_int8(const Plan &plan, const MatmulParams &params, void *stream);
+const char *run_ternary_wgmma(const Plan &plan, const MatmulParams &params, void *stream);
 const char *run_int8_int8(const Plan &plan, const MatmulParams &params, void *stream);
 const char *run_ternary_16(const Plan &plan, const MatmulParams &params, bool is_bf16, void *stream);
 const char *run_ternary_f32(const Plan &plan, const MatmulParams &params, void *stream);

@@ -12,6 +12,7 @@
 #define BK_UNROLL
 #define BK_UNROLL_BY_8
 #define BK_NO_UNROLL
+#define BK_HAS_WGMMA 1
 #define BK_SITE \
     emulator::Site { file, line }
 #define BK_WHERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
@@ -106,6 +107,20 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BK_WHERE) {
     mma(emulator::Op::kMmaF16, d, a, b0, b1, BK_SITE);
 }
+
+inline bool has_wgmma() { return emulator::has_wgmma(); }
+inline uint32_t shared_address(uint32_t offset) { return offset; }
+inline void wgmma_u8s8(int32_t (&d)[32], const uint32_t (&a)[4], uint64_t b, bool onto, BK_WHERE) {
+    emulator::wgmma(d, a, b, onto, BK_SITE);
+}
+inline void wgmma_fence(BK_WHERE) { emulator::wgmma_fence(BK_SITE); }
+inline void wgmma_commit(BK_WHERE) { emulator::wgmma_commit(BK_SITE); }
+template <int N>
+void wgmma_wait(BK_WHERE) {
+    emulator::wgmma_wait(N, BK_SITE);
+}
+inline void wgmma_take(int32_t (&d)[32], BK_WHERE) { emulator::wgmma_take(d, BK_SITE); }
+inline void fence_async_proxy() { emulator::fence_async_proxy(); }
 
 inline int32_t dot4_us(uint32_t a, uint32_t b, int32_t c) {
     for (int i = 0; i < 4; ++i) {

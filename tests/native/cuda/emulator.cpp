@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStack = 64 * 1024;
-constexpr uint32_t kSharedLimit = 48 * 1024;
+constexpr uint32_t kSharedLimit = 48 * 1024, kLargeSharedLimit = 227 * 1024;  // the second with wgmma
 
 enum class State { kRunning, kAtWarp, kAtBlock, kDone };
 
@@ -39,6 +39,7 @@ struct Fiber {
     Op op;
     std::vector<std::vector<Copy>> groups;  // closed by commit, oldest first; the last one is open
     bool waited;                            // for the kernels before
+    std::vector<uint32_t> proxy_fences;     // the epoch of each
     uint64_t loads;                         // 16-byte shared loads so far, to put lanes of one instruction together
 };
 
@@ -55,6 +56,8 @@ struct SharedByte {
     uint32_t write_epoch, write_warp_epoch, read_epoch, read_warp_epoch;
     uint16_t writer, reader;
     int16_t read_warp;  // the warp of all readers, or -1
+    uint16_t async_readers;
+    uint32_t fences;  // the writer's proxy fences before its write
     bool written, in_flight;
 };
 
@@ -72,8 +75,9 @@ struct Machine {
     Region *last = nullptr;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
-    std::vector<SharedByte> bytes = std::vector<SharedByte>(kSharedLimit);
-    alignas(128) uint8_t shared[kSharedLimit];
+    std::vector<int> at_warpgroup;
+    std::vector<SharedByte> bytes = std::vector<SharedByte>(kLargeSharedLimit);
+    alignas(1024) uint8_t shared[kLargeSharedLimit];
     uint32_t shared_bytes = 0;
     uint32_t epoch = 0, launches = 0;
     int at_block = 0;
@@ -82,7 +86,7 @@ struct Machine {
     char *stacks = nullptr;
     const std::function<void()> *kernel = nullptr;
     std::string error;
-    bool failed = false;
+    bool failed = false, wgmma = false;
     uint32_t seed = 0;
     ucontext_t main_context;
     void *main_pointer = nullptr;
@@ -140,6 +144,7 @@ void prepare(int thread) {
     fiber.state = State::kRunning;
     fiber.groups.assign(1, {});
     fiber.waited = false;
+    fiber.proxy_fences.clear();
     fiber.loads = 0;
     char *top = machine.stacks + (thread + 1) * kStack;
 #if defined(__x86_64__)
@@ -166,8 +171,9 @@ void resume(int thread) {
 }
 
 const char *name_of(Op op) {
-    static const char *const names[] = {"mma_u8s8",    "mma_s8s8", "mma_bf16", "mma_f16",
-                                        "shuffle_xor", "shuffle",  "sync_warp"};
+    static const char *const names[] = {"mma_u8s8",    "mma_s8s8",     "mma_bf16",  "mma_f16",
+                                        "shuffle_xor", "shuffle",      "sync_warp", "wgmma",
+                                        "wgmma_fence", "wgmma_commit", "wgmma_wait"};
     return names[static_cast<int>(op)];
 }
 
@@ -209,6 +215,7 @@ void note_write(SharedByte &byte, int thread, bool in_flight) {
     byte.write_warp_epoch = machine.warps[thread / kLanes].epoch;
     byte.written = true;
     byte.in_flight = in_flight;
+    byte.fences = static_cast<uint32_t>(machine.fibers[thread].proxy_fences.size());
 }
 
 // Whether an access by `thread` of this epoch is ordered after one by `other`.
@@ -223,6 +230,7 @@ void check_write(uint32_t offset, uint32_t bytes, Site site) {
     for (uint32_t i = offset; i < offset + bytes; ++i) {
         const SharedByte &byte = machine.bytes[i];
         if (byte.in_flight) fault("%s:%d: shared byte %u is written while cp.async fills it", site.file, site.line, i);
+        if (byte.async_readers) fault("%s:%d: shared byte %u is written while wgmma reads it", site.file, site.line, i);
         if (byte.written && !ordered(thread, byte.writer, byte.write_epoch, byte.write_warp_epoch)) {
             fault("%s:%d: race: threads %d and %d write shared byte %u with no barrier between", site.file, site.line,
                   byte.writer, thread, i);
@@ -252,6 +260,8 @@ void run_block() {
     }
     machine.phases.clear();
     machine.warps.assign(static_cast<size_t>((threads + kLanes - 1) / kLanes), Warp{});
+    machine.at_warpgroup.assign(static_cast<size_t>((threads + kWarpgroup - 1) / kWarpgroup), 0);
+    reset_warpgroups(threads);
     machine.at_block = 0;
     ++machine.epoch;
     for (int t = 0; t < threads; ++t) prepare(t);
@@ -270,6 +280,10 @@ void run_block() {
             if (machine.failed) return;
             if (machine.fibers[t].state == State::kDone) ++done;
         }
+        if (done == threads && has_open_wgmma()) {
+            machine.failed = true;
+            machine.error = "a kernel ends with wgmma that was not waited for";
+        }
         if (progress || done == threads) continue;
         int counts[4] = {};
         for (int t = 0; t < threads; ++t) ++counts[static_cast<int>(machine.fibers[t].state)];
@@ -283,6 +297,29 @@ void run_block() {
         machine.error = text;
         return;
     }
+}
+
+// Waits until the `count` threads that come together are here; true in the last one, when the others may go on.
+bool meet(Op op, Site site, int count, const char *name, int &arrived) {
+    const int first = machine.indices.thread / count * count;
+    Fiber &fiber = self();
+    fiber.site = site;
+    fiber.op = op;
+    fiber.state = State::kAtWarp;
+    if (++arrived < count) {
+        to_scheduler();
+        return false;
+    }
+    for (int t = first; t < first + count; ++t) {
+        Fiber &other = machine.fibers[t];
+        if (other.op != op || other.site.line != site.line || strcmp(other.site.file, site.file) != 0) {
+            fault("divergence: lanes of a %s meet in %s (%s:%d) and %s (%s:%d)", name, name_of(other.op),
+                  other.site.file, other.site.line, name_of(op), site.file, site.line);
+        }
+        other.state = State::kRunning;
+    }
+    arrived = 0;
+    return true;
 }
 
 }  // namespace
@@ -403,35 +440,57 @@ void sync_block(Site site) {
 
 void collective(Op op, Exchange &own, Site site) {
     const int thread = machine.indices.thread;
-    const int first = thread / kLanes * kLanes;
     Warp &warp = machine.warps[thread / kLanes];
-    Fiber &fiber = self();
     warp.exchange[thread % kLanes] = &own;
-    fiber.site = site;
-    fiber.op = op;
-    fiber.state = State::kAtWarp;
-    if (++warp.arrived == kLanes) {
-        for (int t = first; t < first + kLanes; ++t) {
-            Fiber &other = machine.fibers[t];
-            if (other.op != op || other.site.line != site.line || strcmp(other.site.file, site.file) != 0) {
-                fault("divergence: lanes of a warp meet in %s (%s:%d) and %s (%s:%d)", name_of(other.op),
-                      other.site.file, other.site.line, name_of(op), site.file, site.line);
-            }
-            other.state = State::kRunning;
-        }
-        warp.arrived = 0;
-        if (op <= Op::kMmaF16) ++machine.mma_count;
-        if (op == Op::kSyncWarp) ++warp.epoch;
-        emulator::exchange(op, warp.exchange);
-        return;
-    }
-    to_scheduler();
+    if (!meet(op, site, kLanes, "warp", warp.arrived)) return;
+    if (op <= Op::kMmaF16) ++machine.mma_count;
+    if (op == Op::kSyncWarp) ++warp.epoch;
+    emulator::exchange(op, warp.exchange);
 }
+
+bool meet_in_warpgroup(Op op, Site site) {
+    if (!machine.wgmma) fault("%s:%d: the device has no wgmma", site.file, site.line);
+    return meet(op, site, kWarpgroup, "warpgroup", machine.at_warpgroup[machine.indices.thread / kWarpgroup]);
+}
+
+void begin_async_read(uint32_t offset, uint32_t bytes, Site site) {
+    check_shared(offset, bytes, site);
+    for (uint32_t i = offset; i < offset + bytes; ++i) {
+        SharedByte &byte = machine.bytes[i];
+        if (byte.in_flight || !byte.written || byte.write_epoch == machine.epoch) {
+            fault("%s:%d: wgmma reads shared byte %u %s", site.file, site.line, i,
+                  byte.in_flight  ? "before its cp.async was waited for"
+                  : !byte.written ? "that was never written"
+                                  : "with no barrier after its write: race");
+        }
+        const std::vector<uint32_t> &fences = machine.fibers[byte.writer].proxy_fences;
+        if (byte.fences >= fences.size() || fences[byte.fences] == machine.epoch) {
+            fault("%s:%d: wgmma reads shared byte %u with no proxy fence between its write and the barrier", site.file,
+                  site.line, i);
+        }
+        ++byte.async_readers;
+    }
+}
+
+const uint8_t *end_async_read(uint32_t offset, uint32_t bytes) {
+    for (uint32_t i = offset; i < offset + bytes; ++i) {
+        SharedByte &byte = machine.bytes[i];
+        --byte.async_readers;
+        byte.reader = kSeveral;
+        byte.read_warp = -1;
+        byte.read_epoch = machine.epoch;
+    }
+    return machine.shared + offset;
+}
+
+bool has_wgmma() { return machine.wgmma; }
+
+void fence_async_proxy() { self().proxy_fences.push_back(machine.epoch); }
 
 const char *run(int64_t grid_x, int64_t grid_y, int threads, uint32_t shared_bytes,
                 const std::function<void()> &kernel) {
     if (grid_x < 1 || grid_x > 0x7FFFFFFF || grid_y < 1 || grid_y > 65535 || threads < 1 || threads > kMaxThreads ||
-        threads % kLanes || shared_bytes > kSharedLimit) {
+        threads % kLanes || shared_bytes > (machine.wgmma ? kLargeSharedLimit : kSharedLimit)) {
         return "emulator: invalid configuration argument";
     }
     if (!machine.stacks) {
@@ -491,15 +550,23 @@ BK_EMULATOR_API void bk_emulator_clear(void) {
 // 0: threads run in ascending order; else the seed of another order.
 BK_EMULATOR_API void bk_emulator_order(uint32_t seed) { machine.seed = seed; }
 
-// Since the last clear. what 0: bank conflicts; 1: 16-byte shared loads (of 8 lanes); 2: mma; 3: launches ever.
+// Whether the device that is played has wgmma.
+BK_EMULATOR_API void bk_emulator_wgmma(int32_t has) { machine.wgmma = has != 0; }
+
+// Since the last clear. what 0: bank conflicts; 1: 16-byte shared loads (of 8 lanes); 2: mma. Ever: 3: launches;
+// 4: wgmma.
 BK_EMULATOR_API int64_t bk_emulator_count(int32_t what) {
-    const int64_t counts[] = {machine.conflicts, machine.shared_loads, machine.mma_count, machine.launches};
+    const int64_t counts[] = {machine.conflicts, machine.shared_loads, machine.mma_count, machine.launches,
+                              count_wgmma()};
     return counts[what];
 }
 
-// operand 0: A, 1: B, 2: C and D; returns row * 100 + column of element i of a lane.
+// operand 0: A, 1: B, 2: C and D of mma, 3: A, 4: D of wgmma with k 32; returns row * 100 + column of element i of a
+// lane, or of one of the 128 threads of wgmma.
 BK_EMULATOR_API int32_t bk_emulator_place(int32_t k, int32_t operand, int32_t lane, int32_t i) {
-    const Place p = operand == 2   ? c_place(lane, i)
+    const Place p = operand == 3   ? wgmma_a(lane, i)
+                    : operand == 4 ? wgmma_d(lane, i)
+                    : operand == 2 ? c_place(lane, i)
                     : operand == 0 ? (k == 32 ? a_k32(lane, i) : a_k16(lane, i))
                                    : (k == 32 ? b_k32(lane, i) : b_k16(lane, i));
     return p.row * 100 + p.column;

@@ -7,6 +7,10 @@
 // thread's write in the same launch. Every access to shared memory is checked for bounds, alignment, bytes never
 // written, cp.async data not yet waited for, and for races: two threads at one byte, one of them writing, with no
 // barrier between them.
+//
+// wgmma and its fence, commit and wait are collectives of 128 threads (on a GPU each warp may go on alone, which would
+// show nothing more: what is ordered is told by barriers, not by who came first). From issue to wait D holds a pattern
+// that is no result, A must not change, and the bytes of B must not be written; the product is made at the wait.
 #ifndef BITLAB_TEST_EMULATOR_H
 #define BITLAB_TEST_EMULATOR_H
 
@@ -18,7 +22,21 @@ namespace emulator {
 
 constexpr int kLanes = 32;
 
-enum class Op { kMmaU8S8, kMmaS8S8, kMmaBf16, kMmaF16, kShuffleXor, kShuffle, kSyncWarp };
+constexpr int kWarpgroup = 128;
+
+enum class Op {
+    kMmaU8S8,
+    kMmaS8S8,
+    kMmaBf16,
+    kMmaF16,
+    kShuffleXor,
+    kShuffle,
+    kSyncWarp,
+    kWgmma,
+    kWgmmaFence,
+    kWgmmaCommit,
+    kWgmmaWait
+};
 
 // What a lane brings to a collective and takes from it.
 struct Exchange {
@@ -52,6 +70,27 @@ void commit_async();
 void wait_async(int open);
 void sync_block(Site site);
 void collective(Op op, Exchange &own, Site site);
+
+// What the device layer asks for wgmma; see warpgroup.cpp.
+bool has_wgmma();
+void wgmma(int32_t *d, const uint32_t *a, uint64_t b, bool onto, Site site);
+void wgmma_fence(Site site);
+void wgmma_commit(Site site);
+void wgmma_wait(int open, Site site);
+void wgmma_take(const int32_t *d, Site site);
+void fence_async_proxy();
+
+// What warpgroup.cpp needs of emulator.cpp. meet() waits until all threads of the warpgroup are at the same line and is
+// true in the last one, before the others go on. Asynchronous reads are checked, and guarded from writes until they
+// end.
+bool meet_in_warpgroup(Op op, Site site);
+void begin_async_read(uint32_t offset, uint32_t bytes, Site site);
+const uint8_t *end_async_read(uint32_t offset, uint32_t bytes);
+
+// Forgets all wgmma before a block runs; tells after it whether one was not waited for.
+void reset_warpgroups(int threads);
+bool has_open_wgmma();
+int64_t count_wgmma();
 
 // Fills what each lane takes from a collective.
 void exchange(Op op, Exchange *const (&lanes)[kLanes]);

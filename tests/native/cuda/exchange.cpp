@@ -102,7 +102,7 @@ void exchange(Op op, Exchange *const (&lanes)[kLanes]) {
                 lanes[lane]->out[0] = lanes[from]->in[0];
             }
             break;
-        case Op::kSyncWarp:
+        default:
             break;
     }
 }

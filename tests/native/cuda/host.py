@@ -13,7 +13,7 @@ from torch import Tensor
 from bitcore.kernels.cuda import CudaKernels
 from bitcore.kernels.cuda_native import declare_cuda_functions
 
-CONFLICTS, SHARED_LOADS, MMA, LAUNCHES = range(4)
+CONFLICTS, SHARED_LOADS, MMA, LAUNCHES, WGMMA = range(5)
 
 
 def load_host_library(path: Path) -> ctypes.CDLL:
@@ -24,6 +24,8 @@ def load_host_library(path: Path) -> ctypes.CDLL:
     library.bk_emulator_register.restype = None
     library.bk_emulator_order.argtypes = (ctypes.c_uint32,)
     library.bk_emulator_order.restype = None
+    library.bk_emulator_wgmma.argtypes = (ctypes.c_int32,)
+    library.bk_emulator_wgmma.restype = None
     library.bk_emulator_clear.argtypes = ()
     library.bk_emulator_clear.restype = None
     library.bk_emulator_count.argtypes = (ctypes.c_int32,)

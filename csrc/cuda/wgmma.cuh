@@ -1,0 +1,200 @@
+// Many tokens on a GPU that has wgmma: t2 weights in rows aligned to 16 bytes, int8 codes, without groups.
+//
+// A block of kGroups warpgroups makes 64 * kGroups packed rows (256 * kGroups outputs) of 64 tokens. Rows and tokens
+// come to shared memory by cp.async, 128 columns a stage. A warpgroup's wgmma takes A from registers: the packed bytes
+// of 64 rows under one of four masks, so each mask has 64 x 64 sums of its own and no weight is ever unpacked in
+// memory; and B, the tokens, from shared memory. While the wgmma of one block of 64 columns run, the bytes of the next
+// are loaded and masked.
+//
+// The registers of A are those of mma.m16n8k32, which want bytes 4 t and 16 + 4 t of 32 columns; as elsewhere a lane
+// takes 16 bytes in a row instead, at columns 16 t of 64. Tensor cores read B by themselves, so here the tokens' codes
+// must lie in that order in memory: quantize_kernel writes them so (activations.cuh, place_of_column).
+//
+// Rejected: waiting for all wgmma before each barrier, so that three stages would do: the tensor cores would stand idle
+// at every stage. A stage is filled again two steps after it was multiplied, when one wait that leaves the newest group
+// running has shown that nothing reads it.
+#ifndef BITLAB_CUDA_WGMMA_CUH
+#define BITLAB_CUDA_WGMMA_CUH
+
+#include "epilogue.cuh"
+
+namespace bitlab {
+
+constexpr int kWarpgroup = 128;
+constexpr int kWgmmaTokens = 64;
+constexpr int kWgmmaColumns = 128;
+
+template <int kGroups>
+struct WgmmaLayout {
+    static constexpr int kThreads = kWarpgroup * kGroups;
+    static constexpr int kRows = 64 * kGroups;
+    static constexpr int kStages = kGroups == 1 ? 6 : 8;
+    static constexpr uint32_t kWeightBytes = kRows * kWgmmaColumns;
+    static constexpr uint32_t kStageBytes = kWeightBytes + kWgmmaTokens * kWgmmaColumns;
+    static constexpr uint32_t kBytes = kStages * kStageBytes;
+    using Tile = SumTile<kWgmmaTokens, kRows>;
+    static_assert(4 * Tile::kBytes <= kBytes, "the sums of all masks fit where the stages were");
+    static_assert(kBytes <= kLargeSharedBytes, "shared memory of a block");
+};
+
+// Where the 16-byte chunk of a packed row lies in the row: eight lanes read four chunks of two rows at once.
+BK_DEVICE uint32_t weight_chunk(uint32_t row, uint32_t chunk) { return chunk ^ (row % 2 * 4); }
+
+// Where the 16-byte chunk of a token lies in its 128 bytes: the 128-byte swizzle of the PTX ISA.
+BK_DEVICE uint32_t token_chunk(uint32_t token, uint32_t chunk) { return chunk ^ (token % 8); }
+
+// The matrix descriptor of 64 tokens at an offset of shared memory: rows of 128 bytes, the swizzle above, 1024 bytes
+// from eight rows to the next eight. Tiles begin at multiples of 1024; columns are added to the offset.
+BK_DEVICE uint64_t token_descriptor(uint32_t offset) {
+    constexpr uint64_t kSwizzle128 = 1ull << 62, kEightRows = 1024 / 16, kUnused = 1;
+    return kSwizzle128 | kEightRows << 32 | kUnused << 16 | (shared_address(offset) & 0x3FFFF) / 16;
+}
+
+// What a thread copies to every stage: 16 bytes of each of some packed rows and tokens, in bytes from the first column
+// of the block's first row or token. Rows and tokens past the end repeat the last one.
+template <int kGroups>
+struct WgmmaCopies {
+    using Layout = WgmmaLayout<kGroups>;
+    static constexpr int kAtOnce = Layout::kThreads / 8;
+    static constexpr int kRowCopies = Layout::kRows / kAtOnce, kTokenCopies = kWgmmaTokens / kAtOnce;
+
+    const uint8_t *rows, *tokens;
+    uint32_t row[kRowCopies], token[kTokenCopies];
+    uint32_t to_row, to_token;  // in a stage, of the first of each; the others follow kAtOnce rows apart
+    int32_t row_end, token_end;
+
+    BK_DEVICE WgmmaCopies(const MatmulParams &p, int64_t first_row, int64_t first_token)
+        : rows(p.weight + first_row * p.K),
+          tokens(p.x + first_token * p.x_stride),
+          row_end(p.K),
+          token_end(64 * p.blocks) {
+        const int r = thread_x() / 8;
+        BK_UNROLL
+        for (int i = 0; i < kRowCopies; ++i) row[i] = offset_of(r + i * kAtOnce, p.weight_rows - first_row, p.K);
+        BK_UNROLL
+        for (int i = 0; i < kTokenCopies; ++i) token[i] = offset_of(r + i * kAtOnce, p.M - first_token, p.x_stride);
+        // kAtOnce is a multiple of eight, so the chunk lies alike in all.
+        const uint32_t at = static_cast<uint32_t>(r), chunk = static_cast<uint32_t>(thread_x() % 8);
+        to_row = at * kWgmmaColumns + weight_chunk(at, chunk) * 16;
+        to_token = Layout::kWeightBytes + at * kWgmmaColumns + token_chunk(at, chunk) * 16;
+    }
+
+    static BK_DEVICE uint32_t offset_of(int r, int64_t count, int64_t stride) {
+        return static_cast<uint32_t>((r < count ? r : count - 1) * stride);
+    }
+
+    // Starts the copies of 128 columns to a stage.
+    BK_DEVICE void start(int32_t step, uint32_t stage) const {
+        const int32_t k = kWgmmaColumns * step + 16 * (thread_x() % 8);
+        const uint8_t *from_rows = rows + (k < row_end ? k : 0), *from_tokens = tokens + (k < token_end ? k : 0);
+        BK_UNROLL
+        for (int i = 0; i < kRowCopies; ++i) {
+            const uint32_t to = stage + to_row + static_cast<uint32_t>(i * kAtOnce * kWgmmaColumns);
+            copy_async_16(to, from_rows + row[i], k < row_end ? 16 : 0);
+        }
+        BK_UNROLL
+        for (int i = 0; i < kTokenCopies; ++i) {
+            const uint32_t to = stage + to_token + static_cast<uint32_t>(i * kAtOnce * kWgmmaColumns);
+            copy_async_16(to, from_tokens + token[i], k < token_end ? 16 : 0);
+        }
+    }
+};
+
+#if BK_HAS_WGMMA
+// Multiplies 64 of a stage's columns: `half` 0 or 1. Until the wait of the next but one call, `a` may not be touched.
+template <int kGroups>
+BK_DEVICE void multiply_half(uint32_t stage, int half, bool is_first, uint32_t (&a)[2][4][4], int32_t (&sums)[4][32]) {
+    const uint32_t thread = static_cast<uint32_t>(thread_x());
+    const uint32_t row = thread / kWarp * 16 + thread % kWarp / 4, t = thread % 4;
+    const uint32_t from = stage + row * kWgmmaColumns + weight_chunk(row, 4u * static_cast<uint32_t>(half) + t) * 16;
+    const Bytes16 low = load_shared<Bytes16>(from);
+    const Bytes16 high = load_shared<Bytes16>(from + 8 * kWgmmaColumns);
+    // The group that read these registers is done; the newest one, which reads the others, runs on.
+    wgmma_wait<1>();
+    BK_UNROLL
+    for (int h = 0; h < 2; ++h) {
+        BK_UNROLL
+        for (int lane = 0; lane < 4; ++lane) {
+            const uint32_t mask = lane_mask(lane);
+            a[h][lane][0] = low.word[2 * h] & mask;
+            a[h][lane][1] = high.word[2 * h] & mask;
+            a[h][lane][2] = low.word[2 * h + 1] & mask;
+            a[h][lane][3] = high.word[2 * h + 1] & mask;
+        }
+    }
+    wgmma_fence();
+    BK_UNROLL
+    for (int h = 0; h < 2; ++h) {
+        const uint64_t tokens = token_descriptor(stage + WgmmaLayout<kGroups>::kWeightBytes +
+                                                 64u * static_cast<uint32_t>(half) + 32u * static_cast<uint32_t>(h));
+        BK_UNROLL
+        for (int lane = 0; lane < 4; ++lane) wgmma_u8s8(sums[lane], a[h][lane], tokens, h == 1 || !is_first);
+    }
+    wgmma_commit();
+}
+#endif
+
+template <int kGroups>
+BK_KERNEL(WgmmaLayout<kGroups>::kThreads)
+wgmma_kernel(MatmulParams p) {
+#if BK_HAS_WGMMA
+    begin();
+    using Layout = WgmmaLayout<kGroups>;
+    using Tile = typename Layout::Tile;
+    constexpr int kAhead = Layout::kStages - 2;
+    const int64_t row_tiles = (p.weight_rows + Layout::kRows - 1) / Layout::kRows;
+    const int64_t first_row = block_x() % row_tiles * Layout::kRows, first_token = block_x() / row_tiles * kWgmmaTokens;
+    const int split = block_y();
+    const int64_t steps = (p.blocks + 1) / 2;
+    const int32_t first = static_cast<int32_t>(steps * split / p.splits);
+    const int32_t last = static_cast<int32_t>(steps * (split + 1) / p.splits);
+
+    const WgmmaCopies<kGroups> copies(p, first_row, first_token);
+    BK_UNROLL
+    for (int s = 0; s < kAhead; ++s) {
+        if (first + s < last) {
+            copies.start(first + s, static_cast<uint32_t>(s) * Layout::kStageBytes);
+        }
+        commit_async();
+    }
+    int32_t sums[4][32];
+    uint32_t a[2][2][4][4];
+    uint32_t stage = 0, into = kAhead * Layout::kStageBytes;
+    for (int32_t step = first; step < last; ++step) {
+        // This thread's copies of this step are there, and shown to the tensor cores; after the barrier everyone's are,
+        // and all have waited for the wgmma of the step before last, whose stage is filled next.
+        wait_async<kAhead - 1>();
+        fence_async_proxy();
+        sync_block();
+        if (step + kAhead < last) copies.start(step + kAhead, into);
+        commit_async();
+        multiply_half<kGroups>(stage, 0, step == first, a[0], sums);
+        multiply_half<kGroups>(stage, 1, false, a[1], sums);
+        stage = stage + Layout::kStageBytes == Layout::kBytes ? 0 : stage + Layout::kStageBytes;
+        into = into + Layout::kStageBytes == Layout::kBytes ? 0 : into + Layout::kStageBytes;
+    }
+    wgmma_wait<0>();
+    BK_UNROLL
+    for (int lane = 0; lane < 4; ++lane) wgmma_take(sums[lane]);
+    sync_block();
+    const int row = thread_x() / kWarp * 16 + thread_x() % kWarp / 4, token = thread_x() % 4 * 2;
+    BK_UNROLL
+    for (int lane = 0; lane < 4; ++lane) {
+        BK_UNROLL
+        for (int i = 0; i < 32; ++i) {
+            const uint32_t at = Tile::at(i / 4 * 8 + token + i % 2, row + i % 4 / 2 * 8);
+            store_shared(static_cast<uint32_t>(lane) * Tile::kBytes + at, sums[lane][i]);
+        }
+    }
+    sync_block();
+    BK_NO_UNROLL
+    for (int lane = 0; lane < 4; ++lane) {
+        finish_tile<TernaryInt8, false, Layout::kThreads, kWgmmaTokens, Layout::kRows>(
+            p, static_cast<uint32_t>(lane) * Tile::kBytes, first_row, first_token, lane, split);
+    }
+#endif
+}
+
+}  // namespace bitlab
+
+#endif
