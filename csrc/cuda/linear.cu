@@ -16,7 +16,9 @@ constexpr int64_t kFewShare = 16, kManyShare = 8;
 constexpr int64_t kMaxSplits = 64;
 // The fewest tokens for wgmma_kernel, whose tiles have 64: from half a tile on, the tensor cores' twofold speed pays.
 constexpr int64_t kLeastWgmmaTokens = 33;
-constexpr int kWgmmaGroups = 1;
+// Blocks to a multiprocessor that wgmma_kernel's K is split for. One keeps the tensor cores busy, and with many tokens
+// the shares are long to write and to add.
+constexpr int64_t kWgmmaBlocks = 1;
 
 int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
 
@@ -207,7 +209,10 @@ Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64
         tiles = ceil_div(rows, 16);
         share = kFewShare;
     } else if (plan.wgmma) {
-        tiles = ceil_div(rows, WgmmaLayout<kWgmmaGroups>::kRows) * ceil_div(M, kWgmmaTokens);
+        // Where a multiprocessor has two warpgroups to run, they share the tokens, one block of both.
+        const int64_t token_tiles = ceil_div(M, kWgmmaTokens);
+        plan.tiles = ceil_div(rows, 64) * token_tiles > multiprocessors ? 2 : 1;
+        tiles = ceil_div(rows, 64 * plan.tiles) * token_tiles;
         share = kManyShare;
     } else {
         // Groups keep totals beside their sums, in registers that wider tiles would need.
@@ -218,8 +223,7 @@ Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64
         tiles = ceil_div(rows, kManyRows) * ceil_div(M, 16 * plan.tiles);
         share = kManyShare;
     }
-    // wgmma of one block keeps a multiprocessor's tensor cores busy, and the shares of many tokens are long to add.
-    const int64_t wanted = (plan.wgmma ? 1 : 2) * static_cast<int64_t>(multiprocessors) / tiles;
+    const int64_t wanted = (plan.wgmma ? kWgmmaBlocks : 2) * multiprocessors / tiles;
     int64_t most = clamp(blocks / share, 1, kMaxSplits);
     if (plan.grouped) {
         // A group's term is rounded before it is added, so shares write their terms and split_kernel reads them: 8

@@ -2,10 +2,18 @@
 #include "wgmma.cuh"
 
 namespace bitlab {
+namespace {
+
+template <int kGroups>
+const char *run_wgmma(const Plan &plan, const MatmulParams &params, void *stream) {
+    using Layout = WgmmaLayout<kGroups>;
+    return launch(wgmma_kernel<kGroups>, plan.grid, Layout::kThreads, Layout::kBytes, stream, params);
+}
+
+}  // namespace
 
 const char *run_ternary_wgmma(const Plan &plan, const MatmulParams &params, void *stream) {
-    using Layout = WgmmaLayout<1>;
-    const char *error = launch(wgmma_kernel<1>, plan.grid, Layout::kThreads, Layout::kBytes, stream, params);
+    const char *error = plan.tiles == 2 ? run_wgmma<2>(plan, params, stream) : run_wgmma<1>(plan, params, stream);
     return run_split<TernaryInt8>(plan, params, error, stream);
 }
 

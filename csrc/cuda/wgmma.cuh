@@ -83,9 +83,10 @@ struct WgmmaCopies {
         return static_cast<uint32_t>((r < count ? r : count - 1) * stride);
     }
 
-    // Starts the copies of 128 columns to a stage.
-    BK_DEVICE void start(int32_t step, uint32_t stage) const {
-        const int32_t k = kWgmmaColumns * step + 16 * (thread_x() % 8);
+    // Starts the copies of 128 columns to a stage; of zeros from step `last` on. A branch instead of the zeros, between
+    // wgmma that run, makes ptxas wait for each of them.
+    BK_DEVICE void start(int32_t step, int32_t last, uint32_t stage) const {
+        const int32_t k = step < last ? kWgmmaColumns * step + 16 * (thread_x() % 8) : 0x7FFFFFFF;
         const uint8_t *from_rows = rows + (k < row_end ? k : 0), *from_tokens = tokens + (k < token_end ? k : 0);
         BK_UNROLL
         for (int i = 0; i < kRowCopies; ++i) {
@@ -152,9 +153,7 @@ wgmma_kernel(MatmulParams p) {
     const WgmmaCopies<kGroups> copies(p, first_row, first_token);
     BK_UNROLL
     for (int s = 0; s < kAhead; ++s) {
-        if (first + s < last) {
-            copies.start(first + s, static_cast<uint32_t>(s) * Layout::kStageBytes);
-        }
+        copies.start(first + s, last, static_cast<uint32_t>(s) * Layout::kStageBytes);
         commit_async();
     }
     int32_t sums[4][32];
@@ -166,14 +165,16 @@ wgmma_kernel(MatmulParams p) {
         wait_async<kAhead - 1>();
         fence_async_proxy();
         sync_block();
-        if (step + kAhead < last) copies.start(step + kAhead, into);
-        commit_async();
         multiply_half<kGroups>(stage, 0, step == first, a[0], sums);
+        // Here, not right after the barrier: the tensor cores have the first half to do meanwhile.
+        copies.start(step + kAhead, last, into);
+        commit_async();
         multiply_half<kGroups>(stage, 1, false, a[1], sums);
         stage = stage + Layout::kStageBytes == Layout::kBytes ? 0 : stage + Layout::kStageBytes;
         into = into + Layout::kStageBytes == Layout::kBytes ? 0 : into + Layout::kStageBytes;
     }
     wgmma_wait<0>();
+    wait_async<0>();
     BK_UNROLL
     for (int lane = 0; lane < 4; ++lane) wgmma_take(sums[lane]);
     sync_block();
