@@ -131,7 +131,7 @@ def build(name: str, work: Path, options: Any) -> Path:
     if not target.is_dir():
         request = {
             "do": "build", "kind": kind, "model": str(target), "source": str(work / source),
-            "geometry": options.geometry, **fields,
+            "geometry": options.geometry, "device": options.device, **fields,
         }  # fmt: skip
         run_worker(request, options.threads)
     return target

@@ -24,12 +24,13 @@ Request = dict[str, Any]
 
 
 def build_dense(request: Request, target: Path) -> None:
-    """Writes a bfloat16 model with random weights, made in bfloat16."""
+    """Writes a bfloat16 model with random weights, made where it is measured."""
     torch.manual_seed(0)
     config = BitNetConfig(**request["geometry"], tie_word_embeddings=True, dtype="bfloat16")
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
-    model = BitNetForCausalLM(config)
+    with torch.device(request["device"]):
+        model = BitNetForCausalLM(config)
     torch.set_default_dtype(default)
     model.save_pretrained(target, max_shard_size="100GB")
 
@@ -129,8 +130,9 @@ def measure(request: Request) -> dict[str, Any]:
         assert output.shape[1] == length + count
         return [started, *clock.times[1:]]
 
-    run(8, 2)  # maps the file's pages and starts the threads
-    if device != "cpu":
+    if device == "cpu":
+        run(8, 2)  # maps the file's pages and starts the threads
+    else:
         # Compiles for the cache's length that is measured below, and records the graph.
         run(request["prompt"], 1)
         for _ in range(2):

@@ -15,6 +15,7 @@ import torch
 import bitcore
 from bitcore.kernels import kernels_for
 from bitcore.kernels.cpu import CpuKernels
+from bitcore.kernels.cuda import CudaKernels
 from tests.native.cuda.build_host import build
 from tests.native.cuda.host import HostKernels, load_host_library
 from tests.stock_environment import make_stock_environment
@@ -80,14 +81,15 @@ def stock_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def gpu() -> Iterator[torch.device]:
+def gpu() -> torch.device:
     """A CUDA device with BitLab's kernels, which fail if they are missing; the only place that
     skips for want of a device.
     """
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
-    with bitcore.use_backend("cuda"):
-        yield torch.device("cuda", torch.cuda.current_device())
+    # Not forced: the same tests compute on the CPU too.
+    assert isinstance(kernels_for("cuda"), CudaKernels)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @pytest.fixture(autouse=True)

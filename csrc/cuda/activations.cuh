@@ -90,6 +90,7 @@ BK_DEVICE void store_placed(int8_t *row, int32_t k, int32_t padded, const Bytes8
 inline uint32_t quantize_shared_bytes(int64_t K) { return static_cast<uint32_t>(128 + 4 * ((K + 63) / 64)); }
 
 BK_KERNEL(kQuantizeThreads) quantize_kernel(QuantizeParams p) {
+    begin();
     const int thread = thread_x();
     const int64_t token = block_x();
     const void *row = static_cast<const uint8_t *>(p.x) + token * p.x_stride * element_bytes(p.x_type);
@@ -182,6 +183,7 @@ struct AbsmaxParams {
 
 // The bits of max|x| over the tokens of each block.
 BK_KERNEL(kQuantizeThreads) absmax_kernel(AbsmaxParams p) {
+    begin();
     uint32_t most = 0;
     for (int64_t token = block_x(); token < p.M; token += grid_x()) {
         const void *row = static_cast<const uint8_t *>(p.x) + token * p.x_stride * element_bytes(p.x_type);
@@ -208,6 +210,7 @@ struct PlanesParams {
 // A float32 value becomes three bfloat16 ones whose sum it is: its first, second and last 8 bits, each cut off and not
 // rounded, so that none overflows. 16-bit values are copied. Columns past K are zero.
 BK_KERNEL(kQuantizeThreads) planes_kernel(PlanesParams p) {
+    begin();
     const int64_t token = block_x();
     const void *row = static_cast<const uint8_t *>(p.x) + token * p.x_stride * element_bytes(p.x_type);
     const int32_t padded = (p.K + 63) / 64 * 64;

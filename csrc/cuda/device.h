@@ -4,7 +4,12 @@
 // nvcc takes them from device_ptx.h (PTX); the tests take them from device_host.h, which runs a block's threads as
 // fibers and checks every access. What the two must agree on is said here once:
 //
+// clang-format off
 //   thread_x() block_x() block_y() grid_x()  indices and sizes; blocks and grids are counted by at most x and y
+//   start_next(), wait_for_previous()        the stream's next kernel may start; all that earlier kernels wrote is there.
+//                                            Before the wait a kernel may only prefetch; begin() is both, for kernels
+//                                            that have nothing to do in between
+//   prefetch(p)                              128 bytes of global memory to L2, a hint
 //   load_global(p), store_global(p, value)   naturally aligned; load_weights(p) is 16 bytes read once
 //   load_shared<T>(offset), store_shared(offset, v)
 //                                            shared memory is a byte array, aligned to 1024 bytes, of at most
@@ -26,6 +31,7 @@
 //   dot4_us(a, b, c)                         c + the dot product of four unsigned and four signed bytes
 //   fma_bf16x2, fma_f16x2                    packed a * b + c, rounded once
 //   multiply, add, divide                    one float32 operation, rounded to nearest even, never contracted
+// clang-format on
 #ifndef BITLAB_CUDA_DEVICE_H
 #define BITLAB_CUDA_DEVICE_H
 
@@ -57,5 +63,14 @@ struct Grid {
 #else
 #include "device_host.h"
 #endif
+
+namespace bitlab {
+
+BK_DEVICE void begin() {
+    start_next();
+    wait_for_previous();
+}
+
+}  // namespace bitlab
 
 #endif

@@ -19,6 +19,19 @@ BK_DEVICE int64_t block_x() { return blockIdx.x; }
 BK_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 BK_DEVICE int64_t grid_x() { return gridDim.x; }
 
+// Programmatic dependent launch, which Hopper has and newer ones: elsewhere kernels follow one another whole.
+BK_DEVICE void start_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+BK_DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+BK_DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p))); }
+
 template <typename T>
 BK_DEVICE T load_global(const T *p) {
     return *p;
@@ -201,48 +214,55 @@ constexpr bool holds(const char *text, const char *word) {
     return begins_with(text, word) || (*text && holds(text + 1, word));
 }
 
-// Whether the library has machine code for sm_90a and the current device runs it; CUDA is asked once a device.
+// Ten times the compute capability's first number plus the second, of the current device; CUDA is asked once a device.
+inline int capability() {
+    constexpr int kDevices = 64;
+    static int16_t known[kDevices];  // 0: not asked yet
+    int device = 0, major = 0, minor = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    if (device < kDevices) {
+        if (const int found = __atomic_load_n(known + device, __ATOMIC_RELAXED)) return found;
+    }
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+        return 0;
+    }
+    const int found = 10 * major + minor;
+    if (device < kDevices) __atomic_store_n(known + device, static_cast<int16_t>(found), __ATOMIC_RELAXED);
+    return found;
+}
+
+// Whether the library has machine code for sm_90a and the current device runs it.
 inline bool has_wgmma() {
 #ifdef BK_CUDA_ARCHITECTURES
-    constexpr bool kCompiled = holds(BK_CUDA_ARCHITECTURES, "sm_90a");
+    return holds(BK_CUDA_ARCHITECTURES, "sm_90a") && capability() == 90;
 #else
-    constexpr bool kCompiled = false;
+    return false;
 #endif
-    constexpr int kDevices = 64;
-    static int8_t known[kDevices];  // 0: not asked yet, 1: no, 2: yes
-    int device = 0;
-    if (!kCompiled || cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
-    int8_t found = __atomic_load_n(known + device, __ATOMIC_RELAXED);
-    if (found == 0) {
-        int major = 0, minor = 0;
-        if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-            cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
-            return false;
-        }
-        found = major == 9 && minor == 0 ? 2 : 1;
-        __atomic_store_n(known + device, found, __ATOMIC_RELAXED);
-    }
-    return found == 2;
 }
 
 // Starts a kernel on the current device; returns null, or CUDA's text of what is wrong.
 template <typename P>
 const char *launch(void (*kernel)(P), Grid grid, int threads, uint32_t shared_bytes, void *stream, P params) {
     if (grid.x > 0x7FFFFFFF || grid.y > 0xFFFF) return cudaGetErrorString(cudaErrorInvalidConfiguration);
-    void *arguments[] = {&params};
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &early;
+    config.numAttrs = capability() >= 90 ? 1 : 0;
+    const auto *function = reinterpret_cast<const void *>(kernel);
+    cudaError_t error = cudaSuccess;
     if (shared_bytes > kSharedBytes) {
-        const cudaError_t error =
-            cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes));
-        if (error != cudaSuccess) {
-            cudaGetLastError();
-            return cudaGetErrorString(error);
-        }
+        error =
+            cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     }
-    const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
-    const cudaError_t error =
-        cudaLaunchKernel(reinterpret_cast<const void *>(kernel), blocks, dim3(static_cast<unsigned>(threads)),
-                         arguments, shared_bytes, static_cast<cudaStream_t>(stream));
+    void *arguments[] = {&params};
+    if (error == cudaSuccess) error = cudaLaunchKernelExC(&config, function, arguments);
     if (error == cudaSuccess) return nullptr;
     cudaGetLastError();  // a launch that failed must not be reported again by the caller's own next check
     return cudaGetErrorString(error);

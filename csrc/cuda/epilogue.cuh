@@ -62,14 +62,16 @@ BK_DEVICE void store_floats(void *p, int32_t type, int64_t index, const Bytes16 
     }
 }
 
-// Finishes the sums of one mask's outputs, or stores them as a share of K; see finish_share. The tile lies at offset
-// `tile`; its first output is packed row `first_row` under mask `lane`. All of the block's kThreads threads call this,
+// Finishes the sums of one mask's outputs (per group: the totals of the groups' terms), or stores the sums as a share
+// of K; see finish_share. The tile lies at offset `tile`; its first output is packed row `first_row` under mask `lane`.
+// All of the block's kThreads threads call this,
 // with a barrier before it.
-template <typename Math, int kThreads, int kTokens, int kOutputs>
+template <typename Math, bool kGrouped, int kThreads, int kTokens, int kOutputs>
 BK_DEVICE void finish_tile(const MatmulParams &p, uint32_t tile, int64_t first_row, int64_t first_token, int lane,
                            int split) {
-    using Sum = typename Math::Sum;
+    using Sum = typename Pick<kGrouped, float, typename Math::Sum>::Type;
     using Tile = SumTile<kTokens, kOutputs>;
+    constexpr bool kShifted = !kGrouped && Math::kIsInteger && Math::kLanes == 4;
     constexpr int kQuads = kOutputs / 4, kTokensAtOnce = kThreads / kQuads;
     static_assert(kThreads % kQuads == 0 && kTokens % kTokensAtOnce == 0, "a thread keeps its four outputs");
     const int quad = thread_x() % kQuads;
@@ -77,12 +79,12 @@ BK_DEVICE void finish_tile(const MatmulParams &p, uint32_t tile, int64_t first_r
     const int64_t rows = p.weight_rows - row, outputs = p.N - output, valid = rows < outputs ? rows : outputs;
     const int count = valid < 4 ? static_cast<int>(valid) : 4;
     if (count <= 0) return;
-    const bool is_share = p.splits > 1, is_float = !is_share && p.y_type != BK_CUDA_I32;
+    const bool is_share = !kGrouped && p.splits > 1, is_float = !is_share && p.y_type != BK_CUDA_I32;
     float scale[4] = {}, bias[4] = {};
     BK_UNROLL
     for (int i = 0; i < 4; ++i) {
         if (is_float && i < count) {
-            scale[i] = load_global(p.weight_scale + (p.scale_rows == 1 ? 0 : output + i));
+            scale[i] = kGrouped ? 1.0f : load_global(p.weight_scale + (p.scale_rows == 1 ? 0 : output + i));
             if (p.bias) bias[i] = load_float(p.bias, p.bias_type, output + i);
         }
     }
@@ -91,12 +93,12 @@ BK_DEVICE void finish_tile(const MatmulParams &p, uint32_t tile, int64_t first_r
         const int64_t m = first_token + token;
         if (m >= p.M) break;
         Bytes16 values = load_shared<Bytes16>(tile + Tile::at(token, 4 * quad));
-        if (Math::kIsInteger) {
-            const int32_t offset = Math::kLanes == 4 && !is_share ? load_global(p.x_sums + m) : 0;
+        if (kShifted) {
+            const int32_t offset = is_share ? 0 : load_global(p.x_sums + m);
             BK_UNROLL
             for (int i = 0; i < 4; ++i) {
                 const auto sum = static_cast<int32_t>(values.word[i]);
-                values.word[i] = static_cast<uint32_t>((Math::kLanes == 4 ? unshift(sum, lane) : sum) - offset);
+                values.word[i] = static_cast<uint32_t>(unshift(sum, lane) - offset);
             }
         }
         const int64_t index = m * p.N + output;

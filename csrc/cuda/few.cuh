@@ -80,6 +80,12 @@ few_kernel(MatmulParams p) {
     const int64_t first_row = block_x() * kFewRows;
     const int split = block_y();
 
+    // While earlier kernels, the one that makes the codes among them, still run.
+    start_next();
+    const int64_t rows = p.weight_rows - first_row < kFewRows ? p.weight_rows - first_row : kFewRows;
+    prefetch_rows<kFewThreads>(p.weight + first_row * p.K, rows * p.K);
+    wait_for_previous();
+
     // Rows and tokens past the end repeat the last one; their sums are dropped.
     const int64_t most = p.weight_rows - 1;
     const uint8_t *low = p.weight + (first_row + g < most ? first_row + g : most) * p.K;
@@ -137,7 +143,7 @@ few_kernel(MatmulParams p) {
                         totals[own] = add(totals[own], term);
                     }
                 }
-                if (!kShares && round == rounds - 1) finish_groups<Math>(p, m, n, totals[own]);
+                if (!kShares && round == rounds - 1) finish_value(p, m, n, scaled_groups<Math>(p, m, totals[own]));
             } else {
                 Sum sum = load_shared<Sum>(at);
                 BK_UNROLL

@@ -99,6 +99,15 @@ gemv_kernel(GemvParams q) {
     const uint32_t block_sums = partial, stride = q.terms_stride;
     const uint32_t terms = block_sums + 4u * static_cast<uint32_t>(p.blocks);
 
+    // While earlier kernels, which make x, still run.
+    start_next();
+    const int64_t own = block_x() * teams, next = own + grid_x() * teams, end = p.weight_rows;
+    prefetch_rows<kGemvThreads>(p.weight + own * p.K, (end - own < teams ? end - own : teams) * p.K);
+    if (next < end) {
+        prefetch_rows<kGemvThreads>(p.weight + next * p.K, (end - next < teams ? end - next : teams) * p.K);
+    }
+    wait_for_previous();
+
     int64_t row = block_x() * teams + team;
     RowPart part = load_part<kGrouped>(p, row < p.weight_rows ? row : p.weight_rows - 1, first_k, step);
 

@@ -57,6 +57,7 @@ BK_DEVICE uint32_t pair_of_lanes(uint32_t byte, int first_lane) {
 template <bool kIsBf16, int kPlanes>
 BK_KERNEL(kGradientThreads)
 gradient_kernel(GradientParams p) {
+    begin();
     const int thread = thread_x(), warp = thread / kWarp, g = thread % kWarp / 4, t = thread % 4;
     const int64_t column_tiles = (p.K + kGradientColumns - 1) / kGradientColumns;
     const int32_t first_column = static_cast<int32_t>(block_x() % column_tiles) * kGradientColumns;

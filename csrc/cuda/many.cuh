@@ -7,7 +7,7 @@
 #ifndef BITLAB_CUDA_MANY_CUH
 #define BITLAB_CUDA_MANY_CUH
 
-#include "matmul.cuh"
+#include "epilogue.cuh"
 
 namespace bitlab {
 
@@ -23,6 +23,8 @@ struct ManyLayout {
     static constexpr uint32_t kStageBytes = kWeightBytes + Math::kPlanes * kPlaneBytes;
     static constexpr int kStages = 4 * kStageBytes <= kSharedBytes ? 4 : 3;
     static_assert(kStages * kStageBytes <= kSharedBytes, "stages fit without asking for more shared memory");
+    using Tile = SumTile<kTokens, kManyRows>;
+    static_assert(Tile::kBytes <= kStages * kStageBytes, "a tile of sums fits where the stages were");
 };
 
 // Where the 16-byte chunk of a token's row lies in the row.
@@ -87,9 +89,11 @@ BK_DEVICE void multiply_stage(uint32_t stage, typename Math::Sum (&sums)[Math::k
     Math::multiply_block(low, high, x, sums);
 }
 
-// Calls f(lane, n, c, m, output row) for each of this lane's sums that has an output.
-template <typename Math, int kTiles, typename F>
-BK_DEVICE void for_each_output(const MatmulParams &p, int64_t first_row, int64_t first_token, F &&f) {
+// Adds this lane's terms of a group to its totals; nothing where there is no output.
+template <typename Math, int kTiles>
+BK_DEVICE void add_group(const MatmulParams &p, int64_t first_row, int64_t first_token, int column,
+                         typename Math::Sum (&sums)[Math::kLanes][kTiles][4],
+                         float (&totals)[Math::kLanes][kTiles][4]) {
     const int warp = thread_x() / kWarp, g = thread_x() % kWarp / 4, t = thread_x() % 4;
     BK_UNROLL
     for (int lane = 0; lane < Math::kLanes; ++lane) {
@@ -99,8 +103,26 @@ BK_DEVICE void for_each_output(const MatmulParams &p, int64_t first_row, int64_t
             for (int c = 0; c < 4; ++c) {
                 const int64_t row = first_row + warp / 2 * 16 + g + c / 2 * 8, output = row + lane * p.weight_rows;
                 const int64_t m = first_token + warp % 2 * 8 * kTiles + 8 * n + 2 * t + c % 2;
-                if (row < p.weight_rows && output < p.N && m < p.M) f(lane, n, c, m, output);
+                if (row < p.weight_rows && output < p.N && m < p.M) {
+                    float &total = totals[lane][n][c];
+                    total = add(total, group_term<Math>(p, sums[lane][n][c], lane, m, output, column));
+                }
+                sums[lane][n][c] = 0;
             }
+        }
+    }
+}
+
+// Writes one lane's values to shared memory as finish_tile reads them.
+template <typename Tile, int kTiles, typename T>
+BK_DEVICE void stage_tile(const T (&values)[kTiles][4]) {
+    const int warp = thread_x() / kWarp, g = thread_x() % kWarp / 4, t = thread_x() % 4;
+    BK_UNROLL
+    for (int n = 0; n < kTiles; ++n) {
+        BK_UNROLL
+        for (int c = 0; c < 4; ++c) {
+            const int row = warp / 2 * 16 + g + c / 2 * 8, token = warp % 2 * 8 * kTiles + 8 * n + 2 * t + c % 2;
+            store_shared(Tile::at(token, row), values[n][c]);
         }
     }
 }
@@ -108,8 +130,10 @@ BK_DEVICE void for_each_output(const MatmulParams &p, int64_t first_row, int64_t
 template <typename Math, int kTiles, bool kGrouped>
 BK_KERNEL(kManyThreads)
 many_kernel(MatmulParams p) {
+    begin();
     using Sum = typename Math::Sum;
     using Layout = ManyLayout<Math, kTiles>;
+    using Tile = typename Layout::Tile;
     constexpr int kStages = Layout::kStages;
     const int64_t row_tiles = (p.weight_rows + kManyRows - 1) / kManyRows;
     const int64_t first_row = block_x() % row_tiles * kManyRows, first_token = block_x() / row_tiles * Layout::kTokens;
@@ -126,7 +150,7 @@ many_kernel(MatmulParams p) {
         commit_async();
     }
     Sum sums[Math::kLanes][kTiles][4] = {};
-    float totals[kGrouped ? Math::kLanes : 1][kGrouped ? kTiles : 1][4] = {};
+    float totals[kGrouped ? Math::kLanes : 1][kTiles][4] = {};
     int stage = 0, column = 0, in_group = 0;
     for (int32_t b = first; b < last; ++b) {
         // This thread's copies of block b are there; after the barrier everyone's are, and all have read block b - 1,
@@ -142,31 +166,26 @@ many_kernel(MatmulParams p) {
         commit_async();
         multiply_stage<Math, kTiles>(static_cast<uint32_t>(stage) * Layout::kStageBytes, sums);
         stage = stage + 1 == kStages ? 0 : stage + 1;
-        if (kGrouped && ++in_group == p.group_blocks) {
-            for_each_output<Math, kTiles>(
-                p, first_row, first_token, [&](int lane, int n, int c, int64_t m, int64_t output) {
-                    float &total = totals[kGrouped ? lane : 0][kGrouped ? n : 0][c];
-                    total = add(total, group_term<Math>(p, sums[lane][n][c], lane, m, output, column));
-                });
-            BK_UNROLL
-            for (int lane = 0; lane < Math::kLanes; ++lane) {
-                BK_UNROLL
-                for (int n = 0; n < kTiles; ++n) {
-                    BK_UNROLL
-                    for (int c = 0; c < 4; ++c) sums[lane][n][c] = 0;
-                }
+        if constexpr (kGrouped) {
+            if (++in_group == p.group_blocks) {
+                add_group<Math, kTiles>(p, first_row, first_token, column, sums, totals);
+                in_group = 0;
+                ++column;
             }
-            in_group = 0;
-            ++column;
         }
     }
-    for_each_output<Math, kTiles>(p, first_row, first_token, [&](int lane, int n, int c, int64_t m, int64_t output) {
-        if (kGrouped) {
-            finish_groups<Math>(p, m, output, totals[kGrouped ? lane : 0][kGrouped ? n : 0][c]);
+    BK_UNROLL
+    for (int lane = 0; lane < Math::kLanes; ++lane) {
+        sync_block();  // the last stage has been read, or the tile of the lane before
+        if constexpr (kGrouped) {
+            stage_tile<Tile>(totals[lane]);
         } else {
-            finish_share<Math>(p, m, output, sums[lane][n][c], lane, split);
+            stage_tile<Tile>(sums[lane]);
         }
-    });
+        sync_block();
+        finish_tile<Math, kGrouped, kManyThreads, Layout::kTokens, kManyRows>(p, 0, first_row, first_token, lane,
+                                                                              split);
+    }
 }
 
 }  // namespace bitlab

@@ -47,6 +47,18 @@ BK_DEVICE Bytes16 load_weight_16(const uint8_t *row, int32_t k, const MatmulPara
     return v;
 }
 
+// Brings the beginning of contiguous rows to L2 before they may be read.
+constexpr int kPrefetches = 4;  // of 128 bytes, a thread
+
+template <int kThreads>
+BK_DEVICE void prefetch_rows(const uint8_t *rows, int64_t bytes) {
+    BK_UNROLL
+    for (int i = 0; i < kPrefetches; ++i) {
+        const int64_t at = (static_cast<int64_t>(i) * kThreads + thread_x()) * 128;
+        if (at < bytes) prefetch(rows + at);
+    }
+}
+
 // Codes times 1, 4, 16 and 64, plus as much, as unsigned bytes: the masks of the four lanes of a packed byte.
 BK_DEVICE uint32_t lane_mask(int lane) { return 0x03030303u << (2 * lane); }
 
@@ -167,17 +179,23 @@ BK_DEVICE void finish_value(const MatmulParams &p, int64_t m, int64_t n, float v
     store_float(p.y, p.y_type, m * p.N + n, value);
 }
 
-// From a true sum over all of K to the output. The order of the float operations is the specification's.
-BK_DEVICE void finish(const MatmulParams &p, int64_t m, int64_t n, int32_t sum) {
-    if (p.y_type == BK_CUDA_I32) {
-        store_global(static_cast<int32_t *>(p.y) + m * p.N + n, sum);
-        return;
-    }
+// A true sum over all of K, scaled. The order of the float operations is the specification's.
+BK_DEVICE float scaled(const MatmulParams &p, int64_t m, int64_t n, int32_t sum) {
     const float scale = load_global(p.weight_scale + (p.scale_rows == 1 ? 0 : n));
-    finish_value(p, m, n, multiply(static_cast<float>(sum), multiply(load_global(p.x_scale + m), scale)));
+    return multiply(static_cast<float>(sum), multiply(load_global(p.x_scale + m), scale));
 }
-BK_DEVICE void finish(const MatmulParams &p, int64_t m, int64_t n, float sum) {
-    finish_value(p, m, n, multiply(sum, load_global(p.weight_scale + (p.scale_rows == 1 ? 0 : n))));
+BK_DEVICE float scaled(const MatmulParams &p, int64_t, int64_t n, float sum) {
+    return multiply(sum, load_global(p.weight_scale + (p.scale_rows == 1 ? 0 : n)));
+}
+
+// From a true sum over all of K to the output.
+template <typename Sum>
+BK_DEVICE void finish(const MatmulParams &p, int64_t m, int64_t n, Sum sum) {
+    if (p.y_type == BK_CUDA_I32) {
+        store_global(static_cast<int32_t *>(p.y) + m * p.N + n, static_cast<int32_t>(sum));
+    } else {
+        finish_value(p, m, n, scaled(p, m, n, sum));
+    }
 }
 
 // One group's term of an output.
@@ -187,10 +205,10 @@ BK_DEVICE float group_term(const MatmulParams &p, typename Math::Sum sum, int la
     return multiply(value, load_global(p.weight_scale + n * p.columns + column));
 }
 
-// From the total of all groups' terms to the output.
+// The total of all groups' terms, scaled.
 template <typename Math>
-BK_DEVICE void finish_groups(const MatmulParams &p, int64_t m, int64_t n, float total) {
-    finish_value(p, m, n, Math::kIsInteger ? multiply(total, load_global(p.x_scale + m)) : total);
+BK_DEVICE float scaled_groups(const MatmulParams &p, int64_t m, float total) {
+    return Math::kIsInteger ? multiply(total, load_global(p.x_scale + m)) : total;
 }
 
 // A sum over this block's share of K: the output, or one term for split_kernel.
@@ -220,6 +238,7 @@ BK_DEVICE int32_t add(int32_t a, int32_t b) { return a + b; }
 template <typename Math, bool kGrouped>
 BK_KERNEL(kSplitThreads)
 split_kernel(MatmulParams p) {
+    begin();
     using Part = typename Pick<kGrouped, float, typename Math::Sum>::Type;
     const auto *partial = static_cast<const Part *>(p.partial);
     const int64_t outputs = p.M * p.N;
@@ -228,7 +247,7 @@ split_kernel(MatmulParams p) {
         Part sum = load_global(partial + i);
         for (int32_t part = 1; part < parts; ++part) sum = add(sum, load_global(partial + part * outputs + i));
         if (kGrouped) {
-            finish_groups<Math>(p, i / p.N, i % p.N, static_cast<float>(sum));
+            finish_value(p, i / p.N, i % p.N, scaled_groups<Math>(p, i / p.N, static_cast<float>(sum)));
         } else {
             // Shares are unshifted already: as if of lane 0.
             const auto share = static_cast<typename Math::Sum>(sum);

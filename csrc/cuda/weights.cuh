@@ -31,6 +31,7 @@ BK_DEVICE float scale_of(double sum, int64_t count) {
 
 // Half a warp sums one part: lane l adds the elements l, l + 16, ..., then the lanes are added in ascending order.
 BK_KERNEL(kWeightThreads) part_sums_kernel(WeightScaleParams p) {
+    begin();
     const int lane = thread_x() % kWarp, chain = lane % kChains;
     const int64_t part = (block_x() * kWeightThreads + thread_x()) / kChains;
     const int64_t clamped = part < p.parts ? part : p.parts - 1;
@@ -52,6 +53,7 @@ BK_KERNEL(kWeightThreads) part_sums_kernel(WeightScaleParams p) {
 
 // Adds the rows' sums in ascending order: one block fetches them, one of its threads adds.
 BK_KERNEL(kWeightThreads) sum_rows_kernel(WeightScaleParams p) {
+    begin();
     double total = 0.0;
     for (int64_t first = 0; first < p.parts; first += kWeightThreads) {
         const int64_t row = first + thread_x();
@@ -87,6 +89,7 @@ BK_DEVICE float scale_at(const PackParams &p, int64_t n, int32_t k) {
 // One byte a thread: up to four weights in, four codes out. Rounding half to even and clamping to -1..1 is a comparison
 // with one half; a NaN gives 0.
 BK_KERNEL(kWeightThreads) pack_kernel(PackParams p) {
+    begin();
     const int64_t bytes = p.rows * p.K;
     for (int64_t at = block_x() * kWeightThreads + thread_x(); at < bytes; at += grid_x() * kWeightThreads) {
         const int64_t row = at / p.K;
@@ -108,6 +111,7 @@ BK_KERNEL(kWeightThreads) pack_kernel(PackParams p) {
 }
 
 BK_KERNEL(kWeightThreads) unpack_kernel(PackParams p) {
+    begin();
     const int64_t bytes = p.rows * p.K;
     void *weight = const_cast<void *>(p.weight);
     for (int64_t at = block_x() * kWeightThreads + thread_x(); at < bytes; at += grid_x() * kWeightThreads) {

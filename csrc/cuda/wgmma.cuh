@@ -139,6 +139,7 @@ template <int kGroups>
 BK_KERNEL(WgmmaLayout<kGroups>::kThreads)
 wgmma_kernel(MatmulParams p) {
 #if BK_HAS_WGMMA
+    begin();
     using Layout = WgmmaLayout<kGroups>;
     using Tile = typename Layout::Tile;
     constexpr int kAhead = Layout::kStages - 2;
@@ -189,7 +190,7 @@ wgmma_kernel(MatmulParams p) {
     sync_block();
     BK_NO_UNROLL
     for (int lane = 0; lane < 4; ++lane) {
-        finish_tile<TernaryInt8, Layout::kThreads, kWgmmaTokens, Layout::kRows>(
+        finish_tile<TernaryInt8, false, Layout::kThreads, kWgmmaTokens, Layout::kRows>(
             p, static_cast<uint32_t>(lane) * Tile::kBytes, first_row, first_token, lane, split);
     }
 #endif

@@ -49,6 +49,16 @@ def test_linear_equals_the_reference(
     assert bool(((y.cpu().double() - x.double() @ weight.t() - bias).abs() <= bound).all())
 
 
+def test_the_reference_gives_the_same_bits_there(gpu: torch.device) -> None:
+    x = torch.randn(512, 192)
+    found = reference.quantize_activation(x.to(gpu), False)
+    for ours, expected in zip(found, reference.quantize_activation(x, False), strict=True):
+        assert torch.equal(ours.cpu(), expected)
+    found = reference.pack_weight(x.to(gpu), "per_channel", 0)
+    for ours, expected in zip(found, reference.pack_weight(x, "per_channel", 0), strict=True):
+        assert torch.equal(ours.cpu(), expected)
+
+
 def test_a_layer_moves_to_the_gpu_and_gives_the_same_bits(gpu: torch.device) -> None:
     layer = BitLinear(320, 130).eval()
     layer.deploy()

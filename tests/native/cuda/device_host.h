@@ -24,6 +24,10 @@ inline int64_t block_x() { return emulator::current().block_x; }
 inline int block_y() { return emulator::current().block_y; }
 inline int64_t grid_x() { return emulator::current().grid_x; }
 
+inline void start_next() {}
+inline void wait_for_previous() { emulator::wait_for_previous(); }
+inline void prefetch(const void *) {}
+
 template <typename T>
 T load_global(const T *p, BK_WHERE) {
     emulator::check_global(p, sizeof(T), false, BK_SITE);

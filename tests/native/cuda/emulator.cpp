@@ -38,6 +38,7 @@ struct Fiber {
     Site site;
     Op op;
     std::vector<std::vector<Copy>> groups;  // closed by commit, oldest first; the last one is open
+    bool waited;                            // for the kernels before
     std::vector<uint32_t> proxy_fences;     // the epoch of each
     uint64_t loads;                         // 16-byte shared loads so far, to put lanes of one instruction together
 };
@@ -142,6 +143,7 @@ void prepare(int thread) {
     Fiber &fiber = machine.fibers[thread];
     fiber.state = State::kRunning;
     fiber.groups.assign(1, {});
+    fiber.waited = false;
     fiber.proxy_fences.clear();
     fiber.loads = 0;
     char *top = machine.stacks + (thread + 1) * kStack;
@@ -335,7 +337,10 @@ void fault(const char *format, ...) {
     for (;;) to_scheduler();
 }
 
+void wait_for_previous() { self().waited = true; }
+
 void check_global(const void *pointer, uint32_t bytes, bool write, Site site) {
+    if (!self().waited) fault("%s:%d: global access before the wait for earlier kernels", site.file, site.line);
     const auto *p = static_cast<const uint8_t *>(pointer);
     if (reinterpret_cast<uintptr_t>(p) % bytes) {
         fault("%s:%d: global access of %u bytes is misaligned", site.file, site.line, bytes);

@@ -2,10 +2,11 @@
 //
 // A block's threads are fibers. A warp collective (mma, shuffle, sync_warp) waits until all 32 lanes have come to the
 // same line; a block barrier until all threads have. If no fiber can go on, or threads meet at different lines, or one
-// has returned, the launch fails with a text that names them. Every access to global memory must lie in a registered
-// region, be aligned, read bytes that were written, and not meet another thread's write in the same launch. Every
-// access to shared memory is checked for bounds, alignment, bytes never written, cp.async data not yet waited for, and
-// for races: two threads at one byte, one of them writing, with no barrier between them.
+// has returned, the launch fails with a text that names them. Every access to global memory must come after the wait
+// for the kernels before, lie in a registered region, be aligned, read bytes that were written, and not meet another
+// thread's write in the same launch. Every access to shared memory is checked for bounds, alignment, bytes never
+// written, cp.async data not yet waited for, and for races: two threads at one byte, one of them writing, with no
+// barrier between them.
 //
 // wgmma and its fence, commit and wait are collectives of 128 threads (on a GPU each warp may go on alone, which would
 // show nothing more: what is ordered is told by barriers, not by who came first). From issue to wait D holds a pattern
@@ -60,6 +61,7 @@ const Indices &current();
 // Stops the launch; the first text is kept.
 [[noreturn]] void fault(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
+void wait_for_previous();
 void check_global(const void *pointer, uint32_t bytes, bool write, Site site);
 const void *read_shared(uint32_t offset, uint32_t bytes, Site site);
 void *write_shared(uint32_t offset, uint32_t bytes, Site site);

@@ -17,6 +17,7 @@ struct FragmentParams {
 template <int kThreads>
 BK_KERNEL(kThreads)
 fragment_kernel(FragmentParams p) {
+    begin();
     const int lane = thread_x();
     uint32_t a[4];
     BK_UNROLL
@@ -45,6 +46,7 @@ template <int kThreads>
 BK_KERNEL(kThreads)
 wgmma_fragment_kernel(WgmmaFragmentParams p) {
 #if BK_HAS_WGMMA
+    begin();
     const int thread = thread_x();
     BK_UNROLL
     for (int i = 0; i < 4; ++i) {

@@ -14,6 +14,7 @@ struct ProbeParams {
 constexpr int kThreads = 64;
 
 void probe_kernel(ProbeParams p) {
+    if (p.which != 21) begin();
     const int thread = thread_x();
     const uint32_t own = 4u * static_cast<uint32_t>(thread),
                    other = 4u * static_cast<uint32_t>((thread + 32) % kThreads);
@@ -123,6 +124,9 @@ void probe_kernel(ProbeParams p) {
         case 20:  // written while cp.async fills it
             copy_async_16(wide, p.input + 4 * (thread % 16), 16);
             store_shared(wide, thread);
+            break;
+        case 21:  // earlier kernels not waited for
+            load_global(p.input + thread);
             break;
         default:
             break;

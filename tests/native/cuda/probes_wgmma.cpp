@@ -13,6 +13,7 @@ struct WgmmaProbeParams {
 constexpr uint32_t kTile = 8192;
 
 void wgmma_fault_kernel(WgmmaProbeParams p) {
+    begin();
     const uint32_t own = 64u * static_cast<uint32_t>(thread_x());
     int32_t sums[32] = {};
     uint32_t a[4] = {1, 1, 1, 1};
