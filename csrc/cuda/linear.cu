@@ -185,9 +185,8 @@ int32_t linear_i8(bk_cuda_product product, const Shape &shape, const void *x, in
     p.x_scale = q.scale;
     p.splits = plan.splits;
     p.partial = at<uint8_t>(workspace, parts.partial);
-    return launched(shape, plan.wgmma                 ? run_ternary_wgmma(plan, p, stream)
-                           : product == BK_CUDA_I8_T2 ? run_ternary_int8(plan, p, stream)
-                                                      : run_int8_int8(plan, p, stream));
+    return launched(shape,
+                    product == BK_CUDA_I8_T2 ? run_ternary_int8(plan, p, stream) : run_int8_int8(plan, p, stream));
 }
 
 }  // namespace

@@ -24,10 +24,12 @@ Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64
 
 // Queues the plan's kernels, one for each kind of arithmetic in a file of its own (they take long to compile).
 const char *run_ternary_int8(const Plan &plan, const MatmulParams &params, void *stream);
-const char *run_ternary_wgmma(const Plan &plan, const MatmulParams &params, void *stream);
 const char *run_int8_int8(const Plan &plan, const MatmulParams &params, void *stream);
 const char *run_ternary_16(const Plan &plan, const MatmulParams &params, bool is_bf16, void *stream);
 const char *run_ternary_f32(const Plan &plan, const MatmulParams &params, void *stream);
+
+// Queues wgmma_kernel, the part of run_ternary_int8 that only some architectures have.
+const char *run_wgmma(const Plan &plan, const MatmulParams &params, void *stream);
 
 }  // namespace bitlab
 
