@@ -33,7 +33,8 @@ struct WgmmaLayout {
     static constexpr uint32_t kWeightBytes = kRows * kWgmmaColumns;
     static constexpr uint32_t kPartBytes = kWeightBytes + kWgmmaTokens * kWgmmaColumns;
     static constexpr uint32_t kStageBytes = kColumnGroups * kPartBytes;
-    static constexpr int kStages = 192 * 1024 / kStageBytes;
+    // A multiprocessor's registers hold two warpgroups, so 192 KiB are shared by two.
+    static constexpr int kStages = 96 * 1024 * (kRowGroups * kColumnGroups) / kStageBytes;
     static constexpr uint32_t kBytes = kStages * kStageBytes;
     using Tile = SumTile<kWgmmaTokens, kRows>;
     static_assert(4 * Tile::kBytes <= kBytes, "the sums of all masks fit where the stages were");
