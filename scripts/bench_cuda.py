@@ -89,9 +89,13 @@ def build_library() -> str:
         raise SystemExit("libbitkernels_cuda is not installed, and no nvcc was found to build it.")
     folder = Path(tempfile.mkdtemp(prefix="bitlab_cuda_"))
     print("compiling libbitkernels_cuda for this GPU ...", flush=True)
+    # wgmma is in no other target than this, and the library must be told that it was compiled.
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    target = "-gencode=arch=compute_90a,code=sm_90a" if hopper else "-arch=native"
+    name = "sm_90a" if hopper else "native"
     command = [
-        nvcc, "-std=c++17", "-O3", "-fmad=false", "-arch=native", "-shared",
-        "-Xcompiler=-fPIC,-fvisibility=hidden", '-DBK_CUDA_ARCHITECTURES="native"',
+        nvcc, "-std=c++17", "-O3", "-fmad=false", target, "-shared",
+        "-Xcompiler=-fPIC,-fvisibility=hidden", f'-DBK_CUDA_ARCHITECTURES="{name}"',
         f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'csrc/cuda'}",
         *map(str, sorted((ROOT / "csrc/cuda").glob("*.cu"))),
         "-o", str(folder / "libbitkernels_cuda.so"),

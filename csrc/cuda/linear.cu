@@ -12,13 +12,10 @@ namespace {
 constexpr int64_t kFewTokens = 16;
 constexpr int64_t kAlignment = 256;
 // A share of K that is worth a block of its own, in blocks of 64 columns.
-constexpr int64_t kFewShare = 16, kManyShare = 8;
+constexpr int64_t kFewShare = 16, kManyShare = 8, kWgmmaShare = 16;
 constexpr int64_t kMaxSplits = 64;
 // The fewest tokens for wgmma_kernel, whose tiles have 64: from half a tile on, the tensor cores' twofold speed pays.
 constexpr int64_t kLeastWgmmaTokens = 33;
-// Blocks to a multiprocessor that wgmma_kernel's K is split for. One keeps the tensor cores busy, and with many tokens
-// the shares are long to write and to add.
-constexpr int64_t kWgmmaBlocks = 1;
 
 int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
 
@@ -209,11 +206,13 @@ Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64
         tiles = ceil_div(rows, 16);
         share = kFewShare;
     } else if (plan.wgmma) {
-        // Where a multiprocessor has two warpgroups to run, they share the tokens, one block of both.
+        // Blocks of twice the rows, which take twice as long, read the tokens half as often; a multiprocessor runs one
+        // block at a time.
         const int64_t token_tiles = ceil_div(M, kWgmmaTokens);
-        plan.tiles = ceil_div(rows, 64) * token_tiles > multiprocessors ? 2 : 1;
-        tiles = ceil_div(rows, 64 * plan.tiles) * token_tiles;
-        share = kManyShare;
+        const int64_t narrow = ceil_div(rows, 64) * token_tiles, wide = ceil_div(rows, 128) * token_tiles;
+        plan.tiles = 2 * ceil_div(wide, multiprocessors) <= ceil_div(narrow, multiprocessors) ? 2 : 1;
+        tiles = plan.tiles == 2 ? wide : narrow;
+        share = kWgmmaShare;
     } else {
         // Groups keep totals beside their sums, in registers that wider tiles would need.
         plan.tiles = plan.grouped || product == BK_CUDA_F32_T2 ? 2
@@ -223,7 +222,7 @@ Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64
         tiles = ceil_div(rows, kManyRows) * ceil_div(M, 16 * plan.tiles);
         share = kManyShare;
     }
-    const int64_t wanted = (plan.wgmma ? kWgmmaBlocks : 2) * multiprocessors / tiles;
+    const int64_t wanted = (plan.wgmma ? 1 : 2) * static_cast<int64_t>(multiprocessors) / tiles;
     int64_t most = clamp(blocks / share, 1, kMaxSplits);
     if (plan.grouped) {
         // A group's term is rounded before it is added, so shares write their terms and split_kernel reads them: 8

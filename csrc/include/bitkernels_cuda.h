@@ -49,7 +49,7 @@ BK_CUDA_API int32_t bk_cuda_abi_version(void);
 /* Returns the text of this thread's last failure; never null. */
 BK_CUDA_API const char *bk_cuda_last_error(void);
 
-/* Returns the architectures compiled in, such as "sm_80 sm_90 compute_90". */
+/* Returns the architectures compiled in, such as "sm_80 sm_90a compute_90". */
 BK_CUDA_API const char *bk_cuda_architectures(void);
 
 /* Returns the bytes of workspace that a linear or matmul call needs; scale_columns is K / group size, or 0. */

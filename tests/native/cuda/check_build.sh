@@ -30,7 +30,7 @@ if ! command -v cuobjdump >/dev/null || ! command -v nvdisasm >/dev/null; then
     chmod +x "$work"/tools/nvidia/*/bin/*
     export PATH=$(dirname "$(find "$work/tools" -name cuobjdump)"):$PATH
 fi
-for architecture in sm_80 sm_90; do
+for architecture in sm_80 sm_90a; do
     cuobjdump -sass -arch "$architecture" "$library" >"$work/$architecture.txt" &
     readers+=($!)
 done
@@ -38,7 +38,8 @@ c++ -std=c++17 -x c++ -Icsrc/include -Icsrc/cuda -Itests/native/cuda tests/nativ
     tests/native/cuda/emulator.cpp tests/native/cuda/exchange.cpp -o "$work/shared_sizes"
 "$work/shared_sizes" >"$work/shared_sizes.txt"
 # What checks the fragment tables on a GPU.
-${CUDACXX:-nvcc} -std=c++17 -arch=sm_80 -Werror all-warnings -Icsrc/cuda -Itests/native/cuda \
+${CUDACXX:-nvcc} -std=c++17 -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a \
+    -DBK_CUDA_ARCHITECTURES='"sm_80 sm_90a"' -Werror all-warnings -Icsrc/include -Icsrc/cuda -Itests/native/cuda \
     tests/native/cuda/fragments_gpu.cu -o "$work/fragments"
 for reader in "${readers[@]}"; do wait "$reader"; done
-"$bin/python" tests/native/cuda/tools/check_build.py "$log" "$work/shared_sizes.txt" "$work/sm_80.txt" "$work/sm_90.txt"
+"$bin/python" tests/native/cuda/tools/check_build.py "$log" "$work/shared_sizes.txt" "$work/sm_80.txt" "$work/sm_90a.txt"

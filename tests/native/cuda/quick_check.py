@@ -165,9 +165,12 @@ def on_hopper(
 
 
 def wgmma_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
-    """Many tokens with wgmma: one warpgroup a block, two, and shares of K; codes that are kept."""
-    for tokens, out_features, multiprocessors in ((40, 70, 4), (66, 518, 1), (40, 70, 132)):
-        in_features = 1168
+    """Many tokens with wgmma: by columns, by rows, and shares of K; codes that are kept."""
+    for tokens, out_features, in_features, multiprocessors in (
+        (40, 70, 1168, 4),
+        (66, 314, 1168, 1),
+        (40, 70, 2128, 132),
+    ):
         x, bias = torch.randn(tokens, in_features), torch.randn(out_features)
         latent = torch.randn(out_features, in_features)
         packed, scale = reference.pack_weight(latent, "per_channel", 0)

@@ -33,6 +33,10 @@ INSTRUCTIONS = {
     "gradient_kernel<true": (r"HMMA\.16816\.F32\.BF16",),
     "gradient_kernel<false": (r"HMMA\.16816\.F32",),
 }
+# The same for kernels that hold nothing on other architectures.
+HOPPER = {
+    "wgmma_kernel": (r"IGMMA\.64x64x32\.U8\.S8", r"FENCE\.VIEW\.ASYNC", *PIPELINE),
+}
 LOCAL = r"\b(LDL|STL)\b"
 
 
@@ -89,7 +93,8 @@ def check_sass(architecture: str, code: dict[str, str]) -> list[str]:
     for name, text in code.items():
         if re.search(LOCAL, text):
             faults.append(f"{architecture} {name}: local memory in the machine code")
-    for beginning, patterns in INSTRUCTIONS.items():
+    wanted = INSTRUCTIONS | (HOPPER if architecture == "sm_90a" else {})
+    for beginning, patterns in wanted.items():
         kernels = {name: text for name, text in code.items() if name.startswith(beginning)}
         if not kernels:
             faults.append(f"{architecture}: no kernel {beginning}")
@@ -104,9 +109,11 @@ def check_sass(architecture: str, code: dict[str, str]) -> list[str]:
 
 def main(log: Path, sizes: Path, sass: list[Path]) -> int:
     """Prints the table and the faults; returns how many there are."""
-    kernels = parse_log(log.read_text())
+    text = log.read_text()
+    kernels = parse_log(text)
     shared = [line.split("\t") for line in sizes.read_text().splitlines()]
     faults = [] if kernels else ["the log holds no report of ptxas"]
+    faults += re.findall(r".*wgmma.mma_async instructions are serialized.*", text)
     print(f"{'kernel':72} {'arch':6} {'registers':>9} {'shared':>7} {'stack':>6} {'spills':>6}")
     for kernel in sorted(kernels, key=lambda kernel: (kernel.name, kernel.architecture)):
         memory = next((size for name, size in shared if kernel.name.startswith(name)), "0")
