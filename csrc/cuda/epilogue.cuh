@@ -73,7 +73,8 @@ BK_DEVICE void finish_tile(const MatmulParams &p, uint32_t tile, int64_t first_r
     using Tile = SumTile<kTokens, kOutputs>;
     constexpr bool kShifted = !kGrouped && Math::kIsInteger && Math::kLanes == 4;
     constexpr int kQuads = kOutputs / 4, kTokensAtOnce = kThreads / kQuads;
-    static_assert(kThreads % kQuads == 0 && kTokens % kTokensAtOnce == 0, "a thread keeps its four outputs");
+    constexpr int kTogether = kTokens / kTokensAtOnce < 4 ? kTokens / kTokensAtOnce : 4;
+    static_assert(kThreads % kQuads == 0 && kTokens % (kTogether * kTokensAtOnce) == 0, "a thread keeps its outputs");
     const int quad = thread_x() % kQuads;
     const int64_t row = first_row + 4 * quad, output = row + lane * p.weight_rows;
     const int64_t rows = p.weight_rows - row, outputs = p.N - output, valid = rows < outputs ? rows : outputs;
@@ -88,35 +89,46 @@ BK_DEVICE void finish_tile(const MatmulParams &p, uint32_t tile, int64_t first_r
             if (p.bias) bias[i] = load_float(p.bias, p.bias_type, output + i);
         }
     }
+    // kTogether tokens at a time, whose loads come first, so that their latencies are one.
     BK_NO_UNROLL
-    for (int token = thread_x() / kQuads; token < kTokens; token += kTokensAtOnce) {
-        const int64_t m = first_token + token;
-        if (m >= p.M) break;
-        Bytes16 values = load_shared<Bytes16>(tile + Tile::at(token, 4 * quad));
-        if (kShifted) {
-            const int32_t offset = is_share ? 0 : load_global(p.x_sums + m);
-            BK_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                const auto sum = static_cast<int32_t>(values.word[i]);
-                values.word[i] = static_cast<uint32_t>(unshift(sum, lane) - offset);
-            }
+    for (int first = thread_x() / kQuads; first < kTokens; first += kTogether * kTokensAtOnce) {
+        Bytes16 values[kTogether];
+        int32_t offset[kTogether];
+        float x_scale[kTogether];
+        BK_UNROLL
+        for (int j = 0; j < kTogether; ++j) {
+            const int token = first + j * kTokensAtOnce;
+            const int64_t m = first_token + token < p.M ? first_token + token : p.M - 1;
+            values[j] = load_shared<Bytes16>(tile + Tile::at(token, 4 * quad));
+            offset[j] = kShifted && !is_share ? load_global(p.x_sums + m) : 0;
+            x_scale[j] = Math::kIsInteger && is_float ? load_global(p.x_scale + m) : 0.0f;
         }
-        const int64_t index = m * p.N + output;
-        if (is_share) {
-            store_words(p.partial, split * p.M * p.N + index, values, count);
-        } else if (!is_float) {
-            store_words(p.y, index, values, count);
-        } else {
-            // The order of the float operations is that of finish().
-            const float x_scale = Math::kIsInteger ? load_global(p.x_scale + m) : 0.0f;
-            BK_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                const float factor = Math::kIsInteger ? multiply(x_scale, scale[i]) : scale[i];
-                float value = multiply(sum_value(values.word[i], Sum{}), factor);
-                if (p.bias) value = add(value, bias[i]);
-                values.word[i] = float_bits(value);
+        BK_UNROLL
+        for (int j = 0; j < kTogether; ++j) {
+            const int64_t m = first_token + first + j * kTokensAtOnce, index = m * p.N + output;
+            if (m >= p.M) break;
+            if (kShifted) {
+                BK_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    const auto sum = static_cast<int32_t>(values[j].word[i]);
+                    values[j].word[i] = static_cast<uint32_t>(unshift(sum, lane) - offset[j]);
+                }
             }
-            store_floats(p.y, p.y_type, index, values, count);
+            if (is_share) {
+                store_words(p.partial, split * p.M * p.N + index, values[j], count);
+            } else if (!is_float) {
+                store_words(p.y, index, values[j], count);
+            } else {
+                // The order of the float operations is that of finish().
+                BK_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    const float factor = Math::kIsInteger ? multiply(x_scale[j], scale[i]) : scale[i];
+                    float value = multiply(sum_value(values[j].word[i], Sum{}), factor);
+                    if (p.bias) value = add(value, bias[i]);
+                    values[j].word[i] = float_bits(value);
+                }
+                store_floats(p.y, p.y_type, index, values[j], count);
+            }
         }
     }
 }

@@ -33,7 +33,7 @@ def product(hopper: HostKernels, codes: Tensor, weight: Tensor) -> Tensor:
 
 
 # Rows and tokens at, below and above the tile; steps of 128 columns cut, whole, fewer and more than
-# stages. Two warpgroups have rows of their own where N is 258, or 515 with many tokens, else columns.
+# stages. Warpgroups have rows of their own where N is 258, or 515 with many tokens, else columns.
 @pytest.mark.parametrize("multiprocessors", [1, 4])
 @pytest.mark.parametrize("M", [33, 64, 65, 130])
 @pytest.mark.parametrize(
