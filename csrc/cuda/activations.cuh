@@ -10,8 +10,8 @@
 
 namespace bitlab {
 
-constexpr int kQuantizeThreads = 256;
-constexpr int kHeldSteps = 4;
+constexpr int kQuantizeThreads = 512;
+constexpr int kHeldSteps = 2;
 constexpr uint32_t kInfinityBits = 0x7F800000;
 constexpr int kMaxMaxima = 1024;
 

@@ -4,7 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#define BK_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define BK_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define BK_DEVICE __device__ __forceinline__
 #define BK_UNROLL _Pragma("unroll")
 #define BK_UNROLL_BY_8 _Pragma("unroll 8")

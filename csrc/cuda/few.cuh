@@ -53,15 +53,17 @@ template <typename Math, int kTiles, int kDepth>
 BK_DEVICE void multiply_range(const MatmulParams &p, const uint8_t *low, const uint8_t *high,
                               const uint8_t *const (&tokens)[kTiles], int32_t first, int32_t last, int32_t step,
                               typename Math::Sum (&sums)[Math::kLanes][kTiles][4]) {
+    // As soon as a block is multiplied, the one kDepth steps further on is loaded in its place.
+    FewOperands<Math, kTiles> operands[kDepth];
+    BK_UNROLL
+    for (int d = 0; d < kDepth; ++d) {
+        load_operands<Math, kTiles>(p, low, high, tokens, first + d * step, last, operands[d]);
+    }
     for (int32_t b = first; b < last; b += step * kDepth) {
-        FewOperands<Math, kTiles> operands[kDepth];
-        BK_UNROLL
-        for (int d = 0; d < kDepth; ++d) {
-            load_operands<Math, kTiles>(p, low, high, tokens, b + d * step, last, operands[d]);
-        }
         BK_UNROLL
         for (int d = 0; d < kDepth; ++d) {
             Math::multiply_block(operands[d].low, operands[d].high, operands[d].x, sums);
+            load_operands<Math, kTiles>(p, low, high, tokens, b + (kDepth + d) * step, last, operands[d]);
         }
     }
 }

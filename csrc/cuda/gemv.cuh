@@ -18,6 +18,8 @@ namespace bitlab {
 constexpr int kGemvThreads = 256;
 constexpr int kGemvWarps = kGemvThreads / kWarp;
 constexpr int kGemvDepth = 4;
+// On a multiprocessor at once, of this kernel's and of the next one's, which may start early.
+constexpr int kGemvBlocks = 3;
 // Shared memory after the codes: maxima, sums, then the teams' partial sums, two sets in turn.
 constexpr uint32_t kGemvTail = 64 + 64 + 2 * kGemvWarps * 4 * 4;
 constexpr int64_t kGemvMaxK = (kSharedBytes - kGemvTail) / 64 * 64;
@@ -53,22 +55,25 @@ struct RowPart {
 // Which of the four outputs of a packed row a lane keeps the sum of.
 BK_DEVICE int kept_output(int lane) { return 2 * (lane & 1) + (lane >> 1 & 1); }
 
+// A packed row, and with groups the scales of this lane's output.
+struct RowPointers {
+    const uint8_t *bytes;
+    const float *scales;
+};
+
 template <bool kGrouped>
-BK_DEVICE RowPart load_part(const MatmulParams &p, int64_t row, int32_t k, int32_t step) {
-    RowPart part;
+BK_DEVICE RowPointers pointers_of(const MatmulParams &p, int64_t row) {
     const int64_t own = row + kept_output(thread_x() % kWarp) * p.weight_rows, n = own < p.N ? own : p.N - 1;
-    const uint8_t *bytes = p.weight + row * p.K;
-    BK_UNROLL
-    for (int d = 0; d < kGemvDepth; ++d) {
-        const int32_t at = k + d * step;
-        part.at[d] = {{0, 0, 0, 0}};
-        if (at < p.K) part.at[d] = load_weight_16(bytes, at, p);
-        part.scale[d] = 0.0f;
-        if (kGrouped && at < p.K) {
-            part.scale[d] = load_global(p.weight_scale + n * p.columns + at / (64 * p.group_blocks));
-        }
-    }
-    return part;
+    return {p.weight + row * p.K, kGrouped ? p.weight_scale + n * p.columns : nullptr};
+}
+
+// Loads the 16 bytes at column `at` to slot d; zeros past the end.
+template <bool kGrouped>
+BK_DEVICE void load_slot(const MatmulParams &p, const RowPointers &row, int32_t at, int d, RowPart &part) {
+    part.at[d] = {{0, 0, 0, 0}};
+    if (at >= p.K) return;
+    part.at[d] = load_weight_16(row.bytes, at, p);
+    if (kGrouped) part.scale[d] = load_global(row.scales + at / (64 * p.group_blocks));
 }
 
 BK_DEVICE void multiply_16(const Bytes16 &weights, const Bytes16 &x, int32_t (&acc)[4]) {
@@ -88,7 +93,7 @@ BK_DEVICE int32_t sum_of_four(const int32_t (&acc)[4], int lane) {
 }
 
 template <bool kGrouped>
-BK_KERNEL(kGemvThreads)
+BK_KERNEL(kGemvThreads, kGemvBlocks)
 gemv_kernel(GemvParams q) {
     const MatmulParams &p = q.matmul;
     const int thread = thread_x(), warp = thread / kWarp, lane = thread % kWarp;
@@ -99,17 +104,12 @@ gemv_kernel(GemvParams q) {
     const uint32_t block_sums = partial, stride = q.terms_stride;
     const uint32_t terms = block_sums + 4u * static_cast<uint32_t>(p.blocks);
 
-    // While earlier kernels, which make x, still run.
-    start_next();
-    const int64_t own = block_x() * teams, next = own + grid_x() * teams, end = p.weight_rows;
-    prefetch_rows<kGemvThreads>(p.weight + own * p.K, (end - own < teams ? end - own : teams) * p.K);
-    if (next < end) {
-        prefetch_rows<kGemvThreads>(p.weight + next * p.K, (end - next < teams ? end - next : teams) * p.K);
-    }
-    wait_for_previous();
-
+    begin();
     int64_t row = block_x() * teams + team;
-    RowPart part = load_part<kGrouped>(p, row < p.weight_rows ? row : p.weight_rows - 1, first_k, step);
+    RowPart part = {};
+    const RowPointers own = pointers_of<kGrouped>(p, row < p.weight_rows ? row : p.weight_rows - 1);
+    BK_UNROLL
+    for (int d = 0; d < kGemvDepth; ++d) load_slot<kGrouped>(p, own, first_k + d * step, d, part);
 
     uint32_t most = 0;
     float values[8];
@@ -145,11 +145,20 @@ gemv_kernel(GemvParams q) {
         const uint32_t own_terms = terms + static_cast<uint32_t>(set * p.columns) * stride;
         for (int32_t first = first_k - lane * 16; first < p.K; first += kGemvDepth * step) {
             const int32_t k = first + lane * 16;
+            // As soon as a slot's bytes are multiplied, those that are next take their place: of this row or of the
+            // next one.
+            const bool more = first + kGemvDepth * step < p.K;
+            const int64_t next_row = more ? clamped : row + grid_x() * teams;
+            const bool is_last = next_row >= p.weight_rows;
+            const int32_t next_k = is_last ? p.K : more ? k + kGemvDepth * step : first_k;
+            const RowPointers next = pointers_of<kGrouped>(p, is_last ? clamped : next_row);
             BK_UNROLL
             for (int d = 0; d < kGemvDepth; ++d) {
                 const int32_t at = k + d * step;
                 const bool inside = at < p.K;
                 if (inside) multiply_16(part.at[d], load_shared<Bytes16>(static_cast<uint32_t>(at)), acc);
+                const float scale = part.scale[d];
+                load_slot<kGrouped>(p, next, next_k + d * step, d, part);
                 if (!kGrouped) continue;
                 int32_t group_sum = unshift(sum_of_four(acc, lane), kept_output(lane));
                 if (inside) group_sum -= load_shared<int32_t>(block_sums + 4u * static_cast<uint32_t>(at / 64));
@@ -157,16 +166,12 @@ gemv_kernel(GemvParams q) {
                 if (inside && lane % (4 * p.group_blocks) < 4) {
                     const uint32_t group = static_cast<uint32_t>(at / (64 * p.group_blocks));
                     store_shared(own_terms + group * stride + static_cast<uint32_t>(team * 16 + kept_output(lane) * 4),
-                                 multiply(static_cast<float>(group_sum), part.scale[d]));
+                                 multiply(static_cast<float>(group_sum), scale));
                 }
                 BK_UNROLL
                 for (int i = 0; i < 4; ++i) acc[i] = 0;
             }
-            const int32_t next = k + kGemvDepth * step;
-            if (next - lane * 16 < p.K) part = load_part<kGrouped>(p, clamped, next, step);
         }
-        const int64_t next_row = row + grid_x() * teams;
-        if (next_row < p.weight_rows) part = load_part<kGrouped>(p, next_row, first_k, step);
 
         if (!kGrouped) {
             int32_t a = sum_of_four(acc, lane);

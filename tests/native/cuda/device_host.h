@@ -7,7 +7,7 @@
 
 #include "emulator.h"
 
-#define BK_KERNEL(threads) inline void
+#define BK_KERNEL(...) inline void
 #define BK_DEVICE inline
 #define BK_UNROLL
 #define BK_UNROLL_BY_8
