@@ -18,6 +18,8 @@ constexpr int kLaneShift[4] = {0, 2, 0, 2};
 // 16 registers: 8 parts, 2 lanes and their masks, the codes, a product.
 constexpr int kWholeSums = 4;
 constexpr int kTokens = 4;
+constexpr bool kCodesFromL1 = false;
+constexpr bool kPrefetchTwice = false;
 // 12 parts, 2 vectors of weights, the codes, a product.
 constexpr int kPanelVectors = 2;
 constexpr int kPanelTokens = 6;

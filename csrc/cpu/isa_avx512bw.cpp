@@ -15,6 +15,8 @@ constexpr int kLaneShift[4] = {0, 2, 0, 2};
 // 32 registers: 16 parts, 4 lanes and 2 masks, the codes, a product.
 constexpr int kWholeSums = 16;
 constexpr int kTokens = 8;
+constexpr bool kCodesFromL1 = false;
+constexpr bool kPrefetchTwice = false;
 // 24 parts, 4 vectors of weights, the codes, a product.
 constexpr int kPanelVectors = 4;
 constexpr int kPanelTokens = 6;

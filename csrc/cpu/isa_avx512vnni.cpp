@@ -13,6 +13,8 @@ namespace {
 // 32 registers: 16 sums, 4 lanes and their masks; the codes come from memory.
 constexpr int kWholeSums = 16;
 constexpr int kTokens = 8;
+constexpr bool kCodesFromL1 = true;
+constexpr bool kPrefetchTwice = true;
 // 24 sums, 4 vectors of weights: a block's four lanes; the codes are broadcast from memory.
 constexpr int kPanelVectors = 4;
 constexpr int kPanelTokens = 6;

@@ -13,6 +13,8 @@ namespace {
 // 16 registers: 8 sums, 2 lanes and their masks; the codes come from memory.
 constexpr int kWholeSums = 4;
 constexpr int kTokens = 4;
+constexpr bool kCodesFromL1 = false;
+constexpr bool kPrefetchTwice = false;
 // 12 sums, 2 vectors of weights, the codes.
 constexpr int kPanelVectors = 2;
 constexpr int kPanelTokens = 6;

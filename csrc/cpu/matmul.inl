@@ -5,6 +5,8 @@
 //     kSplitChunk, kPanelChunk   how often one Part may be added to, by the lanes of split(), by codes of 0 to 2
 //     kLaneShift[4]              what the sums of each lane of split() are shifted right by
 //     kWholeSums, kTokens        sums for which all four lanes are taken at once, else two; tokens dot() takes at once
+//     kCodesFromL1               whether dot() takes codes faster than the L2 cache gives them
+//     kPrefetchTwice             whether one token's weights are asked for into the L2 cache first, then into L1
 //     kPanelVectors, kPanelTokens, kPanelFrom   shape of a tile; rows of codes from which unpacking pays
 //     load, broadcast, split, zero_part, zero_sums, multiply_add, widen, reduce, load_sums, store_sums
 //     in_order(vector)           keeps it in a register, and GCC from moving what comes before past what comes after:
@@ -19,10 +21,14 @@ typedef uint32_t U32x4 __attribute__((vector_size(16)));
 
 // One step of 16 columns may be read past a row's end only if it is in the codes, never in the weights.
 constexpr int64_t kPrefetch = 4096;
+// With kPrefetchTwice: a core may have more lines on their way to its L2 cache than to L1.
+constexpr int64_t kPrefetchL2 = 12288;
+constexpr int64_t kPrefetchL1 = 1024;
 constexpr int64_t kLine = 64;
 // What one pass over the codes of few tokens may take of the L2 cache. Parts that fit the L1 cache break the sequence
-// of the weights, which costs more than reading codes from L2.
-constexpr int64_t kCodesInCache = 256 * 1024;
+// of the weights, which costs more than reading codes from L2, unless kCodesFromL1.
+constexpr int64_t kCodesInL2 = 256 * 1024;
+constexpr int64_t kCodesInL1 = 32 * 1024;
 
 // One vector of a packed row: L lanes from `lane` on, times the codes of T tokens.
 template <int L, int T>
@@ -58,7 +64,12 @@ __attribute__((noinline)) void dot_lanes(const uint8_t *w, int lane, const int8_
         const int64_t end = whole - p < kSplitChunk * kWidth ? whole : p + kSplitChunk * kWidth;
         clear<L, T>(part);
         for (; p + kLine <= end; p += kLine) {
-            __builtin_prefetch(w + p + ahead);
+            if constexpr (T == 1 && kPrefetchTwice) {
+                __builtin_prefetch(w + p + kPrefetchL2, 0, 2);
+                __builtin_prefetch(w + p + kPrefetchL1);
+            } else {
+                __builtin_prefetch(w + p + ahead);
+            }
             for (int64_t u = 0; u < kLine; u += kWidth) step<L, T>(load(w + p + u), lane, x + p + u, stride, part);
         }
         for (; p < end; p += kWidth) step<L, T>(load(w + p), lane, x + p, stride, part);
@@ -116,7 +127,8 @@ inline void by_tokens(int64_t count, F &&f) {
 // acc[m][i][j] += the sums of packed rows w + j * K and codes of columns [0, k).
 inline void add_rows(const uint8_t *w, int64_t K, int64_t rows, const int8_t *x, int64_t stride, int64_t count,
                      int64_t k, int32_t *acc) {
-    const int64_t parts = count > 1 ? (count * k + kCodesInCache - 1) / kCodesInCache : 1;
+    const int64_t cache = kCodesFromL1 && count <= kTokens ? kCodesInL1 : kCodesInL2;
+    const int64_t parts = count > 1 ? (count * k + cache - 1) / cache : 1;
     const int64_t width = padded((k + parts - 1) / parts);
     for (int64_t first = 0; first < k; first += width) {
         const int64_t size = k - first < width ? k - first : width;

@@ -11,6 +11,8 @@ constexpr int64_t kPanelChunk = int64_t{1} << 20;
 // 32 registers: 16 sums, 4 lanes and their masks, the codes.
 constexpr int kWholeSums = 16;
 constexpr int kTokens = 8;
+constexpr bool kCodesFromL1 = false;
+constexpr bool kPrefetchTwice = false;
 // 24 sums, 4 vectors of weights, the codes.
 constexpr int kPanelVectors = 4;
 constexpr int kPanelTokens = 6;

@@ -10,6 +10,7 @@ from bitcore import pack_ternary, reference
 from tests.conftest import native_kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAN = float("nan")
 # Half of the last place of the output, relative.
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -129,6 +130,23 @@ def test_every_float16_is_read_right(isa: str) -> None:
     expected = reference.quantize_activation(finite.view(-1, 1), False)
     assert torch.equal(ours[0], expected[0])
     assert torch.equal(ours[1], expected[1])
+
+
+def test_scales_of_extreme_weights(isa: str) -> None:
+    """Subnormals count; sums may pass the type's largest value where their mean does not."""
+    for dtype in DTYPES:
+        limits = torch.finfo(dtype)
+        tiny, most = limits.smallest_normal * limits.eps, limits.max
+        for values in ([tiny, 0.0], [most, most], [most, tiny], [1.0, float("inf")], [1.0, -NAN]):
+            weight = torch.tensor(values).to(dtype).repeat(5, 70)
+            weight[1::2] *= -1
+            for granularity in ("per_tensor", "per_channel"):
+                _, ours = native_kernels().pack_weight(weight, granularity, 0)
+                expected = weight.double().abs().mean(None if len(ours) == 1 else 1).float()
+                expected = expected.view(ours.shape).clamp(min=1e-5)
+                expected[expected.isinf()] = NAN
+                assert torch.equal(ours.nan_to_num(-1.0), expected.nan_to_num(-1.0))
+        assert float(torch.tensor(tiny, dtype=dtype)) == tiny
 
 
 def test_strided_input(isa: str) -> None:
