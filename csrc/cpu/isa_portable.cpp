@@ -25,6 +25,8 @@ constexpr int kPanelTokens = 1;
 constexpr int64_t kPanelFrom = 8;
 constexpr uint32_t kInt8Offset = 0;
 
+inline void stream(uint8_t *to, const uint8_t (&line)[64]) { __builtin_memcpy(to, line, sizeof(line)); }
+inline void stream_end() {}
 inline Bytes load(const void *from) {
     Bytes bytes;
     __builtin_memcpy(&bytes, from, kWidth);

@@ -6,7 +6,8 @@
 //     kLaneShift[4]              what the sums of each lane of split() are shifted right by
 //     kWholeSums, kTokens        sums for which all four lanes are taken at once, else two; tokens dot() takes at once
 //     kCodesFromL1               whether dot() takes codes faster than the L2 cache gives them
-//     kPrefetchTwice             whether one token's weights are asked for into the L2 cache first, then into L1
+//     kPrefetchTwice             whether weights are asked for into the L2 cache; one token's then into L1 too
+//     stream(to, line)           stores 64 bytes that are not read again soon; stream_end() after the last of them
 //     kPanelVectors, kPanelTokens, kPanelFrom   shape of a tile; rows of codes from which unpacking pays
 //     load, broadcast, split, zero_part, zero_sums, multiply_add, widen, reduce, load_sums, store_sums
 //     in_order(vector)           keeps it in a register, and GCC from moving what comes before past what comes after:
@@ -22,8 +23,8 @@ typedef uint32_t U32x4 __attribute__((vector_size(16)));
 // One step of 16 columns may be read past a row's end only if it is in the codes, never in the weights.
 constexpr int64_t kPrefetch = 4096;
 // With kPrefetchTwice: a core may have more lines on their way to its L2 cache than to L1.
-constexpr int64_t kPrefetchL2 = 12288;
-constexpr int64_t kPrefetchL1 = 1024;
+constexpr int64_t kPrefetchL2 = 8192;
+constexpr int64_t kPrefetchL1 = 2048;
 constexpr int64_t kLine = 64;
 // What one pass over the codes of few tokens may take of the L2 cache. Parts that fit the L1 cache break the sequence
 // of the weights, which costs more than reading codes from L2, unless kCodesFromL1.
@@ -68,7 +69,7 @@ __attribute__((noinline)) void dot_lanes(const uint8_t *w, int lane, const int8_
                 __builtin_prefetch(w + p + kPrefetchL2, 0, 2);
                 __builtin_prefetch(w + p + kPrefetchL1);
             } else {
-                __builtin_prefetch(w + p + ahead);
+                __builtin_prefetch(w + p + ahead, 0, kPrefetchTwice ? 2 : 3);
             }
             for (int64_t u = 0; u < kLine; u += kWidth) step<L, T>(load(w + p + u), lane, x + p + u, stride, part);
         }

@@ -20,6 +20,8 @@ constexpr int64_t kPanelFrom = 24;
 constexpr uint32_t kInt8Offset = 0;
 
 inline Bytes load(const void *from) { return vld1q_u8(static_cast<const uint8_t *>(from)); }
+inline void stream(uint8_t *to, const uint8_t (&line)[64]) { __builtin_memcpy(to, line, sizeof(line)); }
+inline void stream_end() {}
 inline Bytes broadcast(const int8_t *four) {
     uint32_t quad;
     __builtin_memcpy(&quad, four, 4);

@@ -8,12 +8,16 @@ bool has_invalid(const uint8_t *qweight, int64_t count) {
 }
 
 // How far ahead of what is read memory is asked for: without it, a core stops at two thirds of what DRAM gives.
-constexpr int64_t kWeightsAhead = 4096;
+constexpr int64_t kWeightsAhead = kPrefetchTwice ? kPrefetchL2 : 4096;
+
+inline void ask_ahead(const void *weights) {
+    __builtin_prefetch(static_cast<const char *>(weights) + kWeightsAhead, 0, kPrefetchTwice ? 2 : 3);
+}
 
 // lanes[l] += |w| of the weights l, l + 16, ... of a multiple of 16.
 inline void add_magnitudes(const float *w, int64_t count, double lanes[16]) {
     for (int64_t k = 0; k < count; k += 16) {
-        __builtin_prefetch(w + k + kWeightsAhead / sizeof(float));
+        ask_ahead(w + k);
         for (int l = 0; l < 16; ++l) lanes[l] += static_cast<double>(__builtin_fabsf(w[k + l]));
     }
 }
@@ -26,7 +30,7 @@ inline void add_magnitudes(const uint16_t *w, int64_t count, double lanes[16]) {
     float widened[kPart];
     for (int64_t first = 0; first < count; first += kPart) {
         const int64_t size = count - first < kPart ? count - first : kPart;
-        for (int64_t k = 0; k < size; k += 32) __builtin_prefetch(w + first + k + kWeightsAhead / sizeof(*w));
+        for (int64_t k = 0; k < size; k += 32) ask_ahead(w + first + k);
         for (int64_t k = 0; k < size; ++k) widened[k] = T::load(w[first + k]);
         for (int64_t k = 0; k < size; k += 16) {
             for (int l = 0; l < 16; ++l) lanes[l] += static_cast<double>(__builtin_fabsf(widened[k + l]));
@@ -54,7 +58,7 @@ inline bool add_bfloat16(const uint16_t *w, int64_t count, double lanes[16]) {
     };
     int64_t k = 0;
     for (; k + 32 <= count; k += 32) {
-        __builtin_prefetch(w + k + kWeightsAhead / sizeof(*w));
+        ask_ahead(w + k);
         add(k);
         add(k + 16);
     }
@@ -133,20 +137,23 @@ inline void pack_columns(const typename T::Storage *const rows[4], const typenam
         const bool one = beyond < static_cast<Bits>(kPast - thresholds[i]);
         return static_cast<Bits>(one ? (bits > T::kMagnitude ? 0 : 2) : 1);
     };
-    const auto pack_some = [&](int64_t first, int64_t last) {
-        for (int64_t k = first; k < last; ++k) {
-            out[k] = static_cast<uint8_t>(code(0, k) | code(1, k) << 2 | code(2, k) << 4 | code(3, k) << 6);
+    const auto pack_some = [&](int64_t first, int64_t size, uint8_t *to) {
+        for (int64_t j = 0; j < size; ++j) {
+            const int64_t k = first + j;
+            to[j] = static_cast<uint8_t>(code(0, k) | code(1, k) << 2 | code(2, k) << 4 | code(3, k) << 6);
         }
     };
     int64_t k = 0;
     for (; k + kColumns <= count; k += kColumns) {
         for (int i = 0; i < 4; ++i) {
-            const auto *ahead = reinterpret_cast<const char *>(rows[i] + k) + kWeightsAhead;
-            for (size_t line = 0; line < kColumns * sizeof(Bits); line += kLine) __builtin_prefetch(ahead + line);
+            constexpr int64_t kLineColumns = kLine / sizeof(Bits);
+            for (int64_t line = 0; line < kColumns; line += kLineColumns) ask_ahead(rows[i] + k + line);
         }
-        pack_some(k, k + kColumns);
+        alignas(64) uint8_t line[kColumns];
+        pack_some(k, kColumns, line);
+        stream(out + k, line);
     }
-    pack_some(k, count);
+    pack_some(k, count - k, out + k);
 }
 
 void pack(const PackArgs &args, int64_t first, int64_t last) {
@@ -175,6 +182,7 @@ void pack(const PackArgs &args, int64_t first, int64_t last) {
                 pack_columns<T>(rows, thresholds, width, args.qweight + r * args.K + c * width);
             }
         }
+        stream_end();
     });
 }
 

@@ -7,6 +7,8 @@ using Part = __m256i;
 using Sums = __m256i;
 
 inline Bytes load(const void *from) { return _mm256_loadu_si256(static_cast<const __m256i *>(from)); }
+inline void stream(uint8_t *to, const uint8_t (&line)[64]) { __builtin_memcpy(to, line, sizeof(line)); }
+inline void stream_end() {}
 inline Bytes broadcast(const int8_t *four) {
     int32_t quad;
     __builtin_memcpy(&quad, four, 4);

@@ -7,6 +7,14 @@ using Part = __m512i;
 using Sums = __m512i;
 
 inline Bytes load(const void *from) { return _mm512_loadu_si512(from); }
+inline void stream(uint8_t *to, const uint8_t (&line)[64]) {
+    if (reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+        _mm512_stream_si512(reinterpret_cast<__m512i *>(to), load(line));
+    } else {
+        _mm512_storeu_si512(to, load(line));
+    }
+}
+inline void stream_end() { _mm_sfence(); }
 inline Bytes broadcast(const int8_t *four) {
     int32_t quad;
     __builtin_memcpy(&quad, four, 4);
