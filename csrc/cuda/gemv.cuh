@@ -2,11 +2,12 @@
 // them with dp4a, four masks to a word.
 //
 // Every block makes all codes for itself: x is in L2, so that costs less than a second launch. The first packed bytes
-// are on their way meanwhile. A team of 1, 2, 4 or 8 warps takes one packed row (four outputs) at a time; a lane loads
-// 16 bytes of it, kGemvDepth times in flight. Per group, four lanes turn their sums into one sum each of 64 columns of
-// an output, and a group's lanes add these up; the terms of a row meet in shared memory, and one thread for each output
-// adds them in ascending order while the others are at the next row. All that must fit in 48 KiB; few_kernel does the
-// rest. Rejected: mma with one token of eight used. It needs 16 rows to a warp, so fewer rows fill the chip.
+// are on their way meanwhile. A team of 1, 2, 4, 8 or 16 warps takes one packed row (four outputs) at a time; a lane
+// loads 16 bytes of it, kGemvDepth times in flight. Per group, four lanes turn their sums into one sum each of 64
+// columns of an output, and a group's lanes add these up; the terms of a row meet in shared memory, and one thread for
+// each output adds them in ascending order while the others are at the next row. All that must fit in 48 KiB;
+// few_kernel does the rest. Rejected: mma with one token of eight used. It needs 16 rows to a warp, so fewer rows fill
+// the chip.
 #ifndef BITLAB_CUDA_GEMV_CUH
 #define BITLAB_CUDA_GEMV_CUH
 
@@ -15,11 +16,10 @@
 
 namespace bitlab {
 
-constexpr int kGemvThreads = 256;
+// One block to a multiprocessor: two of half the size make the codes twice (a fifth slower on an H200).
+constexpr int kGemvThreads = 512;
 constexpr int kGemvWarps = kGemvThreads / kWarp;
 constexpr int kGemvDepth = 4;
-// On a multiprocessor at once, of this kernel's and of the next one's, which may start early.
-constexpr int kGemvBlocks = 3;
 // Shared memory after the codes: maxima, sums, then the teams' partial sums, two sets in turn.
 constexpr uint32_t kGemvTail = 64 + 64 + 2 * kGemvWarps * 4 * 4;
 constexpr int64_t kGemvMaxK = (kSharedBytes - kGemvTail) / 64 * 64;
@@ -93,7 +93,7 @@ BK_DEVICE int32_t sum_of_four(const int32_t (&acc)[4], int lane) {
 }
 
 template <bool kGrouped>
-BK_KERNEL(kGemvThreads, kGemvBlocks)
+BK_KERNEL(kGemvThreads, 1)
 gemv_kernel(GemvParams q) {
     const MatmulParams &p = q.matmul;
     const int thread = thread_x(), warp = thread / kWarp, lane = thread % kWarp;

@@ -14,8 +14,8 @@ constexpr int64_t kAlignment = 256;
 // A share of K that is worth a block of its own, in blocks of 64 columns.
 constexpr int64_t kFewShare = 16, kManyShare = 8, kWgmmaShare = 16;
 constexpr int64_t kMaxSplits = 64;
-// The fewest tokens for wgmma_kernel, whose tiles have 64: from half a tile on, the tensor cores' twofold speed pays.
-constexpr int64_t kLeastWgmmaTokens = 33;
+// The fewest tokens for wgmma_kernel, whose tiles have 64.
+constexpr int64_t kLeastWgmmaTokens = kFewTokens + 1;
 
 int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
 
@@ -111,8 +111,8 @@ MatmulParams params_of(bk_cuda_product product, const Shape &shape, const Weight
 int gemv_team(const MatmulParams &matmul, bool grouped, int multiprocessors) {
     const int64_t group = 64 * static_cast<int64_t>(matmul.group_blocks);
     if (grouped ? !is_gemv_group(group) : matmul.K > kGemvMaxK) return 0;
-    // As few warps as still give work to two blocks on every multiprocessor, but for groups enough that terms fit.
-    const int64_t warps = 2 * static_cast<int64_t>(multiprocessors) * kGemvWarps;
+    // As few warps as still give work to every multiprocessor's block, but for groups enough that terms fit.
+    const int64_t warps = static_cast<int64_t>(multiprocessors) * kGemvWarps;
     int team = 1;
     while (team < kGemvWarps && matmul.weight_rows * team < warps && matmul.K > 512 * team) team *= 2;
     if (!grouped) return team;
@@ -124,7 +124,7 @@ const char *run_gemv(const void *x, int32_t x_type, const MatmulParams &matmul, 
                      int multiprocessors, void *stream) {
     const GemvParams p = {matmul, x, x_type, is_vector(x, x_type, 0), team, gemv_terms_stride(team)};
     const int64_t blocks = ceil_div(matmul.weight_rows, kGemvWarps / team);
-    const Grid grid = {blocks < 2 * multiprocessors ? blocks : 2 * multiprocessors, 1};
+    const Grid grid = {blocks < multiprocessors ? blocks : multiprocessors, 1};
     if (!grouped) return launch(gemv_kernel<false>, grid, kGemvThreads, gemv_shared_bytes(matmul.K), stream, p);
     const uint32_t shared = gemv_grouped_shared_bytes(matmul.K, matmul.columns, team);
     return launch(gemv_kernel<true>, grid, kGemvThreads, shared, stream, p);
@@ -205,12 +205,10 @@ Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64
         tiles = ceil_div(rows, 16);
         share = kFewShare;
     } else if (plan.wgmma) {
-        // Blocks of twice the rows, which take twice as long, read the tokens half as often; a multiprocessor runs one
-        // block at a time.
-        const int64_t token_tiles = ceil_div(M, kWgmmaTokens);
-        const int64_t narrow = ceil_div(rows, 64) * token_tiles, wide = ceil_div(rows, 128) * token_tiles;
-        plan.tiles = 2 * ceil_div(wide, multiprocessors) <= ceil_div(narrow, multiprocessors) ? 2 : 1;
-        tiles = plan.tiles == 2 ? wide : narrow;
+        tiles = ceil_div(rows, 64) * ceil_div(M, kWgmmaTokens);
+        // Two blocks at once on a multiprocessor take twice as long as one of two warpgroups alone.
+        const bool pairs = 2 * ceil_div(tiles, 2 * multiprocessors) <= ceil_div(tiles, multiprocessors);
+        plan.tiles = pairs ? 1 : 2;
         share = kWgmmaShare;
     } else {
         // Groups keep totals beside their sums, in registers that wider tiles would need.

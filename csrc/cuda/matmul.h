@@ -11,7 +11,7 @@ struct MatmulParams;
 struct Plan {
     bool few;    // few_kernel, else many_kernel
     bool wgmma;  // wgmma_kernel instead
-    int tiles;   // kTiles of the kernel; kRowGroups of wgmma_kernel
+    int tiles;   // kTiles of the kernel; kGroups of wgmma_kernel
     bool grouped;
     int splits;  // over K
     Grid grid;

@@ -1,11 +1,11 @@
 // Many tokens on a GPU that has wgmma: t2 weights in rows aligned to 16 bytes, int8 codes, without groups.
 //
-// A block of two warpgroups makes 128 packed rows (512 outputs) of 64 tokens, a warpgroup each 64 rows; or, where such
-// blocks would be fewer than multiprocessors, 64 rows (256 outputs), a warpgroup each half of the columns. Rows and
-// tokens come to shared memory by cp.async, 128 columns a step of each warpgroup that has columns of its own. A
-// warpgroup's wgmma takes A from registers: the packed bytes of 64 rows under one of four masks, so each mask has
-// 64 x 64 sums of its own and no weight is ever unpacked in memory; and B, the tokens, from shared memory. While the
-// wgmma of one block of 64 columns run, the bytes of the next are loaded and masked.
+// A block makes 64 packed rows (256 outputs) of 64 tokens: with one warpgroup, two blocks to a multiprocessor; or,
+// where that would leave multiprocessors idle, with two warpgroups, which take every other 128 columns each and add up
+// their sums. Rows and tokens come to shared memory by cp.async, 128 columns of each warpgroup a step. A warpgroup's
+// wgmma takes A from registers: the packed bytes of 64 rows under one of four masks, so each mask has 64 x 64 sums of
+// its own and no weight is ever unpacked in memory; and B, the tokens, from shared memory. While the wgmma of one block
+// of 64 columns run, the bytes of the next are loaded and masked.
 //
 // The registers of A are those of mma.m16n8k32, which want bytes 4 t and 16 + 4 t of 32 columns; as elsewhere a lane
 // takes 16 bytes in a row instead, at columns 16 t of 64. Tensor cores read B by themselves, so here the tokens' codes
@@ -13,7 +13,8 @@
 //
 // Rejected: waiting for all wgmma before each barrier, so that three stages would do: the tensor cores would stand idle
 // at every stage. A stage is filled again two steps after it was multiplied, when one wait that leaves the newest group
-// running has shown that nothing reads it.
+// running has shown that nothing reads it. Two warpgroups with rows of their own that share the tokens: a third less to
+// read from L2, but an H200 was 3 % slower at K = 4096, where no other block multiplies while one stores its outputs.
 #ifndef BITLAB_CUDA_WGMMA_CUH
 #define BITLAB_CUDA_WGMMA_CUH
 
@@ -25,16 +26,16 @@ constexpr int kWarpgroup = 128;
 constexpr int kWgmmaTokens = 64;
 constexpr int kWgmmaColumns = 128;  // of a part: 128 bytes of each row and each token
 
-// kRowGroups warpgroups have rows of their own, kColumnGroups of them columns of their own.
-template <int kRowGroups, int kColumnGroups>
+// kGroups: warpgroups of a block.
+template <int kGroups>
 struct WgmmaLayout {
-    static constexpr int kThreads = kWarpgroup * kRowGroups * kColumnGroups;
-    static constexpr int kRows = 64 * kRowGroups;
+    static constexpr int kThreads = kWarpgroup * kGroups;
+    static constexpr int kRows = 64;
     static constexpr uint32_t kWeightBytes = kRows * kWgmmaColumns;
     static constexpr uint32_t kPartBytes = kWeightBytes + kWgmmaTokens * kWgmmaColumns;
-    static constexpr uint32_t kStageBytes = kColumnGroups * kPartBytes;
+    static constexpr uint32_t kStageBytes = kGroups * kPartBytes;
     // A multiprocessor's registers hold two warpgroups, so 192 KiB are shared by two.
-    static constexpr int kStages = 96 * 1024 * (kRowGroups * kColumnGroups) / kStageBytes;
+    static constexpr int kStages = 96 * 1024 * kGroups / kStageBytes;
     static constexpr uint32_t kBytes = kStages * kStageBytes;
     using Tile = SumTile<kWgmmaTokens, kRows>;
     static_assert(4 * Tile::kBytes <= kBytes, "the sums of all masks fit where the stages were");
@@ -56,7 +57,7 @@ BK_DEVICE uint64_t token_descriptor(uint32_t offset) {
 
 // What a thread copies to every stage: 16 bytes of each of some packed rows and tokens, in bytes from the first column
 // of the block's first row or token. Rows and tokens past the end repeat the last one.
-template <typename Layout, int kColumnGroups>
+template <typename Layout, int kGroups>
 struct WgmmaCopies {
     static constexpr int kAtOnce = Layout::kThreads / 8;
     static constexpr int kRowCopies = Layout::kRows / kAtOnce, kTokenCopies = kWgmmaTokens / kAtOnce;
@@ -90,8 +91,8 @@ struct WgmmaCopies {
     // wgmma that run, makes ptxas wait for each of them.
     BK_DEVICE void start(int32_t step, int32_t last, uint32_t stage) const {
         BK_UNROLL
-        for (int part = 0; part < kColumnGroups; ++part) {
-            const int32_t column = kWgmmaColumns * (kColumnGroups * step + part) + 16 * (thread_x() % 8);
+        for (int part = 0; part < kGroups; ++part) {
+            const int32_t column = kWgmmaColumns * (kGroups * step + part) + 16 * (thread_x() % 8);
             const int32_t k = step < last ? column : 0x7FFFFFFF;
             const uint8_t *from_rows = rows + (k < row_end ? k : 0), *from_tokens = tokens + (k < token_end ? k : 0);
             const uint32_t to = stage + static_cast<uint32_t>(part) * Layout::kPartBytes;
@@ -110,13 +111,11 @@ struct WgmmaCopies {
 };
 
 #if BK_HAS_WGMMA
-// Multiplies 64 of a part's columns, `half` 0 or 1, with 64 rows from `first_row` of the tile on. Until the wait of the
-// next but one call, `a` may not be touched.
+// Multiplies 64 of a part's columns, `half` 0 or 1. Until the wait of the next but one call, `a` may not be touched.
 template <typename Layout>
-BK_DEVICE void multiply_half(uint32_t part, int first_row, int half, bool is_first, uint32_t (&a)[2][4][4],
-                             int32_t (&sums)[4][32]) {
+BK_DEVICE void multiply_half(uint32_t part, int half, bool is_first, uint32_t (&a)[2][4][4], int32_t (&sums)[4][32]) {
     const uint32_t thread = static_cast<uint32_t>(thread_x() % kWarpgroup);
-    const uint32_t row = static_cast<uint32_t>(first_row) + thread / kWarp * 16 + thread % kWarp / 4, t = thread % 4;
+    const uint32_t row = thread / kWarp * 16 + thread % kWarp / 4, t = thread % 4;
     const uint32_t from = part + row * kWgmmaColumns + weight_chunk(row, 4u * static_cast<uint32_t>(half) + t) * 16;
     const Bytes16 low = load_shared<Bytes16>(from);
     const Bytes16 high = load_shared<Bytes16>(from + 8 * kWgmmaColumns);
@@ -147,31 +146,30 @@ BK_DEVICE void multiply_half(uint32_t part, int first_row, int half, bool is_fir
 
 // Where sum i of this thread lies in a tile.
 template <typename Tile>
-BK_DEVICE uint32_t wgmma_sum_at(int first_row, int i) {
+BK_DEVICE uint32_t wgmma_sum_at(int i) {
     const int thread = thread_x() % kWarpgroup, g = thread % kWarp / 4, t = thread % 4;
-    return Tile::at(i / 4 * 8 + 2 * t + i % 2, first_row + thread / kWarp * 16 + g + i % 4 / 2 * 8);
+    return Tile::at(i / 4 * 8 + 2 * t + i % 2, thread / kWarp * 16 + g + i % 4 / 2 * 8);
 }
 
-template <int kRowGroups, int kColumnGroups>
-BK_KERNEL((WgmmaLayout<kRowGroups, kColumnGroups>::kThreads))
+template <int kGroups>
+BK_KERNEL(WgmmaLayout<kGroups>::kThreads)
 wgmma_kernel(MatmulParams p) {
 #if BK_HAS_WGMMA
     begin();
-    using Layout = WgmmaLayout<kRowGroups, kColumnGroups>;
+    using Layout = WgmmaLayout<kGroups>;
     using Tile = typename Layout::Tile;
     constexpr int kAhead = Layout::kStages - 2;
     const int64_t row_tiles = (p.weight_rows + Layout::kRows - 1) / Layout::kRows;
     const int64_t first_row = block_x() % row_tiles * Layout::kRows, first_token = block_x() / row_tiles * kWgmmaTokens;
     const int split = block_y();
-    const int64_t steps = (p.blocks + 2 * kColumnGroups - 1) / (2 * kColumnGroups);
+    const int64_t steps = (p.blocks + 2 * kGroups - 1) / (2 * kGroups);
     const int32_t first = static_cast<int32_t>(steps * split / p.splits);
     const int32_t last = static_cast<int32_t>(steps * (split + 1) / p.splits);
     // The shuffle tells the compiler that a warp has one value, which descriptors need.
     const int group = shuffle(thread_x() / kWarpgroup, 0);
-    const int group_row = kRowGroups > 1 ? 64 * group : 0;
-    const uint32_t group_part = kColumnGroups > 1 ? static_cast<uint32_t>(group) * Layout::kPartBytes : 0;
+    const uint32_t group_part = kGroups > 1 ? static_cast<uint32_t>(group) * Layout::kPartBytes : 0;
 
-    const WgmmaCopies<Layout, kColumnGroups> copies(p, first_row, first_token);
+    const WgmmaCopies<Layout, kGroups> copies(p, first_row, first_token);
     BK_UNROLL
     for (int s = 0; s < kAhead; ++s) {
         copies.start(first + s, last, static_cast<uint32_t>(s) * Layout::kStageBytes);
@@ -186,11 +184,11 @@ wgmma_kernel(MatmulParams p) {
         wait_async<kAhead - 1>();
         fence_async_proxy();
         sync_block();
-        multiply_half<Layout>(stage + group_part, group_row, 0, step == first, a[0], sums);
+        multiply_half<Layout>(stage + group_part, 0, step == first, a[0], sums);
         // Here, not right after the barrier: the tensor cores have the first half to do meanwhile.
         copies.start(step + kAhead, last, into);
         commit_async();
-        multiply_half<Layout>(stage + group_part, group_row, 1, false, a[1], sums);
+        multiply_half<Layout>(stage + group_part, 1, false, a[1], sums);
         stage = stage + Layout::kStageBytes == Layout::kBytes ? 0 : stage + Layout::kStageBytes;
         into = into + Layout::kStageBytes == Layout::kBytes ? 0 : into + Layout::kStageBytes;
     }
@@ -199,23 +197,23 @@ wgmma_kernel(MatmulParams p) {
     BK_UNROLL
     for (int lane = 0; lane < 4; ++lane) wgmma_take(sums[lane]);
     sync_block();
-    // A warpgroup that shares its rows writes the tiles of two masks, then adds its sums to the other two.
+    // One of two warpgroups writes the tiles of two masks, then adds its sums to the other two.
     BK_UNROLL
     for (int lane = 0; lane < 4; ++lane) {
-        if (kColumnGroups > 1 && lane / 2 == group) continue;
+        if (kGroups > 1 && lane / 2 == group) continue;
         BK_UNROLL
         for (int i = 0; i < 32; ++i) {
-            store_shared(static_cast<uint32_t>(lane) * Tile::kBytes + wgmma_sum_at<Tile>(group_row, i), sums[lane][i]);
+            store_shared(static_cast<uint32_t>(lane) * Tile::kBytes + wgmma_sum_at<Tile>(i), sums[lane][i]);
         }
     }
     sync_block();
-    if (kColumnGroups > 1) {
+    if (kGroups > 1) {
         BK_UNROLL
         for (int lane = 0; lane < 4; ++lane) {
             if (lane / 2 != group) continue;
             BK_UNROLL
             for (int i = 0; i < 32; ++i) {
-                const uint32_t at = static_cast<uint32_t>(lane) * Tile::kBytes + wgmma_sum_at<Tile>(group_row, i);
+                const uint32_t at = static_cast<uint32_t>(lane) * Tile::kBytes + wgmma_sum_at<Tile>(i);
                 store_shared(at, load_shared<int32_t>(at) + sums[lane][i]);
             }
         }

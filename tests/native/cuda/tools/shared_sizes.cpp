@@ -40,8 +40,8 @@ int main() {
     many<TernaryF16, 2>("TernaryFloat<false, 1>");
     many<TernaryF16, 4>("TernaryFloat<false, 1>");
     many<TernaryF32, 2>("TernaryFloat<true, 3>");
-    printf("wgmma_kernel<1, 2>\t%u\n", WgmmaLayout<1, 2>::kBytes);
-    printf("wgmma_kernel<2, 1>\t%u\n", WgmmaLayout<2, 1>::kBytes);
+    printf("wgmma_kernel<1>\t%u\n", WgmmaLayout<1>::kBytes);
+    printf("wgmma_kernel<2>\t%u\n", WgmmaLayout<2>::kBytes);
     printf("gradient_kernel<true, 1>\t%u\n", gradient_shared_bytes<1>());
     printf("gradient_kernel<false, 1>\t%u\n", gradient_shared_bytes<1>());
     printf("gradient_kernel<true, 3>\t%u\n", gradient_shared_bytes<3>());
