@@ -16,8 +16,8 @@ BitLab's calls are whole layers: bf16 activations are quantized, outputs are bf1
 measured in the same run: a copy (bytes read plus bytes written) and a square matmul in bf16.
 
 **Quantizers**: BitLab's single-pass ops of a training step against torch.compile's fusion of the
-same formula, both as above; `keep` names the kernel where it is a tenth faster or more, else the
-simpler torch.compile.
+same formula, both as above, for some of the shapes; `keep` names the kernel where it is a tenth
+faster or more, else the simpler torch.compile.
 
 **Generate**: bench_generate.py on this GPU: BitNet-2B-4T's geometry, random weights, static cache
 and transformers' own compilation to CUDA graphs, against dense bf16 and the packed `bitnet`.
@@ -54,6 +54,8 @@ SHAPES = (
     "8192x8192", "1024x8192", "28672x8192", "8192x28672",
 )  # fmt: skip
 LARGE = ("8192x8192", "28672x8192", "8192x28672")
+# Whose quantizers are timed too: torch.compile takes seconds for each of them.
+QUANTIZED = ("6912x2560", "8192x8192")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 TRAINING_TOKENS = 2048
 DTYPES = (torch.float32, torch.bfloat16)
@@ -174,7 +176,7 @@ def target_table(listed: list[Target]) -> str:
     return markdown(["target", "measured", "met"], lines)
 
 
-def generate(device: torch.device, quick: bool) -> dict[str, Any] | None:
+def generate(device: torch.device, options: argparse.Namespace) -> dict[str, Any] | None:
     """Runs bench_generate.py on the device; returns what it wrote, None without transformers.
 
     Raises:
@@ -188,7 +190,9 @@ def generate(device: torch.device, quick: bool) -> dict[str, Any] | None:
         command = [
             sys.executable, str(ROOT / "scripts/bench_generate.py"), "--device", device.type,
             "--cache", "static", "--engines", *ENGINES, "--json", str(path), "--no-png",
-            *(["--quick"] if quick else ["--decode", "128"]),
+            "--rounds", str(options.rounds),
+            *(["--work", str(options.work)] if options.work else []),
+            *(["--quick"] if options.quick else ["--decode", "128"]),
         ]  # fmt: skip
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         done = subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": paths})
@@ -206,10 +210,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", metavar="NxK")
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--no-generate", action="store_true", help="leave the whole model out")
+    parser.add_argument("--rounds", type=int, help="processes of each whole model; default 3")
+    parser.add_argument("--work", type=Path, help="folder for the whole models, kept and reused")
     parser.add_argument("--json", type=Path, default=Path("out/bench_cuda.json"))
     parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
     options = parser.parse_args()
     options.shapes = options.shapes or (["64x128", "96x64"] if options.quick else SHAPES)
+    options.rounds = options.rounds or (1 if options.quick else 3)
     options.tokens = options.tokens or ([1, 20] if options.quick else TOKENS)
     return options
 
@@ -254,13 +261,13 @@ def main() -> None:
             for tokens in options.tokens:
                 rows += measure(bench, shape, tokens)
                 print(layer_table(rows[-2:], limits).splitlines()[-1], flush=True)
-            for dtype in DTYPES:
+            for dtype in DTYPES if options.quick or shape in QUANTIZED else ():
                 few = 20 if options.quick else TRAINING_TOKENS
                 fused += quantizers(bench, shape, few, dtype)
                 print("\n".join(quantizer_table(fused[-3:]).splitlines()[2:]), flush=True)
             if bench.device.type == "cuda":
                 torch.cuda.empty_cache()
-    model = None if options.no_generate else generate(bench.device, options.quick)
+    model = None if options.no_generate else generate(bench.device, options)
     engines = [] if model is None else model["engines"]
     speeds = {engine["engine"]: engine["decode_tok_s"] for engine in engines}
     closing = targets(rows, limits, speeds)
