@@ -74,6 +74,7 @@ class PreparedLinear:
             self._run is not None
             and x.device == self._device
             and ops.is_plain(x, self._type)
+            and x.dim() > 0
             and x.shape[-1] == self._in_features
             and x.dtype in checks.FLOAT_DTYPES
             and kernels_for(self._type) is self._kernels
