@@ -350,20 +350,20 @@ def linear_int8(x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Tensor |
     return y
 
 
-def is_plain(x: Tensor) -> bool:
-    """Tells whether an op on x can be called past the dispatcher, which costs more than a small
-    layer: eager inference, with nothing that records, traces, batches, replaces or casts.
+def is_plain(x: Tensor, device: str) -> bool:
+    """Tells whether an op on x, on a device of this type, can be called past the dispatcher, which
+    costs more than a small layer: eager inference, with nothing that records, traces, batches,
+    replaces or casts.
     """
     return (
         type(x) is Tensor
-        and x.is_cpu
         and not (x.requires_grad and torch.is_grad_enabled())
         and not _is_compiling()
         and _dispatch_modes() == 0
         and _tracing_state() is None
         and _functorch_level() is None
         and not _is_profiling()
-        and not _is_autocasting("cpu")
+        and not _is_autocasting(device)
     )
 
 

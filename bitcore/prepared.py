@@ -3,8 +3,8 @@
 A decoder runs a small linear layer hundreds of times a token, and torch's dispatcher, the checks of
 arguments and ctypes cost more there than the arithmetic. A layer prepares its constants once; a
 call in eager inference then checks its input and makes one native call. Everything else (autograd,
-autocast, torch.compile, tracing, functorch, dispatch modes, the profiler, other devices) goes
-through the op, which gives the same bits.
+autocast, torch.compile, tracing, functorch, dispatch modes, the profiler, an input on another
+device) goes through the op, which gives the same bits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from bitcore import checks, ops
 from bitcore.kernels.registry import Kernels, kernels_for
+
+# Device types whose kernels may prepare a layer.
+_DEVICES = ("cpu", "cuda")
 
 
 class PreparedLinear:
@@ -37,42 +40,44 @@ class PreparedLinear:
         activation: str,
     ) -> None:
         self._given = qweight, weight_scale, bias
-        self._pointers = _pointers(qweight, weight_scale, bias)
+        self._pointers = [0 if one is None else one.data_ptr() for one in self._given]
         # Packed weights are constants, so the bias is one too: only x gets a gradient.
         bias = None if bias is None else bias.detach()
         self._constants = qweight, weight_scale, bias, out_features, activation
         self._in_features = qweight.shape[-1]
+        self._device = qweight.device
+        self._type = qweight.device.type
         self._kernels: Kernels | None = None
         self._run: Callable[[Tensor], Tensor] | None = None
-        if qweight.device.type == "cpu":
+        if self._type in _DEVICES:
             checks.check_linear_weights(*self._constants)
             checks.check_devices("bitlab::linear", qweight, weight_scale, bias)
-            self._kernels = kernels_for("cpu")
+            self._kernels = kernels_for(self._type)
             prepare = getattr(self._kernels, "prepare_linear", None)
             self._run = prepare and prepare(*self._constants)
 
     def holds(self, qweight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
         """Tells whether these are the tensors that were given, with the same memory."""
-        given = self._given
+        given, pointers = self._given, self._pointers
         return (
             given[0] is qweight
             and given[1] is weight_scale
             and given[2] is bias
-            and self._pointers == _pointers(qweight, weight_scale, bias)
+            and pointers[0] == qweight.data_ptr()
+            and pointers[1] == weight_scale.data_ptr()
+            and (bias is None or pointers[2] == bias.data_ptr())
         )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Runs the layer on x [..., K]; see `bitcore.ops.linear`."""
         if (
             self._run is not None
-            and ops.is_plain(x)
+            and x.device == self._device
+            and ops.is_plain(x, self._type)
+            and x.dim() > 0
             and x.shape[-1] == self._in_features
             and x.dtype in checks.FLOAT_DTYPES
-            and kernels_for("cpu") is self._kernels
+            and kernels_for(self._type) is self._kernels
         ):
             return self._run(x)
         return ops.linear(x, *self._constants)
-
-
-def _pointers(qweight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[int, int, int]:
-    return qweight.data_ptr(), weight_scale.data_ptr(), 0 if bias is None else bias.data_ptr()

@@ -94,6 +94,8 @@ class BitLayerBase(Float32Scale):
                 f"{name}: init_method must be one of {sorted(INIT_METHODS)}, got {init_method!r}"
             )
         self.quant_config = config
+        # For torch.compile, which skips a module's own fields but checks an object's at each call.
+        self._activation = config.activation
         self.init_method = init_method
         self.latent_dtype = dtype or torch.get_default_dtype()
         self._is_deployed = False

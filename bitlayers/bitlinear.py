@@ -50,12 +50,10 @@ class BitLinear(BitLayerBase, nn.Linear):
         bias: Tensor | None = self._parameters["bias"]
         if torch.compiler.is_compiling():
             bias = None if bias is None else bias.detach()
-            activation = self.quant_config.activation
-            return ops.linear(x, qweight, scale, bias, self.out_features, activation)
+            return ops.linear(x, qweight, scale, bias, self.out_features, self._activation)
         prepared = self._prepared
         if prepared is None or not prepared.holds(qweight, scale, bias):
-            activation = self.quant_config.activation
-            prepared = PreparedLinear(qweight, scale, bias, self.out_features, activation)
+            prepared = PreparedLinear(qweight, scale, bias, self.out_features, self._activation)
             self._prepared = prepared
         return prepared(x)
 

@@ -69,8 +69,9 @@ class CudaKernels:
     ) -> int:
         """Calls a function of the library with the current stream of a device."""
         index = device.index
-        stream = torch.cuda.current_stream(device).cuda_stream
-        if index == torch.cuda.current_device():
+        # Not by torch.cuda, which makes objects: a decoder launches hundreds of times a token.
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        if index == torch._C._cuda_getDevice():
             return function(*arguments, stream)
         with torch.cuda.device(index):
             return function(*arguments, stream)
@@ -78,38 +79,41 @@ class CudaKernels:
     def _call(self, op: str, name: str, outputs: tuple[Tensor, ...], *arguments: Any) -> None:
         """Checks where the tensors are, calls ``bk_cuda_<name>`` and raises what it reports."""
         device = outputs[0].device
+        converted = []
         for argument in arguments:
-            if isinstance(argument, Tensor) and argument.device != device:
-                raise ArgumentError(
-                    f"{op}: all tensors must be on {device}, got one on {argument.device}"
-                )
-        converted = [
-            argument.data_ptr() if isinstance(argument, Tensor) else argument
-            for argument in arguments
-        ]
+            if isinstance(argument, Tensor):
+                if argument.device != device:
+                    raise ArgumentError(
+                        f"{op}: all tensors must be on {device}, got one on {argument.device}"
+                    )
+                argument = argument.data_ptr()
+            converted.append(argument)
         status = self._launch(device, getattr(self._library, f"bk_cuda_{name}"), converted)
         if status != 0:
             text = f"{op}: {self._library.bk_cuda_last_error().decode()}"
             raise ArgumentError(text) if status == INVALID_ARGUMENT else BackendError(text)
 
-    def _tokens(self, op: str, name: str, tensor: Tensor) -> Tensor:
-        """Returns a tensor [..., K] as [M, K] with contiguous rows."""
-        tokens = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
-        if tokens.shape[0] > _MOST_ELEMENTS:
+    def _tokens(self, op: str, name: str, tensor: Tensor) -> tuple[Tensor, int, int]:
+        """Returns a tensor [..., K] with contiguous rows, how many they are, and their distance."""
+        columns = tensor.shape[-1]
+        count = tensor.numel() // columns
+        if count > _MOST_ELEMENTS:
             raise ArgumentError(
-                f"{op}: {name} must be at most {_MOST_ELEMENTS} tokens, got {tokens.shape[0]}"
+                f"{op}: {name} must be at most {_MOST_ELEMENTS} tokens, got {count}"
             )
-        return tokens if tokens.stride(1) == 1 else tokens.contiguous()
+        if tensor.is_contiguous():
+            return tensor, count, columns
+        tokens = tensor.reshape(count, columns)
+        tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()
+        return tokens, count, tokens.stride(0)
 
     def _workspace(
-        self, product: int, op: str, tokens: Tensor, out_features: int, columns: int
+        self, product: int, op: str, device: torch.device, shape: tuple[int, int, int], columns: int
     ) -> tuple[Tensor, int]:
-        """Scratch memory of a product, and the number of multiprocessors it is made for."""
-        count = self._count_multiprocessors(op, tokens.device)
-        size = self._library.bk_cuda_linear_workspace(
-            product, tokens.shape[0], out_features, tokens.shape[1], columns, count
-        )
-        return self._scratch(max(size, 1), tokens.device), count
+        """Scratch memory of a product [M, N, K], and the multiprocessors it is made for."""
+        count = self._count_multiprocessors(op, device)
+        size = self._library.bk_cuda_linear_workspace(product, *shape, columns, count)
+        return self._scratch(max(size, 1), device), count
 
     def _scratch(self, size: int, device: torch.device) -> Tensor:
         """Bytes from torch's allocator, which aligns all that it gives to 512."""
@@ -163,26 +167,26 @@ class CudaKernels:
         """See `bitcore.reference.quantize_activation`."""
         op, device = "bitlab::quantize_activation", x.device
         self._count_multiprocessors(op, device)
-        tokens = self._tokens(op, "x", x)
+        tokens, count, stride = self._tokens(op, "x", x)
         codes = torch.empty(x.shape, dtype=torch.int8, device=device)
         scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=device)
         workspace = self._scratch(_QUANTIZE_WORKSPACE, device)
         self._call(
-            op, "quantize_i8", (codes, scale, workspace), tokens, _TYPE_CODES[x.dtype],
-            tokens.stride(0), codes, scale, tokens.shape[0], tokens.shape[1], int(per_tensor),
-            workspace,
+            op, "quantize_i8", (codes, scale, workspace), tokens, _TYPE_CODES[x.dtype], stride,
+            codes, scale, count, x.shape[-1], int(per_tensor), workspace,
         )  # fmt: skip
         return codes, scale
 
     def matmul(self, codes: Tensor, qweight: Tensor, out_features: int) -> Tensor:
         """See `bitcore.reference.matmul`."""
         op = "bitlab::matmul"
-        tokens = self._tokens(op, "codes", codes).contiguous()
+        tokens, many, _ = self._tokens(op, "codes", codes)
+        shape = many, out_features, codes.shape[-1]
         acc = torch.empty((*codes.shape[:-1], out_features), dtype=torch.int32, device=codes.device)
-        workspace, count = self._workspace(_I8_T2, op, tokens, out_features, 0)
+        workspace, count = self._workspace(_I8_T2, op, codes.device, shape, 0)
         self._call(
-            op, "matmul_i8_t2_i32", (acc, workspace), tokens, qweight.contiguous(), acc,
-            tokens.shape[0], out_features, tokens.shape[1], workspace, count,
+            op, "matmul_i8_t2_i32", (acc, workspace), tokens.contiguous(), qweight.contiguous(),
+            acc, *shape, workspace, count,
         )  # fmt: skip
         return acc
 
@@ -198,6 +202,20 @@ class CudaKernels:
     ) -> Tensor:
         """See `bitcore.reference.linear`: one native call, activations included."""
         return self._linear(x, qweight, weight_scale, bias, out_features, activation, out_dtype, ())
+
+    def prepare_linear(
+        self,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        activation: str,
+    ) -> Callable[[Tensor], Tensor]:
+        """Returns `linear` of these weights in the dtype of its input."""
+        linear = self._linear
+        return lambda x: linear(
+            x, qweight, weight_scale, bias, out_features, activation, x.dtype, ()
+        )
 
     def linear_with_codes(
         self,
@@ -231,21 +249,21 @@ class CudaKernels:
     ) -> Tensor:
         """A layer; the codes and scales of x stay in `kept`, if given."""
         op = "bitlab::linear"
-        tokens = self._tokens(op, "x", x)
+        tokens, many, stride = self._tokens(op, "x", x)
+        shape = many, out_features, x.shape[-1]
         columns = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
-        y = torch.empty((*x.shape[:-1], out_features), dtype=out_dtype, device=x.device)
+        y = x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
         is_float = activation == _FLOAT
         product = (_F32_T2 if x.dtype == torch.float32 else _F16_T2) if is_float else _I8_T2
-        workspace, count = self._workspace(product, op, tokens, out_features, columns)
+        workspace, count = self._workspace(product, op, x.device, shape, columns)
         bias = None if bias is None else bias.contiguous()
         quantized = () if is_float else (int(activation == "int8_per_tensor"),)
         name = "linear_float_t2" if is_float else "linear_codes_i8_t2" if kept else "linear_i8_t2"
         self._call(
-            op, name, (y, *kept, workspace), tokens,
-            _TYPE_CODES[x.dtype], tokens.stride(0), qweight.contiguous(),
-            weight_scale.contiguous(), weight_scale.shape[0], columns, bias,
+            op, name, (y, *kept, workspace), tokens, _TYPE_CODES[x.dtype], stride,
+            qweight.contiguous(), weight_scale.contiguous(), weight_scale.shape[0], columns, bias,
             0 if bias is None else _TYPE_CODES[bias.dtype], y, _TYPE_CODES[out_dtype], *kept,
-            tokens.shape[0], out_features, tokens.shape[1], *quantized, workspace, count,
+            *shape, *quantized, workspace, count,
         )  # fmt: skip
         return y
 
@@ -259,15 +277,16 @@ class CudaKernels:
     ) -> Tensor:
         """See `bitcore.reference.linear_int8`: one native call, activations included."""
         op, out_features = "bitlab::linear_int8", qweight.shape[0]
-        tokens = self._tokens(op, "x", x)
-        y = torch.empty((*x.shape[:-1], out_features), dtype=out_dtype, device=x.device)
-        workspace, count = self._workspace(_I8_I8, op, tokens, out_features, 0)
+        tokens, many, stride = self._tokens(op, "x", x)
+        shape = many, out_features, x.shape[-1]
+        y = x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
+        workspace, count = self._workspace(_I8_I8, op, x.device, shape, 0)
         bias = None if bias is None else bias.contiguous()
         self._call(
-            op, "linear_i8_i8", (y, workspace), tokens, _TYPE_CODES[x.dtype], tokens.stride(0),
+            op, "linear_i8_i8", (y, workspace), tokens, _TYPE_CODES[x.dtype], stride,
             qweight.contiguous(), weight_scale.contiguous(), bias,
             0 if bias is None else _TYPE_CODES[bias.dtype], y, _TYPE_CODES[out_dtype],
-            tokens.shape[0], out_features, tokens.shape[1], workspace, count,
+            *shape, workspace, count,
         )  # fmt: skip
         return y
 
@@ -298,12 +317,12 @@ class CudaKernels:
         """See `bitcore.reference.input_gradient`: through the packed weight, never unpacked."""
         op, in_features = "bitlab::input_gradient", qweight.shape[1]
         self._count_multiprocessors(op, dy.device)
-        tokens = self._tokens(op, "dy", dy)
+        tokens, count, stride = self._tokens(op, "dy", dy)
         columns = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
         dx = torch.empty((*dy.shape[:-1], in_features), dtype=dtype, device=dy.device)
         self._call(
-            op, "input_gradient", (dx,), tokens, _TYPE_CODES[dy.dtype], tokens.stride(0),
+            op, "input_gradient", (dx,), tokens, _TYPE_CODES[dy.dtype], stride,
             qweight.contiguous(), weight_scale.contiguous(), weight_scale.shape[0], columns, dx,
-            _TYPE_CODES[dtype], tokens.shape[0], out_features, in_features,
+            _TYPE_CODES[dtype], count, out_features, in_features,
         )  # fmt: skip
         return dx

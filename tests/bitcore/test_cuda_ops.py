@@ -19,6 +19,7 @@ from bitcore import ops, ops_int8, ops_qat, reference
 from bitcore.errors import ArgumentError, BackendError
 from bitcore.kernels import registry
 from bitcore.kernels.cuda import CudaKernels
+from bitcore.prepared import PreparedLinear
 from tests.native.cuda.host import LAUNCHES, HostKernels
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
@@ -145,15 +146,40 @@ def test_a_launch_goes_to_the_tensors_device_and_its_stream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[object] = []
-    stream = type("Stream", (), {"cuda_stream": 77})()
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: said.append(device) or stream)
-    monkeypatch.setattr(torch.cuda, "device", lambda index: said.append(index) or nullcontext())
+    # A torch built without CUDA lacks the first two.
+    for owner, name, function in (
+        (torch._C, "_cuda_getDevice", lambda: 0),
+        (torch._C, "_cuda_getCurrentRawStream", lambda index: 77 + index),
+        (torch.cuda, "device", lambda index: said.append(index) or nullcontext()),
+    ):
+        monkeypatch.setattr(owner, name, function, raising=False)
     kernels = CudaKernels.__new__(CudaKernels)
     for index in (1, 0):
         device = torch.device("cuda", index)
-        assert kernels._launch(device, lambda *arguments: arguments, [5]) == (5, 77)
-    assert said == [torch.device("cuda", 1), 1, torch.device("cuda", 0)]
+        assert kernels._launch(device, lambda *arguments: arguments, [5]) == (5, 77 + index)
+    assert said == [1]
+
+
+@pytest.mark.parametrize("activation", ["int8_per_token", "int8_per_tensor", "float"])
+def test_a_prepared_layer_goes_past_the_dispatcher(
+    host: HostKernels, monkeypatch: pytest.MonkeyPatch, activation: str
+) -> None:
+    monkeypatch.setitem(registry._chosen, "cpu", host)
+    qweight, scale = ops.pack_weight(torch.randn(N, K), "per_channel", None)
+    inputs = [torch.randn(shape) for shape in ((K,), (0, K), (3, K), (2, 3, K))]
+    inputs += [torch.randn(2, 3, 2 * K)[..., 4 : K + 4], torch.randn(K, 3).bfloat16().t()]
+    for bias in (None, torch.randn(N)):
+        constants = (qweight, scale, bias, N, activation)
+        prepared = PreparedLinear(*constants)
+        for x in inputs:
+            expected = torch.ops.bitlab.linear(x, *constants, x.dtype)
+            with torch.no_grad(), monkeypatch.context() as patch:
+                patch.setattr(ops, "linear", None)
+                y = prepared(x)
+            assert y.dtype == x.dtype
+            assert torch.equal(y, expected)
+        x = torch.randn(3, K, requires_grad=True)
+        assert prepared(x).requires_grad
 
 
 def test_misaligned_storage_is_refused(host: HostKernels) -> None:

@@ -125,6 +125,8 @@ def test_bad_arguments() -> None:
     with torch.no_grad():
         with pytest.raises(ArgumentError, match="in_features last"):
             prepared(torch.randn(3, 127))
+        with pytest.raises(ArgumentError, match="in_features last"):
+            prepared(torch.tensor(1.0))
         with pytest.raises(ArgumentTypeError, match="x must be"):
             prepared(torch.randn(3, 128).double())
 

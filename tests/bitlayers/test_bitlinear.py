@@ -112,6 +112,34 @@ def test_compiled_layer_equals_eager() -> None:
     assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
 
 
+def test_what_a_compiled_deployed_layer_looks_at() -> None:
+    """Weights that a CUDA graph reads where they are, and guards that end at the modules."""
+    model = nn.Sequential(BitLinear(64, 16), BitLinear(16, 8, bias=False))
+    for layer in model:
+        layer.deploy()
+    kinds: list[str | None] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        assert len(places) == len(inputs)
+        kinds.extend(place.meta["tensor_dict"].get("_dynamo_static_input_type") for place in places)
+        return graph
+
+    def run(x: torch.Tensor) -> Any:
+        return model(x)
+
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(torch.compile(run, fullgraph=True, backend=look)(x), expected)
+    # x itself, then qweight, qweight_scale and bias of the layers.
+    assert sorted(kind is None for kind in kinds) == [False] * 5 + [True]
+    entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(run.__code__)
+    guards = str(entries[0].guard_manager)
+    assert "qweight_scale" in guards
+    assert "quant_config" not in guards
+
+
 BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"in_features": 0}, ArgumentError, "in_features must be an int of at least 1, got 0"),
     ({"out_features": -3}, ArgumentError, "out_features"),
