@@ -8,6 +8,7 @@
 #define BK_DEVICE __device__ __forceinline__
 #define BK_UNROLL _Pragma("unroll")
 #define BK_UNROLL_BY_8 _Pragma("unroll 8")
+#define BK_UNROLL_BY_16 _Pragma("unroll 16")
 #define BK_NO_UNROLL _Pragma("unroll 1")
 
 namespace bitlab {

@@ -49,6 +49,32 @@ BK_DEVICE void load_eight(const void *row, int32_t type, int32_t index, int32_t 
     }
 }
 
+// Stores elements index to index + 7 of a tensor, or the first `count` of them.
+BK_DEVICE void store_eight(void *p, int32_t type, int64_t index, int32_t count, bool vector, const float (&values)[8]) {
+    if (!vector || count < 8) {
+        BK_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            if (i < count) store_float(p, type, index + i, values[i]);
+        }
+    } else if (type == BK_CUDA_F32) {
+        BK_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            Bytes16 bits;
+            BK_UNROLL
+            for (int i = 0; i < 4; ++i) bits.word[i] = float_bits(values[4 * half + i]);
+            store_global(reinterpret_cast<Bytes16 *>(static_cast<float *>(p) + index + 4 * half), bits);
+        }
+    } else {
+        Bytes16 bits = {{0, 0, 0, 0}};
+        BK_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            const uint32_t half = type == BK_CUDA_BF16 ? encode_bf16(values[i]) : encode_f16(values[i]);
+            bits.word[i / 2] |= half << (16 * (i % 2));
+        }
+        store_global(reinterpret_cast<Bytes16 *>(static_cast<uint16_t *>(p) + index), bits);
+    }
+}
+
 // Largest of all threads' values; `offset` has 4 bytes of shared memory for each warp, not used since the last barrier.
 BK_DEVICE uint32_t block_max(uint32_t value, uint32_t offset, int threads) {
     BK_UNROLL

@@ -5,11 +5,6 @@
 namespace bitlab {
 namespace {
 
-Grid grid_for(int64_t elements) {
-    const int64_t blocks = ceil_div(elements, kWeightThreads);
-    return {blocks < 65536 ? blocks : 65536, 1};
-}
-
 int32_t pack_params(const Shape &shape, const void *weight, int32_t type, const float *scale, int64_t scale_rows,
                     int64_t scale_columns, uint8_t *qweight, PackParams &params) {
     BK_CUDA_TRY(check_shape(shape, scale_rows, scale_columns, 16));
@@ -25,7 +20,8 @@ int32_t pack_params(const Shape &shape, const void *weight, int32_t type, const 
               shape.N,
               ceil_div(shape.N, 4),
               static_cast<int32_t>(shape.K),
-              static_cast<int32_t>(shape.K / columns)};
+              static_cast<int32_t>(shape.K / columns),
+              aligned(weight, shape.K * size_of(type), 16) && aligned(qweight, shape.K, 8)};
     return BK_CUDA_OK;
 }
 
@@ -61,7 +57,7 @@ int32_t bk_cuda_pack_t2(const void *weight, int32_t weight_type, const float *we
     const Shape shape = {"bk_cuda_pack_t2", 0, N, K};
     PackParams p;
     BK_CUDA_TRY(pack_params(shape, weight, weight_type, weight_scale, scale_rows, scale_columns, qweight, p));
-    return launched(shape, launch(pack_kernel, grid_for(p.rows * K), kWeightThreads, 0, stream, p));
+    return launched(shape, launch(pack_kernel, Grid{p.rows, 1}, kWeightThreads, 0, stream, p));
 }
 
 int32_t bk_cuda_unpack_t2(const uint8_t *qweight, const float *weight_scale, int64_t scale_rows, int64_t scale_columns,
@@ -70,7 +66,7 @@ int32_t bk_cuda_unpack_t2(const uint8_t *qweight, const float *weight_scale, int
     PackParams p;
     BK_CUDA_TRY(pack_params(shape, weight, weight_type, weight_scale, scale_rows, scale_columns,
                             const_cast<uint8_t *>(qweight), p));
-    return launched(shape, launch(unpack_kernel, grid_for(p.rows * K), kWeightThreads, 0, stream, p));
+    return launched(shape, launch(unpack_kernel, Grid{p.rows, 1}, kWeightThreads, 0, stream, p));
 }
 
 }  // extern "C"

@@ -11,6 +11,7 @@
 #define BK_DEVICE inline
 #define BK_UNROLL
 #define BK_UNROLL_BY_8
+#define BK_UNROLL_BY_16
 #define BK_NO_UNROLL
 #define BK_HAS_WGMMA 1
 #define BK_SITE \

@@ -212,6 +212,7 @@ MUTATIONS = [
         "linear",
         ("largest of half the lanes", "int mask = 16; mask > 0; mask /= 2) { const", "int mask = 8; mask > 0; mask /= 2) { const"),
         ("no end of a row", "index + i < count ? load_float(row, type, index + i) : 0.0f", "load_float(row, type, index + i)"),
+        ("columns past the end unpacked", "if (i < count) store_float(p, type, index + i, values[i])", "store_float(p, type, index + i, values[i])", "weights"),
     ),
     *_in(
         "csrc/cuda/gradient.cuh",
@@ -228,8 +229,10 @@ MUTATIONS = [
         "weights",
         ("chains added in another order", "lane / kChains * kChains + l)", "lane / kChains * kChains + kChains - l)"),
         ("rows added in another order", "load_shared<double>(8 * i)", "load_shared<double>(8 * ((p.parts < kWeightThreads ? static_cast<uint32_t>(p.parts) : kWeightThreads) - 1 - i))"),
-        ("missing barrier of the rows' sums", f"load_global(p.sums + row)); {BARRIER}", "load_global(p.sums + row));"),
-        ("padding written as another code", "uint32_t code = 1;", "uint32_t code = 0;"),
+        ("missing barrier of the rows' sums", f"own); {BARRIER}", "own);"),
+        ("rows overwritten while they are added", f"load_shared<double>(8 * i)); }} {BARRIER}", "load_shared<double>(8 * i)); }"),
+        ("padding written as another code", "float values[8] = {}, inverse = 0.0f;", "float values[8] = {1.0f}, inverse = 1.0f;"),
+        ("columns past the end packed", "if (k + j < p.K) store_global(to + j", "store_global(to + j"),
         ("ties rounded up", "ratio > 0.5f ? 2", "ratio >= 0.4999f ? 2"),
     ),
     *_in(
