@@ -125,10 +125,9 @@ BK_KERNEL(kQuantizeThreads) quantize_kernel(QuantizeParams p) {
         int32_t sum = 0;
         const Bytes8 eight = encode_eight(values, by, sum);
         if (p.placed) store_placed(p.placed + token * padded, k, padded, eight);
-        if (!p.codes) {
-        } else if (p.code_vector) {
+        if (p.codes && p.code_vector) {
             if (k < padded) store_global(reinterpret_cast<Bytes8 *>(codes + k), eight);
-        } else {
+        } else if (p.codes) {
             BK_UNROLL
             for (int i = 0; i < 8; ++i) {
                 if (k + i < p.K) store_global(codes + k + i, static_cast<int8_t>(eight.word[i / 4] >> (8 * (i % 4))));
