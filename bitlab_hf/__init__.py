@@ -1,19 +1,20 @@
 """BitLab in transformers: ternary models from ``from_pretrained`` to ``push_to_hub``."""
 
-from bitlab_hf.card import record_facts
+from bitlab_hf.checkpoint.card import record_facts
+from bitlab_hf.checkpoint.facts import Facts
+from bitlab_hf.checkpoint.saving import save
 from bitlab_hf.config import BitLabConfig
-from bitlab_hf.deploy import deploy
-from bitlab_hf.facts import Facts
 from bitlab_hf.interop.bitnet import export_bitnet, load_bitnet
 from bitlab_hf.interop.gguf import export_gguf
 from bitlab_hf.interop.gguf_import import import_gguf, load_gguf
 from bitlab_hf.interop.hub import HubError, push
 from bitlab_hf.interop.ternary import convert_ternary
-from bitlab_hf.peft_guard import install as _guard_peft
-from bitlab_hf.peft_merge import MergeResult, merge_and_requantize
+from bitlab_hf.model.deploy import deploy
+from bitlab_hf.model.replace import replace_linear
+from bitlab_hf.model.tree import quantized_layers
+from bitlab_hf.peft.guard import install as _guard_peft
+from bitlab_hf.peft.merge import MergeResult, merge_and_requantize
 from bitlab_hf.quantizer import BitLabHfQuantizer, register
-from bitlab_hf.replace import replace_linear
-from bitlab_hf.saving import save
 
 register()
 _guard_peft()
@@ -33,6 +34,7 @@ __all__ = [
     "load_gguf",
     "merge_and_requantize",
     "push",
+    "quantized_layers",
     "record_facts",
     "replace_linear",
     "save",

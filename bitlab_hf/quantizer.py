@@ -25,7 +25,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from bitcore.errors import CheckpointError, ConfigError, LifecycleError, NonFiniteError
-from bitlab_hf.checkpoint import (
+from bitlab_hf.checkpoint.headers import (
     LAYERS_KEY,
     Checkpoint,
     check_format,
@@ -39,9 +39,15 @@ from bitlab_hf.checkpoint import (
     verify_packed,
     with_tied,
 )
+from bitlab_hf.checkpoint.learned import (
+    deploy_learned,
+    expect_learned_scales,
+    expect_sub_norms,
+    start_fresh,
+)
+from bitlab_hf.checkpoint.packing import PackAtLoad, stand_in_for_weights
 from bitlab_hf.config import LOADING_ATTRIBUTES, QUANT_METHOD, BitLabConfig
-from bitlab_hf.deploy import untie_packed
-from bitlab_hf.head import (
+from bitlab_hf.model.head import (
     Rows,
     find_head,
     finish,
@@ -50,18 +56,10 @@ from bitlab_hf.head import (
     restore_float,
     swap_skeletons,
 )
-from bitlab_hf.learned import deploy_learned, expect_learned_scales, expect_sub_norms, start_fresh
-from bitlab_hf.packing import PackAtLoad, stand_in_for_weights
-from bitlab_hf.parallel import check_no_tensor_parallel
-from bitlab_hf.replace import (
-    Found,
-    find_linears,
-    quantized_layers,
-    set_module,
-    skipped_modules,
-    swap_latent,
-    swap_packed,
-)
+from bitlab_hf.model.marks import mark_latent, mark_quantized, untie_packed
+from bitlab_hf.model.parallel import check_no_tensor_parallel
+from bitlab_hf.model.replace import find_linears, skipped_modules, swap_latent, swap_packed
+from bitlab_hf.model.tree import Found, quantized_layers, set_module
 from bitlayers.base import BitLayerBase
 from bitlayers.int8 import Int8Rows
 from bitlayers.registry import get_layer
@@ -240,7 +238,7 @@ class BitLabHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         start_fresh(self.unlearned, self.fresh_norms)
         if not self.build_packed:
-            _mark_latent(model)
+            mark_latent(model)
             return
         if not self.file_is_packed:
             self._check_offload(getattr(model, "hf_device_map", None))
@@ -364,25 +362,6 @@ class BitLabHfQuantizer(HfQuantizer):
 
 
 _DEFAULTS = BitLabConfig()
-
-
-def mark_quantized(model: PreTrainedModel, quantizer: BitLabHfQuantizer) -> None:
-    """Makes a model with packed layers a quantized one in transformers' eyes."""
-    attributes: Any = model
-    attributes.hf_quantizer = quantizer
-    attributes.is_quantized = True
-    attributes.quantization_method = QUANT_METHOD
-
-
-def _mark_latent(model: PreTrainedModel) -> None:
-    """Makes a latent model a float model in transformers' eyes; its configuration stays."""
-    attributes: Any = model
-    del attributes.hf_quantizer
-    attributes.is_quantized = False
-    del attributes.quantization_method
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.config._is_quantized = False
 
 
 def register() -> None:

@@ -32,8 +32,8 @@ from rich.text import Text
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bitlab_hf.atomic import write_atomically
-from bitlab_hf.replace import quantized_layers
+from bitlab_hf.checkpoint.atomic import write_atomically
+from bitlab_hf.model.tree import quantized_layers
 
 WIDTH = 100
 PROMPT = "\x1b[1;32m$\x1b[0m "

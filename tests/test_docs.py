@@ -110,7 +110,7 @@ def test_commands_exist(document: Path) -> None:
 def test_options_of_scripts_exist(document: Path) -> None:
     """Each option on a line, or in a phrase of code, that runs one of our Python scripts."""
     text = document.read_text().replace("\\\n", " ")
-    for name, rest in re.findall(r"scripts/(\w+\.py)([^\n`#]*)", text):
+    for name, rest in re.findall(r"scripts/((?:bench/)?\w+\.py)([^\n`#]*)", text):
         known = (ROOT / "scripts" / name).read_text()
         for option in re.findall(r"(?<=\s)--[\w-]+", rest):
             assert f'"{option}"' in known, f"{document.name}: {name} {option}"

@@ -57,7 +57,7 @@ def bench(
     import torch
 
     from bitcore.kernels import kernels_for
-    from bitlab_hf.timing import last_level_cache, machine
+    from bitlab_hf.cli.timing import last_level_cache, machine
 
     shapes = [_parse(one) for one in shape or ()]
     if not shapes:
@@ -121,7 +121,7 @@ def _measure(
     """Returns one row for each number of threads and of tokens."""
     import torch
 
-    from bitlab_hf.timing import Contender, race
+    from bitlab_hf.cli.timing import Contender, race
 
     outputs, inputs = shape
     engines = _engines(outputs, inputs, cold)

@@ -51,7 +51,7 @@ def read_scheme(source: str) -> dict[str, Any] | None:
     Raises:
         ConfigError: BitLab does not know the scheme; see `find_scheme` for the rest.
     """
-    from bitlab_hf.files import scheme_of
+    from bitlab_hf.checkpoint.files import scheme_of
 
     return scheme_of(find_scheme(source), source)
 
@@ -63,7 +63,7 @@ def find_scheme(source: str) -> Any:
         ArgumentError: It is neither, or the hub does not give it.
         CheckpointError: config.json is damaged, or weights are missing or lie elsewhere.
     """
-    from bitlab_hf.files import INDEX, read_config, weight_files
+    from bitlab_hf.checkpoint.files import INDEX, read_config, weight_files
 
     path = Path(source)
     if path.is_dir():
@@ -125,7 +125,7 @@ def check_output(source: str, output: Path) -> None:
     Raises:
         ArgumentError: The output is a file, or would take the source's place.
     """
-    from bitlab_hf.atomic import check_folder
+    from bitlab_hf.checkpoint.atomic import check_folder
 
     check_folder(output, str(output))
     if output.exists() and Path(source).exists() and output.samefile(source):

@@ -29,7 +29,7 @@ def demo(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Runs the whole path: perplexity, QAT fine-tuning, deploy, save, reload, generate."""
-    from bitlab_hf.atomic import check_folder
+    from bitlab_hf.checkpoint.atomic import check_folder
     from bitlab_hf.demo.run import Demo, Settings
 
     quiet()

@@ -66,8 +66,8 @@ def _machine(as_json: bool) -> None:
 
 
 def _checkpoint(folder: Path, layers: bool, as_json: bool) -> None:
+    from bitlab_hf.checkpoint.files import weight_files
     from bitlab_hf.cli.statistics import examine
-    from bitlab_hf.files import weight_files
 
     size = sum(file.stat().st_size for file in weight_files(folder, "info"))
     with progress("reading", size) as advance:

@@ -127,7 +127,7 @@ def import_(
     """
     from bitcore.errors import ArgumentError
     from bitlab_hf import import_gguf, load_bitnet, save
-    from bitlab_hf.atomic import check_folder
+    from bitlab_hf.checkpoint.atomic import check_folder
 
     quiet()
     started = time.perf_counter()

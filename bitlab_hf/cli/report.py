@@ -30,7 +30,7 @@ def report(
     Loss, perplexity against full precision, flips and shares of the codes in every layer, scales,
     saturation, and the weights around the thresholds.
     """
-    from bitlab_hf.atomic import write_atomically
+    from bitlab_hf.checkpoint.atomic import write_atomically
     from bitlab_hf.report import read_run, render
     from bitlab_hf.report.page import summary
 

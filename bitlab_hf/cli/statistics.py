@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitcore.errors import CheckpointError
-from bitlab_hf.files import read_config, scheme_of, weight_files
+from bitlab_hf.checkpoint.files import read_config, scheme_of, weight_files
 
 _BLOCK = 2**22
 

@@ -36,13 +36,13 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from bitcore.errors import MissingExtraError
+from bitlab_hf.checkpoint.saving import save
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.demo.corpus import source_files
 from bitlab_hf.demo.probe import Answer, probe
 from bitlab_hf.demo.report import PROMPTS, Report, show_table, show_texts
 from bitlab_hf.demo.text import Blocks, Perplexity, make_blocks, measure_perplexity
-from bitlab_hf.deploy import deploy
-from bitlab_hf.saving import save
+from bitlab_hf.model.deploy import deploy
 from bitlab_hf.train import BitLabTrainer, record_baseline
 
 # How often the ternary model is evaluated in training, and on which part of the held-out blocks.

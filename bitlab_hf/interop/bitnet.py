@@ -23,12 +23,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod
 
 from bitcore.errors import ArgumentError, ArgumentTypeError, CheckpointError, ConfigError
-from bitlab_hf.checkpoint import Checkpoint, TensorHeader, read_checkpoint
+from bitlab_hf.checkpoint.files import own_safetensors
+from bitlab_hf.checkpoint.headers import Checkpoint, TensorHeader, read_checkpoint
+from bitlab_hf.checkpoint.saving import save
 from bitlab_hf.config import BitLabConfig
-from bitlab_hf.files import own_safetensors
-from bitlab_hf.quantizer import BitLabHfQuantizer, mark_quantized
-from bitlab_hf.replace import Found, find_modules, quantized_layers
-from bitlab_hf.saving import save
+from bitlab_hf.model.marks import mark_quantized
+from bitlab_hf.model.tree import Found, find_modules, quantized_layers
+from bitlab_hf.quantizer import BitLabHfQuantizer
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
 from bitlayers.rmsnorm import EPSILON, RMSNormBitLinear

@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from bitcore import unpack_ternary
 from bitcore.errors import ArgumentError, ArgumentTypeError, MissingExtraError
 from bitcore.quantize import dequantize
-from bitlab_hf.atomic import check_folder, naming_full_disk
+from bitlab_hf.checkpoint.atomic import check_folder, naming_full_disk
 from bitlab_hf.interop.gguf_tokenizer import add_tokenizer, find_tokenizer
-from bitlab_hf.replace import quantized_layers
+from bitlab_hf.model.tree import quantized_layers
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
 

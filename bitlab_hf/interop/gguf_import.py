@@ -24,16 +24,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bitcore.errors import ArgumentError, CheckpointError, MissingExtraError
 from bitcore.packing import pack_codes
-from bitlab_hf.card import model_card
-from bitlab_hf.checkpoint import LAYERS_KEY
+from bitlab_hf.checkpoint.card import model_card
+from bitlab_hf.checkpoint.headers import LAYERS_KEY
+from bitlab_hf.checkpoint.saving import replacing
 from bitlab_hf.interop.gguf import renamed, row_order
 from bitlab_hf.interop.gguf_config import read_config
 from bitlab_hf.interop.gguf_tokenizer import rebuild_tokenizer
 from bitlab_hf.interop.stream import Entry, StreamWriter
 from bitlab_hf.interop.structure import Structure, find_structure, row_blocks, scales_of
 from bitlab_hf.interop.ternary import lanes_of, packed_configuration, same_values
-from bitlab_hf.replace import find_linears, swap_packed
-from bitlab_hf.saving import replacing
+from bitlab_hf.model.replace import find_linears, swap_packed
 
 if TYPE_CHECKING:
     import gguf

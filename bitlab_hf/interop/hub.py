@@ -13,9 +13,9 @@ from huggingface_hub.utils._validators import validate_repo_id
 from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError, BitLabError
-from bitlab_hf.facts import Facts
-from bitlab_hf.files import read_config, scheme_of, weight_files
-from bitlab_hf.saving import save
+from bitlab_hf.checkpoint.facts import Facts
+from bitlab_hf.checkpoint.files import read_config, scheme_of, weight_files
+from bitlab_hf.checkpoint.saving import save
 
 # What loads a model and its tokenizer. No pickles, no optimizer, no checkpoints of a training.
 _SUFFIXES = (".json", ".txt", ".model", ".jinja")

@@ -27,14 +27,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError
 from bitcore.packing import pack_codes, unpack_ternary
 from bitcore.quantize import dequantize
-from bitlab_hf.card import model_card
-from bitlab_hf.checkpoint import LAYERS_KEY, read_checkpoint
+from bitlab_hf.checkpoint.card import model_card
+from bitlab_hf.checkpoint.files import INDEX, read_config, weight_files
+from bitlab_hf.checkpoint.headers import LAYERS_KEY, read_checkpoint
+from bitlab_hf.checkpoint.saving import replacing
 from bitlab_hf.config import BitLabConfig
-from bitlab_hf.files import INDEX, read_config, weight_files
 from bitlab_hf.interop.stream import Entry, StreamWriter
 from bitlab_hf.interop.structure import Structure, find_structure, row_blocks, scales_of
-from bitlab_hf.replace import find_linears, swap_packed
-from bitlab_hf.saving import replacing
+from bitlab_hf.model.replace import find_linears, swap_packed
 
 Advance = Callable[[int], None]
 

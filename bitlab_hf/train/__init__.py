@@ -1,7 +1,7 @@
 """Training: what is added to a Trainer for quantization-aware fine-tuning."""
 
+from bitlab_hf.fit.calibrate import CalibrationReport, calibrate
 from bitlab_hf.train.baseline import record_baseline
-from bitlab_hf.train.calibrate import CalibrationReport, calibrate
 from bitlab_hf.train.guard import last_checkpoint
 from bitlab_hf.train.logits import precompute_logits
 from bitlab_hf.train.recipe import RECIPES, Recipe

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import Trainer
 
 from bitcore.errors import ArgumentError, CheckpointError
-from bitlab_hf.atomic import write_atomically
+from bitlab_hf.checkpoint.atomic import write_atomically
 
 BASELINE_FILE = "bitlab_baseline.json"
 

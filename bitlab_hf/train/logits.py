@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitcore.errors import ArgumentError, CheckpointError
-from bitlab_hf.atomic import write_atomically
+from bitlab_hf.checkpoint.atomic import write_atomically
 from bitlab_hf.train.recipe import Recipe
 
 SETTINGS_FILE = "bitlab_logits.json"

@@ -12,7 +12,7 @@ from typing import Any
 
 from bitcore.config import check_fields
 from bitcore.errors import ArgumentError, ConfigError
-from bitlab_hf.atomic import write_atomically
+from bitlab_hf.checkpoint.atomic import write_atomically
 from bitlab_hf.train.schedule import SCHEDULES, is_length
 
 RECIPE_FILE = "bitlab_recipe.json"

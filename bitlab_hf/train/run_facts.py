@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from bitlab_hf.replace import quantized_layers
+from bitlab_hf.model.tree import quantized_layers
 
 _ARGUMENTS = (
     "learning_rate",

@@ -16,8 +16,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils.logging import tqdm
 
 from bitcore.errors import ArgumentError, ConfigError, LifecycleError
-from bitlab_hf.replace import quantized_layers
-from bitlab_hf.train.calibrate import CalibrationReport, Progress, calibrate
+from bitlab_hf.fit.calibrate import CalibrationReport, Progress, calibrate
+from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class CalibratedStartMixin(_Base):
         if is_deepspeed_zero3_enabled():
             logger.warning(
                 "BitLabTrainer: training starts without calibration: ZeRO-3 holds the weights in "
-                "partitions\nCalibrate before with bitlab_hf.train.calibrate, and save the model."
+                "partitions\nCalibrate before with bitlab_hf.fit.calibrate, and save the model."
             )
             return None
         on_cpu = self.args.device.type == "cpu"

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, ProgressCallback
 
 from bitcore.errors import ArgumentError
-from bitlab_hf.replace import quantized_layers
+from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.train.run_facts import run_facts
 from bitlab_hf.train.statistics_files import RunFiles
 from bitlab_hf.train.statistics_measure import (

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bitcore.errors import CheckpointError
-from bitlab_hf.atomic import write_atomically
+from bitlab_hf.checkpoint.atomic import write_atomically
 
 STATISTICS_FILE = "ternary_statistics.jsonl"
 HISTOGRAMS_FILE = "ternary_histograms.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bitcore.errors import ArgumentError, MissingExtraError
+from bitlab_hf.model.tree import decoder_layers
 from bitlab_hf.train.recipe import Recipe
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -118,22 +118,6 @@ class States:
     last: Tensor | None = None
     hidden: list[Tensor] = field(default_factory=list)
     relations: list[Tensor] = field(default_factory=list)
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Returns the model's transformer layers, in order.
-
-    Raises:
-        ArgumentError: None were found.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and any(
-            re.search("Layer|Block", type(item).__name__) for item in module
-        ):
-            return list(module)
-    raise ArgumentError(
-        f"BitLabTrainer: model must have a list of transformer layers, got {type(model).__name__}"
-    )
 
 
 def _watched(model: nn.Module, recipe: Recipe) -> tuple[list[nn.Module], list[nn.Module]]:

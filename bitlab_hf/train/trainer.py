@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import Trainer
 
 from bitcore.errors import ArgumentError, CheckpointError, NonFiniteError
-from bitlab_hf.parallel import check_no_tensor_parallel
-from bitlab_hf.replace import quantized_layers
+from bitlab_hf.model.parallel import check_no_tensor_parallel
+from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.train.distill import DistillationMixin
 from bitlab_hf.train.guard import (
     Finding,

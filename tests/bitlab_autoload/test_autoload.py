@@ -186,12 +186,12 @@ def test_nothing_escapes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
 
 def test_broken_bitlab_is_loud_only_where_it_is_needed(deployed: Path) -> None:
     """torch and transformers import; a load of a BitLab checkpoint says why it cannot."""
-    script = f"""import sys; sys.modules["bitlab_hf.deploy"] = None
+    script = f"""import sys; sys.modules["bitlab_hf.model.deploy"] = None
 from transformers import AutoModelForCausalLM as A
 A.from_pretrained({DEMO!r})
 print("float models load")
 A.from_pretrained({str(deployed)!r})"""
     done = run("-c", script)
     assert "float models load" in done.stdout
-    assert "import of bitlab_hf.deploy halted" in done.stderr
+    assert "import of bitlab_hf.model.deploy halted" in done.stderr
     assert done.returncode != 0

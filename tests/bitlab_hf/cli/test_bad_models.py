@@ -13,8 +13,8 @@ import pytest
 
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError
 from bitlab_hf.cli.common import find_scheme
+from tests.bitlab_hf.checkpoint.test_files import lead_out
 from tests.bitlab_hf.interop.stock import build
-from tests.bitlab_hf.test_files import lead_out
 
 Cli = Callable[..., Any]
 

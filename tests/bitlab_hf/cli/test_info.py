@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from bitcore import unpack_ternary
 from bitcore.errors import CheckpointError
 from bitlab_hf import BitLabConfig, save
-from bitlab_hf.replace import quantized_layers
+from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.models import make_float_model
 
 Cli = Callable[..., Any]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitcore.errors import ArgumentError
 from bitlab_hf import deploy, load_bitnet
-from bitlab_hf.replace import quantized_layers
+from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.interop import test_ternary
 from tests.bitlab_hf.interop.stock import build
 

@@ -26,7 +26,7 @@ from transformers.integrations.bitnet import BitLinear as StockBitLinear
 from bitcore import quantize, unpack_ternary
 from bitcore.errors import ArgumentError, ArgumentTypeError, CheckpointError, ConfigError
 from bitlab_hf import BitLabConfig, deploy, export_bitnet, load_bitnet, replace_linear, save
-from bitlab_hf.replace import quantized_layers
+from bitlab_hf.model.tree import quantized_layers
 from bitlayers import BitLinear, RMSNormBitLinear
 from tests.bitlab_hf.interop.stock import (
     ROOT,

@@ -35,7 +35,7 @@ from bitcore import unpack_ternary
 from bitcore.errors import ArgumentError, ArgumentTypeError, MissingExtraError
 from bitlab_hf import BitLabConfig, deploy, export_gguf, replace_linear
 from bitlab_hf.interop.gguf_tokenizer import _pre_tokenizer
-from bitlab_hf.replace import quantized_layers
+from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.interop.stock import ROOT
 
 DEMO = ROOT / "bitlab_hf/demo/model"

@@ -24,7 +24,7 @@ from bitcore import unpack_ternary
 from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf import BitLabConfig, export_gguf, import_gguf, load_gguf
 from bitlab_hf.cli import main
-from bitlab_hf.replace import quantized_layers
+from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.interop.test_gguf import DEMO, LLAMA3, build
 
 TEXT = "def main():\n    x = 'h\u00e9llo'  # 12345 don't\n\n\n   y\t=2 \u4e16\u754c"

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bitcore import unpack_ternary
 from bitlab_hf import BitLabConfig, deploy, export_gguf
 from bitlab_hf.demo.corpus import source_files
-from bitlab_hf.replace import quantized_layers
+from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.interop.test_gguf import DEMO, NAMES, read, rotated
 
 pytestmark = pytest.mark.ci

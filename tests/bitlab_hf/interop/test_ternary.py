@@ -19,7 +19,7 @@ from bitcore.errors import ArgumentError, CheckpointError, ConfigError
 from bitlab_hf import BitLabConfig, convert_ternary, save
 from bitlab_hf.interop.stream import Entry, StreamWriter
 from bitlab_hf.interop.structure import find_structure
-from bitlab_hf.replace import quantized_layers
+from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.interop.stock import SIZES
 
 LAYER = "model.layers.1.mlp.up_proj"

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from bitcore import BitQuantConfig
 from bitcore.estimators import ESTIMATORS
 from bitlab_hf import BitLabConfig
-from bitlab_hf.replace import quantized_layers
+from bitlab_hf.model.tree import quantized_layers
 from bitlayers import BitLinear
 from tests.bitlab_hf.models import VOCABULARY, make_float_model, training_data
 from tests.bitlab_hf.train.test_trainer import arguments

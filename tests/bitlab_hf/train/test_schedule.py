@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError
-from bitlab_hf.replace import quantized_layers
+from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.train import BitLabTrainer, QuantStrengthWarmup, Recipe, TernaryStatistics
 from bitlab_hf.train.schedule import strength_at
 from bitlab_hf.train.statistics_files import read_statistics

@@ -21,7 +21,7 @@ from bitcore.errors import ArgumentError, CheckpointError
 from bitcore.packing import pack_ternary, unpack_ternary
 from bitcore.quantize import quantize_activation, ternarize, weight_scale
 from bitlab_hf import BitLabConfig
-from bitlab_hf.replace import quantized_layers
+from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.train import TernaryStatistics
 from bitlab_hf.train import statistics_measure as measure
 from bitlab_hf.train.statistics_files import (

@@ -1,0 +1,1 @@
+"""Reads and writes checkpoints: headers, files, saving, the card."""

@@ -1,0 +1,165 @@
+"""The model card of a deployed model: facts that the model shows or somebody recorded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from bitcore.config import BitQuantConfig
+from bitcore.errors import ArgumentError
+from bitlab_hf.checkpoint.atomic import write_atomically
+from bitlab_hf.checkpoint.facts import Facts
+from bitlab_hf.model.tree import quantized_layers
+from bitlayers.int8 import Int8Rows
+
+INSTALL = "pip install bitlab-hf"
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_BEGIN, _END = "<!-- bitlab facts -->", "<!-- end of bitlab facts -->"
+_BLOCK = re.compile(f"{_BEGIN}.*?{_END}", re.DOTALL)
+
+
+def record_facts(directory: str | os.PathLike[str], facts: Facts) -> None:
+    """Adds facts to a saved model, and to its card where BitLab wrote it.
+
+    Args:
+        directory: A model's folder.
+        facts: What to add; what is there under the same name is replaced.
+
+    Raises:
+        ArgumentError: The folder holds no model.
+        CheckpointError: The facts that it holds are damaged.
+    """
+    folder = Path(directory)
+    if not (folder / "config.json").exists():
+        raise ArgumentError(f"record_facts: {folder} must hold a model, got no config.json")
+    facts = Facts.load(folder).merged(facts)
+    facts.save(folder)
+    card = folder / "README.md"
+    if not card.exists():
+        return
+    text = card.read_text(encoding="utf-8")
+    if not _BLOCK.search(text):
+        return
+    text = _BLOCK.sub(lambda _: _facts_block(facts), text)
+    if facts.base_model is not None:
+        lines = [
+            line
+            for line in text.split("\n")
+            if not line.startswith(("base_model:", "base_model_relation:"))
+        ]
+        text = "\n".join([lines[0], *_base_lines(facts.base_model), *lines[1:]])
+    write_atomically(card, text)
+
+
+def _base_lines(base: str) -> list[str]:
+    return [f"base_model: {json.dumps(base)}", 'base_model_relation: "quantized"']
+
+
+def _facts_block(facts: Facts) -> str:
+    """Returns the part of the card that recorded facts make; with none, two markers."""
+    made = [("trained from", facts.base_model), ("recipe", facts.recipe), ("data", facts.data)]
+    rows = [(name, value) for name, value in made if value]
+    parts = [_BEGIN]
+    if rows:
+        parts.append("## How it was made\n\n" + _table(rows))
+    if facts.perplexities:
+        values = [(name, f"{value:.3f}") for name, value in facts.perplexities.items()]
+        parts.append("## Perplexity\n\n" + _table(values))
+    if facts.speeds:
+        values = [(name, f"{value:.1f} tokens/s") for name, value in facts.speeds.items()]
+        parts.append("## Speed\n\n" + _table(values))
+    return "\n\n".join([*parts, _END])
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(["| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in cells)])
+
+
+def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -> str:
+    """Returns the README.md of a deployed model, with the metadata that the hub reads.
+
+    Nothing is in it that the model does not show or ``facts`` say; the base model is named where
+    the model was loaded from the hub.
+
+    Args:
+        model: A deployed model.
+        title: Its name.
+        facts: What the model does not show.
+    """
+    facts = facts or Facts()
+    layers = [found.module for found in quantized_layers(model)]
+    packed = {id(layer.qweight): layer.in_features * layer.out_features for layer in layers}
+    ternary = sum(packed.values())
+    int8 = {
+        id(module.qweight): module.qweight.numel()
+        for module in model.modules()
+        if isinstance(module, Int8Rows)
+    }
+    floats = {id(p): p.numel() for p in model.parameters() if p.is_floating_point()}
+    schemes = Counter(_scheme(layer.quant_config) for layer in layers)
+    architectures = getattr(model.config, "architectures", None) or [type(model).__name__]
+    causal = architectures[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    metadata: dict[str, object] = {
+        "library_name": "transformers",
+        "tags": ["bitlab", "ternary", "1.58-bit", "quantized"],
+    }
+    if causal:
+        metadata["pipeline_tag"] = "text-generation"
+    loaded = str(getattr(model.config, "_name_or_path", "") or "")
+    if facts.base_model is None and _REPOSITORY.fullmatch(loaded) and not Path(loaded).exists():
+        facts = facts.merged(Facts(base_model=loaded))
+    base = _base_lines(facts.base_model) if facts.base_model else []
+    stored = _stored_bytes(model)
+    half = 2 * (ternary + sum(int8.values()) + sum(floats.values()))
+    auto = "AutoModelForCausalLM" if causal else architectures[0]
+    lines = [
+        # JSON values are YAML.
+        "\n".join(["---", *base, *(f"{k}: {json.dumps(v)}" for k, v in metadata.items()), "---"]),
+        f"# {title}",
+        f"A ternary (1.58-bit) {architectures[0]}, packed by BitLab: the weights of "
+        f"{len(layers)} linear layers are -1, 0 or +1 times a scale, four to a byte.",
+        "## Load it",
+        f"```bash\n{INSTALL}\n```",
+        f"```python\nfrom transformers import {auto}\n\n"
+        f'model = {auto}.from_pretrained("{title}")\n```',
+        "No import of BitLab is needed. Without it installed, loading fails with a size mismatch "
+        f"of `{quantized_layers(model)[0].names[0]}.weight` instead of giving random weights.",
+        "## What is in it",
+        "| | |\n|---|---|\n"
+        f"| ternary weights | {ternary:,} in {len(packed)} matrices |\n"
+        + (f"| output head, int8 | {sum(int8.values()):,} |\n" * bool(int8))
+        + f"| other parameters | {sum(floats.values()):,}, {_dtypes(model)} |\n"
+        + f"| size | {stored / 1e6:.1f} MB; {half / 1e6:.1f} MB in 16 bits a weight |\n"
+        + "\n".join(f"| {count} layers | {scheme} |" for scheme, count in schemes.items()),
+        _facts_block(facts),
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _stored_bytes(model: nn.Module) -> int:
+    """Returns the bytes of what a file of the model holds; a tensor held twice counts once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _scheme(config: BitQuantConfig) -> str:
+    grouped = f" of {config.group_size}" if config.group_size else ""
+    weights = config.weight_granularity.replace("_", " ") + grouped
+    if config.activation_dtype == "float32":
+        return f"scales {weights}, activations not quantized"
+    return f"scales {weights}, activations int8 {config.activation_granularity.replace('_', ' ')}"
+
+
+def _dtypes(model: nn.Module) -> str:
+    names = Counter(
+        str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()
+    )
+    return " and ".join(sorted(names))

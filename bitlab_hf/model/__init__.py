@@ -1,0 +1,1 @@
+"""Changes a model in memory: finds its layers, swaps them, deploys them."""

@@ -1,0 +1,151 @@
+"""Deployment of a whole model: full-precision weights out, packed ones in, for good."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+from bitcore.errors import LifecycleError
+from bitlab_hf.config import QUANT_METHOD, BitLabConfig
+from bitlab_hf.model.head import input_embeddings, int8_modules, plan_head
+from bitlab_hf.model.marks import mark_quantized, untie_packed
+from bitlab_hf.model.replace import check_single_weight
+from bitlab_hf.model.tree import quantized_layers
+from bitlayers.checks import check_deployable
+from bitlayers.int8 import Int8Embedding, Int8Linear
+from bitlayers.registry import LAYER_REGISTRY
+from bitlayers.rmsnorm import RMSNormBitLinear
+
+logger = logging.getLogger("bitlab")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def deploy(model: Model) -> Model:
+    """Packs every quantized layer of a model for good, or none.
+
+    First every layer is checked and packed beside the weights, then all are committed, so an error
+    leaves the model as it was. With ``head="int8"`` the output head, and the embedding tied to it,
+    are quantized with them. Other tensors keep their dtype. Gradients and an
+    optimizer that still hold the latent weights keep their memory: drop them first.
+
+    Args:
+        model: A model with latent quantized layers, from ``from_pretrained`` or `replace_linear`.
+
+    Returns:
+        The model, changed in place and in eval mode.
+
+    Raises:
+        LifecycleError: The model has no latent layers, is deployed already, sharded, or wrapped by
+            an adapter or a data-parallel module.
+        NonFiniteError: A weight holds NaN or infinity; the message names it.
+        ConfigError: ``head="int8"`` is asked of a head that has no int8 form.
+    """
+    _check_unwrapped(model)
+    # torch.compile wraps the module that is meant.
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    layers = quantized_layers(inner)
+    if not layers:
+        raise LifecycleError(
+            "deploy: model must hold quantized layers, got none\n"
+            "Load it with quantization_config=BitLabConfig(), or call replace_linear(model)."
+        )
+    if all(layer.module.is_deployed for layer in layers):
+        raise LifecycleError("deploy: model must be latent, got one that is deployed already")
+    latent = [layer for layer in layers if not layer.module.is_deployed]
+    for layer in latent:
+        check_deployable(layer.module, f"{layer.names[0]}.weight")
+    if any(layer.module.weight.grad is not None for layer in latent):
+        logger.warning(
+            "bitlab: deploy() found gradients; an optimizer that is still alive keeps the latent "
+            "weights in memory"
+        )
+    groups = check_single_weight(latent)
+    head = plan_head(inner)
+    packed = [group[0].module.build_packed() for group in groups.values()]
+    for group, (qweight, scale) in zip(groups.values(), packed, strict=True):
+        for layer in group:
+            layer.module.commit_packed(qweight, scale)
+            # One Parameter for all: counted, moved and saved once.
+            layer.module.qweight = group[0].module.qweight
+    model.eval()
+    if isinstance(inner, PreTrainedModel):
+        if head is not None:
+            head.commit(inner)
+        _attach(inner)
+    return model
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise LifecycleError(f"deploy: model must be a torch module, got {type(model).__name__}")
+    wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    if wrapped or hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise LifecycleError(
+            f"deploy: model must have no adapters around its layers, got some{_at(wrapped)}\n"
+            "Merge or unload them first, then deploy the model that was inside."
+        )
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    if isinstance(model, parallel) or type(model).__name__ == "FullyShardedDataParallel":
+        raise LifecycleError(
+            f"deploy: model must be the module itself, got {type(model).__name__}\n"
+            "Pass model.module (accelerator.unwrap_model(model)), gathered in one process."
+        )
+
+
+def _at(names: list[str]) -> str:
+    return f" (at {names[0]} and {len(names) - 1} more)" if names else ""
+
+
+def _attach(model: PreTrainedModel) -> None:
+    """Makes transformers see a quantized model: quantizer, configuration, tied names."""
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, BitLabConfig):
+        config = _described(model)
+    config = copy.deepcopy(config)
+    if config.head == "int8" and not int8_modules(model):
+        # A model without a head, of a file that has one.
+        config.head = "keep"
+    config.weight_format, config.mode = "packed", "auto"
+    # By name, as transformers finds it: the quantizer stands above this module.
+    quantizer = AUTO_QUANTIZER_MAPPING[QUANT_METHOD](config, pre_quantized=True)
+    model.config.quantization_config = quantizer.quantization_config
+    mark_quantized(model, quantizer)
+    untie_packed(model)
+    head = model.get_output_embeddings()
+    embedding = input_embeddings(model)
+    borrows = isinstance(head, Int8Linear) and isinstance(embedding, Int8Embedding)
+    if head is not None and getattr(head, "weight", None) is None and not borrows:
+        # The head has quantized weights of its own now; the embedding keeps the float ones.
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
+
+
+def _described(model: PreTrainedModel) -> BitLabConfig:
+    """Returns the configuration of a model that `replace_linear` converted without writing one."""
+    layers = quantized_layers(model)
+    names = {name for layer in layers for name in layer.names}
+    classes = {type(layer.module) for layer in layers}
+    registered = [name for name, known in LAYER_REGISTRY.items() if known in classes]
+    config = BitLabConfig(layer=registered[0] if registered else "BitLinear")
+    config.overrides = {
+        name: layer.module.quant_config.to_dict() for layer in layers for name in layer.names
+    }
+    if config.layer == "BitLinear":
+        config.sub_norm = [
+            name
+            for layer in layers
+            for name in layer.names
+            if isinstance(layer.module, RMSNormBitLinear)
+        ]
+    config.head = "int8" if int8_modules(model) else "keep"
+    config.modules_to_not_convert = sorted(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in names
+    )
+    return config

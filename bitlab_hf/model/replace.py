@@ -1,0 +1,261 @@
+"""Swaps linear layers for quantized ones, through the layer registry.
+
+Also for models outside transformers: `replace_linear` needs nothing but a module tree.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from collections import Counter
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from bitcore.errors import ArgumentError, BitLabError, ConfigError
+from bitlab_hf.config import BitLabConfig
+from bitlab_hf.model.head import HEAD_ATTRIBUTE, find_head
+from bitlab_hf.model.tree import Found, aliases_of, find_modules
+from bitlayers.base import BitLayerBase
+from bitlayers.registry import get_layer
+
+logger = logging.getLogger("bitlab")
+
+
+def find_linears(model: nn.Module, skip: list[str]) -> list[Found[nn.Linear]]:
+    """Returns the plain ``nn.Linear`` modules that no pattern of ``skip`` names."""
+    # Subclasses are left alone: what uses them may read their weight itself.
+    return [
+        found
+        for found in find_modules(model, nn.Linear)
+        if type(found.module) is nn.Linear
+        and all(
+            should_convert_module(alias, skip)
+            for name in found.names
+            for alias in aliases_of(model, name)
+        )
+    ]
+
+
+def skipped_modules(model: PreTrainedModel, config: BitLabConfig, defaults: bool) -> list[str]:
+    """Returns the patterns of modules to leave alone in a transformers model.
+
+    Args:
+        model: The model.
+        config: Whose ``modules_to_not_convert`` and ``head`` count.
+        defaults: Whether to add what transformers skips by default (a file of ours holds them).
+    """
+    names = HfQuantizer.get_modules_to_not_convert(
+        model,
+        list(config.modules_to_not_convert or []),
+        sorted(model._keep_in_fp32_modules or ()),
+        add_default_skips=defaults,
+    )
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    stripped = {name: name.removesuffix(".weight").removesuffix(".bias") for name in names}
+    # transformers names parameters; one that is no linear layer's must not skip its whole parent.
+    names = [short if short in linears else name for name, short in stripped.items()]
+    output = model.get_output_embeddings()
+    head = {name for name, module in model.named_modules() if module is output}
+    if config.head == "ternary":
+        return sorted(set(names) - head)
+    return sorted(set(names) | head)
+
+
+def check_overrides(
+    model: nn.Module, linears: list[Found[nn.Linear]], config: BitLabConfig
+) -> None:
+    """Raises if an override's pattern names no layer that is converted.
+
+    Raises:
+        ConfigError: A pattern matches nothing.
+    """
+    names = [
+        alias for found in linears for name in found.names for alias in aliases_of(model, name)
+    ]
+    if config.sub_norm and not any(map(config.norms, names)):
+        raise ConfigError(
+            f"BitLabConfig: sub_norm must match converted layers, got {config.sub_norm!r}, which "
+            "match none"
+        )
+    for pattern in config.overrides:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(
+                f"BitLabConfig: overrides must match converted layers, got {pattern!r}, which "
+                f"matches none\nPatterns match whole names such as {linears[0].names[0]!r}; "
+                f"try '*{pattern}'."
+            )
+
+
+def replace_linear(model: nn.Module, config: BitLabConfig | None = None) -> nn.Module:
+    """Swaps the linear layers of any model for latent quantized ones that share their weights.
+
+    Weights become float32 unless ``config.latent_dtype == "keep"``; two layers that shared a
+    weight share it still. A model outside transformers has no known output head: name it in
+    ``config.modules_to_not_convert``.
+
+    Args:
+        model: Any module tree; it is changed in place.
+        config: What to convert, and how; default `BitLabConfig()`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: Nothing was found to convert, or a layer cannot be quantized as asked.
+    """
+    config = BitLabConfig() if config is None else config
+    if isinstance(model, nn.Linear):
+        raise ConfigError(
+            "replace_linear: model must hold linear layers, got one itself\n"
+            "Use BitLinear.from_linear(linear)."
+        )
+    skip = list(config.modules_to_not_convert or [])
+    if isinstance(model, PreTrainedModel):
+        skip = skipped_modules(model, config, defaults=True)
+    if config.head == "int8":
+        _check_int8_head(model)
+    linears = find_linears(model, skip)
+    swap_latent(model, linears, config)
+    if config.head == "int8":
+        # Such a model has no quantization config of its own; `deploy` looks here.
+        setattr(model, HEAD_ATTRIBUTE, config.head)
+    return model
+
+
+def _check_int8_head(model: nn.Module) -> None:
+    if not isinstance(model, PreTrainedModel) or find_head(model) is None:
+        raise ConfigError(
+            'replace_linear: head="int8" must be asked of a transformers model with an output '
+            f"head, got {type(model).__name__}"
+        )
+
+
+def swap_latent(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLabConfig) -> None:
+    """Swaps these layers for latent ones."""
+    check_found(model, linears)
+    check_overrides(model, linears, config)
+    weights: dict[int, nn.Parameter] = {}
+    scales: dict[int, nn.Parameter] = {}
+    layers = []
+    for found in linears:
+        linear = found.module
+        weight: torch.Tensor = linear.weight
+        if config.latent_dtype == "float32" and weight.dtype != torch.float32:
+            if id(weight) not in weights:
+                weights[id(weight)] = nn.Parameter(weight.detach().float(), weight.requires_grad)
+            weight = weights[id(weight)]
+        with _Naming(found.names[0]):
+            aliases = aliases_of(model, found.names[0])
+            layer_class = get_layer(config.layer_name(*aliases))
+            layer = layer_class.from_linear(linear, config.layer_config(*aliases))
+        layer.weight = weight
+        layer.latent_dtype = weight.dtype
+        if layer.learned_scale is not None:
+            # What shares a weight shares the scale that is trained with it.
+            layer.learned_scale = scales.setdefault(id(weight), layer.learned_scale)
+        layers.append(layer)
+    _swap(model, linears, layers)
+
+
+def swap_packed(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLabConfig) -> None:
+    """Swaps these layers for deployed ones whose packed tensors a loader fills."""
+    check_found(model, linears)
+    layers = []
+    for found in linears:
+        linear = found.module
+        with _Naming(found.names[0]):
+            aliases = aliases_of(model, found.names[0])
+            layers.append(
+                get_layer(config.layer_name(*aliases)).packed_skeleton(
+                    linear.in_features,
+                    linear.out_features,
+                    bias=linear.bias is not None,
+                    quant_config=config.layer_config(*aliases),
+                    device=linear.weight.device,
+                    dtype=linear.weight.dtype,
+                )
+            )
+    _swap(model, linears, layers)
+
+
+def _swap(model: nn.Module, linears: list[Found[nn.Linear]], layers: list[BitLayerBase]) -> None:
+    # All layers were built before the first is put in: an error above changes nothing.
+    for found, layer in zip(linears, layers, strict=True):
+        for name in found.names:
+            parent_name, _, child = name.rpartition(".")
+            parent = model.get_submodule(parent_name)
+            setattr(parent, child, layer)
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                # Its fast path in eval mode reads the weights itself; 0 turns it off.
+                parent.activation_relu_or_gelu = 0
+
+
+class _Naming:
+    """Adds the module's name to an error of its construction."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        if isinstance(error, BitLabError):
+            raise ConfigError(f"{self._name}: {error}") from error
+
+
+def check_found(model: nn.Module, linears: list[Found[nn.Linear]]) -> None:
+    """Raises if there is nothing to convert; warns if most of the weights stay float.
+
+    Raises:
+        ConfigError: No linear layer is left to convert; the message says what there is.
+    """
+    experts = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and "expert" in name
+    ]
+    if not linears:
+        kinds = Counter(type(m).__name__ for m in model.modules() if not list(m.children()))
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6))
+        experts_found = f"; {len(experts)} expert tensors of 3 dimensions" if experts else ""
+        raise ConfigError(
+            "bitlab: the model must hold nn.Linear layers that are not skipped, got none among "
+            f"{listed}{experts_found}\n"
+            "Conv1D layers (GPT-2) and 3D experts are not supported; modules_to_not_convert says "
+            "what is skipped."
+        )
+    if experts:
+        total = sum(parameter.numel() for parameter in model.parameters())
+        share = sum(parameter.numel() for _, parameter in experts) / total
+        logger.warning(
+            "bitlab: %d expert tensors such as %s, %.0f %% of the weights, stay float",
+            len(experts),
+            experts[0][0],
+            100 * share,
+        )
+
+
+def check_single_weight(found: list[Found[BitLayerBase]]) -> dict[int, list[Found[BitLayerBase]]]:
+    """Groups latent layers by the weight they hold; layers that share one must be quantized alike.
+
+    Raises:
+        ArgumentError: Two layers share a weight but not a configuration.
+    """
+    groups: dict[int, list[Found[BitLayerBase]]] = {}
+    for layer in found:
+        groups.setdefault(id(layer.module.weight), []).append(layer)
+    for group in groups.values():
+        configs = {layer.module.quant_config for layer in group}
+        if len(configs) > 1:
+            raise ArgumentError(
+                f"deploy: {', '.join(layer.names[0] for layer in group)} share one weight and "
+                "must have one configuration, got different ones"
+            )
+    return groups

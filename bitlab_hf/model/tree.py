@@ -1,0 +1,72 @@
+"""The tree of a model's modules: what is in it, under which names, and how one is put in."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from torch import nn
+
+from bitcore.errors import ArgumentError
+from bitlayers.base import BitLayerBase
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+@dataclass
+class Found(Generic[Layer]):
+    """A layer of the model: the module and every name under which it is reachable."""
+
+    module: Layer
+    names: list[str] = field(default_factory=list)
+
+
+def find_modules(model: nn.Module, kind: type[Layer]) -> list[Found[Layer]]:
+    """Returns the modules of a kind, each once with all of its names, in order."""
+    found: dict[int, Found[Layer]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, kind):
+            found.setdefault(id(module), Found(module)).names.append(name)
+    return list(found.values())
+
+
+def aliases_of(model: nn.Module, name: str) -> list[str]:
+    """Returns the names of a module in the model and in its family: with and without the prefix.
+
+    A configuration written by a causal language model says ``model.layers.0``; the same layer of
+    the base model that is loaded from it is called ``layers.0``.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix:
+        return [name]
+    if name.startswith(f"{prefix}."):
+        return [name, name.removeprefix(f"{prefix}.")]
+    return [name, f"{prefix}.{name}"]
+
+
+def quantized_layers(model: nn.Module) -> list[Found[BitLayerBase]]:
+    """Returns the quantized layers of a model, each once."""
+    return find_modules(model, BitLayerBase)
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of another in the tree."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Returns the model's transformer layers, in order.
+
+    Raises:
+        ArgumentError: None were found.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and any(
+            re.search("Layer|Block", type(item).__name__) for item in module
+        ):
+            return list(module)
+    raise ArgumentError(
+        f"bitlab: model must have a list of transformer layers, got {type(model).__name__}"
+    )

@@ -1,0 +1,1 @@
+"""PEFT on ternary layers: what it may do, and merging."""

@@ -1,0 +1,276 @@
+"""What bench/cuda.py times: layers, the quantizers of training, and the GPU's own limits.
+
+Without a GPU the same code runs on the CPU (`bench/cuda.py --quick`), call by call instead of as
+CUDA graphs, so that nobody with a GPU finds it broken; those times mean nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], object]
+WARM_UP = 3
+MOST_COPIES = 64
+# A kernel must be faster than torch.compile's by this much; else the simpler one is kept.
+WORTH = 1.1
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How much is measured.
+
+    Attributes:
+        device: Where.
+        replays: Of each side.
+        l2_bytes: Weights rotate through four times as much, or 64 copies.
+        ceiling_side: Of the square matmul; the copy moves 8 times its square in bytes.
+    """
+
+    device: torch.device
+    replays: int = 30
+    l2_bytes: int = 64 * 2**20
+    ceiling_side: int = 8192
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured side of a layer.
+
+    Attributes:
+        shape: Outputs x inputs.
+        tokens: M.
+        engine: ``"bitlab"`` or ``"cublas bf16"``.
+        us: Microseconds of one call, median.
+        us_p10: Tenth percentile.
+        us_p90: Ninetieth percentile.
+        gbs: Bytes of weights read a second, in 1e9.
+        tops: Multiplications and additions a second, in 1e12.
+    """
+
+    shape: str
+    tokens: int
+    engine: str
+    us: float
+    us_p10: float
+    us_p90: float
+    gbs: float
+    tops: float
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A quantizer of training: BitLab's op, and torch.compile's fusion of the same formula.
+
+    Attributes:
+        name: What is quantized.
+        shape: Of the tensor.
+        dtype: Of the tensor.
+        us: Microseconds of BitLab's op, median.
+        compiled_us: Of the compiled formula.
+        equal: Share of the codes (of the numbers, where it gives floats) that are the same.
+    """
+
+    name: str
+    shape: str
+    dtype: str
+    us: float
+    compiled_us: float
+    equal: float
+
+    @property
+    def keep(self) -> str:
+        """Which of the two the measurement speaks for."""
+        return "kernel" if self.compiled_us >= WORTH * self.us else "torch.compile"
+
+
+def captured(calls: list[Call]) -> Call:
+    """Returns the replay of a graph that makes the calls one after another."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def on_gpu(replay: Call) -> float:
+    """Returns the microseconds between two events around a replay."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    replay()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) * 1e3
+
+
+def on_cpu(replay: Call) -> float:
+    """Returns the microseconds of a replay."""
+    started = time.perf_counter()
+    replay()
+    return (time.perf_counter() - started) * 1e6
+
+
+def race(bench: Bench, sides: dict[str, list[Call]]) -> dict[str, list[float]]:
+    """Replays the sides in turn; returns the microseconds of one call, sorted."""
+    timed = on_gpu if bench.device.type == "cuda" else on_cpu
+    replays: dict[str, Call] = {}
+    for name, calls in sides.items():
+        one_by_one = lambda calls=calls: [call() for call in calls]  # noqa: E731
+        replays[name] = captured(calls) if bench.device.type == "cuda" else one_by_one
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for index in range(WARM_UP + bench.replays):
+        for name, replay in replays.items():
+            us = timed(replay)
+            if index >= WARM_UP:
+                times[name].append(us / len(sides[name]))
+    return {name: sorted(found) for name, found in times.items()}
+
+
+def ceilings(bench: Bench) -> dict[str, float]:
+    """Measures what this device can do: a copy in GB/s, a bf16 matmul in TFLOP/s.
+
+    A graph's memcpy is slower than a kernel that copies: the faster of the two counts.
+    """
+    side, device = bench.ceiling_side, bench.device
+    source = torch.randn(2 * side * side, device=device)
+    to = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    times = race(
+        bench,
+        {
+            "memcpy": [lambda: to.copy_(source)],
+            "kernel": [lambda: torch.neg(source, out=to)],
+            "matmul": [lambda: a @ b],
+        },
+    )
+    copy = min(statistics.median(times[name]) for name in ("memcpy", "kernel"))
+    return {
+        "copy_gbs": 2 * source.nbytes / copy / 1e3,
+        "bf16_tops": 2 * side**3 / statistics.median(times["matmul"]) / 1e6,
+    }
+
+
+def copies(bench: Bench, tensor: Tensor) -> list[Tensor]:
+    """Returns so many copies of a tensor that none is in the L2 cache when its turn comes."""
+    size = tensor.numel() * tensor.element_size()
+    return [tensor.clone() for _ in range(min(MOST_COPIES, max(2, -(-4 * bench.l2_bytes // size))))]
+
+
+def check(x: Tensor, qweight: Tensor, scale: Tensor, out_features: int) -> None:
+    """Compares the kernels with plain torch on this device, bit for bit, before they are timed.
+
+    Raises:
+        SystemExit: They differ.
+    """
+    from bitcore import reference
+
+    args = (x, qweight, scale, None, out_features, "int8_per_token", torch.float32)
+    if not torch.equal(torch.ops.bitlab.linear(*args), reference.linear(*args)):
+        raise SystemExit(f"{out_features}x{x.shape[1]}, {x.shape[0]} tokens: a wrong result")
+
+
+def measure(bench: Bench, shape: str, tokens: int) -> list[Row]:
+    """Times one layer on both sides."""
+    out_features, in_features = (int(size) for size in shape.split("x"))
+    x = torch.randn(tokens, in_features, device=bench.device, dtype=torch.bfloat16)
+    latent = torch.randn(out_features, in_features, device=bench.device, dtype=torch.bfloat16)
+    qweight, scale = torch.ops.bitlab.pack_weight(latent, "per_tensor", 0)
+    check(x[: min(tokens, 64)], qweight, scale, out_features)
+
+    def layer(weight: Tensor) -> Call:
+        args = (x, weight, scale, None, out_features, "int8_per_token", torch.bfloat16)
+        return lambda: torch.ops.bitlab.linear(*args)
+
+    sides: dict[str, list[Call]] = {
+        "bitlab": [layer(weight) for weight in copies(bench, qweight)],
+        "cublas bf16": [
+            lambda w=w: torch.nn.functional.linear(x, w) for w in copies(bench, latent)
+        ],
+    }
+    rows = []
+    for engine, times in race(bench, sides).items():
+        us, tenth = statistics.median(times), len(times) // 10
+        size = qweight.numel() if engine == "bitlab" else 2 * latent.numel()
+        work = 2 * tokens * latent.numel()
+        rows.append(
+            Row(shape, tokens, engine, us, times[tenth], times[-1 - tenth], size / us / 1e3,
+                work / us / 1e6)
+        )  # fmt: skip
+    return rows
+
+
+def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The formula of `torch.ops.bitlab.quantize_activation`, per token."""
+    most = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-5)
+    codes = (x.float() * (127.0 / most)).round().clamp(-128, 127).to(torch.int8)
+    return codes, most / 127.0
+
+
+def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The formula of `torch.ops.bitlab.pack_weight`, per tensor, with float32 sums."""
+    scale = weight.float().abs().mean().clamp(min=1e-5)
+    codes = (weight.float() * (1.0 / scale)).round().clamp(-1, 1).add(1).to(torch.uint8)
+    lanes = codes.view(4, -1, weight.shape[1])
+    return lanes[0] | lanes[1] << 2 | lanes[2] << 4 | lanes[3] << 6, scale.view(1)
+
+
+def unpack_weight(qweight: Tensor, scale: Tensor) -> Tensor:
+    """The formula of `torch.ops.bitlab.unpack_weight` to bfloat16: what a backward pass reads."""
+    lanes = torch.stack([qweight >> shift & 3 for shift in (0, 2, 4, 6)])
+    return ((lanes.view(-1, qweight.shape[1]).float() - 1) * scale).to(torch.bfloat16)
+
+
+def compiled(function: Callable[..., object], device: torch.device) -> Callable[..., object]:
+    """Compiles with torch.compile; on a CPU, where nothing is measured, only traced."""
+    backend = "inductor" if device.type == "cuda" else "eager"
+    return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+
+
+def first_of(result: object) -> Tensor:
+    """Returns a tensor, or the first of several."""
+    found = result[0] if isinstance(result, tuple) else result
+    assert isinstance(found, Tensor)
+    return found
+
+
+def quantizers(bench: Bench, shape: str, tokens: int, dtype: torch.dtype) -> list[Quantizer]:
+    """Times the quantizers of a training step's forward and backward pass for one layer."""
+    torch.compiler.reset()  # dynamo keeps a few shapes of a function at most
+    out_features, in_features = (int(size) for size in shape.split("x"))
+    x = torch.randn(tokens, in_features, device=bench.device, dtype=dtype)
+    latent = torch.randn(out_features, in_features, device=bench.device, dtype=dtype)
+    qweight, scale = torch.ops.bitlab.pack_weight(latent, "per_tensor", 0)
+    unpack = (out_features, torch.bfloat16)
+    ops = torch.ops.bitlab
+    raced: list[tuple[str, list[Tensor], Callable[..., object], Callable[..., object]]] = [
+        ("forward: x", [x], lambda x: ops.quantize_activation(x, False), quantize_activation),
+        ("forward: W", [latent], lambda w: ops.pack_weight(w, "per_tensor", 0), pack_weight),
+        ("backward: W", [qweight, scale], lambda q, s: ops.unpack_weight(q, s, *unpack),
+         unpack_weight),
+    ]  # fmt: skip
+    found = []
+    for name, inputs, ours, formula in raced:
+        fused = compiled(formula, bench.device)
+        same = first_of(ours(*inputs)) == first_of(fused(*inputs))
+        rotated = copies(bench, inputs[0])
+        sides: dict[str, list[Call]] = {
+            "bitlab": [lambda t=t, f=ours, rest=inputs[1:]: f(t, *rest) for t in rotated],
+            "compiled": [lambda t=t, f=fused, rest=inputs[1:]: f(t, *rest) for t in rotated],
+        }
+        times = {side: statistics.median(us) for side, us in race(bench, sides).items()}
+        described = "x".join(map(str, inputs[0].shape)) if name.endswith("x") else shape
+        kind = str(dtype).removeprefix("torch.")
+        equal = float(same.float().mean())
+        found.append(Quantizer(name, described, kind, times["bitlab"], times["compiled"], equal))
+    return found

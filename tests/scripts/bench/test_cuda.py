@@ -1,0 +1,107 @@
+"""The GPU benchmark where there is no GPU: what it says, and how it judges."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[3] / "scripts/bench/cuda.py"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return importlib.import_module("cuda")
+
+
+def test_targets_and_table(bench: ModuleType) -> None:
+    rows = [
+        bench.Row("8192x8192", 1, "bitlab", 8.0, 7.0, 9.0, 2097.0, 16.8),
+        bench.Row("8192x8192", 1, "cublas bf16", 50.0, 49.0, 52.0, 2684.0, 2.7),
+        bench.Row("2560x6912", 1, "bitlab", 7.0, 6.0, 8.0, 632.0, 5.1),
+        bench.Row("2560x6912", 1, "cublas bf16", 10.5, 10.0, 11.0, 3370.0, 3.4),
+    ]
+    limits = {"copy_gbs": 2600.0, "bf16_tops": 650.0}
+    speeds = {"bitlab int8": 90.0, "dense bf16": 50.0, "bitnet packed": 8.0}
+    found = {target.name: target for target in bench.targets(rows, limits, speeds)}
+    assert found["M 1, 8192x8192: 6x bf16"].verdict == "yes"
+    share = found["M 1, 8192x8192: 70 % of the copy bandwidth"].measured
+    assert share == pytest.approx(80.65, 1e-3)
+    assert found["M 1, 2560x6912: 2x bf16"].verdict == "NO"
+    assert found["M 1, 2560x6912: under 6 us"].verdict == "NO"
+    assert found["M 256, 8192x8192: 1.3x bf16"].verdict == "not in this run"
+    assert found["generate: 2x dense bf16"].verdict == "NO"
+    assert found["generate: 10x bitnet packed"].measured == pytest.approx(11.25)
+    assert bench.target_table(list(found.values())).splitlines()[2:4] == [
+        "| M 1, 8192x8192: 6x bf16 | 6.25 | yes |",
+        "| M 1, 8192x8192: 70 % of the copy bandwidth | 80.65 | yes |",
+    ]
+    line = "| 8192x8192 | 1 | 8.00 | 50.00 | 6.25 | 2097 | 81% | 16.8 | 3% |"
+    assert bench.layer_table(rows, limits).splitlines()[2] == line
+
+
+def test_the_simpler_quantizer_is_kept_unless_the_kernel_is_clearly_faster(
+    bench: ModuleType,
+) -> None:
+    for us, keep in ((5.0, "kernel"), (9.5, "torch.compile"), (20.0, "torch.compile")):
+        assert bench.Quantizer("forward: x", "8x64", "float32", us, 10.0, 1.0).keep == keep
+
+
+def run_quick(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, path: Path, *options: str
+) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", ["cuda.py", "--quick", "--json", str(path), *options])
+    bench.main()
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def test_everything_runs_without_a_gpu(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The same code as on a GPU, but for graphs and events."""
+    result = run_quick(bench, monkeypatch, tmp_path / "quick.json", "--no-generate")
+    assert len(result["rows"]) == 2 * 2 * 2
+    assert all(row["us"] > 0 for row in result["rows"])
+    assert [one["name"] for one in result["quantizers"]] == 4 * [
+        "forward: x", "forward: W", "backward: W",
+    ]  # fmt: skip
+    assert all(one["equal"] > 0.99 for one in result["quantizers"])
+    assert result["generate"] is None
+    assert {target["verdict"] for target in result["targets"]} == {"not in this run"}
+    tables = (tmp_path / "quick.md").read_text()
+    assert "| quantizer | shape | dtype |" in tables
+    assert "| target | measured | met |" in tables
+
+
+@pytest.mark.ci
+def test_a_model_runs_without_a_gpu(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = ("--shapes", "64x64", "--tokens", "1")
+    result = run_quick(bench, monkeypatch, tmp_path / "quick.json", *options)
+    engines = {one["engine"]: one for one in result["generate"]["engines"]}
+    assert tuple(engines) == bench.ENGINES
+    assert result["generate"]["cache"] == "static"
+    measured = {target["name"]: target["measured"] for target in result["targets"]}
+    speeds = {name: engine["decode_tok_s"] for name, engine in engines.items()}
+    ratio = speeds["bitlab int8"] / speeds["dense bf16"]
+    assert measured["generate: 2x dense bf16"] == pytest.approx(ratio)
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    if torch.cuda.is_available():
+        command = [sys.executable, str(SCRIPT), "--help"]
+    else:
+        command = [sys.executable, str(SCRIPT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert "CUDA" in done.stdout + done.stderr
+    assert (done.returncode == 0) == torch.cuda.is_available()
