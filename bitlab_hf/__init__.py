@@ -1,5 +1,7 @@
 """BitLab in transformers: ternary models from ``from_pretrained`` to ``push_to_hub``."""
 
+import sys
+
 from bitlab_hf.checkpoint.card import record_facts
 from bitlab_hf.checkpoint.facts import Facts
 from bitlab_hf.checkpoint.saving import save
@@ -9,6 +11,7 @@ from bitlab_hf.interop.gguf import export_gguf
 from bitlab_hf.interop.gguf_import import import_gguf, load_gguf
 from bitlab_hf.interop.hub import HubError, push
 from bitlab_hf.interop.ternary import convert_ternary
+from bitlab_hf.model import replace
 from bitlab_hf.model.deploy import deploy
 from bitlab_hf.model.replace import replace_linear
 from bitlab_hf.model.tree import quantized_layers
@@ -17,6 +20,8 @@ from bitlab_hf.peft.merge import MergeResult, merge_and_requantize
 from bitlab_hf.quantizer import BitLabHfQuantizer, register
 
 register()
+# `quantized_layers` and `replace_linear` under the path that they had before there were rooms.
+sys.modules[f"{__name__}.replace"] = replace
 _guard_peft()
 
 __all__ = [

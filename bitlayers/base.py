@@ -12,26 +12,32 @@ A property called ``qweight`` would collide with the Parameter of the deployed s
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from bitcore import ops
 from bitcore.config import BitQuantConfig
 from bitcore.errors import ArgumentError, ArgumentTypeError, LifecycleError
 from bitcore.prepared import PreparedLinear
 from bitlayers.checks import check_deployable, check_sizes, load_problem, log_deployed_stays
+from bitlayers.deployment import Deployment, Registered
 from bitlayers.init import INIT_METHODS
-from bitlayers.scales import Float32Scale
-from bitlayers.training import latent_version, make_learned_scale, pack, reset_learned_scale
+from bitlayers.quantized import cast_dtype
+from bitlayers.state import LayerState
+from bitlayers.training import (
+    Fingerprint,
+    latent_tensors,
+    make_learned_scale,
+    pack,
+    reset_learned_scale,
+)
 
 _PACKED = ("qweight", "qweight_scale")
 
 
-class BitLayerBase(Float32Scale):
+class BitLayerBase(LayerState):
     """Base class of all quantized layers.
 
     A subclass writes the five methods that raise NotImplementedError here; the base owns
@@ -58,16 +64,6 @@ class BitLayerBase(Float32Scale):
         ArgumentError: A size or init_method is not allowed.
         ArgumentTypeError: quant_config is not a BitQuantConfig.
     """
-
-    in_features: int
-    out_features: int
-    # Any: nn.Linear declares both as plain tensors, and they can be None.
-    weight: Any
-    bias: Any
-    qweight: Tensor
-    qweight_scale: Tensor
-    learned_scale: nn.Parameter | None
-    quant_strength: float = 1.0
 
     def __init__(
         self,
@@ -97,10 +93,9 @@ class BitLayerBase(Float32Scale):
         # For torch.compile, which skips a module's own fields but checks an object's at each call.
         self._activation = config.activation
         self.init_method = init_method
-        self.latent_dtype = dtype or torch.get_default_dtype()
+        self.latent_dtype = self.float_dtype = dtype or torch.get_default_dtype()
         self._is_deployed = False
-        # The weight is held weakly: the cache must not keep one alive that was offloaded.
-        self._cache: tuple[weakref.ref[Tensor], Any, Tensor, Tensor] | None = None
+        self._cache: tuple[Fingerprint, Tensor, Tensor] | None = None
         self._prepared: PreparedLinear | None = None
         if in_features is None or out_features is None:
             super().__init__()
@@ -139,8 +134,10 @@ class BitLayerBase(Float32Scale):
         """Called when the layer goes from training to eval."""
         raise NotImplementedError(f"{type(self).__name__} must define _on_enter_eval_mode()")
 
-    def _perform_deployment(self) -> tuple[Tensor, Tensor]:
-        """Builds and returns ``(qweight, qweight_scale)``; the base commits them."""
+    def _perform_deployment(self) -> tuple[Tensor, Tensor] | None:
+        """Builds and returns ``(qweight, qweight_scale)``, which the base commits; or packs the
+        layer itself, registers what its ``_eval_forward`` needs, and returns nothing.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define _perform_deployment()")
 
     # Not an ABC: a subclass may leave methods out, and is told so when they are called.
@@ -156,16 +153,6 @@ class BitLayerBase(Float32Scale):
 
     # State.
 
-    @property
-    def is_deployed(self) -> bool:
-        """Whether the layer has been deployed."""
-        return self._is_deployed
-
-    @property
-    def use_bias(self) -> bool:
-        """Whether the layer has a bias."""
-        return self.bias is not None
-
     def reset_parameters(self) -> None:
         """Initializes the weight by ``init_method`` and the bias to zero, unless both are meta."""
         if self.weight.is_meta:
@@ -177,6 +164,8 @@ class BitLayerBase(Float32Scale):
 
     def forward(self, x: Tensor) -> Tensor:
         """Runs the layer on x [..., in_features]; returns [..., out_features]."""
+        if self.casts_input:
+            x = x.to(self.float_dtype)
         return self._train_forward(x) if self.training else self._eval_forward(x)
 
     def train(self, mode: bool = True) -> Self:
@@ -206,27 +195,30 @@ class BitLayerBase(Float32Scale):
         """Returns ``(qweight, qweight_scale)``: the state of a deployed layer, else the eval
         cache.
         """
+        if self.packs_itself:
+            return self.qweight, self.qweight_scale
         if self._is_deployed:
             # Not by attribute: nn.Module's look-up costs as much as a small layer.
             packed = self._parameters["qweight"], self._buffers["qweight_scale"]
             return cast(tuple[Tensor, Tensor], packed)
-        weight = self.weight
-        if torch.compiler.is_compiling() or weight.is_inference():
+        tensors = latent_tensors(self)
+        if tensors is None:
             return self._pack()
-        cache, version = self._cache, latent_version(self)
-        if cache is not None and cache[0]() is weight and cache[1] == version:
-            return cache[2], cache[3]
+        cache = self._cache
+        if cache is not None and cache[0].matches(tensors):
+            return cache[1], cache[2]
         # A cache made under inference_mode could not be saved for a later backward pass.
         with torch.inference_mode(False):
             qweight, scale = self._pack()
-        self._cache = (weakref.ref(weight), version, qweight, scale)
+            self._cache = (Fingerprint(tensors), qweight, scale)
         return qweight, scale
 
     def _pack(self) -> tuple[Tensor, Tensor]:
         return pack(self)
 
     def __getattr__(self, name: str) -> Any:
-        if name in _PACKED and not self.__dict__.get("_is_deployed", False):
+        serves = name in _PACKED and not self.__dict__.get("_is_deployed", True)
+        if serves and not self.__dict__.get("_registers", False):
             if self.training:
                 raise AttributeError(
                     f"{type(self).__name__} has no {name} in training mode; call eval() or deploy()"
@@ -245,18 +237,39 @@ class BitLayerBase(Float32Scale):
             NonFiniteError: The weight holds NaN or infinity; nothing is changed.
         """
         check_deployable(self, "weight")
-        self.commit_packed(*self.build_packed())
+        self.commit(self.build_deployment())
         return self
 
-    def build_packed(self) -> tuple[Tensor, Tensor]:
-        """Returns what `_perform_deployment` built, checked to be a pair; changes nothing."""
-        packed = self._perform_deployment()
+    def build_deployment(self) -> Deployment:
+        """Returns what `_perform_deployment` makes of the layer, which stays as it is.
+
+        Raises:
+            LifecycleError: It returned anything but two tensors or None.
+        """
+        before = Registered.of(self)
+        try:
+            packed = self._perform_deployment()
+            after = Registered.of(self)
+        finally:
+            before.restore(self)
+        if packed is None:
+            return after
         if not (isinstance(packed, tuple) and len(packed) == 2):
             raise LifecycleError(
                 f"{type(self).__name__}: _perform_deployment must return (qweight, qweight_scale), "
-                f"got {packed!r}"
+                f"or nothing once the layer has packed itself, got {packed!r}"
             )
         return packed
+
+    def commit(self, built: Deployment) -> None:
+        """Makes the layer deployed with what `build_deployment` returned."""
+        if isinstance(built, tuple):
+            self.commit_packed(*built)
+            return
+        built.restore(self)
+        self.invalidate_cache()
+        self.packs_itself = self._is_deployed = True
+        super().train(False)
 
     def commit_packed(self, qweight: Tensor, qweight_scale: Tensor) -> None:
         """Makes the layer deployed with these packed tensors, which it keeps.
@@ -269,7 +282,7 @@ class BitLayerBase(Float32Scale):
         if weight is not None:
             self.latent_dtype = weight.dtype
         self.invalidate_cache()
-        # Not `del`: code outside asks for `layer.weight` and finds None.
+        # Not `del`: `weight` is a view from here on.
         self.register_parameter("weight", None)
         self.register_parameter("learned_scale", None)
         self.register_parameter("qweight", nn.Parameter(qweight, requires_grad=False))
@@ -278,21 +291,6 @@ class BitLayerBase(Float32Scale):
             self.bias.requires_grad_(False)
         self._is_deployed = True
         super().train(False)
-
-    def packed_shapes(self) -> tuple[tuple[int, int], tuple[int, ...]]:
-        """Returns the shapes of qweight and qweight_scale that the configuration asks for."""
-        rows, config = (self.out_features + 3) // 4, self.quant_config
-        scale: tuple[int, ...] = (1,)
-        if config.weight_granularity == "per_channel":
-            scale = (self.out_features,)
-        elif config.group_size is not None:
-            scale = (self.out_features, self.in_features // config.group_size)
-        return (rows, self.in_features), scale
-
-    def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns codes times scale, [N, K]: exactly what the deployed layer multiplies with."""
-        qweight, scale = self.packed()
-        return ops.unpack_weight(qweight, scale, self.out_features, dtype or torch.float32)
 
     # Construction from others.
 
@@ -351,6 +349,7 @@ class BitLayerBase(Float32Scale):
         weight = self._parameters.get("weight")
         if weight is not None:
             self.latent_dtype = weight.dtype
+        self.float_dtype = cast_dtype(fn, self.float_dtype)
         return self
 
     def _load_from_state_dict(

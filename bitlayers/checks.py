@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,8 @@ from bitcore.checks import check_float, check_group_size, check_in_features
 from bitcore.config import BitQuantConfig
 from bitcore.errors import ArgumentError, LifecycleError, NonFiniteError
 from bitcore.ops import has_invalid_code
+from bitlayers.state import LayerState
 from bitlayers.training import check_learned_scale
-
-if TYPE_CHECKING:
-    from bitlayers.base import BitLayerBase
 
 
 def check_sizes(name: str, in_features: int, out_features: int, config: BitQuantConfig) -> None:
@@ -33,7 +31,7 @@ def check_sizes(name: str, in_features: int, out_features: int, config: BitQuant
     check_group_size(name, in_features, config.weight_granularity, config.group_size or 0)
 
 
-def check_deployable(layer: BitLayerBase, name: str) -> None:
+def check_deployable(layer: LayerState, name: str) -> None:
     """Checks that a layer can be deployed, changing nothing.
 
     Args:
@@ -66,11 +64,16 @@ def check_whole(module: nn.Module, name: str) -> None:
         ArgumentTypeError: It has a dtype that cannot be quantized.
     """
     weight = module._parameters.get("weight")
-    if hasattr(module, "parametrizations") or (
-        weight is not None and type(weight.data) is not Tensor
-    ):
+    # torch's pruning, weight_norm and spectral_norm put a tensor in the Parameter's place.
+    if hasattr(module, "parametrizations") or "weight" in vars(module):
         raise LifecycleError(
-            f"deploy: {name} must be a whole, plain tensor, got a sharded or parametrized one\n"
+            f"deploy: {name} must be a Parameter of its own, got one that is computed from others "
+            "(pruned, normed or parametrized)\nMake it permanent first: torch.nn.utils's "
+            "prune.remove, remove_weight_norm or parametrize.remove_parametrizations."
+        )
+    if weight is not None and type(weight.data) is not Tensor:
+        raise LifecycleError(
+            f"deploy: {name} must be a whole, plain tensor, got a sharded one\n"
             "Gather the weights first: save the full model, load it in one process, deploy there."
         )
     if weight is None:
@@ -80,7 +83,7 @@ def check_whole(module: nn.Module, name: str) -> None:
         raise LifecycleError(f"deploy: {name} must hold data, got a tensor on the meta device")
 
 
-def load_problem(layer: BitLayerBase, state_dict: Mapping[str, Any], prefix: str) -> str | None:
+def load_problem(layer: LayerState, state_dict: Mapping[str, Any], prefix: str) -> str | None:
     """Says what in a state dict contradicts the state of the layer, whether strict or not."""
     if not layer.is_deployed:
         if prefix + "qweight" in state_dict:

@@ -20,22 +20,20 @@ from bitcore.checks import check_float, check_in_features, check_int8
 from bitcore.errors import ArgumentError, ArgumentTypeError
 from bitcore.quantize import dequantize_rows_int8, quantize_rows_int8
 from bitlayers.checks import int8_problem
-from bitlayers.scales import Float32Scale
+from bitlayers.quantized import QuantizedModule, cast_dtype
 
 
-class Int8Rows(Float32Scale):
+class Int8Rows(QuantizedModule):
     """What both modules share: ``qweight`` int8 [V, K], ``qweight_scale`` float32 [V], no weight.
 
     Attributes:
         qweight: int8 [V, K] with codes of -127 to 127, a Parameter that does not train.
         qweight_scale: float32 [V], finite and positive; multiplies codes.
-        weight: None.
+        dtype: dtype of the float weight that they stand for; follows ``module.to(dtype)``.
+        weight: A view of codes times scale in it, see `bitlayers.quantized.QuantizedModule`.
     """
 
-    # Any: nn.Linear and nn.Embedding declare it as a tensor.
-    weight: Any
-    qweight: Tensor
-    qweight_scale: Tensor
+    dtype: torch.dtype
 
     def commit(self, qweight: Tensor, qweight_scale: Tensor) -> Self:
         """Takes these tensors as they are; a Parameter is shared with the module that holds it.
@@ -49,21 +47,21 @@ class Int8Rows(Float32Scale):
         """
         name = type(self).__name__
         check_int8(name, qweight, qweight_scale)
-        expected = self._shape()
+        expected = self._weight_shape()
         if tuple(qweight.shape) != expected:
             raise ArgumentError(
                 f"{name}: qweight must be {list(expected)}, got {list(qweight.shape)}"
             )
         if not isinstance(qweight, nn.Parameter):
             qweight = nn.Parameter(qweight, requires_grad=False)
-        # Not `del`: code outside asks for `module.weight` and finds None.
+        # Not `del`: `weight` is a view from here on.
         self.register_parameter("weight", None)
         self.register_parameter("qweight", qweight)
         self.register_buffer("qweight_scale", qweight_scale)
         return self
 
-    def _shape(self) -> tuple[int, int]:
-        raise NotImplementedError
+    def _float_dtype(self) -> torch.dtype:
+        return self.dtype
 
     def _tensors(self) -> tuple[Tensor, Tensor]:
         # Not by attribute: nn.Module's look-up costs as much as a small layer.
@@ -71,7 +69,7 @@ class Int8Rows(Float32Scale):
         return cast(tuple[Tensor, Tensor], tensors)
 
     def _commit_empty(self, device: torch.device | str | None) -> None:
-        rows, columns = self._shape()
+        rows, columns = self._weight_shape()
         self.commit(
             torch.empty(rows, columns, dtype=torch.int8, device=device),
             torch.empty(rows, dtype=torch.float32, device=device),
@@ -80,6 +78,14 @@ class Int8Rows(Float32Scale):
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Returns codes times scale, [V, K] of dtype (default float32)."""
         return dequantize_rows_int8(self.qweight, self.qweight_scale, dtype or torch.float32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._set_dtype(cast_dtype(fn, self.dtype))
+        return self
+
+    def _set_dtype(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
 
     def _load_from_state_dict(
         self,
@@ -121,7 +127,7 @@ class Int8Linear(Int8Rows, nn.Linear):
         out_features: V.
         bias: Whether the layer has a bias.
         device: Where the tensors are made, empty.
-        dtype: dtype of the bias.
+        dtype: dtype of the bias and of `weight`.
 
     Raises:
         ArgumentError: in_features is too large.
@@ -138,11 +144,12 @@ class Int8Linear(Int8Rows, nn.Linear):
         check_in_features("Int8Linear", in_features)
         # On the meta device the float weight costs nothing.
         super().__init__(in_features, out_features, bias, device="meta", dtype=dtype)
+        self.dtype = dtype or torch.get_default_dtype()
         self._commit_empty(device)
         if bias:
             self.bias = nn.Parameter(torch.empty_like(self.bias, device=device), False)
 
-    def _shape(self) -> tuple[int, int]:
+    def _weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
     @classmethod
@@ -156,7 +163,9 @@ class Int8Linear(Int8Rows, nn.Linear):
             raise ArgumentTypeError(
                 f"{cls.__name__}: linear must be a plain nn.Linear, got {type(linear).__name__}"
             )
-        module = cls(linear.in_features, linear.out_features, False, linear.weight.device)
+        weight = linear.weight
+        rows, columns = weight.shape
+        module = cls(columns, rows, False, weight.device, weight.dtype)
         module.bias = linear.bias
         if module.bias is not None:
             module.bias.requires_grad_(False)
@@ -191,7 +200,7 @@ class Int8Embedding(Int8Rows, nn.Embedding):
         dtype: dtype of the output; follows ``module.to(dtype)``.
 
     Attributes:
-        dtype: dtype of the output.
+        dtype: dtype of the output and of `weight`.
         float_class: The class that this module replaces.
     """
 
@@ -211,10 +220,10 @@ class Int8Embedding(Int8Rows, nn.Embedding):
         self._commit_empty(device)
 
     def _set_dtype(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+        super()._set_dtype(dtype)
         self._factor = torch.tensor(self.embed_scale, dtype=dtype, device="cpu").item()
 
-    def _shape(self) -> tuple[int, int]:
+    def _weight_shape(self) -> tuple[int, int]:
         return self.num_embeddings, self.embedding_dim
 
     @classmethod
@@ -265,12 +274,6 @@ class Int8Embedding(Int8Rows, nn.Embedding):
         codes = F.embedding(input, qweight).float()
         rows = (codes * scale[input].unsqueeze(-1)).to(self.dtype)
         return rows if self._factor == 1.0 else rows * self._factor
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        # There is no float weight whose dtype a cast would change: an empty one stands for it.
-        self._set_dtype(fn(torch.empty(0, dtype=self.dtype)).dtype)
-        return self
 
     def extra_repr(self) -> str:
         """Returns what ``repr`` shows: sizes, padding, output dtype."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from bitcore.errors import ArgumentError, ArgumentTypeError
+from bitlayers.base import BitLayerBase
 
-if TYPE_CHECKING:
-    from bitlayers.base import BitLayerBase
-
-LayerClass = TypeVar("LayerClass", bound="type[BitLayerBase]")
+LayerClass = TypeVar("LayerClass", bound=type[BitLayerBase])
 
 LAYER_REGISTRY: dict[str, type[BitLayerBase]] = {}
 
@@ -31,8 +29,6 @@ def register_layer(name: str) -> Callable[[LayerClass], LayerClass]:
         raise ArgumentError(f"register_layer: name must be a non-empty string, got {name!r}")
 
     def register(layer: LayerClass) -> LayerClass:
-        from bitlayers.base import BitLayerBase
-
         if not (isinstance(layer, type) and issubclass(layer, BitLayerBase)):
             raise ArgumentTypeError(
                 f"register_layer: {name!r} must be a subclass of BitLayerBase, got {layer!r}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +10,15 @@ from torch.nn import functional as F
 
 from bitcore import estimators, ops
 from bitcore.errors import ArgumentError, NonFiniteError
-
-if TYPE_CHECKING:
-    from bitlayers.base import BitLayerBase
+from bitlayers.state import LayerState
 
 
-def is_learned(layer: BitLayerBase) -> bool:
+def is_learned(layer: LayerState) -> bool:
     """Tells whether the layer's estimator trains its scale."""
     return estimators.get_estimator(layer.quant_config.weight_quantizer).learned
 
 
-def make_learned_scale(layer: BitLayerBase) -> None:
+def make_learned_scale(layer: LayerState) -> None:
     """Gives a latent layer the scale Parameter that its estimator trains, if it does."""
     scale = None
     if is_learned(layer):
@@ -32,7 +30,7 @@ def make_learned_scale(layer: BitLayerBase) -> None:
 
 
 @torch.no_grad()
-def reset_learned_scale(layer: BitLayerBase) -> None:
+def reset_learned_scale(layer: LayerState) -> None:
     """Sets the learned scale, if there is one, as its estimator starts it for the weight."""
     scale, config = layer.learned_scale, layer.quant_config
     if scale is None or scale.is_meta or layer.weight.is_meta:
@@ -43,7 +41,7 @@ def reset_learned_scale(layer: BitLayerBase) -> None:
     scale.copy_(step)
 
 
-def training_scales(layer: BitLayerBase) -> tuple[Tensor | None, Tensor | None]:
+def training_scales(layer: LayerState) -> tuple[Tensor | None, Tensor | None]:
     """Returns step and scale as `bitcore.ops.qat_linear` takes them."""
     config = layer.quant_config
     if config.weight_quantizer == "absmean":
@@ -56,15 +54,57 @@ def training_scales(layer: BitLayerBase) -> tuple[Tensor | None, Tensor | None]:
     )
 
 
-def latent_version(layer: BitLayerBase) -> tuple[int, int]:
-    """Returns what changes whenever the weight or a learned scale is written in place."""
+# Elements of a weight that are compared to see whether it was written, a side of a square grid.
+_COMPARED = 8
+
+
+class Fingerprint:
+    """What of a latent weight and its learned scale is compared to see whether they were written.
+
+    In-place operations raise a tensor's version. What is written through ``.data`` does not, nor
+    does another tensor that is put behind the Parameter: adapters are merged, averages copied and
+    references synchronized so. Therefore a grid of values is compared too. It misses a write
+    through ``.data`` to other elements only, after which ``invalidate_cache()`` is needed.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._marks = [(tensor._version, tensor.data_ptr(), tensor.shape) for tensor in tensors]
+        # Weakly: the cache must not keep a weight alive that was offloaded.
+        self._tensors = [weakref.ref(tensor) for tensor in tensors]
+        self._values = [_grid(tensor).clone() for tensor in tensors]
+
+    def matches(self, tensors: list[Tensor]) -> bool:
+        """Tells whether these are the same tensors, not written to since."""
+        return len(tensors) == len(self._marks) and all(
+            held() is tensor
+            and mark == (tensor._version, tensor.data_ptr(), tensor.shape)
+            and torch.equal(values, _grid(tensor))
+            for held, mark, values, tensor in zip(
+                self._tensors, self._marks, self._values, tensors, strict=True
+            )
+        )
+
+
+def _grid(tensor: Tensor) -> Tensor:
+    steps = tuple(slice(None, None, max(1, -(-size // _COMPARED))) for size in tensor.shape)
+    return tensor.detach()[steps]
+
+
+def latent_tensors(layer: LayerState) -> list[Tensor] | None:
+    """Returns what packed weights depend on; None where a write to it could pass unseen: on a GPU
+    it would have to be waited for, a sharded or inference tensor does not tell.
+    """
+    weight: Tensor = layer.weight
+    if torch.compiler.is_compiling() or weight.is_inference() or weight.device.type != "cpu":
+        return None
+    if type(weight.data) is not Tensor:
+        return None
     learned: Tensor | None = layer._parameters["learned_scale"]
-    version: int = layer.weight._version
-    return version, 0 if learned is None else learned._version
+    return [weight] if learned is None else [weight, learned]
 
 
 @torch.no_grad()
-def pack(layer: BitLayerBase) -> tuple[Tensor, Tensor]:
+def pack(layer: LayerState) -> tuple[Tensor, Tensor]:
     """Packs a latent weight by the layer's estimator: qweight and its scale."""
     config = layer.quant_config
     step, scale = training_scales(layer)
@@ -75,7 +115,7 @@ def pack(layer: BitLayerBase) -> tuple[Tensor, Tensor]:
     return ops.pack_codes(layer.weight, step), scale
 
 
-def check_learned_scale(layer: BitLayerBase, name: str) -> None:
+def check_learned_scale(layer: LayerState, name: str) -> None:
     """Checks that a learned scale can be deployed.
 
     Args:
@@ -96,7 +136,7 @@ def check_learned_scale(layer: BitLayerBase, name: str) -> None:
     )
 
 
-def mixed_linear(layer: BitLayerBase, x: Tensor) -> Tensor:
+def mixed_linear(layer: LayerState, x: Tensor) -> Tensor:
     """The training forward at a quantization strength s below 1.
 
     ``y = (x + s (x_q s_x - x)) @ (W + s (w_q s_w - W)).T + bias`` in the output's dtype, gradients
@@ -135,14 +175,12 @@ def set_quant_strength(model: nn.Module, value: float) -> None:
     Raises:
         ArgumentError: value is no number from 0 to 1, or the model has no quantized layer.
     """
-    from bitlayers.base import BitLayerBase
-
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= 1:
         raise ArgumentError(
             f"set_quant_strength: value must be a number from 0 to 1, got {value!r}"
         )
-    layers = [module for module in model.modules() if isinstance(module, BitLayerBase)]
+    layers = [module for module in model.modules() if isinstance(module, LayerState)]
     if not layers:
         raise ArgumentError("set_quant_strength: model must hold quantized layers, got none")
     for layer in layers:

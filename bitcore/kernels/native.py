@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import sys
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch  # noqa: F401  (loads torch's OpenMP runtime first, so that the library shares it)
 
-import bitcore
 from bitcore.errors import BackendError
 
 ABI_VERSION = 4
@@ -66,13 +66,18 @@ linear_constants = struct.Struct("@9q").pack
 linear_inputs = struct.Struct("@8q").pack
 
 
+def _search_path() -> list[str]:
+    # Of the package that this module is in, which an import of it here would lead back to.
+    return list(sys.modules[__name__.partition(".")[0]].__path__)
+
+
 def library_path(name: str) -> Path:
     """Returns where a library is looked for: ``BITLAB_LIBRARY_DIR``, else in the installed package.
 
     An editable install spreads the package over two folders, the sources and what was built.
     """
     directory = os.environ.get(LIBRARY_DIRECTORY_VARIABLE)
-    bases = [Path(directory)] if directory else [Path(path) / "lib" for path in bitcore.__path__]
+    bases = [Path(directory)] if directory else [Path(path) / "lib" for path in _search_path()]
     paths = [base / f"lib{name}.so" for base in bases]
     return next((path for path in paths if path.is_file()), paths[0])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,12 +12,16 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from bitcore.errors import LifecycleError
 from bitlab_hf.config import QUANT_METHOD, BitLabConfig
-from bitlab_hf.model.head import input_embeddings, int8_modules, plan_head
-from bitlab_hf.model.marks import mark_quantized, untie_packed
+from bitlab_hf.model.head import int8_modules, plan_head
+from bitlab_hf.model.marks import mark_quantized, retie_packed
 from bitlab_hf.model.replace import check_single_weight
-from bitlab_hf.model.tree import quantized_layers
+from bitlab_hf.model.tree import Found, quantized_layers
+from bitlab_hf.model.vocabulary import guard_vocabulary
+from bitlayers.base import BitLayerBase
 from bitlayers.checks import check_deployable
-from bitlayers.int8 import Int8Embedding, Int8Linear
+from bitlayers.deployment import Deployment
+from bitlayers.int8 import Int8Embedding
+from bitlayers.quantized import QuantizedModule
 from bitlayers.registry import LAYER_REGISTRY
 from bitlayers.rmsnorm import RMSNormBitLinear
 
@@ -59,25 +63,34 @@ def deploy(model: Model) -> Model:
     latent = [layer for layer in layers if not layer.module.is_deployed]
     for layer in latent:
         check_deployable(layer.module, f"{layer.names[0]}.weight")
-    if any(layer.module.weight.grad is not None for layer in latent):
+    if any(p.grad is not None for layer in latent for p in layer.module.parameters()):
         logger.warning(
             "bitlab: deploy() found gradients; an optimizer that is still alive keeps the latent "
             "weights in memory"
         )
     groups = check_single_weight(latent)
     head = plan_head(inner)
-    packed = [group[0].module.build_packed() for group in groups.values()]
-    for group, (qweight, scale) in zip(groups.values(), packed, strict=True):
-        for layer in group:
-            layer.module.commit_packed(qweight, scale)
-            # One Parameter for all: counted, moved and saved once.
-            layer.module.qweight = group[0].module.qweight
+    built = [_build(group) for group in groups.values()]
+    for group, deployments in zip(groups.values(), built, strict=True):
+        for layer, deployment in zip(group, deployments, strict=True):
+            layer.module.commit(deployment)
+            if isinstance(deployment, tuple):
+                # One Parameter for all: counted, moved and saved once.
+                layer.module.qweight = group[0].module.qweight
     model.eval()
     if isinstance(inner, PreTrainedModel):
         if head is not None:
             head.commit(inner)
         _attach(inner)
     return model
+
+
+def _build(group: list[Found[BitLayerBase]]) -> list[Deployment]:
+    """Packs layers that share a weight, once for all of them unless they pack themselves."""
+    first = group[0].module.build_deployment()
+    if isinstance(first, tuple):
+        return [first] * len(group)
+    return [first, *(layer.module.build_deployment() for layer in group[1:])]
 
 
 def _check_unwrapped(model: nn.Module) -> None:
@@ -115,14 +128,24 @@ def _attach(model: PreTrainedModel) -> None:
     quantizer = AUTO_QUANTIZER_MAPPING[QUANT_METHOD](config, pre_quantized=True)
     model.config.quantization_config = quantizer.quantization_config
     mark_quantized(model, quantizer)
-    untie_packed(model)
+    retie_packed(model, set())
+    guard_vocabulary(model)
+    # What is saved from here on has the model's own names.
+    attributes: Any = model
+    attributes._weight_conversions = []
     head = model.get_output_embeddings()
-    embedding = input_embeddings(model)
-    borrows = isinstance(head, Int8Linear) and isinstance(embedding, Int8Embedding)
-    if head is not None and getattr(head, "weight", None) is None and not borrows:
+    if isinstance(head, QuantizedModule) and not _borrows(model, head):
         # The head has quantized weights of its own now; the embedding keeps the float ones.
         model.config.tie_word_embeddings = False
         model.config.get_text_config().tie_word_embeddings = False
+
+
+def _borrows(model: nn.Module, head: QuantizedModule) -> bool:
+    """Tells whether a head shares its weight with an embedding, the encoder's or the decoder's."""
+    return any(
+        isinstance(module, Int8Embedding) and module.qweight is head.qweight
+        for module in model.modules()
+    )
 
 
 def _described(model: PreTrainedModel) -> BitLabConfig:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bitcore.errors import ConfigError, LifecycleError, NonFiniteError
+from bitcore.errors import ConfigError, NonFiniteError
 from bitcore.quantize import quantize_rows_int8
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.model.tree import Found, find_modules, set_module
+from bitlab_hf.model.vocabulary import FixedVocabulary
 from bitlayers.checks import check_whole
 from bitlayers.int8 import Int8Embedding, Int8Linear, Int8Rows
 
@@ -183,7 +184,7 @@ def _skeleton(module: nn.Module) -> Int8Linear | Int8Embedding:
         assert isinstance(module, nn.Linear)
         skeleton = Int8Linear.skeleton(module)
     # transformers would fill the weight of an embedding that it takes for a new one.
-    skeleton._is_hf_initialized = True  # type: ignore[assignment]
+    skeleton._is_hf_initialized = True
     return skeleton
 
 
@@ -238,41 +239,6 @@ def finish(model: PreTrainedModel, rows: Rows) -> None:
         embedding = input_embeddings(part)
         if isinstance(embedding, Int8Rows) or isinstance(part.get_output_embeddings(), Int8Rows):
             part.resize_token_embeddings = FixedVocabulary(embedding)
-
-
-class FixedVocabulary:
-    """Stands for ``resize_token_embeddings`` of a model whose head is int8: it refuses to resize.
-
-    Args:
-        embedding: The model's input embedding.
-    """
-
-    def __init__(self, embedding: Any) -> None:
-        self._embedding = embedding
-
-    def __call__(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
-    ) -> nn.Module:
-        """Returns the embedding if it has the size asked for.
-
-        Raises:
-            LifecycleError: It has another size.
-        """
-        size: int = self._embedding.num_embeddings
-        wanted = size if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of is not None:
-            wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
-        if wanted != size:
-            raise LifecycleError(
-                f"resize_token_embeddings: new_num_tokens must be {size} once the head is int8, "
-                f"got {wanted}\nResize the float or latent model before deploy(), or call "
-                "model.dequantize() first."
-            )
-        embedding: nn.Module = self._embedding
-        return embedding
 
 
 def _renamed(tied: dict[str, str], names: Iterable[str], leaves: tuple[str, ...]) -> dict[str, str]:
@@ -363,8 +329,6 @@ def restore_float(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
         restored = _float_module(module, weights[key])
         for name in found.names:
             set_module(model, name, restored.train(module.training))
-    if not weights:
-        return
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             for name in ("_tied_weights_keys", "resize_token_embeddings"):

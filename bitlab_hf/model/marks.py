@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from bitlab_hf.config import QUANT_METHOD
+from bitlab_hf.model.tree import Found
+from bitlayers.base import BitLayerBase
 
 
 def mark_quantized(model: PreTrainedModel, quantizer: HfQuantizer) -> None:
@@ -29,16 +31,60 @@ def mark_latent(model: PreTrainedModel) -> None:
             module.config._is_quantized = False
 
 
-def untie_packed(model: PreTrainedModel) -> None:
-    """Drops the tied names that packed layers have part in: they share their qweight themselves."""
+def retie_packed(model: PreTrainedModel, apart: set[str]) -> None:
+    """Names the weights of packed layers that are tied to each other after what took their place.
 
-    def is_packed(name: str) -> bool:
-        module_name, _, leaf = name.rpartition(".")
-        return leaf == "weight" and getattr(model.get_submodule(module_name), "is_deployed", False)
+    What transformers ties by name is then tied by it again, after a load and before a save. A pair
+    of which one side is no packed layer, such as an embedding, is dropped.
 
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    model.all_tied_weights_keys = {
-        target: source
-        for target, source in tied.items()
-        if not is_packed(target) and not is_packed(source)
-    }
+    Args:
+        model: The model.
+        apart: Layers that hold tensors of their own all the same.
+    """
+
+    def renamed(tied: dict[str, str], prefix: str) -> dict[str, str]:
+        pairs: dict[str, str] = {}
+        for target, source in tied.items():
+            names = [f"{prefix}{name}" for name in (target, source)]
+            packed = [name for name in names if _is_packed(model, name)]
+            if not packed:
+                pairs[target] = source
+            elif len(packed) == 2 and not apart.intersection(
+                name.removesuffix(".weight") for name in names
+            ):
+                for leaf in ("qweight", "qweight_scale"):
+                    ends = [name.removesuffix("weight") + leaf for name in (target, source)]
+                    pairs[ends[0]] = ends[1]
+        return pairs
+
+    model.all_tied_weights_keys = renamed(model.all_tied_weights_keys or {}, "")
+    for name, part in model.named_modules():
+        tied = getattr(part, "_tied_weights_keys", None)
+        if isinstance(part, PreTrainedModel) and isinstance(tied, dict):
+            again = renamed(tied, f"{name}." if name else "")
+            if again != tied:
+                part._tied_weights_keys = again
+
+
+def tied_groups(
+    model: PreTrainedModel, layers: list[Found[BitLayerBase]]
+) -> list[list[Found[BitLayerBase]]]:
+    """Groups layers by the weight that transformers will make one; most stand alone."""
+    groups = {name: [found] for found in layers for name in found.names}
+    for pair in (model.all_tied_weights_keys or {}).items():
+        sides = [groups.get(name.removesuffix(".weight")) for name in pair]
+        first, second = sides
+        if first is not None and second is not None and first is not second:
+            first += second
+            groups.update(dict.fromkeys((name for found in second for name in found.names), first))
+    return list({id(group): group for group in groups.values()}.values())
+
+
+def _is_packed(model: PreTrainedModel, name: str) -> bool:
+    module_name, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(module_name)
+    except AttributeError:
+        # A pattern, which finds the packed names by itself.
+        return False
+    return leaf == "weight" and getattr(module, "is_deployed", False)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections import Counter
 
 import torch
 from torch import nn
@@ -18,11 +17,24 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from bitcore.errors import ArgumentError, BitLabError, ConfigError
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.model.head import HEAD_ATTRIBUTE, find_head
-from bitlab_hf.model.tree import Found, aliases_of, find_modules
+from bitlab_hf.model.left import check_found, leave_float
+from bitlab_hf.model.reads import find_reads
+from bitlab_hf.model.tree import Found, aliases_of, find_modules, quantized_layers
+from bitlab_hf.model.vocabulary import guard_vocabulary
 from bitlayers.base import BitLayerBase
+from bitlayers.deployment import expect_own
 from bitlayers.registry import get_layer
 
 logger = logging.getLogger("bitlab")
+# Where a module keeps the hooks that a user registered; a layer that takes its place takes them.
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks",
+    "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+# Tensors that a layer registered when it packed itself: dtype and shape by name.
+OwnTensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def find_linears(model: nn.Module, skip: list[str]) -> list[Found[nn.Linear]]:
@@ -119,11 +131,26 @@ def replace_linear(model: nn.Module, config: BitLabConfig | None = None) -> nn.M
     if config.head == "int8":
         _check_int8_head(model)
     linears = find_linears(model, skip)
+    left = leave_float(model, linears, config)
+    linears = [found for found in linears if found not in left]
+    _check_in_place(linears)
     swap_latent(model, linears, config)
     if config.head == "int8":
         # Such a model has no quantization config of its own; `deploy` looks here.
         setattr(model, HEAD_ATTRIBUTE, config.head)
     return model
+
+
+def _check_in_place(linears: list[Found[nn.Linear]]) -> None:
+    """Refuses layers whose forward, or weights, are in the hands of accelerate's hooks."""
+    for found in linears:
+        if "forward" in vars(found.module) or found.module.weight.is_meta:
+            raise ConfigError(
+                f"replace_linear: {found.names[0]} must hold its weight and its own forward, got a "
+                "layer that accelerate dispatches or offloads\nConvert while loading, "
+                "from_pretrained(..., quantization_config=BitLabConfig(), device_map=...), or "
+                "before dispatching."
+            )
 
 
 def _check_int8_head(model: nn.Module) -> None:
@@ -153,7 +180,7 @@ def swap_latent(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLa
             layer_class = get_layer(config.layer_name(*aliases))
             layer = layer_class.from_linear(linear, config.layer_config(*aliases))
         layer.weight = weight
-        layer.latent_dtype = weight.dtype
+        layer.latent_dtype, layer.float_dtype = weight.dtype, linear.weight.dtype
         if layer.learned_scale is not None:
             # What shares a weight shares the scale that is trained with it.
             layer.learned_scale = scales.setdefault(id(weight), layer.learned_scale)
@@ -161,30 +188,48 @@ def swap_latent(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLa
     _swap(model, linears, layers)
 
 
-def swap_packed(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLabConfig) -> None:
-    """Swaps these layers for deployed ones whose packed tensors a loader fills."""
+def swap_packed(
+    model: nn.Module,
+    linears: list[Found[nn.Linear]],
+    config: BitLabConfig,
+    own: dict[str, OwnTensors] | None = None,
+) -> None:
+    """Swaps these layers for deployed ones whose packed tensors a loader fills.
+
+    Args:
+        model: The skeleton.
+        linears: The layers.
+        config: How they are quantized.
+        own: By the first name of a layer that packed itself, the tensors that it registered.
+    """
     check_found(model, linears)
     layers = []
     for found in linears:
         linear = found.module
         with _Naming(found.names[0]):
             aliases = aliases_of(model, found.names[0])
-            layers.append(
-                get_layer(config.layer_name(*aliases)).packed_skeleton(
-                    linear.in_features,
-                    linear.out_features,
-                    bias=linear.bias is not None,
-                    quant_config=config.layer_config(*aliases),
-                    device=linear.weight.device,
-                    dtype=linear.weight.dtype,
-                )
+            layer = get_layer(config.layer_name(*aliases)).packed_skeleton(
+                linear.in_features,
+                linear.out_features,
+                bias=linear.bias is not None,
+                quant_config=config.layer_config(*aliases),
+                device=linear.weight.device,
+                dtype=linear.weight.dtype,
             )
+            tensors = (own or {}).get(found.names[0])
+            if tensors is not None:
+                expect_own(layer, tensors)
+        layers.append(layer)
     _swap(model, linears, layers)
 
 
 def _swap(model: nn.Module, linears: list[Found[nn.Linear]], layers: list[BitLayerBase]) -> None:
     # All layers were built before the first is put in: an error above changes nothing.
+    _, dtypes = find_reads(model)
     for found, layer in zip(linears, layers, strict=True):
+        layer.casts_input = bool(dtypes.intersection(found.names))
+        for table in _HOOKS:
+            getattr(layer, table).update(getattr(found.module, table))
         for name in found.names:
             parent_name, _, child = name.rpartition(".")
             parent = model.get_submodule(parent_name)
@@ -192,6 +237,17 @@ def _swap(model: nn.Module, linears: list[Found[nn.Linear]], layers: list[BitLay
             if isinstance(parent, nn.TransformerEncoderLayer):
                 # Its fast path in eval mode reads the weights itself; 0 turns it off.
                 parent.activation_relu_or_gelu = 0
+    guard_vocabulary(model)
+
+
+__all__ = [
+    "find_linears",
+    "quantized_layers",
+    "replace_linear",
+    "skipped_modules",
+    "swap_latent",
+    "swap_packed",
+]
 
 
 class _Naming:
@@ -210,38 +266,6 @@ class _Naming:
             raise ConfigError(f"{self._name}: {error}") from error
 
 
-def check_found(model: nn.Module, linears: list[Found[nn.Linear]]) -> None:
-    """Raises if there is nothing to convert; warns if most of the weights stay float.
-
-    Raises:
-        ConfigError: No linear layer is left to convert; the message says what there is.
-    """
-    experts = [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and "expert" in name
-    ]
-    if not linears:
-        kinds = Counter(type(m).__name__ for m in model.modules() if not list(m.children()))
-        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6))
-        experts_found = f"; {len(experts)} expert tensors of 3 dimensions" if experts else ""
-        raise ConfigError(
-            "bitlab: the model must hold nn.Linear layers that are not skipped, got none among "
-            f"{listed}{experts_found}\n"
-            "Conv1D layers (GPT-2) and 3D experts are not supported; modules_to_not_convert says "
-            "what is skipped."
-        )
-    if experts:
-        total = sum(parameter.numel() for parameter in model.parameters())
-        share = sum(parameter.numel() for _, parameter in experts) / total
-        logger.warning(
-            "bitlab: %d expert tensors such as %s, %.0f %% of the weights, stay float",
-            len(experts),
-            experts[0][0],
-            100 * share,
-        )
-
-
 def check_single_weight(found: list[Found[BitLayerBase]]) -> dict[int, list[Found[BitLayerBase]]]:
     """Groups latent layers by the weight they hold; layers that share one must be quantized alike.
 
@@ -250,7 +274,8 @@ def check_single_weight(found: list[Found[BitLayerBase]]) -> dict[int, list[Foun
     """
     groups: dict[int, list[Found[BitLayerBase]]] = {}
     for layer in found:
-        groups.setdefault(id(layer.module.weight), []).append(layer)
+        weight = layer.module._parameters.get("weight")
+        groups.setdefault(id(layer.module if weight is None else weight), []).append(layer)
     for group in groups.values():
         configs = {layer.module.quant_config for layer in group}
         if len(configs) > 1:

@@ -29,11 +29,11 @@ def int8(**fields: Any) -> BitLabConfig:
 def assert_int8(model: Any, is_tied: bool) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert type(head) is Int8Linear
-    assert head.weight is None
+    assert head._parameters["weight"] is None
     if not is_tied:
         assert isinstance(embedding.weight, nn.Parameter)
         return
     assert type(embedding) is Int8Embedding
-    assert embedding.weight is None
+    assert embedding._parameters["weight"] is None
     assert head.qweight is embedding.qweight
     assert head.qweight_scale.data_ptr() == embedding.qweight_scale.data_ptr()

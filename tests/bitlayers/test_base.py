@@ -67,7 +67,8 @@ def test_states(layer: BitLinear) -> None:
     assert not hasattr(layer, "qweight")
     assert layer.deploy() is layer
     assert layer.is_deployed
-    assert layer.weight is None
+    assert layer._parameters["weight"] is None
+    assert torch.equal(layer.weight, layer.dequantized_weight())
     assert set(layer.state_dict()) == {"qweight", "qweight_scale", "bias"}
     assert isinstance(layer.qweight, nn.Parameter)
     assert not any(parameter.requires_grad for parameter in layer.parameters())
@@ -349,12 +350,12 @@ def test_abstract_methods() -> None:
         layer.deploy()
 
 
-def test_deployment_must_return_packed_tensors() -> None:
-    class Silent(BitLinear):
+def test_deployment_must_return_packed_tensors_or_nothing() -> None:
+    class Odd(BitLinear):
         def _perform_deployment(self) -> Any:
-            return None
+            return self.weight
 
-    layer = Silent(8, 8)
+    layer = Odd(8, 8)
     with pytest.raises(LifecycleError, match="must return"):
         layer.deploy()
     assert not layer.is_deployed

@@ -217,11 +217,11 @@ def test_deploy_is_all_or_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(logits_of(model), expected)
 
 
-def test_a_layer_that_builds_nothing_stops_deploy_before_any_commit(
+def test_a_layer_that_builds_anything_else_stops_deploy_before_any_commit(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     last = quantized_layers(model)[-1].module
-    monkeypatch.setattr(last, "_perform_deployment", lambda: None)
+    monkeypatch.setattr(last, "_perform_deployment", lambda: last.weight)
     with pytest.raises(LifecycleError, match="_perform_deployment must return"):
         deploy(model)
     assert not any(f.module.is_deployed for f in quantized_layers(model))

@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedModel
 
 from bitcore.errors import CheckpointError
-from bitlab_hf.checkpoint.headers import Checkpoint
 from bitlab_hf.model.tree import Found, find_modules
 from bitlayers.base import BitLayerBase
 from bitlayers.checks import check_deployable
@@ -18,10 +17,12 @@ from bitlayers.rmsnorm import InputRMSNorm, RMSNormBitLinear
 from bitlayers.training import reset_learned_scale
 
 
-def expect_learned_scales(
-    model: PreTrainedModel, checkpoint: Checkpoint | None, was_converted: bool
-) -> list[BitLayerBase]:
+def expect_learned_scales(model: PreTrainedModel, stored: set[str] | None) -> list[BitLayerBase]:
     """Lets a load pass without the learned scales that a float checkpoint cannot have.
+
+    Args:
+        model: The skeleton with its latent layers.
+        stored: Names of the layers whose scale is in the files; None for all.
 
     Returns:
         The layers whose scale has to start from the weight, once that is loaded.
@@ -29,20 +30,24 @@ def expect_learned_scales(
     lacking = []
     missing = set(model._keys_to_ignore_on_load_missing or ())
     for found in find_modules(model, BitLayerBase):
-        names = [f"{name}.learned_scale" for name in found.names]
-        stored = was_converted if checkpoint is None else bool(checkpoint.tensors.keys() & names)
-        if found.module.learned_scale is not None and not stored:
+        there = stored is None or not stored.isdisjoint(found.names)
+        if found.module.learned_scale is not None and not there:
             lacking.append(found.module)
-            missing |= {f"^{re.escape(name)}$" for name in names}
+            missing |= {f"^{re.escape(name)}.learned_scale$" for name in found.names}
     if lacking:
         model._keys_to_ignore_on_load_missing = missing
     return lacking
 
 
 def expect_sub_norms(
-    model: PreTrainedModel, checkpoint: Checkpoint | None, was_converted: bool
+    model: PreTrainedModel, stored: set[str] | None, was_converted: bool
 ) -> list[InputRMSNorm]:
     """Lets a load pass without the norms that a float checkpoint does not have.
+
+    Args:
+        model: The skeleton with its quantized layers.
+        stored: Names of the layers whose norm is in the files; None for all.
+        was_converted: Whether BitLab wrote the files.
 
     Returns:
         The norms whose weights have to be set to one.
@@ -55,9 +60,9 @@ def expect_sub_norms(
     for found in find_modules(model, RMSNormBitLinear):
         for module in (found.module, found.module.rms_norm):
             # The model's own initialization takes both for norms of its own; Gemma's start at zero.
-            module._is_hf_initialized = True  # type: ignore[assignment]
+            module._is_hf_initialized = True
         names = [f"{name}.rms_norm.weight" for name in found.names]
-        if was_converted if checkpoint is None else bool(checkpoint.tensors.keys() & names):
+        if stored is None or not stored.isdisjoint(found.names):
             continue
         if was_converted:
             raise CheckpointError(

@@ -1,0 +1,253 @@
+"""What is done along a plan: modules swapped before the weights, finished and verified after."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from bitcore.errors import CheckpointError, ConfigError
+from bitcore.ops import find_invalid_code
+from bitlab_hf.checkpoint.headers import TensorHeader
+from bitlab_hf.checkpoint.plan import FLOATS, Plan, check_headers
+from bitlab_hf.model.head import finish, int8_modules, is_borrower, swap_skeletons
+from bitlab_hf.model.learned import (
+    deploy_learned,
+    expect_learned_scales,
+    expect_sub_norms,
+    start_fresh,
+)
+from bitlab_hf.model.marks import retie_packed, tied_groups
+from bitlab_hf.model.packing import PackAtLoad
+from bitlab_hf.model.replace import OwnTensors, swap_latent, swap_packed
+from bitlab_hf.model.tree import Found, quantized_layers
+from bitlayers.base import BitLayerBase
+from bitlayers.bitlinear import BitLinear
+from bitlayers.checks import int8_problem, scales_are_valid
+from bitlayers.int8 import Int8Rows
+from bitlayers.registry import get_layer
+from bitlayers.rmsnorm import InputRMSNorm
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class Loading:
+    """A load under way: the plan, and what waits for the weights.
+
+    Args:
+        plan: What each module becomes.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.packing = PackAtLoad()
+        self._unlearned: list[BitLayerBase] = []
+        self._fresh_norms: list[InputRMSNorm] = []
+
+    # Before the weights.
+
+    def swap(self, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+        """Puts the plan's modules into the skeleton.
+
+        Args:
+            model: The skeleton.
+            dtype: The dtype that the model is loaded in.
+
+        Raises:
+            CheckpointError: A tensor is missing, or has another dtype or shape than its module.
+            ConfigError: A layer cannot be quantized as asked, or a new head not be int8.
+        """
+        plan = self.plan
+        if plan.source.is_packed:
+            self._swap_packed(model)
+        else:
+            swap_latent(model, plan.layers, plan.config)
+            stored = self._holds("learned_scale")
+            self._unlearned = expect_learned_scales(model, stored)
+            if plan.source.builds_packed:
+                self._expect_floats(model, dtype)
+        self._fresh_norms = expect_sub_norms(
+            model, self._holds("rms_norm.weight"), plan.source.was_converted
+        )
+
+    def _holds(self, leaf: str) -> set[str] | None:
+        """Returns the names of the modules of which the files hold a tensor; None if unknown."""
+        checkpoint = self.plan.checkpoint
+        if checkpoint is None:
+            return None if self.plan.source.was_converted else set()
+        end = f".{leaf}"
+        return {name.removesuffix(end) for name in checkpoint.tensors if name.endswith(end)}
+
+    def _swap_packed(self, model: PreTrainedModel) -> None:
+        plan = self.plan
+        assert plan.checkpoint is not None
+        own = {
+            found.names[0]: tensors
+            for found in plan.layers
+            if (tensors := self._own_tensors(found.names, plan.stored(found.names)))
+        }
+        swap_packed(model, plan.layers, plan.config, own)
+        for rows in plan.int8:
+            swap_skeletons(model, rows)
+        for found in quantized_layers(model):
+            layer = found.module
+            if layer.packs_itself:
+                continue
+            shape, scale_shape = layer.packed_shapes()
+            wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+                "qweight": (("U8",), shape),
+                "qweight_scale": (("F32",), scale_shape),
+            }
+            if layer.bias is not None:
+                wanted["bias"] = (FLOATS, (layer.out_features,))
+            what = f"{layer.quant_config.weight_granularity} weights"
+            check_headers(found.names, wanted, plan.checkpoint, what)
+        retie_packed(model, set(plan.stored_apart))
+        ignore_unexpected(model, plan.checkpoint.sentinels())
+
+    def _own_tensors(self, names: list[str], stored: dict[str, TensorHeader]) -> OwnTensors | None:
+        """Returns the tensors of a layer that packed itself; None of any other."""
+        kind = get_layer(self.plan.config.layer_name(*names))
+        if kind._perform_deployment in (BitLinear._perform_deployment,):
+            return None
+        if {"qweight", "qweight_scale"} <= stored.keys() and stored["qweight"].dtype == "U8":
+            return None
+        unknown = {header.dtype for header in stored.values()} - _DTYPES.keys()
+        if unknown:
+            raise CheckpointError(
+                f"{names[0]} must be stored in dtypes that torch has, got {sorted(unknown)}"
+            )
+        return {leaf: (_DTYPES[item.dtype], item.shape) for leaf, item in stored.items()}
+
+    def _expect_floats(self, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+        """Prepares packing of what arrives: checked by its headers, in the file's own dtype."""
+        checkpoint = self.plan.checkpoint
+        keep = set(model._keep_in_fp32_modules_strict or ())
+        layers = [f for f in quantized_layers(model) if f.module.learned_scale is None]
+        for tied in tied_groups(model, layers):
+            self.packing.add_layers(tied)
+        for found in layers:
+            shape = (found.module.out_features, found.module.in_features)
+            for name in (f"{name}.weight" for name in found.names):
+                header = checkpoint.tensors.get(name) if checkpoint else None
+                if header is None:
+                    continue
+                _check_float_header(name, header, shape)
+                if header.dtype == "F32" and dtype != torch.float32:
+                    # transformers would round it to the model's dtype before packing.
+                    keep.add(name)
+        for rows in self.plan.int8:
+            # Quantized from the model's dtype, as `deploy` does it.
+            self.packing.add_head(rows)
+            for name in (f"{name}.weight" for name in rows.names):
+                if checkpoint is None:
+                    continue
+                if name not in checkpoint.tensors:
+                    raise ConfigError(
+                        f'bitlab: head="int8" must find {name} in the checkpoint, got a new head\n'
+                        'Load it latent with head="int8", then call deploy(model).'
+                    )
+                shape = (rows.tensor.shape[0], rows.tensor.shape[1])
+                _check_float_header(name, checkpoint.tensors[name], shape)
+        model._keep_in_fp32_modules_strict = keep
+
+    # After the weights.
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """Makes whole what was loaded, and verifies it.
+
+        Raises:
+            CheckpointError: A weight did not arrive, or holds what no writer produces.
+            NonFiniteError: A weight that was to be packed holds NaN or infinity.
+        """
+        start_fresh(self._unlearned, self._fresh_norms)
+        if not self.plan.source.builds_packed:
+            return
+        self.packing.check()
+        layers = quantized_layers(model)
+        deploy_learned(layers)
+        for found in layers:
+            layer = found.module
+            if not layer.is_deployed:
+                raise CheckpointError(
+                    f"{found.names[0]}.weight must be in the checkpoint to be packed, got none"
+                )
+            for parameter in (layer._parameters.get("qweight"), layer.bias):
+                if parameter is not None:
+                    parameter.requires_grad_(False)
+        for rows in self.plan.int8:
+            if not isinstance(rows.members[0].module, Int8Rows):
+                raise CheckpointError(
+                    f"{rows.owner}.weight must be in the checkpoint to be quantized, got none"
+                )
+            finish(model, rows)
+        if self.plan.source.is_packed and self.plan.config.verify:
+            verify_packed(layers)
+            verify_int8(model)
+        retie_packed(model, set(self.plan.stored_apart))
+
+
+def _check_float_header(name: str, header: TensorHeader, shape: tuple[int, int]) -> None:
+    """Checks a float weight that is to be packed; of one that is fused or split, its dtype."""
+    if header.dtype in FLOATS and (header.converted or header.shape == shape):
+        return
+    raise CheckpointError(
+        f"{name} must be float32, bfloat16 or float16 {list(shape)} to be packed, "
+        f"got {header.dtype} {list(header.shape)}"
+    )
+
+
+def ignore_unexpected(model: PreTrainedModel, names: list[str]) -> None:
+    """Adds keys that a load may find without a word."""
+    patterns = {f"^{re.escape(name)}$" for name in names}
+    known = set(model._keys_to_ignore_on_load_unexpected or ())
+    attributes: Any = model
+    attributes._keys_to_ignore_on_load_unexpected = known | patterns
+
+
+def verify_packed(layers: list[Found[BitLayerBase]]) -> None:
+    """Scans packed tensors for what no writer produces.
+
+    Raises:
+        CheckpointError: A qweight holds the code 3, or a scale is not a finite positive number.
+    """
+    held = [
+        (found.names[0], *found.module.packed())
+        for found in layers
+        if not found.module.packs_itself
+    ]
+    held = [one for one in held if not one[1].is_meta]
+    invalid = find_invalid_code([qweight for _, qweight, _ in held])
+    if invalid is not None:
+        raise CheckpointError(
+            f"{held[invalid][0]}.qweight must hold the codes 0, 1 and 2, got the invalid code 3\n"
+            "The file is damaged; fetch or write it again."
+        )
+    for name, _, scale in held:
+        if not scales_are_valid(scale):
+            raise CheckpointError(
+                f"{name}.qweight_scale must be finite and positive, got other values\n"
+                "The file is damaged; fetch or write it again."
+            )
+
+
+def verify_int8(model: PreTrainedModel) -> None:
+    """Scans int8 tensors for what no writer produces.
+
+    Raises:
+        CheckpointError: A qweight holds -128, or a scale is not a finite positive number.
+    """
+    for found in int8_modules(model):
+        if is_borrower(model, found):
+            continue
+        problem = int8_problem(
+            f"{found.names[0]}.", found.module.qweight, found.module.qweight_scale
+        )
+        if problem is not None:
+            raise CheckpointError(f"{problem}\nThe file is damaged; fetch or write it again.")

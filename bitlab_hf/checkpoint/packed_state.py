@@ -1,0 +1,56 @@
+"""What a deployed model's file holds: its state dict, each tensor once, and the header's fields."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitlab_hf.checkpoint.headers import LAYERS_KEY, MODEL_NAMES, NAMES_KEY
+from bitlab_hf.model.head import int8_modules, is_borrower
+from bitlab_hf.model.tree import quantized_layers
+
+
+def packed_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the state dict of a deployed model with its sentinel, and the metadata.
+
+    A module under two names is stored once, and so are tensors that the model ties. A qweight that
+    two layers share without being tied by name is stored twice: a file has no way to say so.
+    """
+    layers, int8 = quantized_layers(model), int8_modules(model)
+    state = dict(model.state_dict())
+    tied = model.all_tied_weights_keys or {}
+    stored: set[int] = set()
+    for found in layers:
+        name, *aliases = found.names
+        _drop(state, aliases)
+        if found.module.packs_itself:
+            continue
+        if f"{name}.qweight" in tied:
+            for leaf in ("qweight", "qweight_scale"):
+                state.pop(f"{name}.{leaf}", None)
+            continue
+        if id(found.module.qweight) in stored:
+            state[f"{name}.qweight"] = state[f"{name}.qweight"].clone()
+        stored.add(id(found.module.qweight))
+        state[f"{name}.qweight_scale"] = state[f"{name}.qweight_scale"].clone()
+    for rows in int8:
+        kept = [] if is_borrower(model, rows) else rows.names[:1]
+        _drop(state, [name for name in rows.names if name not in kept])
+    # What makes a load without BitLab fail instead of giving random weights.
+    sentinel = next(
+        (found.names[0] for found in layers if f"{found.names[0]}.weight" not in state), None
+    )
+    if sentinel is not None:
+        state[f"{sentinel}.weight"] = torch.empty(0, dtype=torch.uint8)
+    names = [found.names[0] for found in layers] + [rows.names[0] for rows in int8]
+    return state, {LAYERS_KEY: json.dumps(names), NAMES_KEY: MODEL_NAMES}
+
+
+def _drop(state: dict[str, Tensor], modules: list[str]) -> None:
+    prefixes = tuple(f"{name}." for name in modules)
+    if prefixes:
+        for key in [key for key in state if key.startswith(prefixes)]:
+            del state[key]

@@ -1,0 +1,207 @@
+"""What stays float although it is a linear layer: by rules that look at the model, each with its
+reason.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import re
+from collections import Counter
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from bitcore.errors import ConfigError
+from bitlab_hf.config import BitLabConfig
+from bitlab_hf.model.reads import find_reads
+from bitlab_hf.model.tree import Found, aliases_of, find_modules
+from bitlayers.quantized import QuantizedModule
+
+logger = logging.getLogger("bitlab")
+_EXPERTS = re.compile("expert", re.IGNORECASE)
+_ROUTER = re.compile("rout|gating|topk", re.IGNORECASE)
+# Linear weights that stay float without anybody having asked for it are worth a word from here on.
+_NOTABLE_SHARE = 0.01
+
+
+def leave_float(
+    model: nn.Module, found: list[Found[nn.Linear]], config: BitLabConfig
+) -> list[Found[nn.Linear]]:
+    """Returns the linear layers that are not to be converted, and says why in a warning each.
+
+    - A layer whose weight the model reads itself would not be ternary in training, and another one
+      once packed; see `bitlab_hf.model.reads`.
+    - Routers of experts, and the gate of a shared expert, decide by small differences.
+    - A layer whose weight is computed from other tensors has none to convert.
+
+    A router that a pattern of ``config.overrides`` names is converted.
+
+    Args:
+        model: The model, or its skeleton.
+        found: The layers that would be converted.
+        config: How they would be.
+    """
+    values, _ = find_reads(model)
+    routers = _routers(model, found)
+    reasons: dict[str, list[Found[nn.Linear]]] = {}
+    for layer in found:
+        names = [alias for name in layer.names for alias in aliases_of(model, name)]
+        reason = None
+        if values.intersection(layer.names):
+            reason = "the model reads their weights itself"
+        elif layer.names[0] in routers and not _named(names, config):
+            reason = "they route tokens to experts"
+        elif "weight" not in layer.module._parameters:
+            reason = "their weights are computed from other tensors"
+        if reason is not None:
+            reasons.setdefault(reason, []).append(layer)
+    for reason, layers in reasons.items():
+        listed = ", ".join(layer.names[0] for layer in layers[:4])
+        more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
+        logger.warning("bitlab: %s%s stay float, because %s", listed, more, reason)
+    return [layer for layers in reasons.values() for layer in layers]
+
+
+def _named(names: list[str], config: BitLabConfig) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in config.overrides)
+
+
+def _routers(model: nn.Module, found: list[Found[nn.Linear]]) -> set[str]:
+    """Returns the names of the linear layers that choose among experts.
+
+    Beside the experts of a block stands what chooses among them: a layer with as many outputs as
+    there are experts, or one output (the gate of a shared expert), or any within a module that is
+    called a router.
+    """
+    blocks = [
+        (f"{name}." if name else "", experts)
+        for name, module in model.named_modules()
+        if (experts := [child for child, _ in module.named_children() if _EXPERTS.search(child)])
+    ]
+    if not blocks:
+        return set()
+    counts = _expert_counts(getattr(model, "config", None)) | {1}
+    modules = dict(model.named_modules())
+    routers: set[str] = set()
+    for layer in found:
+        name = layer.names[0]
+        for prefix, experts in blocks:
+            inner = name.removeprefix(prefix)
+            if not name.startswith(prefix) or inner.split(".")[0] in experts:
+                continue
+            within = [inner.rsplit(".", depth)[0] for depth in range(inner.count(".") + 1)]
+            classes = [type(modules[prefix + part]).__name__ for part in within if part]
+            called = any(map(_ROUTER.search, [*classes, *inner.split(".")]))
+            beside = inner.count(".") < 2 and layer.module.out_features in counts
+            if called or beside:
+                routers.add(name)
+    return routers
+
+
+def _expert_counts(config: Any) -> set[int]:
+    """Returns the numbers of experts that a configuration, or one within it, speaks of."""
+    if config is None:
+        return set()
+    fields = vars(config)
+    counts = {
+        value
+        for name, value in fields.items()
+        if "expert" in name and isinstance(value, int) and value > 1 and "per_tok" not in name
+    }
+    inner = [value for value in fields.values() if hasattr(value, "model_type")]
+    return counts.union(*(_expert_counts(one) for one in inner))
+
+
+def check_found(model: nn.Module, linears: list[Found[nn.Linear]]) -> None:
+    """Raises if there is nothing to convert; warns if experts stay float.
+
+    Raises:
+        ConfigError: No linear layer is left to convert; the message says what there is.
+    """
+    experts = _expert_tensors(model)
+    if not linears:
+        kinds = Counter(type(m).__name__ for m in model.modules() if not list(m.children()))
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6))
+        others = sorted(
+            {
+                type(module).__name__
+                for module in model.modules()
+                if type(module).__name__ == "Conv1D"
+                or (isinstance(module, nn.Linear) and type(module) is not nn.Linear)
+            }
+        )
+        found = f"; {', '.join(others)} is no plain nn.Linear" if others else ""
+        found += f"; {len(experts)} tensors of experts" if experts else ""
+        raise ConfigError(
+            "bitlab: the model must hold nn.Linear layers that are not skipped, got none among "
+            f"{listed}{found}\nOnly plain nn.Linear layers are converted; modules_to_not_convert "
+            "says what is skipped."
+        )
+    if experts:
+        total = sum(parameter.numel() for parameter in model.parameters())
+        share = sum(parameter.numel() for _, parameter in experts) / total
+        logger.warning(
+            "bitlab: %d expert tensors such as %s, %.0f %% of the weights, stay float",
+            len(experts),
+            experts[0][0],
+            100 * share,
+        )
+
+
+def _expert_tensors(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Returns the matrices of experts that are Parameters of their own, no layer's weight."""
+    layers = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, QuantizedModule)
+    return [
+        (f"{name}.{leaf}", parameter)
+        for name, module in model.named_modules()
+        if not isinstance(module, layers)
+        and _EXPERTS.search(f"{name} {type(module).__name__}")
+        and not _ROUTER.search(type(module).__name__)
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() >= 2
+    ]
+
+
+def note_float(model: PreTrainedModel, converted: list[Found[nn.Linear]], named: list[str]) -> None:
+    """Says what else stays float: as a warning where it is much of the linear weights.
+
+    Args:
+        model: The model before its layers are swapped.
+        converted: The layers that will be.
+        named: What the user, or a rule with a warning of its own, left alone.
+    """
+    done = {id(layer.module) for layer in converted}
+    head = model.get_output_embeddings()
+    total = left_size = 0
+    plain: set[str] = set()
+    others: set[str] = set()
+    for found in find_modules(model, nn.Module):
+        module, name = found.module, found.names[0]
+        if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+            continue
+        size = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        total += size
+        if id(module) in done or module is head or set(found.names).intersection(named):
+            continue
+        left_size += size
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+        if type(module) is nn.Linear:
+            plain.add(pattern)
+        else:
+            others.add(f"{pattern} ({type(module).__name__})")
+    share = left_size / max(1, total)
+    level = logging.WARNING if share >= _NOTABLE_SHARE else logging.INFO
+    for patterns, reason in (
+        (plain, "transformers leaves them out by default"),
+        (others, "they are no plain nn.Linear"),
+    ):
+        if patterns:
+            logger.log(
+                level,
+                "bitlab: %s stay float, because %s (together %.0f %% of the linear weights)",
+                ", ".join(sorted(patterns)),
+                reason,
+                100 * share,
+            )

@@ -1,0 +1,135 @@
+"""Packing at load: what happens to the weights of a float file that is loaded to be run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+
+from bitcore.errors import CheckpointError, NonFiniteError
+from bitcore.quantize import quantize_rows_int8
+from bitlab_hf.model.head import Rows, swap_quantized
+from bitlab_hf.model.marks import retie_packed
+from bitlab_hf.model.tree import Found
+from bitlayers.base import BitLayerBase
+from bitlayers.int8 import Int8Rows
+
+
+class PackAtLoad(ConversionOps):
+    """Packs, or quantizes, each weight as it arrives from a float file.
+
+    Attributes:
+        nonfinite: Names of weights with NaN or infinity met on the way.
+        differing: Names of weights that differ from one that they are tied to.
+    """
+
+    def __init__(self) -> None:
+        # Not raised on the way: transformers would make a RuntimeError of it.
+        self.nonfinite: list[str] = []
+        self.differing: list[str] = []
+        # Every name of a weight to take, by each of its names.
+        self._names: dict[str, set[str]] = {}
+        self._tied: dict[str, list[BitLayerBase]] = {}
+        self._head: Rows | None = None
+
+    def add_layers(self, tied: list[Found[BitLayerBase]]) -> None:
+        """Takes the weight of a latent layer, and of those that are tied to it, under whichever of
+        their names it arrives.
+        """
+        names = {f"{name}.weight" for found in tied for name in found.names}
+        self._names.update(dict.fromkeys(names, names))
+        modules = [found.module for found in tied]
+        self._tied.update(dict.fromkeys(names, modules))
+
+    def add_head(self, rows: Rows) -> None:
+        """Takes the weight of the output head and of what is tied to it."""
+        names = {f"{name}.weight" for name in rows.names}
+        self._names.update(dict.fromkeys(names, names))
+        self._head = rows
+
+    def is_head(self, name: str) -> bool:
+        """Tells whether a parameter's name is one of the head's weight."""
+        return self._head is not None and name.removesuffix(".weight") in self._head.names
+
+    def takes(self, name: str) -> bool:
+        """Tells whether a parameter is to be packed or quantized."""
+        return name in self._names
+
+    def check(self) -> None:
+        """Says what was wrong with the weights that arrived.
+
+        Raises:
+            NonFiniteError: One held NaN or infinity.
+            CheckpointError: One differs from another that it is tied to.
+        """
+        if self.nonfinite:
+            raise NonFiniteError(
+                f"{self.nonfinite[0]} must be finite to be packed, got NaN or infinity"
+                + (f" (and {len(self.nonfinite) - 1} more)" if len(self.nonfinite) > 1 else "")
+            )
+        if self.differing:
+            raise CheckpointError(
+                f"{self.differing[0]} must have the values of the weight that it is tied "
+                "to, got others\nSet tie_word_embeddings to false in config.json."
+            )
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, list[Tensor]]:
+        """Packs each tensor into its module; what is not to be packed is transformers' to set.
+
+        A file's fused matrix arrives split; of its parts some can be packed and others not.
+        """
+        rest: dict[str, list[Tensor]] = {}
+        model: PreTrainedModel = kwargs["model"]
+        missing_keys: set[str] | None = kwargs.get("missing_keys")
+        for name, value in input_dict.items():
+            if not self.takes(name):
+                rest[name] = value
+                continue
+            weight = value[0] if isinstance(value, list) else value
+            pack = self._quantize_head if self.is_head(name) else self._pack_layer
+            scale = pack(model, name, weight.detach())
+            if not bool(torch.isfinite(scale).all()):
+                self.nonfinite.append(name)
+            if missing_keys is not None:
+                # One module can stand under several names.
+                missing_keys -= self._names.get(name, {name})
+        return rest
+
+    def _pack_layer(self, model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
+        layer, *others = self._tied[name]
+        if layer.is_deployed:
+            # Stored under two names: the same weight a second time.
+            return layer.qweight_scale
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        built = layer.build_deployment()
+        layer.commit(built)
+        for other in others:
+            other.commit(built)
+            other.qweight = layer.qweight
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            vars(tensor)["_is_hf_initialized"] = True
+        if others:
+            retie_packed(model, set())
+        if layer.packs_itself:
+            return torch.ones(())
+        return layer.qweight_scale
+
+    def _quantize_head(self, model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
+        rows = self._head
+        assert rows is not None
+        qweight, scale = quantize_rows_int8(weight)
+        built = rows.members[0].module
+        if not isinstance(built, Int8Rows):
+            swap_quantized(model, rows, qweight, scale)
+        elif not torch.equal(built.qweight, qweight) or not torch.equal(built.qweight_scale, scale):
+            self.differing.append(name)
+        return scale

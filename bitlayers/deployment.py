@@ -1,0 +1,60 @@
+"""What a custom layer's own packing leaves behind, held until a whole model can be deployed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitlayers.state import LayerState
+
+_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+@dataclass(frozen=True)
+class Registered:
+    """The fields of a module at one moment: parameters, buffers, modules, attributes."""
+
+    fields: dict[str, Any]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Registered:
+        """Returns what a module has registered; no tensor is copied."""
+        fields = vars(module)
+        return cls({**fields, **{name: fields[name].copy() for name in _TABLES}})
+
+    def restore(self, module: nn.Module) -> None:
+        """Gives a module these fields, and no others."""
+        fields = vars(module)
+        fields.clear()
+        fields.update(self.fields)
+        fields.update({name: self.fields[name].copy() for name in _TABLES})
+
+
+# What deploying a layer takes: its packed tensors, or all that it registered itself.
+Deployment = tuple[Tensor, Tensor] | Registered
+
+
+def expect_own(
+    layer: LayerState, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> None:
+    """Makes a packed skeleton that of a layer that packed itself, for a loader to fill.
+
+    Args:
+        layer: The skeleton.
+        tensors: dtype and shape of each tensor that the layer's file holds, by its name.
+    """
+    device = layer.qweight.device
+    for name in [*layer._parameters, *layer._buffers]:
+        if name not in tensors:
+            delattr(layer, name)
+    for name, (dtype, shape) in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        module = layer.get_submodule(owner)
+        if module._parameters.get(leaf) is None:
+            module._parameters.pop(leaf, None)
+            module.register_buffer(leaf, torch.empty(shape, dtype=dtype, device=device))
+    layer.packs_itself = True

@@ -1,0 +1,112 @@
+"""LayerState: the fields of a quantized layer that its checks and its training read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitcore import ops
+from bitcore.config import BitQuantConfig
+from bitcore.errors import LifecycleError
+from bitlayers.quantized import QuantizedModule
+
+
+class LayerState(QuantizedModule):
+    """What `bitlayers.base.BitLayerBase` documents as its attributes, and what follows from them.
+
+    Attributes:
+        float_dtype: dtype of the float layer that this one stands for; a deployed layer's
+            ``weight`` has it.
+        casts_input: Whether the model casts the input to ``weight.dtype``. A latent weight can be
+            wider than the float one was; the input is cast on to what that was.
+        packs_itself: Whether the layer was deployed by a ``_perform_deployment`` that registered
+            tensors of its own and returned nothing.
+    """
+
+    in_features: int
+    out_features: int
+    bias: Any
+    quant_config: BitQuantConfig
+    latent_dtype: torch.dtype
+    float_dtype: torch.dtype
+    learned_scale: nn.Parameter | None
+    quant_strength: float = 1.0
+    casts_input: bool = False
+    packs_itself: bool = False
+    _is_deployed: bool
+
+    @property
+    def is_deployed(self) -> bool:
+        """Whether the layer has been deployed."""
+        return self._is_deployed
+
+    @property
+    def use_bias(self) -> bool:
+        """Whether the layer has a bias."""
+        return self.bias is not None
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """Returns ``(qweight, qweight_scale)``."""
+        raise NotImplementedError
+
+    def packed_shapes(self) -> tuple[tuple[int, int], tuple[int, ...]]:
+        """Returns the shapes of qweight and qweight_scale that the configuration asks for."""
+        rows, config = (self.out_features + 3) // 4, self.quant_config
+        scale: tuple[int, ...] = (1,)
+        if config.weight_granularity == "per_channel":
+            scale = (self.out_features,)
+        elif config.group_size is not None:
+            scale = (self.out_features, self.in_features // config.group_size)
+        return (rows, self.in_features), scale
+
+    def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns codes times scale, [N, K]: exactly what the deployed layer multiplies with.
+
+        Raises:
+            LifecycleError: The layer packed itself, in a way that only it knows.
+        """
+        if self.packs_itself:
+            raise LifecycleError(
+                f"{type(self).__name__}: dequantized_weight must be asked of packed ternary "
+                "weights, got a layer that did its own packing"
+            )
+        qweight, scale = self.packed()
+        return ops.unpack_weight(qweight, scale, self.out_features, dtype or torch.float32)
+
+    def _float_dtype(self) -> torch.dtype:
+        return self.float_dtype
+
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def _shows_view(self) -> bool:
+        # A layer that packed itself keeps what it registered, a weight among it or not.
+        fields = self.__dict__
+        return (
+            fields.get("_is_deployed", False)
+            and not fields.get("packs_itself", False)
+            and super()._shows_view()
+        )
+
+    def register_buffer(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """As in a module; the eval cache is not in the way of its names."""
+        with self._registering():
+            super().register_buffer(name, *args, **kwargs)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in a module; the eval cache is not in the way of its names."""
+        with self._registering():
+            super().register_parameter(name, param)
+
+    @contextmanager
+    def _registering(self) -> Iterator[None]:
+        # A layer that packs itself may register what the cache serves until then.
+        self.__dict__["_registers"] = True
+        try:
+            yield
+        finally:
+            del self.__dict__["_registers"]
