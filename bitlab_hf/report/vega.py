@@ -7,6 +7,7 @@ shown under the pointer.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,32 +28,32 @@ CODES = {"-1": "var(--neg)", "0": "var(--nil)", "+1": "var(--pos)"}
 
 _TEXT = {"labelColor": "var(--dim)", "titleColor": "var(--dim)", "titleFontWeight": "normal"}
 _SIZES = {"labelFontSize": 11.5, "titleFontSize": 11.5}
-_FRAME: Spec = {
-    "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
+_CONFIG: Spec = {
     "background": None,
     "padding": {"left": 0, "right": 12, "top": 4, "bottom": 2},
-    "config": {
-        # As the page's; Vega measures words with it, so it has to be named.
-        "font": "system-ui, -apple-system, Segoe UI, Roboto, DejaVu Sans, sans-serif",
-        "view": {"stroke": None},
-        "axis": {"gridColor": "var(--grid)", "domainColor": "var(--dim)", "tickColor": "var(--dim)",
-                 **_TEXT, **_SIZES},
-        "axisX": {"grid": False, "titleAnchor": "end"},
-        "axisY": {"domain": False, "ticks": False, "labelPadding": 7, "title": None},
-        "legend": {"orient": "top", "columnPadding": 14, "labelOffset": 5, **_TEXT, **_SIZES,
-                   "labelColor": "var(--ink)", "titleColor": "var(--ink)"},
-        "header": {"labelColor": "var(--ink)", "labelFontSize": 12, "title": None},
-    },
+    # As the page's; Vega measures words with it, so it has to be named.
+    "font": "system-ui, -apple-system, Segoe UI, Roboto, DejaVu Sans, sans-serif",
+    "view": {"stroke": None},
+    "axis": {"gridColor": "var(--grid)", "domainColor": "var(--dim)", "tickColor": "var(--dim)",
+             **_TEXT, **_SIZES},
+    "axisX": {"grid": False, "titleAnchor": "end"},
+    "axisY": {"domain": False, "ticks": False, "labelPadding": 7, "title": None},
+    "legend": {"orient": "top", "columnPadding": 14, "labelOffset": 5, **_TEXT, **_SIZES,
+               "labelColor": "var(--ink)", "titleColor": "var(--ink)"},
+    "header": {"labelColor": "var(--ink)", "labelFontSize": 12, "title": None},
+    # As English has it, but for what a line lacks at a step.
+    "locale": {"number": {"decimal": ".", "thousands": ",", "grouping": [3],
+                          "currency": ["$", ""], "nan": "-"}},
 }  # fmt: skip
 _DASHED = [5, 4]
 _STEPS = {"title": "step", "tickCount": 6}
-_START = """
-for (const holder of document.querySelectorAll("script[data-for]")) {
-  vegaEmbed(document.getElementById(holder.dataset.for), JSON.parse(holder.textContent), {
-    renderer: "svg", actions: false, ast: true, defaultStyle: false,
-    tooltip: {disableDefaultStyle: true},
-  });
-}
+_START = f"""
+for (const holder of document.querySelectorAll("script[data-for]")) {{
+  vegaEmbed(document.getElementById(holder.dataset.for), JSON.parse(holder.textContent), {{
+    mode: "vega-lite", renderer: "svg", actions: false, ast: true, defaultStyle: false,
+    tooltip: {{disableDefaultStyle: true}}, config: {json.dumps(_CONFIG)},
+  }});
+}}
 """
 
 
@@ -157,14 +158,14 @@ def line_plot(
         "mark": {"type": "rule", "color": "var(--dim)"},
         "encoding": {
             "opacity": {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0},
+            # With a space behind it no name reads as a whole number, which JavaScript puts first.
             "tooltip": [_number("step", format=",.0f")]
-            + [_number(f"y{n}", title=name, format=text) for n, name in enumerate(names)],
+            + [_number(f"y{n}", title=f"{name} ", format=text) for n, name in enumerate(names)],
         },
     })  # fmt: skip
     legend = {"title": None, "symbolType": "stroke", "symbolSize": 160, "symbolStrokeWidth": 2,
               "labelLimit": 100, "columns": 0 if len(names) < 6 else 4}  # fmt: skip
     return {
-        **_FRAME,
         "description": title,
         "width": 560,
         "height": 290,
@@ -257,7 +258,6 @@ def row_plot(
         },
     }  # fmt: skip
     return {
-        **_FRAME,
         "description": title,
         "hconcat": [heat, ends],
         "spacing": 28,
@@ -297,7 +297,6 @@ def histograms(
     }
     gap = 14
     return {
-        **_FRAME,
         "description": title,
         "data": {"values": [
             {"panel": head, "low": low, "high": high, "order": order, "code": code,
