@@ -59,7 +59,7 @@ for (const holder of document.querySelectorAll("script[data-for]")) {{
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a plot: its name, its colour, its points, and whether each of them is marked."""
+    """One line of a plot: name, colour, points, whether each of them is marked, width."""
 
     name: str
     colour: str
@@ -163,8 +163,8 @@ def line_plot(
             + [_number(f"y{n}", title=f"{name} ", format=text) for n, name in enumerate(names)],
         },
     })  # fmt: skip
-    legend = {"title": None, "symbolType": "stroke", "symbolSize": 160, "symbolStrokeWidth": 2,
-              "labelLimit": 100, "columns": 0 if len(names) < 6 else 4}  # fmt: skip
+    legend = {"title": None, "symbolType": "stroke", "symbolSize": 160, "symbolStrokeWidth": 2}
+    legend |= {"labelLimit": 300} if len(names) < 6 else {"labelLimit": 100, "columns": 4}
     return {
         "description": title,
         "width": 560,
