@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
 
-from bitlab_hf.report.axes import number, percent
 from bitlab_hf.report.plots import Panel, exp, panels
 from bitlab_hf.report.run import Run
+from bitlab_hf.report.vega import scripts
 from bitlab_hf.train.recipe import RECIPES, Recipe
 
 
@@ -41,12 +42,13 @@ def summary(run: Run) -> dict[str, Any]:
 def render(run: Run) -> str:
     """Returns a run's report as the text of one HTML file.
 
-    Its policy allows nothing to be fetched, and no script but its own, which shows the values under
-    the pointer; without scripts the plots are the same.
+    Its policy allows nothing to be fetched, and no script but its own, which draws the plots.
+
+    Raises:
+        MissingExtraError: The package ``vl-convert-python`` is not installed.
     """
-    here = files("bitlab_hf.report")
-    style = (here / "page.css").read_text(encoding="utf-8")
-    script = (here / "page.js").read_text(encoding="utf-8")
+    style = (files("bitlab_hf.report") / "page.css").read_text(encoding="utf-8")
+    script = scripts()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     found = summary(run)
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -62,6 +64,7 @@ def render(run: Run) -> str:
 </head>
 <body>
 <header><h1>{name}</h1><p>{escape(_subtitle(run))}</p></header>
+<noscript><p>This page's plots are drawn by a script of its own.</p></noscript>
 <section class="tiles">{_tiles(run, found)}</section>
 <main>{"".join(map(_panel, panels(run)))}</main>
 {_facts(run)}
@@ -74,10 +77,31 @@ def render(run: Run) -> str:
 
 
 def _panel(panel: Panel) -> str:
-    body = panel.svg or f'<p class="missing">{escape(panel.note)}</p>'
-    note = f"<figcaption>{escape(panel.note)}</figcaption>" if panel.svg else ""
+    body = f'<p class="missing">{escape(panel.note)}</p>'
+    if panel.spec is not None:
+        spec = json.dumps(panel.spec, separators=(",", ":")).replace("<", "\\u003c")
+        body = (
+            f'<div id="{panel.name}"></div><figcaption>{escape(panel.note)}</figcaption>'
+            f'<script type="application/json" data-for="{panel.name}">{spec}</script>'
+        )
     wide = ' class="wide"' if panel.wide else ""
-    return f"<figure{wide}><h2>{escape(panel.head)}</h2>{body}{note}</figure>"
+    return f"<figure{wide}><h2>{escape(panel.head)}</h2>{body}</figure>"
+
+
+def number(value: float) -> str:
+    """Returns a number with three digits, as short as it can be read."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e6 or abs(value) < 1e-4:
+        return f"{value:.3g}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{float(f'{value:.3g}'):g}" if abs(value) < 100 else f"{value:.4g}"
+
+
+def percent(value: float) -> str:
+    """Returns a share as a percentage."""
+    return f"{number(100 * value)} %"
 
 
 def _subtitle(run: Run) -> str:

@@ -8,13 +8,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from bitlab_hf.report.axes import Axis, percent
 from bitlab_hf.report.run import Run
-from bitlab_hf.report.svg import Line, Rows, histograms, line_plot, row_plot
+from bitlab_hf.report.vega import (
+    CODES,
+    COLOURS,
+    FAINT,
+    PERCENT,
+    Line,
+    Spec,
+    histograms,
+    line_plot,
+    row_plot,
+)
 
-CODES = (("-1", "neg"), ("0", "nil"), ("+1", "pos"))
 _EVAL_LOSS = re.compile(r"eval_(?:(.+)_)?loss")
-_MOST_KINDS = 7
+_MOST_KINDS = len(COLOURS)
 _MOST_CELLS = 9000
 # A perplexity above exp(50) tells nothing more.
 _MOST_NATS = 50.0
@@ -25,14 +33,16 @@ class Panel:
     """A plot with what is said around it.
 
     Attributes:
+        name: The element's id.
         head: Its heading.
-        svg: The plot; None where the run did not record what it needs.
+        spec: The plot; None where the run did not record what it needs.
         note: How to read it, or what was missing.
         wide: Whether it takes the page's whole width.
     """
 
+    name: str
     head: str
-    svg: str | None
+    spec: Spec | None
     note: str
     wide: bool = False
 
@@ -71,8 +81,8 @@ def loss(run: Run) -> Panel:
     steps, values = run.logged("loss")
     head = "Training loss"
     if not steps:
-        return Panel(head, None, "The run logged no loss.")
-    lines = [Line("at each log", "faint", list(zip(steps, values, strict=True)))]
+        return Panel("loss", head, None, "The run logged no loss.")
+    points = list(zip(steps, values, strict=True))
     reach = 4
     if len(steps) > 6 * reach:
         means = [
@@ -80,17 +90,17 @@ def loss(run: Run) -> Panel:
             for place in range(len(values))
             if (part := values[max(0, place - reach) : place + reach + 1])
         ]
-        lines.append(
-            Line(f"mean of {2 * reach + 1} logs", "k0", list(zip(steps, means, strict=True)))
-        )
+        lines = [
+            Line("at each log", FAINT, points, width=1.2),
+            Line(f"mean of {2 * reach + 1} logs", COLOURS[0], list(zip(steps, means, strict=True))),
+        ]
     else:
-        lines = [Line("loss", "k0", lines[0].points)]
+        lines = [Line("loss", COLOURS[0], points)]
     if len(terms) > 1:
-        for place, term in enumerate(terms[:4]):
-            lines.append(Line(term, f"k{place + 1}", list(zip(*run.logged(term), strict=True))))
-    y = Axis.over((value for line in lines for _, value in line.drawn()), label="loss")
+        for term, colour in zip(terms[:4], COLOURS[1:], strict=False):
+            lines.append(Line(term, colour, list(zip(*run.logged(term), strict=True))))
     note = "Nats a token" if run.recipe is None else "The recipe's terms, added up; nats a token"
-    return Panel(head, line_plot("loss", head, lines, _steps(run), y), f"{note}.")
+    return Panel("loss", head, line_plot(head, lines, _last(run)), f"{note}.")
 
 
 def perplexity(run: Run) -> Panel:
@@ -99,17 +109,15 @@ def perplexity(run: Run) -> Panel:
     names = sorted({n for _, logs in run.logs for n in logs if _EVAL_LOSS.fullmatch(n)})
     if not names:
         note = "The run was never evaluated: give the Trainer an eval_dataset and eval_strategy."
-        return Panel(head, None, note)
+        return Panel("perplexity", head, None, note)
     lines = []
-    for place, name in enumerate(names[:_MOST_KINDS]):
+    for name, colour in zip(names, COLOURS, strict=False):
         steps, nats = run.logged(name)
         points = [(step, exp(one)) for step, one in zip(steps, nats, strict=True)]
         match = _EVAL_LOSS.fullmatch(name)
         part = match.group(1) if match else None
-        lines.append(Line(f"ternary, {part}" if part else "ternary", f"k{place}", points, True))
+        lines.append(Line(f"ternary, {part}" if part else "ternary", colour, points, True))
     level = None if run.baseline is None else (run.baseline[1], exp(run.baseline[0]))
-    found = [value for line in lines for _, value in line.points]
-    y = Axis.over([*found, *([level[1]] if level else [])], log=True)
     note = "Evaluation text; logarithmic. "
     note += (
         "The dashed line is the full-precision model on the same text."
@@ -117,7 +125,7 @@ def perplexity(run: Run) -> Panel:
         else "The full-precision model's was not recorded: see record_baseline, or pass --baseline."
     )
     return Panel(
-        head, line_plot("perplexity", head, lines, _steps(run), y, level=level), note
+        "perplexity", head, line_plot(head, lines, _last(run), log=True, level=level), note
     )  # fmt: skip
 
 
@@ -128,33 +136,32 @@ def exp(nats: float) -> float:
 
 def by_layer(run: Run) -> Panel:
     """Flipped codes of every layer over time; the shares of its codes at the end."""
-    head = "Every layer"
+    name, head = "layers", "Every layer"
     series = run.values["flipped"]
-    ends = [run.values[name][-1][1] if run.values[name] else None for name in _SHARES]
+    ends = [run.values[share][-1][1] if run.values[share] else None for share in _SHARES]
     if not series or any(row is None for row in ends):
-        return Panel(head, None, "The run's weights were sharded, so no codes were counted.", True)
+        note = "The run's weights were sharded, so no codes were counted."
+        return Panel(name, head, None, note, True)
     size = -(-len(series) // max(1, _MOST_CELLS // max(1, len(run.layers))))
     blocks = [series[start : start + size] for start in range(0, len(series), size)]
     cells = [
         [_mean([row[layer] for _, row in block]) for block in blocks]
         for layer in range(len(run.layers))
     ]
-    found = [value for row in cells for value in row if value]
-    high = max(found, default=1e-3)
-    low = max(min(found, default=high), high / 1000)
-    colour = Axis(
-        low if low < high else high / 10, high, (), True, text=lambda share: f"{100 * share:.2g} %"
-    )
     bars = [[row[layer] or 0.0 for row in ends if row] for layer in range(len(run.layers))]
-    rows = Rows(
-        short_names(run.layers), [block[-1][0] for block in blocks], cells, colour, bars, CODES
-    )  # fmt: skip
-    heads = ("codes flipped since the last log", "codes at the end")
+    spec = row_plot(
+        "Codes flipped in every layer",
+        short_names(run.layers),
+        [block[-1][0] for block in blocks],
+        cells,
+        bars,
+        ("codes flipped since the last log", "codes at the end"),
+    )
     note = (
         "A training that settles fades from left to right. A row that stays bright keeps changing "
         "its mind; one that is dark from the start does not learn."
     )
-    return Panel(head, row_plot("layers", "Codes flipped in every layer", rows, heads), note, True)
+    return Panel(name, head, spec, note, True)
 
 
 _SHARES = ("negative", "zero", "positive")
@@ -163,16 +170,14 @@ _SHARES = ("negative", "zero", "positive")
 def codes(run: Run) -> Panel:
     """Shares of the codes over all layers."""
     lines = [
-        Line(code, style, list(zip(*run.logged(f"ternary/{name}"), strict=True)))
-        for (code, style), name in zip(CODES, _SHARES, strict=True)
+        Line(code, colour, list(zip(*run.logged(f"ternary/{name}"), strict=True)))
+        for (code, colour), name in zip(CODES.items(), _SHARES, strict=True)
     ]
     head = "Codes over all layers"
     if not lines[1].points:
-        return Panel(head, None, "The run's log holds no shares of codes.")
-    y = Axis.over((v for line in lines for _, v in line.points), text=percent)
-    return Panel(
-        head, line_plot("codes", head, lines, _steps(run), y), "Share of the weights at each code."
-    )
+        return Panel("codes", head, None, "The run's log holds no shares of codes.")
+    spec = line_plot(head, lines, _last(run), text=PERCENT)
+    return Panel("codes", head, spec, "Share of the weights at each code.")
 
 
 def flips(run: Run) -> Panel:
@@ -181,16 +186,17 @@ def flips(run: Run) -> Panel:
     lines = _by_kind(run, "flipped", lambda value, _first: value)
     # Zero has no place on a logarithmic axis.
     lines = [
-        Line(one.name, one.style, [point for point in one.points if point[1] > 0]) for one in lines
+        Line(one.name, one.colour, [point for point in one.points if point[1] > 0]) for one in lines
     ]
-    return _plot_of(run, head, "flips", lines, "Mean over the layers of a kind; logarithmic.", True)
+    note = "Mean over the layers of a kind; logarithmic."
+    return _plot_of(run, "flips", head, lines, note, log=True)
 
 
 def scales(run: Run) -> Panel:
     """Scales by kind of layer, relative to the first log."""
     head = "Scale, change since the first log"
     lines = _by_kind(run, "scale", lambda value, first: value / first - 1 if first else None)
-    return _plot_of(run, head, "scales", lines, "Mean over the layers of a kind.", False)
+    return _plot_of(run, "scales", head, lines, "Mean over the layers of a kind.")
 
 
 def saturation(run: Run) -> Panel:
@@ -201,7 +207,7 @@ def saturation(run: Run) -> Panel:
         "Share of -127 and 127. Every token has at least one, so 1/K is the least; more means a "
         "flatter distribution, not clipping."
     )
-    return _plot_of(run, head, "saturation", lines, note, False)
+    return _plot_of(run, "saturation", head, lines, note)
 
 
 def weights(run: Run) -> Panel:
@@ -218,32 +224,25 @@ def weights(run: Run) -> Panel:
             shares = [[count / total for count in row] for row in sums]
             found.append((f"step {snapshot.step:,}", shares))
     if not found:
-        return Panel(head, None, "The run took no histograms.", True)
-    svg = histograms("weights", head, found, run.edge, [style for _, style in CODES], percent)
+        return Panel("weights", head, None, "The run took no histograms.", True)
     note = (
         "All layers; the colour is the code that a weight has. Absmean rounds at half a scale "
         "(dashed): weights that gather there flip easily. What lies beyond is in the last bins."
     )
-    return Panel(head, svg, note, True)
+    return Panel("weights", head, histograms(head, found, run.edge), note, True)
 
 
 def _plot_of(
-    run: Run,
-    head: str,
-    name: str,
-    lines: list[Line],
-    note: str,
-    log: bool,
+    run: Run, name: str, head: str, lines: list[Line], note: str, *, log: bool = False
 ) -> Panel:
     lines = [line for line in lines if line.points]
     if not lines:
-        return Panel(head, None, "The run did not record it.")
-    y = Axis.over((v for line in lines for _, v in line.drawn()), log=log, text=percent)
-    return Panel(head, line_plot(name, head, lines, _steps(run), y), note)
+        return Panel(name, head, None, "The run did not record it.")
+    return Panel(name, head, line_plot(head, lines, _last(run), text=PERCENT, log=log), note)
 
 
-def _steps(run: Run) -> Axis:
-    return Axis.over((0, max(1, run.steps)), tight=True, label="step")
+def _last(run: Run) -> int:
+    return max(1, run.steps)
 
 
 def _by_kind(
@@ -251,7 +250,7 @@ def _by_kind(
 ) -> list[Line]:
     series = run.values[quantity]
     lines = []
-    for index, (kind, places) in enumerate(kinds(run.layers).items()):
+    for (kind, places), colour in zip(kinds(run.layers).items(), COLOURS, strict=False):
         points = []
         for step, row in series:
             found = [
@@ -262,7 +261,7 @@ def _by_kind(
             mean = _mean(found)
             if mean is not None:
                 points.append((float(step), mean))
-        lines.append(Line(kind, f"k{index}", points))
+        lines.append(Line(kind, colour, points))
     return lines
 
 

@@ -1,14 +1,17 @@
-"""A page as its elements: what a reader of the HTML sees, with the browser's parser or Python's."""
+"""A page as its elements: what its HTML holds, and what a browser has drawn of it."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from typing import Any
 
 
 @dataclass
 class Plot:
-    """What one svg element holds."""
+    """What one plot shows, from its specification."""
 
     lines: dict[str, int] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
@@ -17,57 +20,84 @@ class Plot:
     levels: int = 0
 
 
+def plot_of(spec: dict[str, Any]) -> Plot:
+    plot = Plot()
+    for layer in spec.get("layer", []):
+        y = layer["encoding"].get("y", {})
+        if layer["mark"]["type"] == "line":
+            name = layer["encoding"]["color"]["datum"]
+            plot.lines[name] = sum(y["field"] in row for row in spec["data"]["values"])
+        plot.levels += layer["mark"]["type"] == "rule" and "datum" in y
+    if "hconcat" in spec:
+        cells, bars = (part["data"]["values"] for part in spec["hconcat"])
+        plot.rows = {row["row"]: sum(one is not None for one in row["share"]) for row in cells}
+        plot.bars = len(bars)
+    if "facet" in spec:
+        plot.panels = dict(Counter(row["panel"] for row in spec["data"]["values"]))
+    return plot
+
+
 class Page(HTMLParser):
     """Plots by their ids, headings, and everything that could fetch or run something."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.plots: dict[str, Plot] = {}
+        self.specs: dict[str, dict[str, Any]] = {}
         self.heads: list[str] = []
         self.scripts: list[dict[str, str | None]] = []
         self.addresses: list[str] = []
         self.tags: set[str] = set()
+        self.ids: set[str | None] = set()
         self.text = ""
-        self._plot = Plot()
-        self._within: dict[str, int] | None = None
-        self._key = ""
-        self._in_head = False
+        self._within: str | None = None
         self.feed(html)
+        self.plots = {name: plot_of(spec) for name, spec in self.specs.items()}
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._within = tag
         given = dict(attrs)
-        style = (given.get("class") or "").split()
         self.tags.add(tag)
+        self.ids.add(given.get("id"))
         self.addresses += [
             str(value) for key, value in attrs if key in ("src", "href", "xlink:href", "action")
         ]
         if tag == "script":
             self.scripts.append(given)
-        elif tag == "h2":
-            self._in_head = True
-        elif tag == "svg":
-            self._plot = self.plots.setdefault(str(given.get("id")), Plot())
-            self._within = None
-        elif tag == "polyline":
-            self._plot.lines[str(given["data-series"])] = len(str(given["points"]).split())
+
+    def handle_endtag(self, tag: str) -> None:
+        self._within = None
+
+    def handle_data(self, data: str) -> None:
+        if self._within != "script":
+            self.text += data
+        elif "data-for" in self.scripts[-1]:
+            self.specs[str(self.scripts[-1]["data-for"])] = json.loads(data)
+        if self._within == "h2":
+            self.heads.append(data)
+
+
+class Drawn(HTMLParser):
+    """What a browser has drawn: of each plot the marks by their kinds, each with its points."""
+
+    def __init__(self, document: str) -> None:
+        super().__init__()
+        self.plots: dict[str, dict[str, list[int]]] = {}
+        self._plot: dict[str, list[int]] = {}
+        self._kind: str | None = None
+        self.feed(document)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        style = (given.get("class") or "").split()
+        if "vega-embed" in style:
+            self._plot = self.plots.setdefault(str(given["id"]), {})
         elif tag == "g":
-            self._within = self._plot.rows if "data-row" in given else self._plot.panels
-            self._key = str(given.get("data-row") or given.get("data-panel"))
-            self._within[self._key] = 0
-        elif tag == "rect" and "bar" in style:
-            self._plot.bars += 1
-        elif tag == "rect" and self._within is not None:
-            self._within[self._key] += 1
-        elif tag == "line" and style == ["level"]:
-            self._plot.levels += 1
+            self._kind = style[0] if "role-mark" in style else None
+        elif self._kind and tag in ("path", "line"):
+            path = given.get("d") or ""
+            points = path.count("M") + path.count("L")
+            self._plot.setdefault(self._kind.removeprefix("mark-"), []).append(points)
 
     def handle_endtag(self, tag: str) -> None:
         if tag == "g":
-            self._within = None
-        elif tag == "h2":
-            self._in_head = False
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self._in_head:
-            self.heads.append(data)
+            self._kind = None

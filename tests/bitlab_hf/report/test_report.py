@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from bitcore.errors import ArgumentError, CheckpointError
+from bitcore.errors import ArgumentError, CheckpointError, MissingExtraError
 from bitlab_hf import BitLabConfig
 from bitlab_hf.report import read_run, render
-from bitlab_hf.report.axes import Axis, number, percent
-from bitlab_hf.report.page import recipe_name, summary
+from bitlab_hf.report.page import number, percent, recipe_name, summary
 from bitlab_hf.report.plots import kinds, short_names
-from bitlab_hf.report.svg import MOST_POINTS, Line
+from bitlab_hf.report.vega import COLOURS, MOST_POINTS, Line, line_plot, row_plot, scripts
 from bitlab_hf.train import RECIPES, TernaryStatistics, record_baseline
 from bitlab_hf.train.baseline import BASELINE_FILE, read_baseline
 from bitlab_hf.train.statistics_files import HISTOGRAMS_FILE, STATISTICS_FILE
@@ -35,11 +34,11 @@ def assert_complete(page: Page, blocks: int, logs: int) -> None:
     assert list(page.plots) == [
         "loss", "perplexity", "layers", "codes", "flips", "scales", "saturation", "weights",
     ]  # fmt: skip
+    assert page.ids >= set(page.plots)
     assert len(page.heads) == 8
     plots = page.plots
     assert plots["loss"].lines == {"loss": logs}
     assert plots["perplexity"].lines == {"ternary": logs // 4 + 1}
-    # The legend's dashed mark is one of a line's style; the level in the plot is the other.
     assert plots["perplexity"].levels == 1
     names = [name.removeprefix("model.layers.") for name in layer_names(blocks)]
     assert plots["layers"].rows == dict.fromkeys(names, logs)
@@ -67,7 +66,9 @@ def test_page(tmp_path: Path) -> None:
     assert page.addresses == []
     assert not page.tags & {"link", "img", "iframe", "object", "base"}
     assert "default-src 'none'" in html
-    assert "url(" not in html
+    assert "unsafe-eval" not in html
+    assert "http" not in html.replace(scripts(), "").replace("http-equiv", "")
+    assert "url(" not in html.replace(scripts(), "")
     kept = [script for script in page.scripts if script.get("type") != "application/json"]
     assert kept == [{}]
 
@@ -85,12 +86,28 @@ def test_every_text_is_escaped(tmp_path: Path) -> None:
     html = render(read_run(tmp_path))
     page = Page(html)
     assert "alert(1)</script" not in html
-    assert "<img" not in html
+    assert "<img" not in html.replace(scripts(), "")
     assert bad in page.text
-    assert len(page.scripts) == 1 + 6
-    # Data for the read-out is whole JSON.
-    found = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', html)
-    assert bad in json.loads(found[1])["level"][0]
+    assert len(page.scripts) == 1 + 8
+    # What the plots are drawn from is whole JSON, with the names as they are.
+    assert bad in page.specs["perplexity"]["encoding"]["color"]["scale"]["domain"]
+    assert all(name.endswith(bad) for name in page.plots["layers"].rows)
+
+
+def test_scripts_end_where_the_page_says() -> None:
+    assert "</script" not in scripts().lower()
+    assert "<!--" not in scripts()
+
+
+def test_missing_package(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path)
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    scripts.cache_clear()
+    done = cli("report", run)
+    assert done.code == 1
+    assert isinstance(done.error, MissingExtraError)
+    assert 'pip install "bitlab-hf[report]"' in str(done.error)
+    assert not (run / "report.html").exists()
 
 
 def test_what_was_not_recorded_is_said(tmp_path: Path) -> None:
@@ -230,27 +247,49 @@ def test_a_real_run(tmp_path: Path) -> None:
         record_baseline(trainer, original)
 
 
-def test_axes() -> None:
-    axis = Axis.over([0.3, 9.7])
-    assert (axis.low, axis.high, axis.ticks) == (0.0, 10.0, (0.0, 2.0, 4.0, 6.0, 8.0, 10.0))
-    assert [axis.at(value) for value in (-5, 5, 50)] == [0, 0.5, 1]
-    log = Axis.over([1, 1000], log=True)
-    assert log.ticks == (1.0, 10.0, 100.0, 1000.0) or 100.0 in log.ticks
-    assert log.at(math.sqrt(1000)) == pytest.approx(0.5)
-    assert not Axis.over([0, 1], log=True).log
-    for values in ([], [3.0], [0.0, 0.0], [1e-9, 1e9], [7.75, 7.76]):
-        for use_log in (False, True):
-            found = Axis.over(values, log=use_log)
-            assert found.low < found.high
-            assert 2 <= len(found.ticks) <= 12
-            assert all(found.low <= tick <= found.high * (1 + 1e-9) for tick in found.ticks)
+def test_numbers() -> None:
     written = [number(value) for value in (0, 12_345.6, 0.12345, 5e-7)]
     assert written == ["0", "12,346", "0.123", "5e-07"]
     assert percent(0.1234) == "12.3 %"
 
 
+def test_lines() -> None:
+    lines = [Line("a", COLOURS[0], [(0, 2.0), (10, 8.0)]), Line("b", COLOURS[1], [(5, 4.0)])]
+    spec = line_plot("title", lines, 10, log=True, level=("c", 1.0))
+    assert spec["data"]["values"] == [
+        {"step": 0, "y0": 2.0, "y2": 1.0},
+        {"step": 5, "y1": 4.0, "y2": 1.0},
+        {"step": 10, "y0": 8.0, "y2": 1.0},
+    ]
+    low, high = spec["layer"][0]["encoding"]["y"]["scale"]["domain"]
+    assert 0 < low < 1 < 8 < high
+    assert spec["encoding"]["x"]["scale"]["domain"] == [0, 10]
+    assert spec["encoding"]["color"]["scale"] == {
+        "domain": ["a", "b", "c"], "range": [*COLOURS[:2], "var(--ink)"],
+    }  # fmt: skip
+    # A single point is no line, so it is marked.
+    assert [bool(layer["mark"]["point"]) for layer in spec["layer"][:2]] == [False, True]
+    shown = [one["field"] for one in spec["layer"][-1]["encoding"]["tooltip"]]
+    assert shown == ["step", "y0", "y1", "y2"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "starts"), [([7], [0]), ([10, 20, 23], [0, 10, 20]), ([100, 110], [90, 100])]
+)
+def test_columns_begin_where_the_last_ended(steps: list[int], starts: list[int]) -> None:
+    cells = [[0.0, None, 0.2][: len(steps)]]
+    spec = row_plot("title", ["a"], steps, cells, [[0.3, 0.4, 0.3]], ("map", "bars"))
+    heat = spec["hconcat"][0]
+    assert heat["data"]["values"] == [{"row": "a", "share": cells[0]}]
+    written = {one.get("as"): one.get("calculate") for one in heat["transform"]}
+    assert written["start"] == f"{starts}[datum.column - 1]"
+    assert written["step"] == f"{steps}[datum.column - 1]"
+    low, high = heat["encoding"]["color"]["scale"]["domain"]
+    assert 0 < low < high
+
+
 def test_long_runs_are_thinned() -> None:
-    line = Line("a", "k0", [(float(n), float(n % 2)) for n in range(5000)])
+    line = Line("a", COLOURS[0], [(float(n), float(n % 2)) for n in range(5000)])
     assert MOST_POINTS / 2 < len(line.drawn()) <= MOST_POINTS
     assert line.drawn()[3][1] == pytest.approx(0.5, abs=0.1)
 
