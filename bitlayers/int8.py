@@ -194,8 +194,9 @@ class Int8Embedding(Int8Rows, nn.Embedding):
         num_embeddings: V.
         embedding_dim: K.
         padding_idx: As in ``nn.Embedding``; nothing trains, so it changes nothing here.
-        embed_scale: What rows are multiplied with after that rounding, itself rounded to ``dtype``
-            first (Gemma's embeddings do so).
+        embed_scale: What rows are multiplied with after that rounding.
+        rounds_scale: Whether it is itself rounded to ``dtype`` first (Gemma's embeddings do so,
+            BART's do not).
         device: Where the tensors are made, empty.
         dtype: dtype of the output; follows ``module.to(dtype)``.
 
@@ -212,28 +213,33 @@ class Int8Embedding(Int8Rows, nn.Embedding):
         embed_scale: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        rounds_scale: bool = True,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, padding_idx, device="meta")
-        self.embed_scale = embed_scale
+        self.embed_scale, self.rounds_scale = embed_scale, rounds_scale
         self.float_class: type[nn.Embedding] = nn.Embedding
         self._set_dtype(dtype or torch.get_default_dtype())
         self._commit_empty(device)
 
     def _set_dtype(self, dtype: torch.dtype) -> None:
         super()._set_dtype(dtype)
-        self._factor = torch.tensor(self.embed_scale, dtype=dtype, device="cpu").item()
+        rounded = torch.tensor(self.embed_scale, dtype=dtype, device="cpu").item()
+        self._factor = rounded if self.rounds_scale else self.embed_scale
 
     def _weight_shape(self) -> tuple[int, int]:
         return self.num_embeddings, self.embedding_dim
 
     @classmethod
-    def skeleton(cls, embedding: nn.Embedding, embed_scale: float | None = None) -> Self:
+    def skeleton(
+        cls, embedding: nn.Embedding, embed_scale: float | None = None, rounds_scale: bool = True
+    ) -> Self:
         """Returns an empty module of the sizes, device and output dtype of an embedding.
 
         Args:
             embedding: An ``nn.Embedding``. Of a subclass the caller knows that all it does is to
                 multiply rows with a factor.
             embed_scale: That factor; None for a plain ``nn.Embedding``.
+            rounds_scale: Whether it is rounded first.
 
         Raises:
             ArgumentTypeError: embedding is no ``nn.Embedding``, a subclass without an embed_scale,
@@ -258,14 +264,17 @@ class Int8Embedding(Int8Rows, nn.Embedding):
             1.0 if embed_scale is None else embed_scale,
             embedding.weight.device,
             embedding.weight.dtype,
+            rounds_scale,
         )
         module.float_class = type(embedding)
         return module.train(embedding.training)
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding, embed_scale: float | None = None) -> Self:
+    def from_embedding(
+        cls, embedding: nn.Embedding, embed_scale: float | None = None, rounds_scale: bool = True
+    ) -> Self:
         """Returns the int8 form of an embedding; arguments and errors are `skeleton`'s."""
-        module = cls.skeleton(embedding, embed_scale)
+        module = cls.skeleton(embedding, embed_scale, rounds_scale)
         return module.commit(*quantize_rows_int8(embedding.weight))
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (nn.Embedding's name for it)

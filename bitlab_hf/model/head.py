@@ -7,6 +7,7 @@ saving, device maps and ``tie_weights()`` go on as they do for float weights.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -155,31 +156,52 @@ def check_supported(model: PreTrainedModel, rows: Rows) -> None:
             )
 
 
-def embedding_factor(embedding: nn.Module) -> float | None:
+def embedding_factor(embedding: nn.Module) -> tuple[float, bool] | None:
     """Returns what an embedding multiplies its rows with; None where it does anything else.
 
-    ``nn.Embedding`` multiplies with nothing (1). transformers' ``...TextScaledWordEmbedding``
-    (Gemma) multiplies with ``scalar_embed_scale``, rounded to the dtype of the weight; one of that
-    name that holds further tensors (T5Gemma2) does more.
+    Many of transformers' embeddings multiply with a factor: Gemma's with one that is rounded to the
+    dtype of the weight first, BART's with a Python number. Which it is, and that it is all, is
+    found out by trying the class on four rows.
+
+    Returns:
+        The factor, and whether it is rounded first.
     """
-    kind = type(embedding)
-    if kind is nn.Embedding:
-        return 1.0
+    if type(embedding) is nn.Embedding:
+        return 1.0, True
     tensors = {name for name, _ in embedding.named_parameters()}
     tensors |= {name for name, _ in embedding.named_buffers()}
-    factor = getattr(embedding, "scalar_embed_scale", None)
-    scaled = kind.__module__.startswith("transformers.models.") and kind.__name__.endswith(
-        "TextScaledWordEmbedding"
-    )
-    if scaled and tensors == {"weight", "embed_scale"} and isinstance(factor, (int, float)):
-        return float(factor)
+    factor = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
+    if not isinstance(embedding, nn.Embedding) or not isinstance(factor, (int, float)):
+        return None
+    if not tensors <= {"weight", "embed_scale"}:
+        return None
+    with torch.device("cpu"):
+        return _tried_factor(embedding, float(factor))
+
+
+def _tried_factor(embedding: nn.Embedding, factor: float) -> tuple[float, bool] | None:
+    rows = torch.linspace(-1, 1, 32).view(4, 8).bfloat16()
+    tried = copy.copy(embedding)
+    fields = vars(tried)
+    fields["_parameters"] = {"weight": nn.Parameter(rows, requires_grad=False)}
+    fields["_buffers"] = dict.fromkeys(embedding._buffers, torch.tensor(factor))
+    tried.padding_idx = None
+    try:
+        got = type(embedding).forward(tried, torch.arange(4))
+    except (RuntimeError, AttributeError, TypeError):
+        # It does more than look rows up.
+        return None
+    for rounded in (True, False):
+        if torch.equal(got, rows * (torch.tensor(factor).bfloat16() if rounded else factor)):
+            return factor, rounded
     return None
 
 
 def _skeleton(module: nn.Module) -> Int8Linear | Int8Embedding:
     skeleton: Int8Linear | Int8Embedding
     if isinstance(module, nn.Embedding):
-        skeleton = Int8Embedding.skeleton(module, embedding_factor(module))
+        scaled = () if type(module) is nn.Embedding else embedding_factor(module) or ()
+        skeleton = Int8Embedding.skeleton(module, *scaled)
     else:
         assert isinstance(module, nn.Linear)
         skeleton = Int8Linear.skeleton(module)
