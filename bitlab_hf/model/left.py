@@ -78,7 +78,7 @@ def _routers(model: nn.Module, found: list[Found[nn.Linear]]) -> set[str]:
     blocks = [
         (f"{name}." if name else "", experts)
         for name, module in model.named_modules()
-        if (experts := [child for child, _ in module.named_children() if _EXPERTS.search(child)])
+        if (experts := _experts_in(module))
     ]
     if not blocks:
         return set()
@@ -98,6 +98,17 @@ def _routers(model: nn.Module, found: list[Found[nn.Linear]]) -> set[str]:
             if called or beside:
                 routers.add(name)
     return routers
+
+
+def _experts_in(block: nn.Module) -> list[str]:
+    """Returns the names of a block's children that hold experts."""
+    return [
+        name
+        for name, child in block.named_children()
+        if not isinstance(child, nn.Linear)
+        and _EXPERTS.search(f"{name} {type(child).__name__}")
+        and not _ROUTER.search(type(child).__name__)
+    ]
 
 
 def _expert_counts(config: Any) -> set[int]:

@@ -31,7 +31,7 @@ _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks",
     "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_is_full_backward_hook",
 )  # fmt: skip
 # Tensors that a layer registered when it packed itself: dtype and shape by name.
 OwnTensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -229,7 +229,8 @@ def _swap(model: nn.Module, linears: list[Found[nn.Linear]], layers: list[BitLay
     for found, layer in zip(linears, layers, strict=True):
         layer.casts_input = bool(dtypes.intersection(found.names))
         for table in _HOOKS:
-            getattr(layer, table).update(getattr(found.module, table))
+            # The table itself: whoever removes a hook by its handle removes it here.
+            vars(layer)[table] = vars(found.module)[table]
         for name in found.names:
             parent_name, _, child = name.rpartition(".")
             parent = model.get_submodule(parent_name)
