@@ -76,7 +76,7 @@ class Checkpoint:
 
 
 def read_checkpoint(
-    model: PreTrainedModel, files: list[str] | None, quantizer: Any
+    model: PreTrainedModel, files: list[str] | None, quantizer: Any, folder: str | None = None
 ) -> Checkpoint | None:
     """Reads the headers of a checkpoint's files.
 
@@ -84,6 +84,7 @@ def read_checkpoint(
         model: The skeleton that the checkpoint is loaded into; it decides how keys are renamed.
         files: The files, or None.
         quantizer: The HfQuantizer at work.
+        folder: Where the files are to lie; default: where the model says that it comes from.
 
     Returns:
         What the files hold; None if there are no files, or not in safetensors.
@@ -91,7 +92,7 @@ def read_checkpoint(
     Raises:
         CheckpointError: A file is truncated, its header is damaged, or it lies elsewhere.
     """
-    files = own_safetensors(model.name_or_path, files)
+    files = own_safetensors(folder or model.name_or_path, files)
     if files is None:
         return None
     headers: dict[str, TensorHeader] = {}

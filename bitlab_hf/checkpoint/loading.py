@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from bitcore.errors import CheckpointError, ConfigError
 from bitcore.ops import find_invalid_code
+from bitlab_hf.checkpoint.aligned import realign
 from bitlab_hf.checkpoint.headers import TensorHeader
 from bitlab_hf.checkpoint.plan import FLOATS, Plan, check_headers
 from bitlab_hf.model.head import finish, int8_modules, is_borrower, swap_skeletons
@@ -187,6 +188,8 @@ class Loading:
                     f"{rows.owner}.weight must be in the checkpoint to be quantized, got none"
                 )
             finish(model, rows)
+        if self.plan.source.is_packed:
+            realign(model)
         if self.plan.source.is_packed and self.plan.config.verify:
             verify_packed(layers)
             verify_int8(model)

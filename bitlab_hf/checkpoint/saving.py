@@ -15,9 +15,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError, ArgumentTypeError, CheckpointError
+from bitlab_hf.checkpoint.aligned import align_file
 from bitlab_hf.checkpoint.atomic import check_folder, naming_full_disk
 from bitlab_hf.checkpoint.card import model_card
 from bitlab_hf.checkpoint.facts import Facts
+from bitlab_hf.checkpoint.written import check_written
 from bitlab_hf.config import QUANT_METHOD
 
 _WEIGHT_FILES = re.compile(
@@ -69,6 +71,9 @@ def save(
         return
     with replacing(directory, "save") as staged:
         model.save_pretrained(staged, **kwargs)
+        for file in staged.glob("*.safetensors"):
+            align_file(file)
+        check_written(model, staged, given="state_dict" in kwargs)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
         if facts is not None:

@@ -1,0 +1,84 @@
+"""A last look at a checkpoint before it takes another's place: would the model load from it?"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from bitcore.errors import CheckpointError
+from bitlab_hf.checkpoint.headers import Checkpoint, read_checkpoint, with_tied
+from bitlab_hf.model.tree import quantized_layers
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def check_written(model: PreTrainedModel, folder: Path, given: bool) -> None:
+    """Compares the headers of what was written with the model.
+
+    Of a deployed model every tensor must be there, under its name, in its dtype and shape; of a
+    latent one the weights of its quantized layers, under the names that the architecture's files
+    have. What else belongs to the model is transformers' to write.
+
+    Args:
+        model: The model.
+        folder: Where it was written.
+        given: Whether a state dict was given in place of the model's own, which may be in parts.
+
+    Raises:
+        CheckpointError: A tensor is missing, or differs.
+    """
+    files = sorted(str(file) for file in folder.glob("model*.safetensors"))
+    layers = quantized_layers(model)
+    if not files or not layers:
+        return
+    checkpoint = read_checkpoint(model, files, getattr(model, "hf_quantizer", None), str(folder))
+    assert checkpoint is not None
+    known = with_tied(checkpoint, model)
+    tied = {name for pair in (model.all_tied_weights_keys or {}).items() for name in pair}
+    for found in layers:
+        if found.module.packs_itself:
+            continue
+        for leaf in ("qweight", "qweight_scale") if found.module.is_deployed else ("weight",):
+            names = {f"{name}.{leaf}" for name in found.names}
+            if not names & (known.tensors.keys() | tied):
+                raise _unreadable(f"{found.names[0]}.{leaf}", "must be in the files, got none")
+    if checkpoint.own_names and not given:
+        _check_all(model, known, tied)
+
+
+def _check_all(model: PreTrainedModel, known: Checkpoint, tied: set[str]) -> None:
+    ignored = set(model._keys_to_ignore_on_save or ())
+    ignored |= set(model._keys_to_ignore_on_load_missing or ())
+    canonical = {name for name, _ in model.named_parameters()}
+    canonical |= {name for name, _ in model.named_buffers()}
+    for name, tensor in model.state_dict().items():
+        header = known.tensors.get(name)
+        if header is None:
+            if name in tied or name not in canonical:
+                continue
+            if any(re.search(pattern, name) for pattern in ignored):
+                continue
+            raise _unreadable(name, "must be in the files, got none")
+        if header.shape != tuple(tensor.shape) or header.dtype != _DTYPES.get(tensor.dtype):
+            if header.shape == (0,):
+                # The sentinel, in a layer that packed itself and kept a weight.
+                continue
+            raise _unreadable(
+                name,
+                f"must be {tensor.dtype} {list(tensor.shape)} in the files, got {header.dtype} "
+                f"{list(header.shape)}",
+            )
+
+
+def _unreadable(name: str, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"save: {name} {problem}\nThe checkpoint could not be loaded again, and what was there "
+        "before is as it was."
+    )
