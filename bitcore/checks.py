@@ -37,6 +37,36 @@ def check_devices(op: str, first: Tensor, *others: Tensor | None) -> None:
             )
 
 
+def check_memory(op: str, **tensors: Tensor | None) -> None:
+    """Checks that a storage holds all of a tensor: it can be freed behind the tensor's back, as
+    FSDP does. For implementations only, since fakes have no memory.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        held = tensor.untyped_storage().nbytes()
+        if tensor.is_contiguous():
+            last = tensor.numel()
+        elif tensor.numel():
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            last = 1 + sum((size - 1) * stride for size, stride in steps)
+        else:
+            continue
+        if last and held < (tensor.storage_offset() + last) * tensor.element_size():
+            raise ArgumentError(
+                f"{op}: {name} must have its memory, got {list(tensor.shape)} over a storage of "
+                f"{held} bytes\nIt was freed or made smaller, as FSDP does between two passes."
+            )
+
+
+def check_linear_memory(
+    x: Tensor | None, qweight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> None:
+    """Checks the memory of what ``bitlab::linear`` takes; None is nothing to check."""
+    op = "bitlab::linear"
+    check_memory(op, x=x, qweight=qweight, weight_scale=weight_scale, bias=bias)
+
+
 def check_weight(op: str, weight: Tensor) -> None:
     """Checks a float weight [N, K], N and K at least 1."""
     check_float(op, "weight", weight)
@@ -82,6 +112,7 @@ def check_packed(op: str, qweight: Tensor, weight_scale: Tensor | None, out_feat
             f"{op}: qweight must be [{rows}, K] for out_features {out_features}, "
             f"got {list(qweight.shape)}"
         )
+    check_in_features(op, qweight.shape[1])
     if weight_scale is None:
         return
     check_scale(op, "weight_scale", weight_scale, out_features, qweight.shape[1])
@@ -111,6 +142,7 @@ def check_int8(op: str, qweight: Tensor, weight_scale: Tensor) -> None:
         raise ArgumentError(
             f"{op}: qweight must be [N, K] with N and K at least 1, got {list(qweight.shape)}"
         )
+    check_in_features(op, qweight.shape[1])
     if list(weight_scale.shape) != [qweight.shape[0]]:
         raise ArgumentError(
             f"{op}: weight_scale must be [{qweight.shape[0]}], got {list(weight_scale.shape)}"
@@ -133,11 +165,12 @@ def check_last_axis(op: str, name: str, tensor: Tensor, in_features: int) -> Non
 
 
 def check_tokens(op: str, name: str, tensor: Tensor) -> None:
-    """Checks that a tensor has a last axis of at least one element."""
+    """Checks that a tensor has a last axis of at least one element, and not too many."""
     if tensor.dim() == 0 or tensor.shape[-1] == 0:
         raise ArgumentError(
             f"{op}: {name} must be [..., K] with K at least 1, got {list(tensor.shape)}"
         )
+    check_in_features(op, tensor.shape[-1])
 
 
 def check_bias(op: str, bias: Tensor | None, out_features: int) -> None:
@@ -163,7 +196,6 @@ def check_linear_weights(
     """Checks what ``bitlab::linear`` takes beside its input."""
     op = "bitlab::linear"
     check_packed(op, qweight, weight_scale, out_features)
-    check_in_features(op, qweight.shape[1])
     check_bias(op, bias, out_features)
     if activation not in ACTIVATIONS:
         raise ArgumentError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
