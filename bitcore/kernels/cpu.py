@@ -306,7 +306,7 @@ class CpuKernels:
                 )
                 lanes[:, :, first:last] = (x @ weight.t()).view(-1, 4, last - first)
         y = y[:, :out_features]
-        return y if bias is None else y + bias.float()
+        return y.contiguous() if bias is None else y + bias.float()
 
     def linear_int8(
         self,
