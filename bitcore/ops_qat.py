@@ -42,12 +42,17 @@ def _estimate(
     return step, scale.clone() if scale.data_ptr() == step.data_ptr() else scale
 
 
-def _qat_scale(step: Tensor | None, scale: Tensor | None) -> tuple[Tensor | None, Tensor]:
+def _qat_scale(
+    weight: Tensor, step: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
     """Returns the step that packs and the scale that multiplies; None, and nothing, for absmean."""
+    op = "bitlab::qat_linear"
     if scale is None:
         if step is not None:
-            raise ArgumentError("bitlab::qat_linear: scale must be given with a step, got None")
+            raise ArgumentError(f"{op}: scale must be given with a step, got None")
         return None, torch.empty(0)
+    # Before it is computed with.
+    _check_step(op, "scale", weight, scale)
     if step is not None:
         return step, scale
     learned = estimators.learned_step(scale)
@@ -66,7 +71,7 @@ def _qat_linear(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     checks.check_memory("bitlab::qat_linear", weight=weight, step=step, scale=scale)
-    used_step, used_scale = _qat_scale(step, scale)
+    used_step, used_scale = _qat_scale(weight, step, scale)
     if used_step is None:
         qweight, used_scale = ops._pack_weight(weight, granularity, group_size)
     else:
@@ -116,7 +121,7 @@ def _(
     step: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    used_step, used_scale = _qat_scale(step, scale)
+    used_step, used_scale = _qat_scale(weight, step, scale)
     if used_step is None:
         qweight, used_scale = ops._fake_pack(weight, granularity, group_size)
     else:
