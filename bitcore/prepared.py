@@ -57,11 +57,13 @@ class PreparedLinear:
         self._device = qweight.device
         self._type = qweight.device.type
         self._kernels: Kernels | None = None
-        self._run: Callable[[Tensor, torch.dtype], Tensor] | None = None
+        self._run: Callable[[Tensor, torch.Size, torch.dtype], Tensor] | None = None
         if self._type in _DEVICES:
             checks.check_linear_weights(*self._constants)
             checks.check_devices("bitlab::linear", qweight, weight_scale, bias)
-            checks.check_linear_memory(None, qweight, weight_scale, bias)
+            for name, one in zip(("qweight", "weight_scale", "bias"), self._given, strict=True):
+                if one is not None:
+                    checks.check_storage("bitlab::linear", name, one)
             self._kernels = kernels_for(self._type)
             prepare = getattr(self._kernels, "prepare_linear", None)
             # What only stands for memory is made memory by the dispatcher.
@@ -87,10 +89,10 @@ class PreparedLinear:
             self._run is not None
             and x.device == self._device
             and is_plain(x, self._type)
-            and x.dim() > 0
-            and x.shape[-1] == self._in_features
+            and (shape := x.shape)
+            and shape[-1] == self._in_features
             and (dtype := x.dtype) in checks.FLOAT_DTYPES
             and kernels_for(self._type) is self._kernels
         ):
-            return self._run(x, dtype)
+            return self._run(x, shape, dtype)
         return ops.linear(x, *self._constants)

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from bitcore import reference
-from bitcore.checks import check_memory
+from bitcore.checks import LOWEST_ADDRESS
 from bitcore.errors import BackendError
 from bitcore.kernels.native import (
     ISA_VARIABLE,
-    LOWEST_ADDRESS,
     TYPE_CODES,
     LinearConstants,
     address,
     count_threads,
     linear_inputs,
     load_cpu_library,
+    made_memory,
 )
 
 _FLOAT_PLANES = 4
@@ -198,7 +198,7 @@ class CpuKernels:
             y = self._linear_in_blocks(tokens, qweight, weight_scale, bias, out_features)
             return y.to(out_dtype).view(*x.shape[:-1], out_features)
         constants = self._linear_constants(qweight, weight_scale, bias, out_features, activation)
-        return self._run_linear(constants, x, x.dtype, out_dtype)
+        return self._run_linear(constants, x, [*x.shape], x.dtype, out_dtype)
 
     def linear_with_codes(
         self, x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Tensor | None,
@@ -215,16 +215,16 @@ class CpuKernels:
         bias: Tensor | None,
         out_features: int,
         activation: str,
-    ) -> Callable[[Tensor, torch.dtype], Tensor] | None:
-        """Returns `linear` of these weights in the dtype of its input, which it is given, or None
-        if it is not one native call for every input. The weights must outlive it.
+    ) -> Callable[[Tensor, torch.Size, torch.dtype], Tensor] | None:
+        """Returns `linear` of these weights, of an input, its shape and its dtype; or None if it is
+        not one native call for every input. The weights must outlive it.
         """
         given = [qweight, weight_scale] + ([] if bias is None else [bias])
         if activation == "float" or not all(tensor.is_contiguous() for tensor in given):
             return None
         constants = self._linear_constants(qweight, weight_scale, bias, out_features, activation)
         run = self._run_linear
-        return lambda x, dtype: run(constants, x, dtype, dtype)
+        return lambda x, shape, dtype: run(constants, x, [*shape], dtype, dtype)
 
     def _linear_constants(
         self,
@@ -244,10 +244,15 @@ class CpuKernels:
         )
 
     def _run_linear(
-        self, constants: LinearConstants, x: Tensor, dtype: torch.dtype, out_dtype: torch.dtype
+        self,
+        constants: LinearConstants,
+        x: Tensor,
+        shape: list[int],
+        dtype: torch.dtype,
+        out_dtype: torch.dtype,
     ) -> Tensor:
-        """One native call on x of dtype. Every line counts: a decoder runs this hundreds of times
-        a token.
+        """One native call on x of a shape, which becomes the output's, and a dtype. Every line
+        counts: a decoder runs this hundreds of times a token.
         """
         in_features = stride = constants.in_features
         if not x.is_contiguous():
@@ -258,8 +263,8 @@ class CpuKernels:
                 x = x.contiguous()
         pointer, count = x.data_ptr(), x.numel() // in_features
         if pointer < LOWEST_ADDRESS:
-            check_memory("bitlab::linear", x=x)
-        shape = [*x.shape]
+            x = made_memory("bitlab::linear", x)
+            pointer = x.data_ptr()
         shape[-1] = constants.out_features
         # Naming the dtype costs a third of it.
         same = out_dtype is dtype
@@ -320,7 +325,7 @@ class CpuKernels:
         constants = LinearConstants(
             self._linear_int8, qweight, weight_scale, bias, qweight.shape[0]
         )
-        return self._run_linear(constants, x, x.dtype, out_dtype)
+        return self._run_linear(constants, x, [*x.shape], x.dtype, out_dtype)
 
     def _unpack_block(
         self,

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from bitcore import reference
-from bitcore.checks import check_memory
+from bitcore.checks import LOWEST_ADDRESS
 from bitcore.errors import ArgumentError, BackendError
 from bitcore.kernels.cuda_native import INVALID_ARGUMENT, load_cuda_library
-from bitcore.kernels.native import LOWEST_ADDRESS, TYPE_CODES, library_path
+from bitcore.kernels.native import TYPE_CODES, library_path, made_memory
 
 _I8_T2, _I8_I8, _F16_T2, _F32_T2 = range(4)
 _QUANTIZE_WORKSPACE = 4096
@@ -79,7 +79,7 @@ class CudaKernels:
     def _call(self, op: str, name: str, outputs: tuple[Tensor, ...], *arguments: Any) -> None:
         """Checks where the tensors are, calls ``bk_cuda_<name>`` and raises what it reports."""
         device = outputs[0].device
-        converted = []
+        converted, held = [], []
         for argument in arguments:
             if isinstance(argument, Tensor):
                 if argument.device != device:
@@ -87,8 +87,10 @@ class CudaKernels:
                         f"{op}: all tensors must be on {device}, got one on {argument.device}"
                     )
                 pointer = argument.data_ptr()
-                if pointer < LOWEST_ADDRESS:
-                    check_memory(op, argument=argument)
+                if pointer < LOWEST_ADDRESS and argument.numel():
+                    made = made_memory(op, argument)
+                    held.append(made)
+                    pointer = made.data_ptr()
                 argument = pointer
             converted.append(argument)
         status = self._launch(device, getattr(self._library, f"bk_cuda_{name}"), converted)
@@ -213,10 +215,10 @@ class CudaKernels:
         bias: Tensor | None,
         out_features: int,
         activation: str,
-    ) -> Callable[[Tensor, torch.dtype], Tensor]:
-        """Returns `linear` of these weights in the dtype of its input, which it is given."""
+    ) -> Callable[[Tensor, torch.Size, torch.dtype], Tensor]:
+        """Returns `linear` of these weights, of an input, its shape and its dtype."""
         linear = self._linear
-        return lambda x, dtype: linear(
+        return lambda x, shape, dtype: linear(
             x, qweight, weight_scale, bias, out_features, activation, dtype, ()
         )
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import bitcore
+from bitcore.checks import check_storage
 from bitcore.errors import BackendError
 
 ABI_VERSION = 4
@@ -72,10 +73,6 @@ _MOST_THREADS = 1024
 _linear_constants = struct.Struct("@9q").pack
 linear_inputs = struct.Struct("@8q").pack
 
-# Where a storage was freed, its tensors point at nothing plus their offset. No storage lies so low,
-# or few do: what is said of one below it is to be looked at, not believed.
-LOWEST_ADDRESS = 2**32
-
 
 def address(tensor: Tensor) -> int:
     """Returns where a tensor's elements lie, one after the other: what native code is given.
@@ -89,6 +86,19 @@ def address(tensor: Tensor) -> int:
             f"{list(tensor.shape)}"
         )
     return tensor.data_ptr()
+
+
+def made_memory(op: str, x: Tensor) -> Tensor:
+    """Returns an input whose address is too low to be believed: made memory if it only stands for
+    zeros, which only the dispatcher would have done.
+
+    Raises:
+        ArgumentError: Its memory was freed.
+    """
+    if x._is_zerotensor():
+        return x.clone()
+    check_storage(op, "x", x)
+    return x
 
 
 def count_threads() -> int:
@@ -120,8 +130,8 @@ class LinearConstants:
         self.run, self.out_features, self.in_features = run, out_features, qweight.shape[1]
         self.columns, self.planes = columns, planes
         self.record = _linear_constants(
-            address(qweight), address(weight_scale), weight_scale.shape[0], columns,
-            0 if bias is None else address(bias),
+            qweight.data_ptr(), weight_scale.data_ptr(), weight_scale.shape[0], columns,
+            0 if bias is None else bias.data_ptr(),
             0 if bias is None else TYPE_CODES[bias.dtype],
             out_features, self.in_features, per_tensor,
         )  # fmt: skip
