@@ -12,6 +12,9 @@ GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 ACTIVATIONS = ("int8_per_token", "int8_per_tensor", "float")
 # A sum of this many products of the int8 code -128 and the weight byte 128 still fits int32.
 MAX_IN_FEATURES = 131071
+# Tensors of a freed storage point at nothing, plus their offset. Few storages lie so low: what says
+# it does is looked at.
+LOWEST_ADDRESS = 2**32
 
 
 def check_float(op: str, name: str, tensor: Tensor) -> None:
@@ -35,6 +38,46 @@ def check_devices(op: str, first: Tensor, *others: Tensor | None) -> None:
             raise ArgumentError(
                 f"{op}: all tensors must be on {first.device}, got one on {other.device}"
             )
+
+
+def check_memory(op: str, **tensors: Tensor | None) -> None:
+    """Checks that tensors have memory: it can be freed behind a tensor's back, as FSDP does. For
+    implementations only, since fakes have none.
+
+    A storage that was made smaller, not freed, is found where it costs nothing only: looking at
+    every storage would take a twentieth of a small layer's time.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.data_ptr() < LOWEST_ADDRESS:
+            check_storage(op, name, tensor)
+
+
+def check_linear_memory(
+    x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> None:
+    """`check_memory` of what ``bitlab::linear`` takes."""
+    if (
+        x.data_ptr() < LOWEST_ADDRESS
+        or qweight.data_ptr() < LOWEST_ADDRESS
+        or weight_scale.data_ptr() < LOWEST_ADDRESS
+        or (bias is not None and bias.data_ptr() < LOWEST_ADDRESS)
+    ):
+        op = "bitlab::linear"
+        check_memory(op, x=x, qweight=qweight, weight_scale=weight_scale, bias=bias)
+
+
+def check_storage(op: str, name: str, tensor: Tensor) -> None:
+    """Checks that a storage holds all of a tensor."""
+    if not tensor.numel():
+        return
+    held = tensor.untyped_storage().nbytes()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+    if held < (last + 1) * tensor.element_size():
+        raise ArgumentError(
+            f"{op}: {name} must have its memory, got {list(tensor.shape)} over a storage of "
+            f"{held} bytes\nIt was freed or made smaller, as FSDP does between two passes."
+        )
 
 
 def check_weight(op: str, weight: Tensor) -> None:
@@ -82,6 +125,7 @@ def check_packed(op: str, qweight: Tensor, weight_scale: Tensor | None, out_feat
             f"{op}: qweight must be [{rows}, K] for out_features {out_features}, "
             f"got {list(qweight.shape)}"
         )
+    check_in_features(op, qweight.shape[1])
     if weight_scale is None:
         return
     check_scale(op, "weight_scale", weight_scale, out_features, qweight.shape[1])
@@ -111,6 +155,7 @@ def check_int8(op: str, qweight: Tensor, weight_scale: Tensor) -> None:
         raise ArgumentError(
             f"{op}: qweight must be [N, K] with N and K at least 1, got {list(qweight.shape)}"
         )
+    check_in_features(op, qweight.shape[1])
     if list(weight_scale.shape) != [qweight.shape[0]]:
         raise ArgumentError(
             f"{op}: weight_scale must be [{qweight.shape[0]}], got {list(weight_scale.shape)}"
@@ -133,11 +178,12 @@ def check_last_axis(op: str, name: str, tensor: Tensor, in_features: int) -> Non
 
 
 def check_tokens(op: str, name: str, tensor: Tensor) -> None:
-    """Checks that a tensor has a last axis of at least one element."""
+    """Checks that a tensor has a last axis of at least one element, and not too many."""
     if tensor.dim() == 0 or tensor.shape[-1] == 0:
         raise ArgumentError(
             f"{op}: {name} must be [..., K] with K at least 1, got {list(tensor.shape)}"
         )
+    check_in_features(op, tensor.shape[-1])
 
 
 def check_bias(op: str, bias: Tensor | None, out_features: int) -> None:
@@ -163,7 +209,6 @@ def check_linear_weights(
     """Checks what ``bitlab::linear`` takes beside its input."""
     op = "bitlab::linear"
     check_packed(op, qweight, weight_scale, out_features)
-    check_in_features(op, qweight.shape[1])
     check_bias(op, bias, out_features)
     if activation not in ACTIVATIONS:
         raise ArgumentError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")

@@ -32,6 +32,10 @@ class LifecycleError(BitLabError, RuntimeError):
     """A layer or model is not in a state that allows the call."""
 
 
+class DerivativeError(BitLabError, NotImplementedError):
+    """A derivative was asked for that an op does not have."""
+
+
 class BackendError(BitLabError, RuntimeError):
     """A kernel backend or instruction set that was asked for is not available."""
 

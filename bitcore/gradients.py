@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitcore.errors import DerivativeError
 from bitcore.estimators import lsq_gradients
 from bitcore.saved import share_codes
 from bitcore.schemas import library as _library
@@ -141,6 +142,26 @@ def _qat_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return dx, dw, db, None, None, None, None, None, dscale
 
 
+def _register_without_gradient(op: str) -> None:
+    """Gives an op without a gradient a backward pass that says so; torch's own only warns."""
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise DerivativeError(f"{op}: the output has no gradient, got a backward pass through it")
+
+    torch.library.register_autograd(op, backward, lib=_library)
+
+
+for _op in (
+    "quantize_activation",
+    "pack_weight",
+    "pack_codes",
+    "estimate",
+    "unpack_weight",
+    "matmul",
+    "input_gradient",
+    "input_gradient_int8",
+):
+    _register_without_gradient(f"bitlab::{_op}")
 torch.library.register_autograd(
     "bitlab::linear", _linear_backward, setup_context=_linear_setup, lib=_library
 )

@@ -13,17 +13,11 @@ import torch
 from torch import Tensor
 
 from bitcore import checks, gradients, ops_int8  # noqa: F401  (they register themselves)
+from bitcore.errors import ArgumentTypeError
 from bitcore.kernels.registry import kernels_for
+from bitcore.plain import is_memory
 from bitcore.schemas import DEVICES
 from bitcore.schemas import library as _library
-
-# Looked up once: `is_plain` runs hundreds of times a token.
-_is_compiling = torch.compiler.is_compiling
-_is_autocasting = torch.is_autocast_enabled
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_tracing_state = torch._C._get_tracing_state
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_is_profiling = torch._C._autograd._profiler_enabled
 
 
 def _check_linear(
@@ -35,9 +29,11 @@ def _check_linear(
     activation: str,
     out_dtype: torch.dtype,
 ) -> None:
+    op = "bitlab::linear"
+    checks.check_devices(op, x, qweight, weight_scale, bias)
     checks.check_linear_weights(qweight, weight_scale, bias, out_features, activation)
-    checks.check_input("bitlab::linear", x, qweight.shape[1])
-    checks.check_out_dtype("bitlab::linear", out_dtype)
+    checks.check_input(op, x, qweight.shape[1])
+    checks.check_out_dtype(op, out_dtype)
 
 
 def _check_pack(op: str, weight: Tensor, granularity: str, group_size: int) -> None:
@@ -50,28 +46,41 @@ def _check_quantize(x: Tensor) -> None:
     checks.check_tokens("bitlab::quantize_activation", "x", x)
 
 
+def _check_unpack(
+    qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
+) -> None:
+    op = "bitlab::unpack_weight"
+    checks.check_devices(op, qweight, weight_scale)
+    checks.check_packed(op, qweight, weight_scale, out_features)
+    if not dtype.is_floating_point:
+        raise ArgumentTypeError(f"{op}: dtype must be a float dtype, got {dtype}")
+
+
 def _check_matmul(codes: Tensor, qweight: Tensor, out_features: int) -> None:
-    checks.check_dtype("bitlab::matmul", "codes", codes, torch.int8)
-    checks.check_packed("bitlab::matmul", qweight, None, out_features)
-    checks.check_in_features("bitlab::matmul", qweight.shape[1])
-    checks.check_last_axis("bitlab::matmul", "codes", codes, qweight.shape[1])
+    op = "bitlab::matmul"
+    checks.check_devices(op, codes, qweight)
+    checks.check_dtype(op, "codes", codes, torch.int8)
+    checks.check_packed(op, qweight, None, out_features)
+    checks.check_last_axis(op, "codes", codes, qweight.shape[1])
 
 
 def _quantize_activation(x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
     _check_quantize(x)
+    checks.check_memory("bitlab::quantize_activation", x=x)
     return kernels_for(x.device.type).quantize_activation(x, per_tensor)
 
 
 def _pack_weight(weight: Tensor, granularity: str, group_size: int) -> tuple[Tensor, Tensor]:
     _check_pack("bitlab::pack_weight", weight, granularity, group_size)
+    checks.check_memory("bitlab::pack_weight", weight=weight)
     return kernels_for(weight.device.type).pack_weight(weight, granularity, group_size)
 
 
 def _unpack_weight(
     qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
 ) -> Tensor:
-    checks.check_packed("bitlab::unpack_weight", qweight, weight_scale, out_features)
-    checks.check_devices("bitlab::unpack_weight", qweight, weight_scale)
+    _check_unpack(qweight, weight_scale, out_features, dtype)
+    checks.check_memory("bitlab::unpack_weight", qweight=qweight, weight_scale=weight_scale)
     return kernels_for(qweight.device.type).unpack_weight(
         qweight, weight_scale, out_features, dtype
     )
@@ -79,7 +88,7 @@ def _unpack_weight(
 
 def _matmul(codes: Tensor, qweight: Tensor, out_features: int) -> Tensor:
     _check_matmul(codes, qweight, out_features)
-    checks.check_devices("bitlab::matmul", codes, qweight)
+    checks.check_memory("bitlab::matmul", codes=codes, qweight=qweight)
     return kernels_for(codes.device.type).matmul(codes, qweight, out_features)
 
 
@@ -93,7 +102,7 @@ def _linear(
     out_dtype: torch.dtype,
 ) -> Tensor:
     _check_linear(x, qweight, weight_scale, bias, out_features, activation, out_dtype)
-    checks.check_devices("bitlab::linear", x, qweight, weight_scale, bias)
+    checks.check_linear_memory(x, qweight, weight_scale, bias)
     return kernels_for(x.device.type).linear(
         x, qweight, weight_scale, bias, out_features, activation, out_dtype
     )
@@ -109,7 +118,7 @@ def _linear_with_codes(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_linear(x, qweight, weight_scale, bias, out_features, activation, out_dtype)
-    checks.check_devices("bitlab::linear", x, qweight, weight_scale, bias)
+    checks.check_linear_memory(x, qweight, weight_scale, bias)
     return kernels_for(x.device.type).linear_with_codes(
         x, qweight, weight_scale, bias, out_features, activation, out_dtype
     )
@@ -118,17 +127,19 @@ def _linear_with_codes(
 def _check_gradient(
     dy: Tensor, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
 ) -> None:
-    checks.check_packed("bitlab::input_gradient", qweight, weight_scale, out_features)
-    checks.check_float("bitlab::input_gradient", "dy", dy)
-    checks.check_last_axis("bitlab::input_gradient", "dy", dy, out_features)
-    checks.check_out_dtype("bitlab::input_gradient", dtype)
+    op = "bitlab::input_gradient"
+    checks.check_devices(op, dy, qweight, weight_scale)
+    checks.check_packed(op, qweight, weight_scale, out_features)
+    checks.check_float(op, "dy", dy)
+    checks.check_last_axis(op, "dy", dy, out_features)
+    checks.check_out_dtype(op, dtype)
 
 
 def _input_gradient_op(
     dy: Tensor, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
 ) -> Tensor:
     _check_gradient(dy, qweight, weight_scale, out_features, dtype)
-    checks.check_devices("bitlab::input_gradient", dy, qweight, weight_scale)
+    checks.check_memory("bitlab::input_gradient", dy=dy, qweight=qweight, weight_scale=weight_scale)
     return kernels_for(dy.device.type).input_gradient(
         dy, qweight, weight_scale, out_features, dtype
     )
@@ -170,7 +181,7 @@ def _fake_pack(weight: Tensor, granularity: str, group_size: int) -> tuple[Tenso
 
 @torch.library.register_fake("bitlab::unpack_weight", lib=_library)
 def _(qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype) -> Tensor:
-    checks.check_packed("bitlab::unpack_weight", qweight, weight_scale, out_features)
+    _check_unpack(qweight, weight_scale, out_features, dtype)
     return qweight.new_empty((out_features, qweight.shape[1]), dtype=dtype)
 
 
@@ -279,7 +290,7 @@ def has_invalid_code(qweight: Tensor) -> bool:
 def find_invalid_code(qweights: Sequence[Tensor]) -> int | None:
     """Finds the first of several packed matrices that holds the code 3, which no writer produces.
 
-    Reads the matrices of each device type in one go, which is quicker than one by one.
+    Reads those of each device type in one go, which is quicker than one by one.
 
     Args:
         qweights: uint8, any shapes.
@@ -290,8 +301,12 @@ def find_invalid_code(qweights: Sequence[Tensor]) -> int | None:
     Raises:
         ArgumentTypeError: A matrix is not uint8.
     """
+    op = "find_invalid_code"
     for qweight in qweights:
-        checks.check_dtype("find_invalid_code", "qweight", qweight, torch.uint8)
+        checks.check_dtype(op, "qweight", qweight, torch.uint8)
+        checks.check_memory(op, qweight=qweight)
+    # No op, so no dispatcher to make memory of what only stands for it.
+    qweights = [one if is_memory(one) else one.clone() for one in qweights]
     found: list[int] = []
     for device in {qweight.device.type for qweight in qweights}:
         held = [index for index, one in enumerate(qweights) if one.device.type == device]
@@ -348,23 +363,6 @@ def linear_int8(x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Tensor |
     """
     y: Tensor = torch.ops.bitlab.linear_int8(x, qweight, weight_scale, bias, output_dtype(x))
     return y
-
-
-def is_plain(x: Tensor, device: str) -> bool:
-    """Tells whether an op on x, on a device of this type, can be called past the dispatcher, which
-    costs more than a small layer: eager inference, with nothing that records, traces, batches,
-    replaces or casts.
-    """
-    return (
-        type(x) is Tensor
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and not _is_compiling()
-        and _dispatch_modes() == 0
-        and _tracing_state() is None
-        and _functorch_level() is None
-        and not _is_profiling()
-        and not _is_autocasting(device)
-    )
 
 
 def qat_linear(

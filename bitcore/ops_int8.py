@@ -18,11 +18,12 @@ def _check_linear_int8(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> None:
-    checks.check_int8("bitlab::linear_int8", qweight, weight_scale)
-    checks.check_in_features("bitlab::linear_int8", qweight.shape[1])
-    checks.check_input("bitlab::linear_int8", x, qweight.shape[1])
-    checks.check_bias("bitlab::linear_int8", bias, qweight.shape[0])
-    checks.check_out_dtype("bitlab::linear_int8", out_dtype)
+    op = "bitlab::linear_int8"
+    checks.check_devices(op, x, qweight, weight_scale, bias)
+    checks.check_int8(op, qweight, weight_scale)
+    checks.check_input(op, x, qweight.shape[1])
+    checks.check_bias(op, bias, qweight.shape[0])
+    checks.check_out_dtype(op, out_dtype)
 
 
 def _linear_int8(
@@ -33,17 +34,21 @@ def _linear_int8(
     out_dtype: torch.dtype,
 ) -> Tensor:
     _check_linear_int8(x, qweight, weight_scale, bias, out_dtype)
-    checks.check_devices("bitlab::linear_int8", x, qweight, weight_scale, bias)
+    checks.check_memory(
+        "bitlab::linear_int8", x=x, qweight=qweight, weight_scale=weight_scale, bias=bias
+    )
     return kernels_for(x.device.type).linear_int8(x, qweight, weight_scale, bias, out_dtype)
 
 
 def _check_gradient_int8(
     dy: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype
 ) -> None:
-    checks.check_int8("bitlab::input_gradient_int8", qweight, weight_scale)
-    checks.check_float("bitlab::input_gradient_int8", "dy", dy)
-    checks.check_last_axis("bitlab::input_gradient_int8", "dy", dy, qweight.shape[0])
-    checks.check_out_dtype("bitlab::input_gradient_int8", dtype)
+    op = "bitlab::input_gradient_int8"
+    checks.check_devices(op, dy, qweight, weight_scale)
+    checks.check_int8(op, qweight, weight_scale)
+    checks.check_float(op, "dy", dy)
+    checks.check_last_axis(op, "dy", dy, qweight.shape[0])
+    checks.check_out_dtype(op, dtype)
 
 
 def _input_gradient_int8(
@@ -51,6 +56,9 @@ def _input_gradient_int8(
 ) -> Tensor:
     # On every device torch's own float product of blocks: it is not on the way of inference.
     _check_gradient_int8(dy, qweight, weight_scale, dtype)
+    checks.check_memory(
+        "bitlab::input_gradient_int8", dy=dy, qweight=qweight, weight_scale=weight_scale
+    )
     return reference.input_gradient_int8(dy, qweight, weight_scale, dtype)
 
 

@@ -16,30 +16,43 @@ from bitcore.schemas import library as _library
 
 
 def _check_step(op: str, name: str, weight: Tensor, step: Tensor) -> None:
+    checks.check_devices(op, weight, step)
     checks.check_weight(op, weight)
     checks.check_scale(op, name, step, *weight.shape)
 
 
 def _pack_codes(weight: Tensor, step: Tensor) -> Tensor:
     _check_step("bitlab::pack_codes", "step", weight, step)
-    checks.check_devices("bitlab::pack_codes", weight, step)
+    checks.check_memory("bitlab::pack_codes", weight=weight, step=step)
     return kernels_for(weight.device.type).pack_codes(weight, step)
+
+
+def _check_estimate(weight: Tensor, name: str, granularity: str, group_size: int) -> None:
+    estimators.get_estimator(name)
+    ops._check_pack("bitlab::estimate", weight, granularity, group_size)
 
 
 def _estimate(
     weight: Tensor, name: str, granularity: str, group_size: int
 ) -> tuple[Tensor, Tensor]:
+    _check_estimate(weight, name, granularity, group_size)
+    checks.check_memory("bitlab::estimate", weight=weight)
     step, scale = estimators.estimate(weight, name, granularity, group_size)
     # No output of an op may be another one of its outputs.
     return step, scale.clone() if scale.data_ptr() == step.data_ptr() else scale
 
 
-def _qat_scale(step: Tensor | None, scale: Tensor | None) -> tuple[Tensor | None, Tensor]:
+def _qat_scale(
+    weight: Tensor, step: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
     """Returns the step that packs and the scale that multiplies; None, and nothing, for absmean."""
+    op = "bitlab::qat_linear"
     if scale is None:
         if step is not None:
-            raise ArgumentError("bitlab::qat_linear: scale must be given with a step, got None")
+            raise ArgumentError(f"{op}: scale must be given with a step, got None")
         return None, torch.empty(0)
+    # Before it is computed with.
+    _check_step(op, "scale", weight, scale)
     if step is not None:
         return step, scale
     learned = estimators.learned_step(scale)
@@ -57,7 +70,8 @@ def _qat_linear(
     step: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    used_step, used_scale = _qat_scale(step, scale)
+    checks.check_memory("bitlab::qat_linear", weight=weight, step=step, scale=scale)
+    used_step, used_scale = _qat_scale(weight, step, scale)
     if used_step is None:
         qweight, used_scale = ops._pack_weight(weight, granularity, group_size)
     else:
@@ -87,8 +101,7 @@ def _fake_pack_codes(weight: Tensor, step: Tensor) -> Tensor:
 
 @torch.library.register_fake("bitlab::estimate", lib=_library)
 def _(weight: Tensor, name: str, granularity: str, group_size: int) -> tuple[Tensor, Tensor]:
-    estimators.get_estimator(name)
-    ops._check_pack("bitlab::estimate", weight, granularity, group_size)
+    _check_estimate(weight, name, granularity, group_size)
     shape = ops._scale_shape(weight, granularity, group_size)
     return (
         weight.new_empty(shape, dtype=torch.float32),
@@ -108,7 +121,7 @@ def _(
     step: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    used_step, used_scale = _qat_scale(step, scale)
+    used_step, used_scale = _qat_scale(weight, step, scale)
     if used_step is None:
         qweight, used_scale = ops._fake_pack(weight, granularity, group_size)
     else:

@@ -2,22 +2,32 @@
 
 A decoder runs a small linear layer hundreds of times a token, and torch's dispatcher, the checks of
 arguments and ctypes cost more there than the arithmetic. A layer prepares its constants once; a
-call in eager inference then checks its input and makes one native call. Everything else (autograd,
-autocast, torch.compile, tracing, functorch, dispatch modes, the profiler, an input on another
-device) goes through the op, which gives the same bits.
+call in eager inference then checks its input and makes one native call. Everything else (see
+`bitcore.plain`; an input on another device) goes through the op, which gives the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from bitcore import checks, ops
 from bitcore.kernels.registry import Kernels, kernels_for
+from bitcore.plain import is_memory, is_plain
 
 # Device types whose kernels may prepare a layer.
 _DEVICES = ("cpu", "cuda")
+
+
+def is_preparable(x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
+    """Tells whether a layer can be prepared while it runs on x: what is made under a trace or a
+    fake mode is no constant.
+    """
+    device = qweight.device.type
+    given = (qweight, weight_scale) if bias is None else (qweight, weight_scale, bias)
+    return device in _DEVICES and is_plain(x, device) and all(map(is_memory, given))
 
 
 class PreparedLinear:
@@ -40,7 +50,6 @@ class PreparedLinear:
         activation: str,
     ) -> None:
         self._given = qweight, weight_scale, bias
-        self._pointers = [0 if one is None else one.data_ptr() for one in self._given]
         # Packed weights are constants, so the bias is one too: only x gets a gradient.
         bias = None if bias is None else bias.detach()
         self._constants = qweight, weight_scale, bias, out_features, activation
@@ -48,13 +57,19 @@ class PreparedLinear:
         self._device = qweight.device
         self._type = qweight.device.type
         self._kernels: Kernels | None = None
-        self._run: Callable[[Tensor], Tensor] | None = None
+        self._run: Callable[[Tensor, torch.Size, torch.dtype], Tensor] | None = None
         if self._type in _DEVICES:
             checks.check_linear_weights(*self._constants)
             checks.check_devices("bitlab::linear", qweight, weight_scale, bias)
+            for name, one in zip(("qweight", "weight_scale", "bias"), self._given, strict=True):
+                if one is not None:
+                    checks.check_storage("bitlab::linear", name, one)
             self._kernels = kernels_for(self._type)
             prepare = getattr(self._kernels, "prepare_linear", None)
-            self._run = prepare and prepare(*self._constants)
+            # What only stands for memory is made memory by the dispatcher.
+            if prepare and all(one is None or is_memory(one) for one in self._given):
+                self._run = prepare(*self._constants)
+        self._pointers = [0 if one is None else one.data_ptr() for one in self._given]
 
     def holds(self, qweight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
         """Tells whether these are the tensors that were given, with the same memory."""
@@ -73,11 +88,11 @@ class PreparedLinear:
         if (
             self._run is not None
             and x.device == self._device
-            and ops.is_plain(x, self._type)
-            and x.dim() > 0
-            and x.shape[-1] == self._in_features
-            and x.dtype in checks.FLOAT_DTYPES
+            and is_plain(x, self._type)
+            and (shape := x.shape)
+            and shape[-1] == self._in_features
+            and (dtype := x.dtype) in checks.FLOAT_DTYPES
             and kernels_for(self._type) is self._kernels
         ):
-            return self._run(x)
+            return self._run(x, shape, dtype)
         return ops.linear(x, *self._constants)

@@ -2,9 +2,52 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
-library = torch.library.Library("bitlab", "DEF")
+import torch
+from torch.autograd import forward_ad
+
+from bitcore.errors import DerivativeError
+
+
+class _Library(torch.library.Library):
+    """A library whose ops refuse what torch would drop in silence: a forward-mode tangent.
+
+    Ops without a formula for it are given the primal values alone. Only the autograd kernel sees
+    the tangents, those of ``torch.func.jvp`` too.
+    """
+
+    def impl(
+        self, op_name: Any, fn: Callable[..., Any], dispatch_key: str = "", **options: Any
+    ) -> None:
+        """Registers an implementation; see torch."""
+        if dispatch_key == "Autograd":
+            fn = _refuse_tangents(f"bitlab::{op_name}", fn)
+        super().impl(op_name, fn, dispatch_key, **options)
+
+
+def _refuse_tangents(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(kernel)
+    def guarded(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            for arg in args:
+                if _has_tangent(arg):
+                    raise DerivativeError(
+                        f"{op}: the arguments must have no forward-mode tangent, got one\n"
+                        "Use reverse mode: torch.autograd.grad or backward()."
+                    )
+        return kernel(keyset, *args)
+
+    return guarded
+
+
+def _has_tangent(arg: Any) -> bool:
+    return isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None
+
+
+library = _Library("bitlab", "DEF")
 # What the ops are implemented for.
 DEVICES = ("CPU", "CUDA")
 _TAGS = (torch.Tag.pt2_compliant_tag,)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bitcore import ops
-from bitcore.prepared import PreparedLinear
+from bitcore.prepared import PreparedLinear, is_preparable
 from bitlayers.base import BitLayerBase
 from bitlayers.registry import register_layer
 from bitlayers.training import mixed_linear, training_scales
@@ -48,11 +48,11 @@ class BitLinear(BitLayerBase, nn.Linear):
     def _eval_forward(self, x: Tensor) -> Tensor:
         qweight, scale = self.packed()
         bias: Tensor | None = self._parameters["bias"]
-        if torch.compiler.is_compiling():
-            bias = None if bias is None else bias.detach()
-            return ops.linear(x, qweight, scale, bias, self.out_features, self._activation)
-        prepared = self._prepared
+        prepared = None if torch.compiler.is_compiling() else self._prepared
         if prepared is None or not prepared.holds(qweight, scale, bias):
+            if torch.compiler.is_compiling() or not is_preparable(x, qweight, scale, bias):
+                bias = None if bias is None else bias.detach()
+                return ops.linear(x, qweight, scale, bias, self.out_features, self._activation)
             prepared = PreparedLinear(qweight, scale, bias, self.out_features, self._activation)
             self._prepared = prepared
         return prepared(x)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitcore import ops
-from bitcore.checks import check_float, check_in_features, check_int8
+from bitcore.checks import check_devices, check_float, check_in_features, check_int8
 from bitcore.errors import ArgumentError, ArgumentTypeError
 from bitcore.quantize import dequantize_rows_int8, quantize_rows_int8
 from bitlayers.checks import int8_problem
@@ -280,6 +280,8 @@ class Int8Embedding(Int8Rows, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (nn.Embedding's name for it)
         """Looks rows up: input int [...]; returns [..., embedding_dim] of ``dtype``."""
         qweight, scale = self._tensors()
+        # With indices on the meta device torch would give uninitialized memory.
+        check_devices("Int8Embedding", input, qweight, scale)
         codes = F.embedding(input, qweight).float()
         rows = (codes * scale[input].unsqueeze(-1)).to(self.dtype)
         return rows if self._factor == 1.0 else rows * self._factor

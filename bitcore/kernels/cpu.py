@@ -12,15 +12,19 @@ import torch
 from torch import Tensor
 
 from bitcore import reference
+from bitcore.checks import LOWEST_ADDRESS
 from bitcore.errors import BackendError
 from bitcore.kernels.native import (
     ISA_VARIABLE,
-    linear_constants,
+    TYPE_CODES,
+    LinearConstants,
+    address,
+    count_threads,
     linear_inputs,
     load_cpu_library,
+    made_memory,
 )
 
-_TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FLOAT_PLANES = 4
 # From more tokens on, torch's float32 product of unpacked blocks is faster than exact sums.
 _FEW_FLOAT_TOKENS = 16
@@ -30,36 +34,6 @@ _WIDENED_TOKENS = 512
 _BLOCK_ELEMENTS = 2**20
 # Bytes of workspace that each thread keeps.
 _KEPT_WORKSPACE = 2**20
-
-
-class _Constants:
-    """What does not depend on the input of a linear layer, as the native call takes it."""
-
-    __slots__ = ("columns", "held", "in_features", "out_features", "planes", "record", "run")
-
-    def __init__(
-        self,
-        run: Callable[[bytes], int],
-        qweight: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        out_features: int,
-        columns: int = 0,
-        planes: int = 1,
-        per_tensor: bool = False,
-    ) -> None:
-        qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        # The record holds addresses: what they point at has to live as long.
-        self.held = qweight, weight_scale, bias
-        self.run, self.out_features, self.in_features = run, out_features, qweight.shape[1]
-        self.columns, self.planes = columns, planes
-        self.record = linear_constants(
-            qweight.data_ptr(), weight_scale.data_ptr(), weight_scale.shape[0], columns,
-            0 if bias is None else bias.data_ptr(),
-            0 if bias is None else _TYPE_CODES[bias.dtype],
-            out_features, self.in_features, per_tensor,
-        )  # fmt: skip
 
 
 class CpuKernels:
@@ -131,8 +105,8 @@ class CpuKernels:
         sums = torch.empty(out_features if granularity == "per_tensor" else 0, dtype=torch.float64)
         self._check(
             self._library.bk_cpu_weight_scale(
-                weight.data_ptr(), _TYPE_CODES[weight.dtype], scale.data_ptr(), rows, columns,
-                sums.data_ptr() or None, out_features, in_features, torch.get_num_threads(),
+                address(weight), TYPE_CODES[weight.dtype], address(scale), rows, columns,
+                address(sums) or None, out_features, in_features, count_threads(),
             )
         )  # fmt: skip
         return self.pack_codes(weight, scale), scale
@@ -144,9 +118,9 @@ class CpuKernels:
         qweight = torch.empty(((out_features + 3) // 4, in_features), dtype=torch.uint8)
         self._check(
             self._library.bk_cpu_pack_t2(
-                weight.data_ptr(), _TYPE_CODES[weight.dtype], step.data_ptr(), step.shape[0],
-                step.shape[1] if step.dim() == 2 else 0, qweight.data_ptr(), out_features,
-                in_features, torch.get_num_threads(),
+                address(weight), TYPE_CODES[weight.dtype], address(step), step.shape[0],
+                step.shape[1] if step.dim() == 2 else 0, address(qweight), out_features,
+                in_features, count_threads(),
             )
         )  # fmt: skip
         return qweight
@@ -156,9 +130,9 @@ class CpuKernels:
         # Held until the call returns: a copy may be all that a pointer points to.
         whole = [qweight.contiguous() for qweight in qweights]
         found, many = ctypes.c_int64(), len(whole)
-        pointers = (ctypes.c_void_p * many)(*(qweight.data_ptr() for qweight in whole))
+        pointers = (ctypes.c_void_p * many)(*(address(qweight) for qweight in whole))
         counts = (ctypes.c_int64 * many)(*(qweight.numel() for qweight in whole))
-        threads = torch.get_num_threads()
+        threads = count_threads()
         find = self._library.bk_cpu_find_invalid_t2
         self._check(find(pointers, counts, many, ctypes.byref(found), threads))
         return found.value if found.value >= 0 else None
@@ -170,16 +144,18 @@ class CpuKernels:
         scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
         self._check(
             self._library.bk_cpu_quantize_i8(
-                tokens.data_ptr(), _TYPE_CODES[x.dtype], tokens.shape[1], codes.data_ptr(),
-                scale.data_ptr(), tokens.shape[0], tokens.shape[1], per_tensor,
-                torch.get_num_threads(),
+                address(tokens), TYPE_CODES[x.dtype], tokens.shape[1], address(codes),
+                address(scale), tokens.shape[0], tokens.shape[1], per_tensor,
+                count_threads(),
             )
         )  # fmt: skip
         return codes, scale
 
-    def _workspace(self, count: int, in_features: int, columns: int, planes: int) -> Tensor:
+    def _workspace(
+        self, count: int, in_features: int, columns: int, planes: int, threads: int
+    ) -> Tensor:
         """Scratch memory of a call; a small one is kept for the next call of the same thread."""
-        key = (count, in_features, columns, planes, torch.get_num_threads())
+        key = (count, in_features, columns, planes, threads)
         size = self._sizes.get(key)
         if size is None:
             size = self._sizes[key] = self._library.bk_cpu_linear_workspace(*key)
@@ -195,12 +171,13 @@ class CpuKernels:
         tokens = codes.reshape(-1, codes.shape[-1]).contiguous()
         count, in_features = tokens.shape
         acc = torch.empty((*codes.shape[:-1], out_features), dtype=torch.int32)
-        workspace = self._workspace(count, in_features, 0, 1)
+        threads = count_threads()
+        workspace = self._workspace(count, in_features, 0, 1, threads)
         qweight = qweight.contiguous()
         self._check(
             self._library.bk_cpu_matmul_i8_t2_i32(
-                tokens.data_ptr(), qweight.data_ptr(), acc.data_ptr(), count, out_features,
-                in_features, workspace.data_ptr(), torch.get_num_threads(),
+                address(tokens), address(qweight), address(acc), count, out_features,
+                in_features, address(workspace), threads,
             )
         )  # fmt: skip
         return acc
@@ -221,7 +198,7 @@ class CpuKernels:
             y = self._linear_in_blocks(tokens, qweight, weight_scale, bias, out_features)
             return y.to(out_dtype).view(*x.shape[:-1], out_features)
         constants = self._linear_constants(qweight, weight_scale, bias, out_features, activation)
-        return self._run_linear(constants, x, out_dtype)
+        return self._run_linear(constants, x, [*x.shape], x.dtype, out_dtype)
 
     def linear_with_codes(
         self, x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Tensor | None,
@@ -238,16 +215,16 @@ class CpuKernels:
         bias: Tensor | None,
         out_features: int,
         activation: str,
-    ) -> Callable[[Tensor], Tensor] | None:
-        """Returns `linear` of these weights in the dtype of its input, or None if it is not one
-        native call for every input. The weights must outlive it.
+    ) -> Callable[[Tensor, torch.Size, torch.dtype], Tensor] | None:
+        """Returns `linear` of these weights, of an input, its shape and its dtype; or None if it is
+        not one native call for every input. The weights must outlive it.
         """
         given = [qweight, weight_scale] + ([] if bias is None else [bias])
         if activation == "float" or not all(tensor.is_contiguous() for tensor in given):
             return None
         constants = self._linear_constants(qweight, weight_scale, bias, out_features, activation)
         run = self._run_linear
-        return lambda x: run(constants, x, x.dtype)
+        return lambda x, shape, dtype: run(constants, x, [*shape], dtype, dtype)
 
     def _linear_constants(
         self,
@@ -256,33 +233,49 @@ class CpuKernels:
         bias: Tensor | None,
         out_features: int,
         activation: str,
-    ) -> _Constants:
+    ) -> LinearConstants:
         columns = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
         per_tensor = activation == "int8_per_tensor"
         run, planes = self._linear, 1
         if activation == "float":
             run, planes = self._linear_float, _FLOAT_PLANES
-        return _Constants(
+        return LinearConstants(
             run, qweight, weight_scale, bias, out_features, columns, planes, per_tensor
         )
 
-    def _run_linear(self, constants: _Constants, x: Tensor, out_dtype: torch.dtype) -> Tensor:
-        """One native call. Every line counts: a decoder runs this hundreds of times a token."""
+    def _run_linear(
+        self,
+        constants: LinearConstants,
+        x: Tensor,
+        shape: list[int],
+        dtype: torch.dtype,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """One native call on x of a shape, which becomes the output's, and a dtype. Every line
+        counts: a decoder runs this hundreds of times a token.
+        """
         in_features = stride = constants.in_features
         if not x.is_contiguous():
             # Rows may lie apart; what is more scattered is copied.
-            x = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
-            stride = x.stride(-2)
-        count = x.numel() // in_features
-        shape = [*x.shape]
+            if x.dim() == 2 and x.stride(1) == 1:
+                stride = x.stride(0)
+            else:
+                x = x.contiguous()
+        pointer, count = x.data_ptr(), x.numel() // in_features
+        if pointer < LOWEST_ADDRESS:
+            x = made_memory("bitlab::linear", x)
+            pointer = x.data_ptr()
         shape[-1] = constants.out_features
         # Naming the dtype costs a third of it.
-        same = out_dtype is x.dtype
+        same = out_dtype is dtype
         y = x.new_empty(shape) if same else x.new_empty(shape, dtype=out_dtype)
-        workspace = self._workspace(count, in_features, constants.columns, constants.planes)
+        threads = count_threads()
+        workspace = self._workspace(
+            count, in_features, constants.columns, constants.planes, threads
+        )
         record = constants.record + linear_inputs(
-            x.data_ptr(), _TYPE_CODES[x.dtype], stride, y.data_ptr(), _TYPE_CODES[out_dtype], count,
-            workspace.data_ptr(), torch.get_num_threads(),
+            pointer, TYPE_CODES[dtype], stride, y.data_ptr(), TYPE_CODES[out_dtype], count,
+            workspace.data_ptr(), threads,
         )  # fmt: skip
         status = constants.run(record)
         if status:
@@ -301,6 +294,7 @@ class CpuKernels:
         float32 product, which is faster there than exact sums.
         """
         rows, in_features = qweight.shape
+        qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
         step = max(1, _BLOCK_ELEMENTS // (4 * in_features))
         x = tokens.float()
         y = torch.empty((x.shape[0], 4 * rows), dtype=torch.float32)
@@ -317,7 +311,7 @@ class CpuKernels:
                 )
                 lanes[:, :, first:last] = (x @ weight.t()).view(-1, 4, last - first)
         y = y[:, :out_features]
-        return y if bias is None else y + bias.float()
+        return y.contiguous() if bias is None else y + bias.float()
 
     def linear_int8(
         self,
@@ -328,8 +322,10 @@ class CpuKernels:
         out_dtype: torch.dtype,
     ) -> Tensor:
         """See `bitcore.reference.linear_int8`: one native call, activations included."""
-        constants = _Constants(self._linear_int8, qweight, weight_scale, bias, qweight.shape[0])
-        return self._run_linear(constants, x, out_dtype)
+        constants = LinearConstants(
+            self._linear_int8, qweight, weight_scale, bias, qweight.shape[0]
+        )
+        return self._run_linear(constants, x, [*x.shape], x.dtype, out_dtype)
 
     def _unpack_block(
         self,
@@ -350,9 +346,9 @@ class CpuKernels:
         columns = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
         self._check(
             self._library.bk_cpu_unpack_t2(
-                qweight.data_ptr(), weight_scale.data_ptr(), weight_scale.shape[0], columns,
-                weight.data_ptr(), _TYPE_CODES[dtype], out_features, in_features, *block,
-                torch.get_num_threads(),
+                address(qweight), address(weight_scale), weight_scale.shape[0], columns,
+                address(weight), TYPE_CODES[dtype], out_features, in_features, *block,
+                count_threads(),
             )
         )  # fmt: skip
         return weight
@@ -361,7 +357,7 @@ class CpuKernels:
         self, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
     ) -> Tensor:
         """See `bitcore.reference.unpack_weight`."""
-        if dtype not in _TYPE_CODES:
+        if dtype not in TYPE_CODES:
             return reference.unpack_weight(qweight, weight_scale, out_features, dtype)
         qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
         block = (0, qweight.shape[0], 0, qweight.shape[1])

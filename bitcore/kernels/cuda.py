@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from bitcore import reference
+from bitcore.checks import LOWEST_ADDRESS
 from bitcore.errors import ArgumentError, BackendError
 from bitcore.kernels.cuda_native import INVALID_ARGUMENT, load_cuda_library
-from bitcore.kernels.native import library_path
+from bitcore.kernels.native import TYPE_CODES, library_path, made_memory
 
-_TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _I8_T2, _I8_I8, _F16_T2, _F32_T2 = range(4)
 _QUANTIZE_WORKSPACE = 4096
 _BLOCK = 64  # columns that the kernels multiply at a time
@@ -79,14 +79,19 @@ class CudaKernels:
     def _call(self, op: str, name: str, outputs: tuple[Tensor, ...], *arguments: Any) -> None:
         """Checks where the tensors are, calls ``bk_cuda_<name>`` and raises what it reports."""
         device = outputs[0].device
-        converted = []
+        converted, held = [], []
         for argument in arguments:
             if isinstance(argument, Tensor):
                 if argument.device != device:
                     raise ArgumentError(
                         f"{op}: all tensors must be on {device}, got one on {argument.device}"
                     )
-                argument = argument.data_ptr()
+                pointer = argument.data_ptr()
+                if pointer < LOWEST_ADDRESS and argument.numel():
+                    made = made_memory(op, argument)
+                    held.append(made)
+                    pointer = made.data_ptr()
+                argument = pointer
             converted.append(argument)
         status = self._launch(device, getattr(self._library, f"bk_cuda_{name}"), converted)
         if status != 0:
@@ -138,7 +143,7 @@ class CudaKernels:
         sums = None
         if granularity == "per_tensor":
             sums = torch.empty(out_features, dtype=torch.float64, device=device)
-        code = _TYPE_CODES[weight.dtype]
+        code = TYPE_CODES[weight.dtype]
         written = (scale,) if sums is None else (scale, sums)
         self._call(
             op, "weight_scale", written, weight, code, scale, rows, columns, sums, out_features,
@@ -158,7 +163,7 @@ class CudaKernels:
             ((out_features + 3) // 4, in_features), dtype=torch.uint8, device=weight.device
         )
         self._call(
-            op, "pack_t2", (qweight,), weight, _TYPE_CODES[weight.dtype], step, step.shape[0],
+            op, "pack_t2", (qweight,), weight, TYPE_CODES[weight.dtype], step, step.shape[0],
             step.shape[1] if step.dim() == 2 else 0, qweight, out_features, in_features,
         )  # fmt: skip
         return qweight
@@ -172,7 +177,7 @@ class CudaKernels:
         scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=device)
         workspace = self._scratch(_QUANTIZE_WORKSPACE, device)
         self._call(
-            op, "quantize_i8", (codes, scale, workspace), tokens, _TYPE_CODES[x.dtype], stride,
+            op, "quantize_i8", (codes, scale, workspace), tokens, TYPE_CODES[x.dtype], stride,
             codes, scale, count, x.shape[-1], int(per_tensor), workspace,
         )  # fmt: skip
         return codes, scale
@@ -210,11 +215,11 @@ class CudaKernels:
         bias: Tensor | None,
         out_features: int,
         activation: str,
-    ) -> Callable[[Tensor], Tensor]:
-        """Returns `linear` of these weights in the dtype of its input."""
+    ) -> Callable[[Tensor, torch.Size, torch.dtype], Tensor]:
+        """Returns `linear` of these weights, of an input, its shape and its dtype."""
         linear = self._linear
-        return lambda x: linear(
-            x, qweight, weight_scale, bias, out_features, activation, x.dtype, ()
+        return lambda x, shape, dtype: linear(
+            x, qweight, weight_scale, bias, out_features, activation, dtype, ()
         )
 
     def linear_with_codes(
@@ -260,9 +265,9 @@ class CudaKernels:
         quantized = () if is_float else (int(activation == "int8_per_tensor"),)
         name = "linear_float_t2" if is_float else "linear_codes_i8_t2" if kept else "linear_i8_t2"
         self._call(
-            op, name, (y, *kept, workspace), tokens, _TYPE_CODES[x.dtype], stride,
+            op, name, (y, *kept, workspace), tokens, TYPE_CODES[x.dtype], stride,
             qweight.contiguous(), weight_scale.contiguous(), weight_scale.shape[0], columns, bias,
-            0 if bias is None else _TYPE_CODES[bias.dtype], y, _TYPE_CODES[out_dtype], *kept,
+            0 if bias is None else TYPE_CODES[bias.dtype], y, TYPE_CODES[out_dtype], *kept,
             *shape, *quantized, workspace, count,
         )  # fmt: skip
         return y
@@ -283,9 +288,9 @@ class CudaKernels:
         workspace, count = self._workspace(_I8_I8, op, x.device, shape, 0)
         bias = None if bias is None else bias.contiguous()
         self._call(
-            op, "linear_i8_i8", (y, workspace), tokens, _TYPE_CODES[x.dtype], stride,
+            op, "linear_i8_i8", (y, workspace), tokens, TYPE_CODES[x.dtype], stride,
             qweight.contiguous(), weight_scale.contiguous(), bias,
-            0 if bias is None else _TYPE_CODES[bias.dtype], y, _TYPE_CODES[out_dtype],
+            0 if bias is None else TYPE_CODES[bias.dtype], y, TYPE_CODES[out_dtype],
             *shape, workspace, count,
         )  # fmt: skip
         return y
@@ -294,7 +299,7 @@ class CudaKernels:
         self, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
     ) -> Tensor:
         """See `bitcore.reference.unpack_weight`."""
-        if dtype not in _TYPE_CODES:
+        if dtype not in TYPE_CODES:
             return reference.unpack_weight(qweight, weight_scale, out_features, dtype)
         op, in_features = "bitlab::unpack_weight", qweight.shape[1]
         self._count_multiprocessors(op, qweight.device)
@@ -302,7 +307,7 @@ class CudaKernels:
         weight = torch.empty((out_features, in_features), dtype=dtype, device=qweight.device)
         self._call(
             op, "unpack_t2", (weight,), qweight.contiguous(), weight_scale.contiguous(),
-            weight_scale.shape[0], columns, weight, _TYPE_CODES[dtype], out_features, in_features,
+            weight_scale.shape[0], columns, weight, TYPE_CODES[dtype], out_features, in_features,
         )  # fmt: skip
         return weight
 
@@ -321,8 +326,8 @@ class CudaKernels:
         columns = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
         dx = torch.empty((*dy.shape[:-1], in_features), dtype=dtype, device=dy.device)
         self._call(
-            op, "input_gradient", (dx,), tokens, _TYPE_CODES[dy.dtype], stride,
+            op, "input_gradient", (dx,), tokens, TYPE_CODES[dy.dtype], stride,
             qweight.contiguous(), weight_scale.contiguous(), weight_scale.shape[0], columns, dx,
-            _TYPE_CODES[dtype], count, out_features, in_features,
+            TYPE_CODES[dtype], count, out_features, in_features,
         )  # fmt: skip
         return dx

@@ -6,11 +6,15 @@ import ctypes
 import os
 import struct
 import sys
+from collections.abc import Callable
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-import torch  # noqa: F401  (loads torch's OpenMP runtime first, so that the library shares it)
+# Before the library: it loads torch's OpenMP runtime, which the library shares.
+import torch
+from torch import Tensor
 
+from bitcore.checks import check_storage
 from bitcore.errors import BackendError
 
 ABI_VERSION = 4
@@ -60,15 +64,82 @@ CPU_SIGNATURES: Signatures = {
     "bk_cpu_find_invalid_t2": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p, c_int32)),
 }  # fmt: skip
 
+# bk_type.
+TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# More threads than any machine of today runs at once; each costs its share of the workspace.
+_MOST_THREADS = 1024
 # The two halves of a bk_linear_args, fields of eight bytes each. As one record they cost a tenth of
 # what ctypes takes for as many arguments.
-linear_constants = struct.Struct("@9q").pack
+_linear_constants = struct.Struct("@9q").pack
 linear_inputs = struct.Struct("@8q").pack
 
 
 def _search_path() -> list[str]:
     # Of the package that this module is in, which an import of it here would lead back to.
     return list(sys.modules[__name__.partition(".")[0]].__path__)
+
+
+def address(tensor: Tensor) -> int:
+    """Returns where a tensor's elements lie, one after the other: what native code is given.
+
+    Raises:
+        BackendError: They do not.
+    """
+    if not tensor.is_contiguous():
+        raise BackendError(
+            f"libbitkernels: tensors must be contiguous, got strides {list(tensor.stride())} for "
+            f"{list(tensor.shape)}"
+        )
+    return tensor.data_ptr()
+
+
+def made_memory(op: str, x: Tensor) -> Tensor:
+    """Returns an input whose address is too low to be believed: made memory if it only stands for
+    zeros, which only the dispatcher would have done.
+
+    Raises:
+        ArgumentError: Its memory was freed.
+    """
+    if x._is_zerotensor():
+        return x.clone()
+    check_storage(op, "x", x)
+    return x
+
+
+def count_threads() -> int:
+    """Returns the most threads that a call may use: torch's number, within reason."""
+    threads = torch.get_num_threads()
+    return threads if threads < _MOST_THREADS else _MOST_THREADS
+
+
+class LinearConstants:
+    """What does not depend on the input of a linear layer, as the native call takes it."""
+
+    __slots__ = ("columns", "held", "in_features", "out_features", "planes", "record", "run")
+
+    def __init__(
+        self,
+        run: Callable[[bytes], int],
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        columns: int = 0,
+        planes: int = 1,
+        per_tensor: bool = False,
+    ) -> None:
+        qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        # The record holds addresses: what they point at has to live as long.
+        self.held = qweight, weight_scale, bias
+        self.run, self.out_features, self.in_features = run, out_features, qweight.shape[1]
+        self.columns, self.planes = columns, planes
+        self.record = _linear_constants(
+            qweight.data_ptr(), weight_scale.data_ptr(), weight_scale.shape[0], columns,
+            0 if bias is None else bias.data_ptr(),
+            0 if bias is None else TYPE_CODES[bias.dtype],
+            out_features, self.in_features, per_tensor,
+        )  # fmt: skip
 
 
 def library_path(name: str) -> Path:

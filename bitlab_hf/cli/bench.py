@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from bitcore.errors import ArgumentError
-from bitlab_hf.cli.common import Json, emit, progress
+from bitlab_hf.cli.common import MOST_THREADS, Json, emit, progress
 
 # Of BitNet-2B-4T: q and o, k and v, gate and up, down; N x K.
 SHAPES = ((2560, 2560), (640, 2560), (6912, 2560), (2560, 6912))
@@ -36,7 +36,8 @@ def bench(
         typer.Option(min=1, help="Tokens of a call; repeatable. Default: 1, 8, 128."),
     ] = None,
     threads: Annotated[
-        list[int] | None, typer.Option(min=1, help="CPU threads; repeatable. Default: torch's.")
+        list[int] | None,
+        typer.Option(min=1, max=MOST_THREADS, help="CPU threads; repeatable. Default: torch's."),
     ] = None,
     isa: Annotated[
         str | None, typer.Option(help="Instruction set of BitLab's kernels; see bitlab info.")

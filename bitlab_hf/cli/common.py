@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 import warnings
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
     from bitlab_hf.demo.corpus import SourceFile
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")]
+# torch starts as many as it is told, and the process ends where the system gives no more.
+MOST_THREADS = max(64, os.cpu_count() or 1)
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads. Default: torch's.")
+]
 Source = Annotated[str, typer.Argument(help="A folder, or a name on the hub.", show_default=False)]
 Output = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
 

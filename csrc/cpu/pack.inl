@@ -156,6 +156,15 @@ inline void pack_columns(const typename T::Storage *const rows[4], const typenam
     pack_some(k, count - k, out + k);
 }
 
+// The codes of one of the four rows with the other sign: what a negative scale gives, which nobody should have.
+void negate_row(uint8_t *packed, int64_t count, int row) {
+    const int shift = 2 * row;
+    for (int64_t k = 0; k < count; ++k) {
+        const int code = packed[k] >> shift & 3;
+        packed[k] = static_cast<uint8_t>((packed[k] & ~(3 << shift)) | (2 - code) << shift);
+    }
+}
+
 void pack(const PackArgs &args, int64_t first, int64_t last) {
     with_type(args.type, [&](auto tag) {
         using T = decltype(tag);
@@ -163,23 +172,33 @@ void pack(const PackArgs &args, int64_t first, int64_t last) {
         const int64_t width = args.K / args.columns;
         const auto *weight = static_cast<const typename T::Storage *>(args.weight);
         const bool per_tensor = args.scale_rows == 1 && args.columns == 1;
-        const auto whole = per_tensor ? threshold<T>(1.0f / args.weight_scale[0]) : T::kInfinity;
+        const auto threshold_of = [&](int64_t scale) {
+            return threshold<T>(__builtin_fabsf(1.0f / args.weight_scale[scale]));
+        };
+        const auto whole = per_tensor ? threshold_of(0) : T::kInfinity;
         for (int64_t r = first; r < last; ++r) {
             for (int64_t c = 0; c < args.columns; ++c) {
                 const typename T::Storage *rows[4];
                 typename T::Bits thresholds[4];
+                bool negative[4];
                 for (int i = 0; i < 4; ++i) {
                     // A row that is missing is padding: no weight of any other row gets a code for it.
                     const int64_t n = r + i * R;
                     const bool there = n < args.N;
                     rows[i] = weight + (there ? n : r) * args.K + c * width;
                     thresholds[i] = T::kInfinity + 1;
+                    negative[i] = false;
                     if (there) {
                         const int64_t scale = (args.scale_rows == 1 ? 0 : n) * args.columns + c;
-                        thresholds[i] = per_tensor ? whole : threshold<T>(1.0f / args.weight_scale[scale]);
+                        thresholds[i] = per_tensor ? whole : threshold_of(scale);
+                        negative[i] = 1.0f / args.weight_scale[scale] < 0.0f;
                     }
                 }
-                pack_columns<T>(rows, thresholds, width, args.qweight + r * args.K + c * width);
+                uint8_t *packed = args.qweight + r * args.K + c * width;
+                pack_columns<T>(rows, thresholds, width, packed);
+                for (int i = 0; i < 4; ++i) {
+                    if (negative[i]) negate_row(packed, width, i);
+                }
             }
         }
         stream_end();
