@@ -196,13 +196,14 @@ def _create(target: Path, folder: bool) -> tuple[Path, int]:
     """Makes an empty file or folder; returns it with a descriptor that holds its lock."""
     while True:
         staged = target.with_name(f".{target.name}.{_STAGED}{secrets.token_hex(8)}")
-        if folder:
-            staged.mkdir()
-            how = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-        else:
-            how = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        how = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         try:
+            if folder:
+                staged.mkdir()
+                how = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
             lock = os.open(staged, how, 0o666)
+        except FileExistsError:
+            continue
         except FileNotFoundError:
             if folder and target.parent.exists():
                 # Another process took it for abandoned before it was locked.

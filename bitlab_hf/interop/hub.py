@@ -140,7 +140,7 @@ def _files(folder: Path, latent: bool) -> list[Path]:
     names = {file.name for file in chosen}
     left = sorted(entry.name for entry in folder.iterdir() if entry.name not in names)
     if left:
-        shown = ", ".join(map(repr, left[:10])) + (f" and {len(left) - 10} more" * (len(left) > 10))
+        shown = ", ".join(map(repr, left[:20])) + (f" and {len(left) - 20} more" * (len(left) > 20))
         logger.warning("push: left out: %s", shown)
     return chosen
 
