@@ -240,6 +240,9 @@ def _size(record: _Record) -> tuple[str, int]:
     except ValueError:
         raise _FileError(f"{record.name} of the unknown type {record.number}") from None
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    if not all(record.sizes) or record.sizes[0] % block:
-        raise _FileError(f"{record.name} of the shape {list(record.sizes)}, in blocks of {block}")
+    blocks = not record.sizes[0] % block and (block == 1 or len(record.sizes) > 1)
+    if not all(record.sizes) or not blocks:
+        raise _FileError(
+            f"{record.name} of the shape {list(record.sizes)}, in rows of blocks of {block}"
+        )
     return kind.name, math.prod(record.sizes) // block * size
