@@ -186,13 +186,19 @@ def _check_whole(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         header, layer = checkpoint.tensors[found], found.rpartition(".")[0] in linears
         # What transformers makes of several tensors has another name, and another shape.
         alone = layer or header.key.rpartition(".")[2] == found.rpartition(".")[2]
-        fits = header.shape == tuple(tensor.shape) and (not layer or header.dtype in _FLOATS)
+        # Integers would be taken for floats of their values.
+        kind = header.dtype in _FLOATS if layer else header.dtype.startswith(("F", "BF"))
+        fits = header.shape == tuple(tensor.shape) and (kind or not tensor.is_floating_point())
         if alone and not fits:
             raise CheckpointError(
-                f"convert_ternary: {header.key} must be float {list(tensor.shape)} as {found}, "
+                f"convert_ternary: {header.key} must be {_kind(tensor)} {list(tensor.shape)} as {found}, "
                 f"got {header.dtype} {list(header.shape)}\n"
                 "config.json and the tensors do not belong together."
             )
+
+
+def _kind(tensor: Tensor) -> str:
+    return "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
 
 
 def _examine(

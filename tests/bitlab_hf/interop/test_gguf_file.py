@@ -103,7 +103,7 @@ LIES: dict[str, tuple[Callable[[Editor], None], str]] = {
     "no type": (set_type(TERNARY, 250), "of the unknown type 250"),
     "a huge shape": (set_shape(TERNARY, 2**62, 2**62), "is the end of|to .* with"),
     "an empty shape": (set_shape(TERNARY, 256, 0), r"of the shape \[256, 0\]"),
-    "half a block": (set_shape(TERNARY, 255, 256), r"of the shape \[255, 256\], in rows of blocks of 256"),
+    "half a block": (set_shape(TERNARY, 255, 256), r"\[255, 256\], in rows of blocks of 256"),
     "an array without end": (set_part(TOKENS, 4, "Q", 2**60), "values of tokenizer.ggml.tokens"),
     "an array too long": (set_part(TOKENS, 4, "Q", 2**20), "with .* left in the file"),
     "an array of arrays": (set_part(TOKENS, 3, "I", 9), "an array of the type 9"),
