@@ -191,8 +191,8 @@ def _check_whole(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         fits = header.shape == tuple(tensor.shape) and (kind or not tensor.is_floating_point())
         if alone and not fits:
             raise CheckpointError(
-                f"convert_ternary: {header.key} must be {_kind(tensor)} {list(tensor.shape)} as {found}, "
-                f"got {header.dtype} {list(header.shape)}\n"
+                f"convert_ternary: {header.key} must be {_kind(tensor)} {list(tensor.shape)} as "
+                f"{found}, got {header.dtype} {list(header.shape)}\n"
                 "config.json and the tensors do not belong together."
             )
 
