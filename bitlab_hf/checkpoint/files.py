@@ -83,7 +83,7 @@ def scheme_of(held: Any, source: str) -> dict[str, Any] | None:
     fields = held if isinstance(held, dict) else {}
     method = fields.get("quant_method")
     if method not in (QUANT_METHOD, "bitnet"):
-        got = repr(method) if isinstance(held, dict) else f"{held!r:.80}"
+        got = f"{method!r:.80}" if isinstance(held, dict) else f"None in {held!r:.80}"
         raise ConfigError(
             f"{source}: quant_method must be {QUANT_METHOD!r} or 'bitnet', or there must be no "
             f"quantization_config, got {got}\n"
