@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import re
 from dataclasses import fields
 from typing import Any, cast
 
@@ -115,10 +116,10 @@ class BitLabConfig(QuantizationConfigMixin):
         self.format_version = FORMAT_VERSION
         self.weight_format = weight_format
         self.layer = layer
-        self.modules_to_not_convert = _checked_names(
+        self.modules_to_not_convert = checked_patterns(
             "modules_to_not_convert", modules_to_not_convert
         )
-        self.sub_norm = _checked_names("sub_norm", sub_norm) or []
+        self.sub_norm = checked_names("sub_norm", sub_norm) or []
         if self.sub_norm and layer not in ("BitLinear", "RMSNormBitLinear"):
             raise ConfigError(
                 f"BitLabConfig: layer must be 'BitLinear' with sub_norm, got {layer!r}"
@@ -140,6 +141,16 @@ class BitLabConfig(QuantizationConfigMixin):
         self.group_size = base.group_size
         self.weight_quantizer = base.weight_quantizer
         self.overrides = self._checked_overrides(overrides)
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Returns what a file holds. How a file is loaded, and whether it is verified, it does not
+        decide: such fields of it are not read.
+        """
+        held = {name: held for name, held in config_dict.items() if name not in LOADING_ATTRIBUTES}
+        return super().from_dict(held, return_unused_kwargs, **kwargs)
 
     def _checked_overrides(
         self, overrides: dict[str, dict[str, Any]] | None
@@ -204,9 +215,32 @@ _KNOWN_FIELDS = {
 }
 
 
-def _checked_names(field: str, names: list[str] | None) -> list[str] | None:
+def checked_names(field: str, names: Any, op: str = "BitLabConfig") -> list[str] | None:
+    """Returns a list of names, or of globs, or None as it is.
+
+    Raises:
+        ConfigError: It is anything else.
+    """
     if names is None:
         return None
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"BitLabConfig: {field} must be a list of names, got {names!r}")
+        raise ConfigError(f"{op}: {field} must be a list of names, got {names!r:.80}")
     return list(names)
+
+
+def checked_patterns(field: str, names: Any, op: str = "BitLabConfig") -> list[str] | None:
+    """Returns a list of names that transformers matches as regular expressions, or None as it is.
+
+    Raises:
+        ConfigError: It is anything else, or one is no regular expression.
+    """
+    patterns = checked_names(field, names, op)
+    for pattern in patterns or ():
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ConfigError(
+                f"{op}: {field} must hold names or regular expressions, got {pattern!r:.80}: "
+                f"{error}"
+            ) from error
+    return patterns

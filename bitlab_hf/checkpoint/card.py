@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import html
 import json
+import keyword
 import os
 import re
 from collections import Counter
@@ -19,10 +22,13 @@ from bitlab_hf.checkpoint.facts import Facts
 from bitlab_hf.model.tree import quantized_layers
 from bitlayers.int8 import Int8Rows
 
+CARD = "README.md"
 INSTALL = "pip install bitlab-hf"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _BEGIN, _END = "<!-- bitlab facts -->", "<!-- end of bitlab facts -->"
 _BLOCK = re.compile(f"{_BEGIN}.*?{_END}", re.DOTALL)
+# At the end of a card: what shows that nobody has edited it.
+_SEAL = re.compile(r"<!-- bitlab card ([0-9a-f]{16}) -->\n")
 
 
 def record_facts(directory: str | os.PathLike[str], facts: Facts) -> None:
@@ -41,12 +47,19 @@ def record_facts(directory: str | os.PathLike[str], facts: Facts) -> None:
         raise ArgumentError(f"record_facts: {folder} must hold a model, got no config.json")
     facts = Facts.load(folder).merged(facts)
     facts.save(folder)
-    card = folder / "README.md"
+    card = folder / CARD
     if not card.exists():
         return
     text = card.read_text(encoding="utf-8")
+    now = with_facts(text, facts)
+    if now != text:
+        write_atomically(card, sealed(now) if is_untouched(text) else now)
+
+
+def with_facts(text: str, facts: Facts) -> str:
+    """Returns a card with these facts in the place where BitLab keeps them, if it has one."""
     if not _BLOCK.search(text):
-        return
+        return text
     text = _BLOCK.sub(lambda _: _facts_block(facts), text)
     if facts.base_model is not None:
         lines = [
@@ -55,7 +68,23 @@ def record_facts(directory: str | os.PathLike[str], facts: Facts) -> None:
             if not line.startswith(("base_model:", "base_model_relation:"))
         ]
         text = "\n".join([lines[0], *_base_lines(facts.base_model), *lines[1:]])
-    write_atomically(card, text)
+    return text
+
+
+def sealed(text: str) -> str:
+    """Returns a card with a digest of it at its end, in place of one that is there."""
+    text = _SEAL.sub("", text)
+    return f"{text}<!-- bitlab card {_digest(text)} -->\n"
+
+
+def is_untouched(text: str) -> bool:
+    """Tells whether a card is as BitLab wrote it."""
+    found = _SEAL.search(text)
+    return found is not None and found[1] == _digest(_SEAL.sub("", text))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _base_lines(base: str) -> list[str]:
@@ -79,8 +108,33 @@ def _facts_block(facts: Facts) -> str:
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
-    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    cells = [[_plain(cell).replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join(["| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in cells)])
+
+
+def _plain(text: str) -> str:
+    """Returns a text that is one line and no HTML."""
+    return html.escape(" ".join(text.split()), quote=False)
+
+
+def _architecture(model: PreTrainedModel) -> str:
+    """Returns the class that config.json names, if that is a name; else the model's own."""
+    named = getattr(model.config, "architectures", None)
+    first = named[0] if isinstance(named, (list, tuple)) and named else None
+    # It becomes code.
+    if isinstance(first, str) and first.isascii() and first.isidentifier():
+        return type(model).__name__ if keyword.iskeyword(first) else first
+    return type(model).__name__
+
+
+def _call(name: str) -> str:
+    return f"from_pretrained({json.dumps(name, ensure_ascii=False)})"
+
+
+def renamed(text: str, old: str, new: str) -> str:
+    """Returns a card in which a model has another name."""
+    now = text.replace(_call(old), _call(new)).replace(f"\n# {_plain(old)}\n", f"\n# {new}\n")
+    return sealed(now) if is_untouched(text) else now
 
 
 def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -> str:
@@ -105,8 +159,8 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
     }
     floats = {id(p): p.numel() for p in model.parameters() if p.is_floating_point()}
     schemes = Counter(_scheme(layer.quant_config) for layer in layers)
-    architectures = getattr(model.config, "architectures", None) or [type(model).__name__]
-    causal = architectures[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    architecture = _architecture(model)
+    causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     metadata: dict[str, object] = {
         "library_name": "transformers",
         "tags": ["bitlab", "ternary", "1.58-bit", "quantized"],
@@ -119,17 +173,16 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
     base = _base_lines(facts.base_model) if facts.base_model else []
     stored = _stored_bytes(model)
     half = 2 * (ternary + sum(int8.values()) + sum(floats.values()))
-    auto = "AutoModelForCausalLM" if causal else architectures[0]
+    auto = "AutoModelForCausalLM" if causal else architecture
     lines = [
         # JSON values are YAML.
         "\n".join(["---", *base, *(f"{k}: {json.dumps(v)}" for k, v in metadata.items()), "---"]),
-        f"# {title}",
-        f"A ternary (1.58-bit) {architectures[0]}, packed by BitLab: the weights of "
+        f"# {_plain(title)}",
+        f"A ternary (1.58-bit) {architecture}, packed by BitLab: the weights of "
         f"{len(layers)} linear layers are -1, 0 or +1 times a scale, four to a byte.",
         "## Load it",
         f"```bash\n{INSTALL}\n```",
-        f"```python\nfrom transformers import {auto}\n\n"
-        f'model = {auto}.from_pretrained("{title}")\n```',
+        f"```python\nfrom transformers import {auto}\n\nmodel = {auto}.{_call(title)}\n```",
         "No import of BitLab is needed. Without it installed, loading fails with a size mismatch "
         f"of `{quantized_layers(model)[0].names[0]}.weight` instead of giving random weights.",
         "## What is in it",
@@ -141,7 +194,7 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
         + "\n".join(f"| {count} layers | {scheme} |" for scheme, count in schemes.items()),
         _facts_block(facts),
     ]
-    return "\n\n".join(lines) + "\n"
+    return sealed("\n\n".join(lines) + "\n")
 
 
 def _stored_bytes(model: nn.Module) -> int:

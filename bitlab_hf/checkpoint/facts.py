@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,8 +13,7 @@ from typing import Any
 from bitcore.config import check_fields
 from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf.checkpoint.atomic import write_atomically
-
-FACTS_FILE = "bitlab_facts.json"
+from bitlab_hf.checkpoint.files import FACTS_FILE, read_json
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Facts:
         for name in ("perplexities", "speeds"):
             for key, value in dict(getattr(self, name)).items():
                 number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                if not isinstance(key, str) or not number or not 0 < value < float("inf"):
+                if not isinstance(key, str) or not number or not 0 < value <= sys.float_info.max:
                     raise ArgumentError(
                         f"Facts: {name} must hold finite numbers above 0 by a text, "
                         f"got {key!r}: {value!r}"
@@ -75,8 +75,8 @@ class Facts:
         file = Path(directory) / FACTS_FILE
         if not file.exists():
             return cls()
+        values = read_json(file)
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
             check_fields(cls, values)
             return cls(**values)
         except (ValueError, TypeError, AttributeError) as error:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
-import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +15,20 @@ from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from bitlab_hf.checkpoint.aligned import align_file
-from bitlab_hf.checkpoint.atomic import check_folder, naming_full_disk
-from bitlab_hf.checkpoint.card import model_card
+from bitlab_hf.checkpoint.atomic import (
+    check_folder,
+    flush,
+    keep_access,
+    naming_full_disk,
+    naming_place,
+    staged_beside,
+)
+from bitlab_hf.checkpoint.card import CARD, model_card
 from bitlab_hf.checkpoint.facts import Facts
+from bitlab_hf.checkpoint.previous import take_over, weights_of
 from bitlab_hf.checkpoint.written import check_written
 from bitlab_hf.config import QUANT_METHOD
 
-_WEIGHT_FILES = re.compile(
-    r"(model|pytorch_model|adapter_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$"
-)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -38,9 +42,10 @@ def save(
 ) -> None:
     """Saves a model so that at every moment the directory holds a whole checkpoint.
 
-    Everything is written into a new directory beside it, which then takes its place in one step.
-    Other files of the directory are kept; weight files of the previous checkpoint are not. A
-    deployed model gets a model card, README.md, unless there is one.
+    Everything is written into a new directory beside it, which then takes its place in one step,
+    with the owner and mode of the one before. Other files of the directory are kept; weight files
+    of the previous checkpoint are not, and what was recorded of it only where the model is the
+    same. A deployed model gets a model card, README.md, unless there is one that somebody wrote.
 
     Args:
         model: A transformers model, latent or deployed.
@@ -51,8 +56,8 @@ def save(
 
     Raises:
         ArgumentTypeError: model is no transformers model.
-        ArgumentError: directory is a file, or holds the working directory, or push_to_hub is asked
-            for.
+        ArgumentError: directory is no folder, may not be written or exchanged, or holds the
+            working directory; or push_to_hub is asked for.
         OSError: Writing failed; the previous checkpoint is as it was.
     """
     if not isinstance(model, PreTrainedModel):
@@ -78,9 +83,9 @@ def save(
             tokenizer.save_pretrained(staged)
         if facts is not None:
             facts.save(staged)
-        card = staged / "README.md"
+        card = staged / CARD
         deployed = getattr(model, "quantization_method", None) == QUANT_METHOD
-        if deployed and not card.exists() and not (Path(directory) / "README.md").exists():
+        if deployed and not card.exists():
             title = Path(directory).resolve().name
             card.write_text(model_card(model, title, facts), encoding="utf-8")
 
@@ -89,60 +94,48 @@ def save(
 def replacing(directory: str | os.PathLike[str], op: str) -> Iterator[Path]:
     """Gives a new directory to write a checkpoint into, which then takes another's place.
 
-    Other files of the directory are taken over, weight files are not. Where the block raises, or
-    writes no weights, the directory stays as it was.
+    Other files of the directory are taken over, with its owner and mode; what belongs to the model
+    that was there is not, see `take_over`. Where the block raises, or writes no weights, the
+    directory stays as it was.
 
     Args:
         directory: What is replaced, or made.
         op: Who asks, for error messages.
 
     Raises:
-        ArgumentError: directory is a file, or holds the working directory.
+        ArgumentError: directory is no folder, may not be written or exchanged, or holds the
+            working directory.
         CheckpointError: The block wrote no weights.
         DiskFullError: They do not fit.
+        OutputError: The system does not let the directory be exchanged.
     """
     check_folder(directory, op)
     target = Path(directory).resolve()
-    if target == Path.cwd() or target in Path.cwd().parents:
-        raise ArgumentError(
-            f"{op}: directory must not hold the working directory, got {directory}\n"
-            "The directory is exchanged for a new one; name a folder inside it."
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        staged.chmod(0o777 & ~_umask())
+    with naming_place(directory, op):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with staged_beside(target, op, folder=True) as staged:
+        usual = stat.S_IMODE(staged.stat().st_mode)
+        if target.exists():
+            # Nobody who may not read the old one reads the new one while it is written.
+            staged.chmod(0o700)
         with naming_full_disk(directory, op):
             yield staged
-        if not any(_WEIGHT_FILES.fullmatch(entry.name) for entry in staged.iterdir()):
+        if not any(weights_of(entry.name) for entry in staged.iterdir()):
             raise CheckpointError(f"{op}: weights must be written, got none")
         with naming_full_disk(directory, op):
+            for file in staged.glob("*.safetensors"):
+                # The library that writes them lets nobody else read them.
+                file.chmod(usual & 0o666)
             if target.exists():
-                _take_over(target, staged)
+                take_over(target, staged)
+                keep_access(target, staged)
             for file in staged.rglob("*"):
-                _flush(file)
-        if target.exists():
-            _exchange(staged, target)
-        else:
-            staged.rename(target)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _flush(path: Path) -> None:
-    if path.is_symlink():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+                flush(file)
+        with naming_place(directory, op):
+            if target.exists():
+                _exchange(staged, target)
+            else:
+                staged.rename(target)
 
 
 def _exchange(staged: Path, target: Path) -> None:
@@ -161,22 +154,3 @@ def _exchange(staged: Path, target: Path) -> None:
         previous.rename(target)
         raise
     previous.rename(staged)
-
-
-def _take_over(previous: Path, staged: Path) -> None:
-    """Links what is no part of the previous checkpoint's weights, and is not written anew, over."""
-    for entry in previous.iterdir():
-        copy = staged / entry.name
-        if _WEIGHT_FILES.fullmatch(entry.name) or copy.exists():
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, copy, symlinks=True, copy_function=_link)
-        else:
-            _link(entry, copy)
-
-
-def _link(source: str | Path, destination: str | Path) -> None:
-    try:
-        os.link(source, destination, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, destination, follow_symlinks=False)

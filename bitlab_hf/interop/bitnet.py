@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 import os
 import re
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
@@ -23,10 +23,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod
 
 from bitcore.errors import ArgumentError, ArgumentTypeError, CheckpointError, ConfigError
-from bitlab_hf.checkpoint.files import own_safetensors
+from bitlab_hf.checkpoint.files import own_safetensors, read_config, shard_keys
 from bitlab_hf.checkpoint.headers import Checkpoint, TensorHeader, read_checkpoint
 from bitlab_hf.checkpoint.saving import save
-from bitlab_hf.config import BitLabConfig
+from bitlab_hf.config import BitLabConfig, checked_patterns
 from bitlab_hf.model.marks import mark_quantized
 from bitlab_hf.model.tree import Found, find_modules, quantized_layers
 from bitlab_hf.quantizer import BitLabHfQuantizer
@@ -72,7 +72,9 @@ class BitNetSource(BitLabConfig):
             )
         self.divides = stock.get("linear_class", "bitlinear") == "bitlinear"
         packed = self.divides or stock.get("quantization_mode", "offline") == "offline"
-        self.skipped: list[str] | None = stock.get("modules_to_not_convert")
+        self.skipped = checked_patterns(
+            "modules_to_not_convert", stock.get("modules_to_not_convert"), "load_bitnet"
+        )
         super().__init__(
             layer="RMSNormBitLinear" if stock.get("use_rms_norm") else "BitLinear",
             weight_format="packed" if packed else "latent",
@@ -86,15 +88,6 @@ class BitNetSource(BitLabConfig):
         for name in ("divides", "skipped", "quant_method"):
             del fields[name]
         return BitLabConfig(**fields)
-
-
-def _keys(files: list[str]) -> list[str]:
-    """Returns the keys of a checkpoint's files."""
-    keys: list[str] = []
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            keys.extend(handle.keys())
-    return keys
 
 
 class BitNetQuantizer(BitLabHfQuantizer):
@@ -114,9 +107,8 @@ class BitNetQuantizer(BitLabHfQuantizer):
                 "load_bitnet: the checkpoint must be safetensors files, got others\n"
                 "Load and save it once with an older transformers."
             )
-        scaled = [
-            key.removesuffix("_scale") for key in _keys(files) if key.endswith(".weight_scale")
-        ]
+        keys = shard_keys([Path(file) for file in files], "load_bitnet")
+        scaled = [key.removesuffix("_scale") for key in keys if key.endswith(".weight_scale")]
         self._renamings = [
             WeightRenaming(
                 "^" + re.escape(key) + "(?=_scale$|$)", key.removesuffix("weight") + "qweight"
@@ -263,6 +255,9 @@ def load_bitnet(
         ConfigError: config.json is not of a bitnet checkpoint, or holds an unknown value.
         CheckpointError: The tensors are not what config.json says.
     """
+    if Path(path_or_repo).is_dir() and not kwargs.get("subfolder"):
+        # What is damaged is named before transformers reads it.
+        read_config(Path(path_or_repo))
     hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     config = AutoConfig.from_pretrained(path_or_repo, **hub)
     stock = getattr(config, "quantization_config", None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,14 @@ from transformers import PreTrainedModel
 from bitcore import unpack_ternary
 from bitcore.errors import ArgumentError, ArgumentTypeError, MissingExtraError
 from bitcore.quantize import dequantize
-from bitlab_hf.checkpoint.atomic import check_folder, naming_full_disk
+from bitlab_hf.checkpoint.atomic import (
+    check_place,
+    naming_full_disk,
+    naming_place,
+    put_in_place,
+    resolved,
+    staged_beside,
+)
 from bitlab_hf.interop.gguf_tokenizer import add_tokenizer, find_tokenizer
 from bitlab_hf.model.tree import quantized_layers
 from bitlayers.base import BitLayerBase
@@ -102,20 +108,18 @@ def export_gguf(
     _check_layers(model, qtype)
     tokenizer = find_tokenizer(model, tokenizer)
     target = Path(path).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with naming_place(path, "export_gguf"):
+        target.parent.mkdir(parents=True, exist_ok=True)
     tensors = list(_tensors(model, architecture, qtype))
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    try:
-        with naming_full_disk(path, "export_gguf"):
-            writer = gguf.GGUFWriter(name, architecture)
-            _add_metadata(writer, model, qtype)
-            add_tokenizer(writer, tokenizer, model.config.vocab_size, pre_tokenizer)
-            _write(writer, tensors, advance)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with (
+        naming_full_disk(path, "export_gguf"),
+        staged_beside(target, "export_gguf") as staged,
+    ):
+        writer = gguf.GGUFWriter(staged, architecture)
+        _add_metadata(writer, model, qtype)
+        add_tokenizer(writer, tokenizer, model.config.vocab_size, pre_tokenizer)
+        _write(writer, tensors, advance)
+        put_in_place(staged, target)
 
 
 def check_target(path: str | os.PathLike[str]) -> None:
@@ -124,8 +128,8 @@ def check_target(path: str | os.PathLike[str]) -> None:
     Raises:
         ArgumentError: It is no file, a file of another kind, or lies below a file.
     """
-    target = Path(path)
-    check_folder(target.resolve().parent, "export_gguf")
+    target = resolved(path, "export_gguf")
+    check_place(target.parent, "export_gguf")
     if not target.exists():
         return
     if not target.is_file():

@@ -36,17 +36,17 @@ def read_config(
             computes something that is not supported.
     """
     architecture = fields.get("general.architecture")
-    if architecture not in _KINDS:
+    if not isinstance(architecture, str) or architecture not in _KINDS:
         raise CheckpointError(
             f"load_gguf: general.architecture must be one of {sorted(_KINDS)}, "
-            f"got {architecture!r}\nRun the file with llama.cpp."
+            f"got {architecture!r:.80}\nRun the file with llama.cpp."
         )
 
     def number(name: str, default: int | None = None) -> int:
         value = fields.get(f"{architecture}.{name}", default)
-        if not isinstance(value, int) or not 0 < value <= _LARGEST:
+        if type(value) is not int or not 0 < value <= _LARGEST:
             raise CheckpointError(
-                f"load_gguf: {architecture}.{name} must be a positive integer, got {value!r}"
+                f"load_gguf: {architecture}.{name} must be a positive integer, got {value!r:.80}"
             )
         return value
 
@@ -54,7 +54,7 @@ def read_config(
         value = fields.get(f"{architecture}.{name}", default)
         if not isinstance(value, float) or not (math.isfinite(value) and value > 0):
             raise CheckpointError(
-                f"load_gguf: {architecture}.{name} must be a positive number, got {value!r}"
+                f"load_gguf: {architecture}.{name} must be a positive number, got {value!r:.80}"
             )
         # The shortest number that rounds to the float32: 1e-05, not 9.99999974e-06.
         return float(str(np.float32(value)))
@@ -64,6 +64,8 @@ def read_config(
         raise CheckpointError("load_gguf: token_embd.weight must be a matrix, got none")
     heads, hidden = number("attention.head_count"), number("embedding_length")
     head_dim = number("attention.key_length", max(1, hidden // heads))
+    if head_dim % 2:
+        raise CheckpointError(f"load_gguf: a head's size must be even, got {head_dim}")
     blocks = number("block_count")
     for name, required in (
         ("attention.value_length", head_dim),
@@ -74,7 +76,7 @@ def read_config(
         value = fields.get(f"{architecture}.{name}", required)
         if value != required:
             raise CheckpointError(
-                f"load_gguf: {architecture}.{name} must be {required}, got {value!r}\n"
+                f"load_gguf: {architecture}.{name} must be {required}, got {value!r:.80}\n"
                 "Run the file with llama.cpp."
             )
     if blocks > len(shapes):
@@ -87,7 +89,7 @@ def read_config(
         rope = _llama3(factors, rope, head_dim)
     kind, name = _KINDS[architecture]
     special = {
-        f"{token}_token_id": fields[f"tokenizer.ggml.{token}_token_id"]
+        f"{token}_token_id": _token(fields, token, embedding[0])
         for token in ("bos", "eos", "pad")
         if f"tokenizer.ggml.{token}_token_id" in fields
     }
@@ -110,6 +112,16 @@ def read_config(
     )
     config.architectures = [name]
     return config
+
+
+def _token(fields: dict[str, Any], name: str, rows: int) -> int:
+    value = fields[f"tokenizer.ggml.{name}_token_id"]
+    if type(value) is not int or not 0 <= value < rows:
+        raise CheckpointError(
+            f"load_gguf: tokenizer.ggml.{name}_token_id must be one of the {rows} tokens, "
+            f"got {value!r:.80}"
+        )
+    return value
 
 
 def _rope(fields: dict[str, Any], architecture: str, theta: float) -> dict[str, Any]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,14 +31,13 @@ from bitlab_hf.checkpoint.headers import LAYERS_KEY
 from bitlab_hf.checkpoint.saving import replacing
 from bitlab_hf.interop.gguf import renamed, row_order
 from bitlab_hf.interop.gguf_config import read_config
+from bitlab_hf.interop.gguf_file import GgufFile, GgufTensor, read_gguf
 from bitlab_hf.interop.gguf_tokenizer import rebuild_tokenizer
+from bitlab_hf.interop.skeleton import building
 from bitlab_hf.interop.stream import Entry, StreamWriter
 from bitlab_hf.interop.structure import Structure, find_structure, row_blocks, scales_of
 from bitlab_hf.interop.ternary import lanes_of, packed_configuration, same_values
 from bitlab_hf.model.replace import find_linears, swap_packed
-
-if TYPE_CHECKING:
-    import gguf
 
 logger = logging.getLogger("bitlab")
 _TERNARY = ("TQ2_0", "TQ1_0")
@@ -49,24 +50,24 @@ class Source:
     """A tensor of the file as floats, its rows in transformers' order.
 
     Args:
-        item: gguf's record of it; its data is memory-mapped.
+        item: The tensor.
         order: Where each row lies in the file, or None for as they are.
 
     Attributes:
         shape: Rows first.
         dtype: Of the values that it gives; float32 for ternary types.
         kind: GGUF's name of its type.
+        n_bytes: Its size in the file.
     """
 
-    def __init__(self, item: gguf.ReaderTensor, order: Tensor | None) -> None:
-        self._item, self._order = item, None if order is None else order.numpy()
-        self.kind = item.tensor_type.name
-        self.shape = tuple(int(size) for size in reversed(item.shape.tolist()))
+    def __init__(self, item: GgufTensor, order: Tensor | None) -> None:
+        self._data, self._order = item.data, None if order is None else order.numpy()
+        self.kind, self.shape, self.n_bytes = item.kind, item.shape, item.data.nbytes
         self.dtype = _FLOATS.get(self.kind, torch.float32)
 
     def numel(self) -> int:
         """Returns the number of values."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -74,13 +75,14 @@ class Source:
     def __getitem__(self, rows: slice) -> Tensor:
         import gguf
 
-        raw = self._item.data[rows if self._order is None else self._order[rows]]
-        part = np.array(raw)
-        if self.kind in _TERNARY and len(part):
-            part = gguf.quants.dequantize(part, self._item.tensor_type)
+        part = np.array(self._data[rows if self._order is None else self._order[rows]])
         shape = (len(part), *self.shape[1:])
         if not len(part):
             return torch.zeros(shape, dtype=self.dtype)
+        if self.kind in _TERNARY:
+            with np.errstate(all="ignore"):
+                # Scales that are not finite are found by their values.
+                part = gguf.quants.dequantize(part, gguf.GGMLQuantizationType[self.kind])
         return torch.from_numpy(part).view(self.dtype).view(shape)
 
 
@@ -141,25 +143,24 @@ def import_gguf(
             tensor of another type or one that the model does not have, or no ternary layer.
     """
     advance = advance or (lambda size: None)
-    reader = _open(Path(path))
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    if fields.get("split.count", 1) > 1:
+    file = _open(Path(path))
+    fields, items = file.fields, file.tensors
+    if fields.get("split.count", 1) not in (0, 1):
         raise CheckpointError(
             "load_gguf: the model must be in one file, got a part of one\n"
             "Merge the parts with llama.cpp's gguf-split."
         )
-    items = {item.name: item for item in reader.tensors}
     for item in items.values():
-        if item.tensor_type.name not in (*_TERNARY, *_FLOATS):
+        if item.kind not in (*_TERNARY, *_FLOATS):
             raise CheckpointError(
                 f"load_gguf: {item.name} must be of a type among "
-                f"{', '.join((*_TERNARY, *_FLOATS))}, got {item.tensor_type.name}\n"
+                f"{', '.join((*_TERNARY, *_FLOATS))}, got {item.kind}\n"
                 "Run the file with llama.cpp, or start from its float model."
             )
-    shapes = {name: Source(item, None).shape for name, item in items.items()}
-    factors = Source(items[_FACTORS], None)[:].float() if _FACTORS in items else None
+    shapes = {name: item.shape for name, item in items.items()}
+    factors = _rope_factors(items.get(_FACTORS))
     config = read_config(fields, shapes, factors)
-    with torch.device("meta"):
+    with building(Path(path).name, "load_gguf"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     sources = _sources(model, str(fields["general.architecture"]), items)
     config.dtype = sources["model.embed_tokens.weight"].dtype
@@ -196,27 +197,29 @@ def import_gguf(
         (staged / "README.md").write_text(model_card(model, title), encoding="utf-8")
 
 
-def _open(path: Path) -> gguf.GGUFReader:
-    try:
-        import gguf
-    except ImportError as error:
+def _open(path: Path) -> GgufFile:
+    if find_spec("gguf") is None:
         raise MissingExtraError(
             "load_gguf: the package gguf must be installed, got none\n"
             'Run `pip install "bitlab-hf[gguf]"`.'
-        ) from error
+        )
     if not path.is_file():
         raise ArgumentError(f"load_gguf: path must be a GGUF file, got {str(path)!r}")
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, LookupError, TypeError, OverflowError) as error:
+    return read_gguf(path)
+
+
+def _rope_factors(item: GgufTensor | None) -> Tensor | None:
+    if item is None:
+        return None
+    if item.kind not in _FLOATS or len(item.shape) != 1:
         raise CheckpointError(
-            f"load_gguf: {path.name} must be a whole GGUF file, got: {error}\n"
-            "It is truncated, damaged or of another format; fetch or write it again."
-        ) from error
+            f"load_gguf: {item.name} must be a vector of floats, got {item.kind} {list(item.shape)}"
+        )
+    return Source(item, None)[:].float()
 
 
 def _sources(
-    model: PreTrainedModel, architecture: str, items: dict[str, gguf.ReaderTensor]
+    model: PreTrainedModel, architecture: str, items: dict[str, GgufTensor]
 ) -> dict[str, Source]:
     """Returns the file's tensor of each parameter, by the model's name of it."""
     import gguf
@@ -296,7 +299,13 @@ def _write(
         for key, source in sources.items():
             if key not in structures:
                 for rows in _blocks(source):
-                    out.write(key, source[rows])
+                    part = source[rows]
+                    if not bool(torch.isfinite(part).all()):
+                        raise CheckpointError(
+                            f"load_gguf: {key} must be finite, got NaN or infinity\n"
+                            "The file is damaged; fetch or write it again."
+                        )
+                    out.write(key, part)
             else:
                 base, structure = key.removesuffix("weight"), structures[key]
                 if structure.scale is not None:
@@ -306,11 +315,11 @@ def _write(
                         out.write(f"{base}qweight_scale", scales_of(source[rows], structure))
                 for lanes in lanes_of(cast(Tensor, source)):
                     out.write(f"{base}qweight", pack_codes(lanes.float().sign().to(torch.int8)))
-            advance(source._item.n_bytes)
+            advance(source.n_bytes)
 
 
 def _blocks(source: Source) -> Any:
-    return row_blocks(source.shape[0], int(np.prod(source.shape[1:])))
+    return row_blocks(source.shape[0], math.prod(source.shape[1:]))
 
 
 def _prove(target: Path, sources: dict[str, Source], structures: dict[str, Structure]) -> None:

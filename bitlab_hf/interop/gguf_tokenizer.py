@@ -34,7 +34,7 @@ def find_tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:
     if tokenizer is None:
         source = str(getattr(model.config, "_name_or_path", "") or "")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError, TypeError) as error:
             raise ArgumentError(
                 f"export_gguf: the model must come with a tokenizer, got none in {source!r}\n"
@@ -133,18 +133,27 @@ def rebuild_tokenizer(fields: dict[str, Any]) -> Any:
     """
     import gguf
 
-    def field(name: str) -> Any:
-        return fields.get(f"tokenizer.ggml.{name}")
+    def field(name: str, kind: type, default: Any) -> Any:
+        value = fields.get(f"tokenizer.ggml.{name}", default)
+        if not isinstance(value, kind):
+            raise CheckpointError(
+                f"load_gguf: tokenizer.ggml.{name} must be of the type {kind.__name__}, "
+                f"got {value!r:.80}"
+            )
+        return value
 
-    tokens, pre = field("tokens") or [], field("pre")
-    if field("model") != "gpt2" or (pre != "gpt-2" and pre not in _SPLITS):
+    tokens, pre = field("tokens", list, []), field("pre", str, "")
+    if field("model", str, "") != "gpt2" or (pre != "gpt-2" and pre not in _SPLITS):
         return None
-    types = field("token_type") or [gguf.TokenType.NORMAL] * len(tokens)
-    merges = [tuple(merge.split(" ")) for merge in field("merges") or []]
-    names = [name for name in ("bos", "eos", "pad", "unk") if field(f"{name}_token_id") is not None]
-    special = {name: field(f"{name}_token_id") for name in names}
-    damaged = [index for index in special.values() if not 0 <= index < len(tokens)]
-    if damaged or len(types) != len(tokens) or any(len(merge) != 2 for merge in merges):
+    types = field("token_type", list, [gguf.TokenType.NORMAL] * len(tokens))
+    pairs = field("merges", list, [])
+    texts = all(isinstance(text, str) for text in (*tokens, *pairs))
+    merges = [tuple(merge.split(" ")) for merge in pairs] if texts else []
+    held = [n for n in ("bos", "eos", "pad", "unk") if f"tokenizer.ggml.{n}_token_id" in fields]
+    special = {name: field(f"{name}_token_id", int, 0) for name in held}
+    whole = texts and len(set(tokens)) == len(types) == len(tokens)
+    indices = all(0 <= index < len(tokens) for index in special.values())
+    if not whole or not indices or any(len(merge) != 2 for merge in merges):
         raise CheckpointError("load_gguf: the tokenizer must be whole, got a damaged one")
     kinds = dict(zip(tokens, types, strict=True))
     unused = {text for text, kind in kinds.items() if kind == gguf.TokenType.UNUSED}
@@ -163,7 +172,7 @@ def rebuild_tokenizer(fields: dict[str, Any]) -> Any:
     split = [splitting.Split(Regex(_SPLITS[pre]), "isolated")] if pre in _SPLITS else []
     backend.pre_tokenizer = splitting.Sequence([*split, level]) if split else level
     backend.decoder = decoders.ByteLevel()
-    if field("add_bos_token") and "bos" in special:
+    if field("add_bos_token", bool, False) and "bos" in special:
         first = tokens[special["bos"]]
         backend.post_processor = TemplateProcessing(
             single=[first, "$A"],
@@ -180,5 +189,6 @@ def rebuild_tokenizer(fields: dict[str, Any]) -> Any:
         clean_up_tokenization_spaces=False,
         **{f"{name}_token": tokens[index] for name, index in special.items()},
     )
-    tokenizer.chat_template = fields.get("tokenizer.chat_template")
+    template = fields.get("tokenizer.chat_template")
+    tokenizer.chat_template = template if isinstance(template, str) else None
     return tokenizer

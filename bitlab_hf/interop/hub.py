@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -13,13 +14,12 @@ from huggingface_hub.utils._validators import validate_repo_id
 from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError, BitLabError
+from bitlab_hf.checkpoint.card import CARD, renamed
 from bitlab_hf.checkpoint.facts import Facts
-from bitlab_hf.checkpoint.files import read_config, scheme_of, weight_files
+from bitlab_hf.checkpoint.files import INDEX, companions, read_config, scheme_of, weight_files
 from bitlab_hf.checkpoint.saving import save
 
-# What loads a model and its tokenizer. No pickles, no optimizer, no checkpoints of a training.
-_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-_LEFT_OUT = ("trainer_state.json", "model.safetensors.index.json")
+logger = logging.getLogger("bitlab")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 _ADVICE = {
     401: "Run `hf auth login`, or set HF_TOKEN to a token that may write.",
@@ -48,6 +48,8 @@ def push(
 ) -> str:
     """Uploads a model, or a model's folder: weights, configuration, tokenizer and model card.
 
+    Of a folder, only files that transformers or BitLab write under these names are taken, and the
+    licence; no links, pickles or folders. A warning names what is left out.
     Everything becomes visible in one commit, which also removes weight files of a previous upload.
     After an interruption, running it again sends only what has not arrived.
 
@@ -96,7 +98,7 @@ def _upload(
     if token is None:
         raise ArgumentError(f"push: a token must be given, got none\n{_ADVICE[401]}")
     additions = [
-        CommitOperationAdd(file.name, _card(file, repo_id) if file.name == "README.md" else file)
+        CommitOperationAdd(file.name, _card(file, repo_id) if file.name == CARD else file)
         for file in files
     ]
     api = HfApi(token=token)
@@ -121,28 +123,32 @@ def _files(folder: Path, latent: bool) -> list[Path]:
     scheme = scheme_of(read_config(folder).get("quantization_config"), str(folder))
     if scheme is None:
         raise ArgumentError("push: the folder must hold a ternary model, got floats")
-    online = scheme.get("quantization_mode") == "online"
-    if (scheme.get("weight_format") == "latent" or online) and not latent:
+    if scheme["weight_format"] == "latent" and not latent:
         raise ArgumentError(
             "push: the weights must be packed, got latent ones\n"
             "Deploy the model first (bitlab deploy), or pass latent=True (--latent)."
         )
     weights = weight_files(folder, "push")
-    index = folder / "model.safetensors.index.json"
-    chosen = [*weights, *([index] if len(weights) > 1 else [])]
-    for file in sorted(folder.iterdir()):
-        licence = file.name.upper().startswith("LICENSE")
-        wanted = file.suffix in _SUFFIXES or file.name == "README.md" or licence
-        if wanted and file.is_file() and file.name not in _LEFT_OUT:
-            chosen.append(file)
+    index = [folder / INDEX] if (folder / INDEX).exists() else []
+    for file in (folder / "config.json", *index, *weights):
+        if file.is_symlink():
+            raise ArgumentError(
+                f"push: {file.name} must be a file of the folder itself, got a link\n"
+                "Copy the folder with what its links lead to: cp -rL."
+            )
+    chosen = [*weights, *index, *companions(folder)]
+    names = {file.name for file in chosen}
+    left = sorted(entry.name for entry in folder.iterdir() if entry.name not in names)
+    if left:
+        shown = ", ".join(map(repr, left[:20])) + (f" and {len(left) - 20} more" * (len(left) > 20))
+        logger.warning("push: left out: %s", shown)
     return chosen
 
 
 def _card(file: Path, repo_id: str) -> bytes:
     """Returns the model card, which loads the model by its name on the hub."""
-    local = f'from_pretrained("{file.resolve().parent.name}")'
-    text = file.read_text(encoding="utf-8").replace(local, f'from_pretrained("{repo_id}")')
-    return text.replace(f"\n# {file.resolve().parent.name}\n", f"\n# {repo_id}\n").encode()
+    text = file.read_text(encoding="utf-8")
+    return renamed(text, file.resolve().parent.name, repo_id).encode()
 
 
 def _is_of_the_hub(error: Exception) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -27,16 +28,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError
 from bitcore.packing import pack_codes, unpack_ternary
 from bitcore.quantize import dequantize
-from bitlab_hf.checkpoint.card import model_card
-from bitlab_hf.checkpoint.files import INDEX, read_config, weight_files
-from bitlab_hf.checkpoint.headers import LAYERS_KEY, read_checkpoint
+from bitlab_hf.checkpoint.card import CARD, model_card
+from bitlab_hf.checkpoint.files import INDEX, read_config, shard_keys, weight_files
+from bitlab_hf.checkpoint.headers import LAYERS_KEY, Checkpoint, read_checkpoint, with_tied
+from bitlab_hf.checkpoint.previous import weights_of
 from bitlab_hf.checkpoint.saving import replacing
 from bitlab_hf.config import BitLabConfig
+from bitlab_hf.interop.skeleton import building
 from bitlab_hf.interop.stream import Entry, StreamWriter
 from bitlab_hf.interop.structure import Structure, find_structure, row_blocks, scales_of
 from bitlab_hf.model.replace import find_linears, swap_packed
 
 Advance = Callable[[int], None]
+_FLOATS = ("F32", "BF16", "F16")
 
 
 @dataclass
@@ -82,8 +86,9 @@ def convert_ternary(
     Raises:
         ArgumentError: The folder holds no config.json.
         ConfigError: The checkpoint is quantized already.
-        CheckpointError: A layer is not exactly ternary (the message says by how much), none is, or
-            the files are damaged.
+        CheckpointError: A layer is not exactly ternary (the message says by how much), none is; a
+            parameter of the model is in no file, in two, or of another shape; or the files are
+            damaged.
     """
     source = Path(path_or_repo)
     if not source.is_dir():
@@ -94,15 +99,18 @@ def convert_ternary(
             f"convert_ternary: directory must not be the source, got {directory}\n"
             "Name another folder; the source stays as it is."
         )
-    model = _skeleton(source)
+    read_config(source)
     files = weight_files(source, "convert_ternary")
+    model = _skeleton(source, len(shard_keys(files, "convert_ternary")))
     checkpoint = read_checkpoint(model, [str(file) for file in files], None)
     assert checkpoint is not None
+    _check_whole(model, with_tied(checkpoint, model))
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     names = {
         checkpoint.tensors[f"{name}.weight"].key: name
         for found in find_linears(model, [])
         for name in found.names
-        if f"{name}.weight" in checkpoint.tensors and f"{name}.weight" not in _tied(model)
+        if f"{name}.weight" in checkpoint.tensors and f"{name}.weight" not in tied
     }
     report = Conversion(bytes_before=sum(file.stat().st_size for file in files))
     structures = _examine(model, files, names, keep_inexact, report, advance or (lambda size: None))
@@ -119,29 +127,35 @@ def convert_ternary(
             index_file = {"metadata": metadata, "weight_map": weight_map}
             (staged / INDEX).write_text(json.dumps(index_file, indent=2) + "\n")
         for file in source.iterdir():
-            if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != INDEX:
+            beside = file.suffix in (".json", ".txt", ".model", ".jinja") and file.is_file()
+            if beside and not weights_of(file.name) and file.name != "adapter_config.json":
                 shutil.copyfile(file, staged / file.name)
         written = read_config(source)
         written["quantization_config"] = config.to_dict()
         (staged / "config.json").write_text(json.dumps(written, indent=2) + "\n")
         swap_packed(model, find_linears(model, config.modules_to_not_convert or []), config)
         title = Path(directory).resolve().name
-        (staged / "README.md").write_text(model_card(model, title), encoding="utf-8")
+        (staged / CARD).write_text(model_card(model, title), encoding="utf-8")
     return report
 
 
-def _skeleton(source: Path) -> PreTrainedModel:
-    """Returns the model of a folder without weights."""
-    read_config(source)
-    config = AutoConfig.from_pretrained(source)
-    if getattr(config, "quantization_config", None) is not None:
-        method = dict(config.quantization_config).get("quant_method")
+def _skeleton(source: Path, tensors: int) -> PreTrainedModel:
+    """Returns the model of a folder without weights; the folder holds so many tensors."""
+    held = read_config(source).get("quantization_config")
+    if held is not None:
+        method = held.get("quant_method") if isinstance(held, dict) else held
         raise ConfigError(
-            f"convert_ternary: the checkpoint must be a float one, got quant_method {method!r}"
+            f"convert_ternary: the checkpoint must be a float one, got quant_method {method!r:.80}"
         )
-    architectures: list[str] = getattr(config, "architectures", None) or []
-    model_class: Any = getattr(transformers, architectures[0], None) if architectures else None
-    with torch.device("meta"):
+    with building("config.json", "convert_ternary"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if isinstance(layers, int) and layers > tensors:
+            raise CheckpointError(
+                f"convert_ternary: num_hidden_layers must fit the {tensors} tensors, got {layers}"
+            )
+        architectures: list[str] = getattr(config, "architectures", None) or []
+        model_class: Any = getattr(transformers, architectures[0], None) if architectures else None
         if model_class is None:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
         else:
@@ -149,8 +163,42 @@ def _skeleton(source: Path) -> PreTrainedModel:
     return model
 
 
-def _tied(model: PreTrainedModel) -> set[str]:
-    return {name for pair in model.all_tied_weights_keys.items() for name in pair}
+def _check_whole(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Checks that the files hold every tensor of the model, and the linear layers' as they are.
+
+    Raises:
+        CheckpointError: A tensor is in no file, has another shape, or is of no float type.
+    """
+    linears = {name for found in find_linears(model, []) for name in found.names}
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    held: dict[int, tuple[Tensor, list[str]]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        held.setdefault(id(tensor), (tensor, []))[1].append(name)
+    for tensor, names in held.values():
+        found = next((name for name in names if name in checkpoint.tensors), None)
+        if found is None:
+            if any(pattern.search(name) for pattern in optional for name in names):
+                continue
+            raise CheckpointError(
+                f"convert_ternary: {names[0]} must be in the checkpoint, got none\n"
+                "The checkpoint is incomplete; fetch or write it again."
+            )
+        header, layer = checkpoint.tensors[found], found.rpartition(".")[0] in linears
+        # What transformers makes of several tensors has another name, and another shape.
+        alone = layer or header.key.rpartition(".")[2] == found.rpartition(".")[2]
+        # Integers would be taken for floats of their values.
+        kind = header.dtype in _FLOATS if layer else header.dtype.startswith(("F", "BF"))
+        fits = header.shape == tuple(tensor.shape) and (kind or not tensor.is_floating_point())
+        if alone and not fits:
+            raise CheckpointError(
+                f"convert_ternary: {header.key} must be {_kind(tensor)} {list(tensor.shape)} as "
+                f"{found}, got {header.dtype} {list(header.shape)}\n"
+                "config.json and the tensors do not belong together."
+            )
+
+
+def _kind(tensor: Tensor) -> str:
+    return "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
 
 
 def _examine(

@@ -62,6 +62,9 @@ def test_a_value_that_is_not_allowed_lists_those_that_are(name: str, value: obje
         ({"layer": 3}, "layer must be a registered name"),
         ({"modules_to_not_convert": "lm_head"}, "must be a list of names"),
         ({"modules_to_not_convert": [3]}, "must be a list of names"),
+        ({"modules_to_not_convert": ["a", "(b"]}, r"regular expressions, got '\(b': missing \)"),
+        ({"modules_to_not_convert": ["(" * 2000 + ")" * 2000]}, "names or regular expressions"),
+        ({"modules_to_not_convert": ["a{99999999999}"]}, "names or regular expressions"),
         ({"overrides": ["x"]}, "overrides must be"),
         ({"overrides": {"x": 3}}, "overrides must be"),
         ({"overrides": {"x": {"group": 64}}}, "'group'"),
@@ -87,3 +90,10 @@ def test_overrides_apply_by_pattern_and_later_ones_win() -> None:
     )
     assert up == BitQuantConfig(weight_granularity="per_channel")
     assert down == BitQuantConfig(weight_granularity="per_group", group_size=64)
+
+
+def test_a_file_does_not_decide_how_it_is_loaded() -> None:
+    held = {"quant_method": "bitlab", "verify": False, "mode": "infer", "latent_dtype": "keep"}
+    config = BitLabConfig.from_dict(held)
+    assert (config.verify, config.mode, config.latent_dtype) == (True, "auto", "float32")
+    assert held["verify"] is False

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf import BitLabConfig, Facts, record_facts, save
-from bitlab_hf.checkpoint.card import model_card
+from bitlab_hf.checkpoint.card import is_untouched, model_card, renamed
 from tests.bitlab_hf.models import make_float_model
 
 
@@ -129,3 +132,44 @@ def test_size_of_the_file(source: Path, tmp_path: Path) -> None:
     said = ModelCard.load(tmp_path / "deployed/README.md").text.split("| size | ")[1].split()[0]
     # The file has a header besides.
     assert float(said) == pytest.approx(written / 1e6, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        ["X\nimport os; os.system('echo')"],
+        ["`](http://evil) <script>"],
+        ["import"],
+        ["\u0430rchitecture"],
+        [["nested"]],
+        [None],
+        "text",
+        [],
+        None,
+    ],
+)
+def test_names_from_a_file_never_become_code(source: Path, named: Any, tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=BitLabConfig(mode="infer")
+    )
+    model.config.__dict__["architectures"] = named
+    card = model_card(model, 'x"); <b>\n```evil')
+    assert "A ternary (1.58-bit) Qwen2ForCausalLM, packed" in card
+    (code,) = re.findall(r"```python\n(.*?)\n```\n", card, re.DOTALL)
+    assert ast.parse(code).body[1].value.args[0].value == 'x"); <b>\n```evil'
+    assert "<b>" not in card.replace(code, "")
+    assert "\n```evil" not in card
+
+
+def test_what_is_recorded_is_no_html(source: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=BitLabConfig(mode="infer")
+    )
+    card = model_card(model, "x", Facts(data="<!-- end of bitlab facts --> <script>|"))
+    assert "<script>" not in card
+    assert card.count("<!-- end of bitlab facts -->") == 1
+    assert is_untouched(card)
+    assert is_untouched(renamed(card, "x", "me/x"))
+    assert 'from_pretrained("me/x")' in renamed(card, "x", "me/x")
+    assert not is_untouched(card.replace("Load it", "Load"))
+    assert not is_untouched(card + "mine")

@@ -9,13 +9,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bitcore.errors import ArgumentError
+from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf import BitLabConfig, push, save
 from tests.bitlab_hf.interop.hub_server import TOKEN, Hub, serve
 from tests.bitlab_hf.interop.stock import ROOT
@@ -37,7 +40,7 @@ print(tokenizer("def main():")["input_ids"])
 PUSH = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from bitcore.errors import ArgumentError
+from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf import BitLabConfig, push
 latent = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=BitLabConfig())
 try:
@@ -228,6 +231,48 @@ def test_what_is_not_uploaded(
         push(latent, "me/model")
     with pytest.raises(ArgumentError, match="a token must be given"):
         push(latent, "me/model", latent=True)
+
+
+def test_only_known_files_are_taken(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken: list[str] = []
+
+    def commit(_api: object, _repo: str, operations: list[Any], **_options: object) -> Any:
+        taken.extend(operation.path_in_repo for operation in operations)
+        return SimpleNamespace(commit_url="there")
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_args, **_options: None)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *_args: [])
+    monkeypatch.setattr(HfApi, "create_commit", commit)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    secret = tmp_path / "id_rsa"
+    secret.write_text("PRIVATE")
+    (copy / "vocab.json").symlink_to(secret)
+    others = ("secrets.json", "notes.txt", "a.model", "b.jinja", "pytorch_model.bin")
+    for name in others:
+        (copy / name).write_text("{}")
+    assert push(copy, "me/model", token="hf_x") == "there"
+    weights = {file.name for file in folder.glob("model-*.safetensors")}
+    assert set(taken) == {
+        *weights, "config.json", "generation_config.json", "README.md", "tokenizer.json",
+        "tokenizer_config.json", "model.safetensors.index.json",
+    }  # fmt: skip
+    for name in (*others, "optimizer.pt", "vocab.json"):
+        assert repr(name) in caplog.text, name
+    for name in ("config.json", min(weights)):
+        (copy / name).rename(copy / "elsewhere")
+        (copy / name).symlink_to("elsewhere")
+        with pytest.raises(ArgumentError, match=f"{name} must be a file of the folder itself"):
+            push(copy, "me/model", token="hf_x")
+        (copy / "elsewhere").replace(copy / name)
+    index = copy / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["x"] = "optimizer.pt"
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="must name safetensors files, got 'optimizer.pt'"):
+        push(copy, "me/model", token="hf_x")
 
 
 @pytest.mark.parametrize(

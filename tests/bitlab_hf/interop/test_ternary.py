@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,108 @@ def test_bad_sources(tmp_path: Path) -> None:
         convert_ternary(source, tmp_path / "out")
     assert name
     assert not (tmp_path / "out").exists()
+
+
+ATTENTION = "model.layers.0.self_attn"
+
+
+@pytest.mark.parametrize(
+    ("key", "replacement", "message"),
+    [
+        (f"{LAYER}.weight", None, f"{LAYER}.weight must be in the checkpoint, got none"),
+        ("model.norm.weight", None, "model.norm.weight must be in the checkpoint, got none"),
+        ("model.embed_tokens.weight", None, "embed_tokens.weight must be in the checkpoint"),
+        ("lm_head.weight", None, "lm_head.weight must be in the checkpoint, got none"),
+        (f"{ATTENTION}.o_proj.weight", (63, 64), "must be float [64, 64] as model.layers.0.self_"),
+        (f"{ATTENTION}.o_proj.weight", (4096,), "got BF16 [4096]"),
+        ("lm_head.weight", (96, 64), "must be float [97, 64] as lm_head.weight, got BF16 [96, 64]"),
+        ("model.norm.weight", (63,), "must be float [64] as model.norm.weight, got BF16 [63]"),
+        ("model.embed_tokens.weight", (97, 63), "must be float [97, 64] as model.embed_tokens"),
+    ],
+)
+@pytest.mark.parametrize("keep_inexact", [False, True])
+def test_what_is_not_in_the_file_as_the_model_has_it(
+    key: str, replacement: tuple[int, ...] | None, message: str, keep_inexact: bool, tmp_path: Path
+) -> None:
+    source = build(tmp_path / "source", "per_tensor")
+    tensors = load_file(source / "model.safetensors")
+    held = tensors.pop(key)
+    if replacement is not None:
+        tensors[key] = held.new_full(replacement, 0.5)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        convert_ternary(source, tmp_path / "out", keep_inexact=keep_inexact)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", [f"{LAYER}.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_tensor_of_integers(key: str, tmp_path: Path) -> None:
+    source = build(tmp_path / "source", "per_tensor")
+    tensors = load_file(source / "model.safetensors")
+    tensors[key] = tensors[key].sign().to(torch.int8)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{key} must be float .*, got I8"):
+        convert_ternary(source, tmp_path / "out")
+
+
+def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+    source = build(tmp_path / "source", max_shard_size="60KB")
+    first, second = sorted(source.glob("*.safetensors"))[:2]
+    tensors = load_file(second)
+    key = next(iter(load_file(first)))
+    tensors[key] = torch.zeros(3)
+    save_file(tensors, second, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{key} must stand in one file"):
+        convert_ternary(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must fit the 21 tensors, got 1000000000"),
+        ({"num_hidden_layers": 3}, "model.layers.2.* must be in the checkpoint"),
+        ({"hidden_size": 63}, "config.json must describe a model|must be float"),
+        ({"num_attention_heads": 0}, "config.json must describe a model"),
+        ({"hidden_size": "x"}, "config.json must describe a model"),
+        ({"architectures": [3]}, "config.json must describe a model"),
+        ({"architectures": ["set_seed"]}, "config.json must describe a model"),
+        ({"model_type": "none"}, "config.json must describe a model"),
+    ],
+)
+def test_a_configuration_that_is_no_models(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    source = build(tmp_path / "source", "per_tensor")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **fields}))
+    with pytest.raises(CheckpointError, match=message):
+        convert_ternary(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("held", ["bitlab", 3, [], {"quant_method": "gptq"}])
+def test_any_quantization_config_is_refused(held: Any, tmp_path: Path) -> None:
+    source = build(tmp_path / "source", "per_tensor")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "quantization_config": held}))
+    with pytest.raises(ConfigError, match="the checkpoint must be a float one"):
+        convert_ternary(source, tmp_path / "out")
+
+
+def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
+    """Pipes wait for nobody, and an adapter of the source would make the output unloadable."""
+    source = build(tmp_path / "source", "per_tensor")
+    (source / "tokenizer.model").write_text("held")
+    (source / "chat_template.jinja").symlink_to("tokenizer.model")
+    (source / "adapter_config.json").write_text("{}")
+    (source / "pytorch_model.bin.index.json").write_text("{}")
+    os.mkfifo(source / "pipe.json")
+    convert_ternary(source, tmp_path / "out")
+    names = {entry.name for entry in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.model", "chat_template.jinja"} <= names
+    assert not names & {"adapter_config.json", "pytorch_model.bin.index.json", "pipe.json"}
+    (source / "adapter_config.json").unlink()
+    assert_same_model(source, tmp_path / "out")
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
