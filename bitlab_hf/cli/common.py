@@ -75,7 +75,7 @@ def quiet() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     # The hub's client tells of each of its retries.
-    for name in ("accelerate", "huggingface_hub"):
+    for name in ("accelerate", "bitsandbytes", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning)
     # BitLab's own warnings, which can hold names out of files.

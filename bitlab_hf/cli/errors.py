@@ -31,19 +31,26 @@ class CommandError(BitLabError, RuntimeError):
 
 
 @contextmanager
-def doing(what: str, fix: str = "Pass --debug to see where.") -> Iterator[None]:
+def doing(
+    what: str, fix: str = "Pass --debug to see where.", name: str | None = None
+) -> Iterator[None]:
     """Names what was being done, and to which file, in errors that do not say it themselves.
 
     Args:
         what: What the block does, with the file's name.
         fix: What the user can do about it.
+        name: The file, which BitLab's own errors are to name, too.
 
     Raises:
         CommandError: Instead of any error that is not BitLab's own.
     """
     try:
         yield
-    except (BitLabError, BrokenPipeError, *_TYPER):
+    except BitLabError as error:
+        if name is None or name in str(error):
+            raise
+        raise type(error)(f"{name}: {error}") from error
+    except (BrokenPipeError, *_TYPER):
         raise
     except Exception as error:
         raise CommandError(f"{what} must work, got {describe(error)}\n{fix}") from error

@@ -33,31 +33,45 @@ def as_folder(source: str) -> Iterator[str]:
         yield source
         return
     with tempfile.TemporaryDirectory(prefix="bitlab-") as scratch:
-        _unpack(Path(source), Path(scratch))
-        yield scratch
+        folder = Path(scratch) / "model"
+        _unpack(Path(source), Path(scratch) / "source", folder)
+        yield str(folder)
 
 
-def _unpack(file: Path, folder: Path) -> None:
+def _unpack(file: Path, alone: Path, folder: Path) -> None:
+    """Writes a GGUF file's floats and tokenizer into a folder.
+
+    Args:
+        file: The file.
+        alone: A new folder to link it into: of a folder that holds a tokenizer, or another model,
+            transformers would take parts of these.
+        folder: A new folder.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import modeling_gguf_pytorch_utils as unpacking
 
+    # A bar that none of transformers' settings hides.
+    vars(unpacking)["tqdm"] = lambda items, **_options: items
+    alone.mkdir()
+    (alone / file.name).symlink_to(file.resolve())
     dtype = torch.float32 if _is_wide(file) else torch.bfloat16
     model: Any = load_whole(
         AutoModelForCausalLM.from_pretrained,
         str(file),
-        str(file.parent),
+        str(alone),
         gguf_file=file.name,
         dtype=dtype,
         quantization_config=GgufConfig(dequantize=True),
     )
     # What is saved is a float model.
-    del model.config.quantization_config
     model.hf_quantizer = None
+    model.config.__dict__.pop("quantization_config", None)
     with doing(f"unpacking {file} into {folder}", "Set TMPDIR to a folder with more space."):
         model.save_pretrained(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(file.parent), gguf_file=file.name, trust_remote_code=False
+            str(alone), gguf_file=file.name, trust_remote_code=False
         )
     except Exception:  # a file without one; whoever needs it says so
         return
@@ -72,7 +86,7 @@ def _is_wide(file: Path) -> bool:
     """
     from bitlab_hf.interop.gguf_import import _open
 
-    with doing(f"reading {file}", "It is damaged; fetch or write it again."):
+    with doing(f"reading {file}", "It is damaged; fetch or write it again.", str(file)):
         reader = _open(file)
         split = reader.fields.get("split.count")
         if split is not None and split.contents() > 1:

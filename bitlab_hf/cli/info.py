@@ -74,9 +74,9 @@ def _checkpoint(folder: Path, layers: bool, as_json: bool) -> None:
     from bitlab_hf.cli.statistics import examine
 
     check_folder(folder)
-    with doing(f"reading {folder}", DAMAGED):
+    with doing(f"reading {folder}", DAMAGED, str(folder)):
         size = sum(file.stat().st_size for file in weight_files(folder, "info"))
-    with progress("reading", size) as advance, doing(f"reading {folder}", DAMAGED):
+    with progress("reading", size) as advance, doing(f"reading {folder}", DAMAGED, str(folder)):
         found = examine(folder, advance)
     result = found.to_dict()
     if as_json:

@@ -34,7 +34,7 @@ def read_scheme(source: str) -> dict[str, Any] | None:
     """
     from bitlab_hf.checkpoint.files import scheme_of
 
-    with doing(f"reading the configuration of {source}", DAMAGED):
+    with doing(f"reading the configuration of {source}", DAMAGED, source):
         return scheme_of(find_scheme(source), source)
 
 
@@ -221,7 +221,7 @@ def load_whole(load: Any, name: str, *given: Any, **options: Any) -> Any:
         CheckpointError: See `load_model`.
     """
     whole = {**_SAFE, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with doing(f"loading the model {name}", DAMAGED), _kept_report() as reports:
+    with doing(f"loading the model {name}", DAMAGED, name), _kept_report() as reports:
         try:
             model, info = load(*given, **whole, **options)
         except ValueError as error:

@@ -81,7 +81,7 @@ def convert(
     check_output(source, output)
     folder = Path(check_source(source))
     total = 2 * folder_bytes(folder) if folder.is_dir() else None
-    with progress("converting", total) as advance, doing(f"converting {source}", DAMAGED):
+    with progress("converting", total) as advance, doing(f"converting {source}", DAMAGED, source):
         report = convert_ternary(source, output, keep_inexact=keep_inexact, advance=advance)
     seconds = time.perf_counter() - started
     kept = "".join(f"\nkept {key}: {why}" for key, why in report.kept.items())
@@ -118,7 +118,7 @@ def import_(
         file = Path(source)
         check_files([file])
         total = file.stat().st_size if file.is_file() else None
-        with progress("importing", total) as advance, doing(f"importing {source}", DAMAGED):
+        with progress("importing", total) as advance, doing(f"importing {source}", DAMAGED, source):
             import_gguf(file, output, activation_dtype=activation, advance=advance)
         _report("imported", source, output, started, as_json)
         return

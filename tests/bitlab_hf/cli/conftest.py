@@ -36,7 +36,7 @@ class Done:
 def cli() -> Iterator[Callable[..., Done]]:
     """Runs a command; other libraries' logging is put back afterwards."""
     verbosity = transformers_logging.get_verbosity()
-    others = [logging.getLogger(name) for name in ("accelerate", "huggingface_hub")]
+    others = [logging.getLogger(name) for name in ("accelerate", "bitsandbytes", "huggingface_hub")]
     levels = [other.level for other in others]
 
     def run(*arguments: object, text: str | None = None) -> Done:
