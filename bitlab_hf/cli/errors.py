@@ -58,7 +58,10 @@ def doing(
 
 def describe(error: BaseException) -> str:
     """Returns an error as one line that a terminal can be given."""
-    kind = "" if isinstance(error, BitLabError) else f"{type(error).__name__}: "
+    name = type(error).__name__
+    # Some modules call theirs just that.
+    name = f"{type(error).__module__}.{name}" if name == "error" else name
+    kind = "" if isinstance(error, BitLabError) else f"{name}: "
     lines = [" ".join(line.split()) for line in str(error).splitlines()]
     text = ""
     for line in filter(None, lines):

@@ -69,7 +69,8 @@ def find_scheme(source: str) -> Any:
         if (path / INDEX).exists():
             weight_files(path, source)
         return fields.get("quantization_config")
-    if path.exists() or not _HUB_NAME.fullmatch(source):
+    # A link that leads nowhere is no name of the hub.
+    if path.exists() or path.is_symlink() or not _HUB_NAME.fullmatch(source):
         raise ArgumentError(f"{source}: the model must be a folder or a hub name, got neither")
     from transformers import AutoConfig
 
@@ -114,7 +115,16 @@ def _asks_for_code(error: Exception) -> bool:
 
 
 def check_source(source: str) -> str:
-    """Returns a model's name as it was given, checked as `read_scheme` does."""
+    """Returns a folder or a name of the hub as it was given, checked as `read_scheme` does.
+
+    Raises:
+        ArgumentError: It is a GGUF file.
+    """
+    if is_gguf(source):
+        raise ArgumentError(
+            f"{source}: the model must be a folder or a hub name, got a GGUF file\n"
+            "Import a ternary one with bitlab import; deploy, train and eval take any."
+        )
     read_scheme(source)
     return source
 

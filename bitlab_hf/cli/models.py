@@ -152,12 +152,12 @@ def export(
         raise typer.BadParameter(f"must be bitnet or gguf, got {to}", param_hint="--to")
     started = time.perf_counter()
     if to == "gguf":
-        check_target(output)
         check_output_file(output)
+        check_target(output)
     else:
         check_output(source, output)
     with library_bars() as add:
-        model, tokenizer = load_model(source), tokenizer_if_any(source)
+        model, tokenizer = load_model(check_source(source)), tokenizer_if_any(source)
         with doing(f"writing {output}"):
             if to == "gguf":
                 advance = add("exporting", 1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -90,7 +91,6 @@ def check_output(source: str | None, output: Path) -> None:
                 "mount point\nName a folder inside it."
             )
         check_files(Path(place, name) for place, _, names in os.walk(target) for name in names)
-        _check_writable(output, target)
     _check_writable(output, target.parent)
 
 
@@ -105,7 +105,10 @@ def check_output_file(output: Path) -> None:
     target = _resolved(output, "a file or a new name")
     kind = "a folder" if target.is_dir() else special(target)
     if kind is not None:
-        raise ArgumentError(f"{output}: the output must be a file or a new name, got {kind}")
+        raise ArgumentError(
+            f"{output}: the output must be a file or a new name, got {kind}, which is no file\n"
+            f"Name a file in a folder: {target / 'NAME' if target.is_dir() else 'FOLDER/NAME'}."
+        )
     check_name(target.parent, str(output))
     _check_writable(output, target.parent)
 
@@ -133,12 +136,15 @@ def _unusable(output: Path, wanted: str, error: Exception) -> ArgumentError:
 
 
 def _check_writable(output: Path, folder: Path) -> None:
+    """Makes a folder where the output is to lie, and removes it: permissions alone do not tell."""
     nearest = next(place for place in (folder, *folder.parents) if place.exists())
-    if not os.access(nearest, os.W_OK | os.X_OK):
+    try:
+        Path(tempfile.mkdtemp(prefix=".bitlab-", dir=nearest)).rmdir()
+    except OSError as error:
         raise ArgumentError(
-            f"{output}: the output must lie where it can be written, got {nearest}, which is "
-            "read-only for this user\nName another place, or change its permissions."
-        )
+            f"{output}: the output must lie where it can be written, got {nearest}, which refuses "
+            f"it: {error.strerror}\nName another place, or change its permissions."
+        ) from error
 
 
 def _is_mount(folder: Path) -> bool:

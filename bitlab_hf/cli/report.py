@@ -39,9 +39,9 @@ def report(
 
     path = run / "report.html" if out is None else out
     check_folder(run)
-    check_output_file(path)
     with doing(f"reading the run {run}"):
         found = read_run(run)
+    check_output_file(path)
     if baseline is not None:
         found.baseline = (math.log(baseline), "full precision")
     with doing(f"writing {path}"):

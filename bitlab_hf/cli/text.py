@@ -29,7 +29,6 @@ from bitlab_hf.cli.common import (
 from bitlab_hf.cli.errors import doing
 from bitlab_hf.cli.gguf_source import as_folder
 from bitlab_hf.cli.loading import (
-    check_source,
     load_model,
     load_tokenizer,
     read_scheme,
@@ -130,7 +129,7 @@ def generate(
     set_threads(threads)
     if record:
         _check_recordable(source)
-    check_source(source)
+    read_scheme(source)
     text = _read_prompt() if prompt == "-" else prompt
     with as_folder(source) as folder:
         tokenizer = load_tokenizer(folder)
@@ -161,7 +160,7 @@ def chat(
     """
     quiet()
     set_threads(threads)
-    check_source(source)
+    read_scheme(source)
     with as_folder(source) as folder:
         tokenizer = load_tokenizer(folder)
         speaker = Speaker(load_model(folder), tokenizer, max_tokens, temperature, seed)
