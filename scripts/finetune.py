@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer, TrainingArguments
 
-from bitlab_hf import BitLabConfig, Facts, deploy, save
+from bitlab_hf import Facts, deploy, save
+from bitlab_hf.cli.loading import load_model, read_scheme
+from bitlab_hf.cli.scheme import OPTIONS, config_of
 from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, last_checkpoint
 
 
@@ -41,6 +43,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save-steps", type=int, default=500)
     parser.add_argument("--cpu", action="store_true", help="train on the CPU")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 (autocast)")
+    scheme = parser.add_argument_group("scheme of a float model")
+    for name, (kind, flags, text) in OPTIONS.items():
+        several = {"action": "append"} if kind == list[str] else {"type": kind}
+        scheme.add_argument(*flags, dest=name, help=text, **several)
     return parser.parse_args()
 
 
@@ -78,7 +84,9 @@ def main() -> None:
     examples = [{"input_ids": block, "labels": block} for block in blocks]
     held_out = max(1, len(examples) // 50)
 
-    model = AutoModelForCausalLM.from_pretrained(given.model, quantization_config=BitLabConfig())
+    scheme = {name: getattr(given, name) for name in OPTIONS if getattr(given, name) is not None}
+    config = config_of("finetune", scheme, read_scheme(given.model))
+    model = load_model(given.model, quantization_config=config)
     recipe = Recipe(**{**RECIPES["default"].to_dict(), "quant_warmup": given.quant_warmup})
     warmed = f", warmed up over {given.quant_warmup} of the run" if given.quant_warmup else ""
     checkpoints = str(given.output / "checkpoints")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from bitcore.errors import CheckpointError
-from bitlab_hf.checkpoint.files import own_safetensors
+from bitlab_hf.checkpoint.files import claim_keys, own_safetensors
 
 # In the header of every file of a deployed checkpoint: the names of the converted layers, as JSON.
 LAYERS_KEY = "bitlab_layers"
@@ -23,6 +24,7 @@ LAYERS_KEY = "bitlab_layers"
 # their way into the model; packed tensors cannot be, so BitLab writes the names of the model.
 NAMES_KEY = "bitlab_names"
 MODEL_NAMES = "model"
+_INTEGERS = ("I", "U", "BOOL")
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,20 @@ class Checkpoint:
     layers: set[str] | None
     own_names: bool = False
 
+    @cached_property
+    def _by_module(self) -> dict[str, dict[str, TensorHeader]]:
+        found: dict[str, dict[str, TensorHeader]] = {}
+        for name, header in self.tensors.items():
+            parts = name.split(".")
+            for end in range(1, len(parts) if header.shape != (0,) else 0):
+                module, leaf = ".".join(parts[:end]), ".".join(parts[end:])
+                found.setdefault(module, {})[leaf] = header
+        return found
+
     def leaves(self, names: list[str]) -> dict[str, TensorHeader]:
         """Returns what is stored of a module, by the names of its tensors within it."""
         return {
-            key.removeprefix(f"{name}."): header
-            for name in names
-            for key, header in self.tensors.items()
-            if key.startswith(f"{name}.") and header.shape != (0,)
+            leaf: item for name in names for leaf, item in self._by_module.get(name, {}).items()
         }
 
     def sentinels(self) -> list[str]:
@@ -96,19 +105,16 @@ def read_checkpoint(
     if files is None:
         return None
     headers: dict[str, TensorHeader] = {}
+    owners: dict[str, str] = {}
     layers: set[str] | None = None
     own_names = False
     for file in files:
         try:
             with safe_open(file, framework="pt") as handle:
                 metadata = handle.metadata() or {}
+                claim_keys(owners, handle.keys(), file)
                 for key in handle.keys():  # noqa: SIM118  (not a mapping)
                     part = handle.get_slice(key)
-                    if key in headers:
-                        raise CheckpointError(
-                            f"{Path(file).name}: {key} must be in one file only, got it in two\n"
-                            "The checkpoint is damaged; fetch or write it again."
-                        )
                     shape = tuple(part.get_shape())
                     headers[key] = TensorHeader(key, part.get_dtype(), shape)
         except (SafetensorError, OSError) as error:
@@ -123,7 +129,20 @@ def read_checkpoint(
     tensors = {name: header for key in headers for name, header in rename.header(headers[key])}
     if layers is not None:
         layers = {rename.layer(name) for name in layers}
+    _check_floats(model, tensors)
     return Checkpoint(tensors, layers, own_names)
+
+
+def _check_floats(model: PreTrainedModel, tensors: dict[str, TensorHeader]) -> None:
+    """Checks that what the model holds in floats is stored in floats: others would be cast."""
+    floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for name in sorted(floats & tensors.keys()):
+        header = tensors[name]
+        if header.dtype.startswith(_INTEGERS) and header.shape != (0,):
+            raise CheckpointError(
+                f"{name} must be stored in floats, got {header.dtype} {list(header.shape)}\n"
+                "The file is damaged; fetch or write it again."
+            )
 
 
 def _listed(file: str, text: str) -> set[str]:

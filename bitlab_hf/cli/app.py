@@ -2,7 +2,7 @@
 quick.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 failed,
-2 wrong usage.
+2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 
 from bitlab_hf.cli import bench, demo, info, models, report, text, train
-from bitlab_hf.cli.common import examples, fail, take_flag
+from bitlab_hf.cli.common import examples
+from bitlab_hf.cli.errors import run
 
 app = typer.Typer(
     name="bitlab",
@@ -39,13 +40,15 @@ app.command(
     epilog=examples(
         "bitlab train my-float-model out/latent --text book.txt",
         "bitlab train my-float-model out/latent --text book.txt --recipe recipe.json --resume",
+        "bitlab train model.gguf out/latent --text book.txt --weight-granularity per_group "
+        "--group-size 64",
         "bitlab deploy out/latent out/deployed",
     )
 )(train.train)
 app.command(
     epilog=examples(
         "bitlab deploy out/latent out/deployed",
-        "bitlab deploy my-float-model out/deployed --weight per_group --group-size 64",
+        "bitlab deploy my-float-model out/deployed --weight-granularity per_group --group-size 64",
     )
 )(models.deploy)
 app.command(
@@ -76,6 +79,7 @@ app.command(
     epilog=examples(
         "bitlab eval out/demo --text book.txt",
         "bitlab eval out/demo --text a.txt --text b.txt --length 1024 --json",
+        "bitlab eval my-float-model --text book.txt --weight-granularity per_channel",
     ),
 )(text.evaluate)
 app.command(
@@ -106,11 +110,4 @@ app.command(
 
 def main() -> None:
     """Runs the command line; an error ends it with exit code 1 and one clear message."""
-    debug = take_flag("--debug")
-    try:
-        app()
-    except Exception as error:
-        if debug:
-            raise
-        fail(error)
-        raise SystemExit(1) from None
+    run(app)

@@ -14,7 +14,11 @@ import typer
 from rich.console import Console
 
 from bitcore.errors import ArgumentError
-from bitlab_hf.cli.common import MOST_THREADS, Json, emit, progress
+from bitlab_hf.cli.common import MOST, MOST_THREADS, Json, emit, finite, progress
+from bitlab_hf.cli.errors import doing
+from bitlab_hf.cli.loading import DAMAGED
+from bitlab_hf.cli.places import check_folder
+from bitlab_hf.cli.timing import available_bytes
 
 # Of BitNet-2B-4T: q and o, k and v, gate and up, down; N x K.
 SHAPES = ((2560, 2560), (640, 2560), (6912, 2560), (2560, 6912))
@@ -33,7 +37,7 @@ def bench(
     ] = None,
     tokens: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Tokens of a call; repeatable. Default: 1, 8, 128."),
+        typer.Option(min=1, max=MOST, help="Tokens of a call; repeatable. Default: 1, 8, 128."),
     ] = None,
     threads: Annotated[
         list[int] | None,
@@ -42,11 +46,13 @@ def bench(
     isa: Annotated[
         str | None, typer.Option(help="Instruction set of BitLab's kernels; see bitlab info.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.001, help="Timed for each figure.")] = 0.3,
+    seconds: Annotated[
+        float, typer.Option(min=0.001, max=3600, callback=finite, help="Timed for each figure.")
+    ] = 0.3,
     cold_mb: Annotated[
         float | None,
-        typer.Option(min=0.001, help="Distinct weights that each rotates over. Default: four times "
-                     "the last-level cache."),
+        typer.Option(min=0.001, callback=finite, help="Distinct weights that each rotates over. "
+                     "Default: four times the last-level cache."),
     ] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -70,6 +76,8 @@ def bench(
     kernels: Any = kernels_for("cpu")
     if isa is not None and not hasattr(kernels, "use_isa"):
         raise ArgumentError(f"bench: isa must be left out without native kernels, got {isa}")
+    for one in shapes:
+        _check_memory(one, max(counts), cold)
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
     with nullcontext() if isa is None else kernels.use_isa(isa):
@@ -92,16 +100,36 @@ def bench(
 
 def _parse(text: str) -> tuple[int, int]:
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+    fits = [part.isdecimal() and len(part) < 16 and int(part) > 0 for part in parts]
+    if len(parts) != 2 or not all(fits):
         raise typer.BadParameter(f"must be like 4096x14336, got {text}", param_hint="--shape")
     return int(parts[0]), int(parts[1])
+
+
+def _check_memory(shape: tuple[int, int], tokens: int, cold: int) -> None:
+    """Refuses what does not fit into memory, before the system ends the process for it.
+
+    Raises:
+        ArgumentError: It does not fit.
+    """
+    outputs, inputs = shape
+    # The float layer, its copies in the three forms, and what is rotated over.
+    needed = 14 * outputs * inputs + 3 * cold + 16 * tokens * (outputs + inputs)
+    free = available_bytes()
+    if free is not None and needed > free:
+        raise ArgumentError(
+            f"bench: a shape with its tokens and cold weights must fit into {free / 1e9:.1f} GB of "
+            f"free memory, got {outputs}x{inputs} with {tokens} tokens, about {needed / 1e9:.1f} GB"
+        )
 
 
 def _shapes_of(folder: Path) -> list[tuple[int, int]]:
     """Returns the distinct shapes of a checkpoint's converted layers, read from its headers."""
     from bitlab_hf.cli.statistics import examine
 
-    found = examine(folder, lambda _amount: None)
+    check_folder(folder)
+    with doing(f"reading {folder}", DAMAGED):
+        found = examine(folder, lambda _amount: None)
     shapes = list(dict.fromkeys((one["outputs"], one["inputs"]) for one in found.layers))
     if not shapes:
         raise ArgumentError(

@@ -3,43 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from bitlab_hf.cli.common import Json, Threads, check_output, check_trainable, quiet, set_threads
+from bitlab_hf.cli.common import MOST, Json, Threads, emit, quiet, set_threads
+from bitlab_hf.cli.errors import doing
+from bitlab_hf.cli.gguf_source import as_folder
+from bitlab_hf.cli.loading import check_trainable, load_model
+from bitlab_hf.cli.places import check_output
+from bitlab_hf.cli.scheme import config_of, with_scheme
 
 
+@with_scheme
 def demo(
     model: Annotated[
         str | None,
-        typer.Option(help="A causal language model: a folder or a hub name. Default: a small one "
-                     "that ships with BitLab."),
+        typer.Option(help="A causal language model: a folder, a hub name or a .gguf file. "
+                     "Default: a small one that ships with BitLab."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Where to put the ternary model.")] = Path(
         "out/demo"
     ),
     quick: Annotated[bool, typer.Option("--quick", help="Train on a tenth of the tokens.")] = False,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Training tokens.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, max=MOST, help="Training tokens.")] = None,
     threads: Threads = None,
     as_json: Json = False,
+    *,
+    scheme: dict[str, Any],
 ) -> None:  # fmt: skip
     """Runs the whole path: perplexity, QAT fine-tuning, deploy, save, reload, generate."""
-    from bitlab_hf.checkpoint.atomic import check_folder
     from bitlab_hf.demo.run import Demo, Settings
 
     quiet()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     set_threads(threads)
-    if model is None:
-        check_folder(output, str(output))
-    else:
-        check_output(model, output)
-        check_trainable(model, "demo")
+    check_output(model, output)
+    held = None if model is None else check_trainable(model, "demo")
+    config = config_of("demo", scheme, held)
     settings = Settings(model=model, output=output)
     if quick:
         settings = dataclasses.replace(
@@ -50,6 +55,9 @@ def demo(
         )
     if tokens is not None:
         settings = dataclasses.replace(settings, tokens=tokens)
-    report = Demo(settings, Console(stderr=as_json)).run()
+    with nullcontext() if model is None else as_folder(model) as folder:
+        settings = dataclasses.replace(settings, folder=folder, config=config)
+        with doing(f"the demo of {settings.model or 'the model that ships with BitLab'}"):
+            report = Demo(settings, Console(stderr=as_json), load_model).run()
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=2))
+        emit(dataclasses.asdict(report), True, "")

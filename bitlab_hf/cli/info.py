@@ -13,6 +13,10 @@ import typer
 from rich.console import Console
 
 from bitlab_hf.cli.common import Json, emit, megabytes, progress
+from bitlab_hf.cli.errors import doing
+from bitlab_hf.cli.loading import DAMAGED
+from bitlab_hf.cli.places import check_folder
+from bitlab_hf.demo.terminal import printable
 
 
 def info(
@@ -69,8 +73,10 @@ def _checkpoint(folder: Path, layers: bool, as_json: bool) -> None:
     from bitlab_hf.checkpoint.files import weight_files
     from bitlab_hf.cli.statistics import examine
 
-    size = sum(file.stat().st_size for file in weight_files(folder, "info"))
-    with progress("reading", size) as advance:
+    check_folder(folder)
+    with doing(f"reading {folder}", DAMAGED, str(folder)):
+        size = sum(file.stat().st_size for file in weight_files(folder, "info"))
+    with progress("reading", size) as advance, doing(f"reading {folder}", DAMAGED, str(folder)):
         found = examine(folder, advance)
     result = found.to_dict()
     if as_json:
@@ -82,13 +88,9 @@ def _checkpoint(folder: Path, layers: bool, as_json: bool) -> None:
 def _show(result: dict[str, Any], layers: bool) -> None:
     from rich.table import Table
 
-    console = Console()
     scheme = result["scheme"]
-    what = "float" if scheme is None else f"{scheme['quant_method']}, {scheme['weight_format']}"
-    console.print(
-        f"{result['architecture']}: {what}, {megabytes(result['bytes'])} of weights",
-        highlight=False,
-    )
+    what = "float" if scheme is None else f"{scheme['quant_method']}, {_state(scheme)}"
+    _say(f"{result['architecture']}: {what}, {megabytes(result['bytes'])} of weights")
     table = Table("", "tensors", "weights", "bytes", "share of the bytes")
     for name, part in result["parts"].items():
         share = part["bytes"] / max(1, result["bytes"])
@@ -96,23 +98,38 @@ def _show(result: dict[str, Any], layers: bool) -> None:
             name, f"{part['tensors']}", f"{part['weights']:,}", megabytes(part["bytes"]),
             f"{share:.1%}",
         )  # fmt: skip
-    console.print(table)
+    Console().print(table)
     if scheme is not None:
         details = {
             name: value for name, value in scheme.items()
             if name not in ("quant_method", "weight_format", "modules_to_not_convert")
         }  # fmt: skip
-        console.print(", ".join(f"{k} {v}" for k, v in details.items()), highlight=False)
+        _say(", ".join(f"{k} {v}" for k, v in details.items()))
     if result["codes"] is not None:
         shares = ", ".join(f"{code}: {share:.1%}" for code, share in result["codes"].items())
-        console.print(f"codes: {shares}", highlight=False)
+        _say(f"codes: {shares}")
     if not layers:
         kinds = Counter(layer["scheme"] for layer in result["layers"])
         for kind, count in kinds.items():
-            console.print(f"{count} packed layers, scales {kind}", highlight=False)
+            _say(f"{count} packed layers, scales {kind}")
         return
-    width = max((len(layer["name"]) for layer in result["layers"]), default=0)
-    for layer in result["layers"]:
+    names = [printable(layer["name"]) for layer in result["layers"]]
+    width = max(map(len, names), default=0)
+    for name, layer in zip(names, result["layers"], strict=True):
         codes = " ".join(f"{code} {share:6.1%} " for code, share in layer["codes"].items())
         size = f"{layer['outputs']} x {layer['inputs']}"
-        typer.echo(f"{layer['name']:<{width}}  {size:>13}  {codes} {layer['scheme']}")
+        typer.echo(f"{name:<{width}}  {size:>13}  {codes} {layer['scheme']}")
+
+
+def _say(text: str) -> None:
+    """Prints a line that holds words out of files."""
+    Console().print(printable(text), markup=False, highlight=False)
+
+
+def _state(scheme: dict[str, Any]) -> str:
+    """Returns whether a scheme's weights are packed or latent; bitnet has no field for it."""
+    if scheme["quant_method"] == "bitlab":
+        return str(scheme.get("weight_format", "latent"))
+    online = scheme.get("quantization_mode") == "online"
+    latent = online and scheme.get("linear_class") == "autobitlinear"
+    return "latent" if latent else "packed"

@@ -11,71 +11,54 @@ from typing import Annotated, Any
 import typer
 
 from bitlab_hf.cli.common import (
+    FloatSource,
     Json,
     Output,
     Source,
-    check_output,
-    check_source,
-    check_unpacked,
     emit,
     folder_bytes,
     library_bars,
-    load_model,
     megabytes,
     progress,
     quiet,
+)
+from bitlab_hf.cli.errors import doing
+from bitlab_hf.cli.gguf_source import as_folder
+from bitlab_hf.cli.loading import (
+    DAMAGED,
+    check_source,
+    check_unpacked,
+    load_model,
+    load_whole,
     tokenizer_if_any,
 )
+from bitlab_hf.cli.places import check_files, check_folder, check_output, check_output_file
+from bitlab_hf.cli.scheme import config_of, load_packed, with_scheme
 
 
+@with_scheme
 def deploy(
-    source: Source,
-    output: Output,
-    weight: Annotated[
-        str | None,
-        typer.Option(help="A float model's scales: per_tensor, per_channel, per_group."),
-    ] = None,
-    group_size: Annotated[int | None, typer.Option(help="64 or 128, with per_group.")] = None,
-    activation: Annotated[
-        str | None, typer.Option(help="Activations of a float model: int8 or float32.")
-    ] = None,
-    head: Annotated[str | None, typer.Option(help="Its output head: see BitLabConfig.")] = None,
-    as_json: Json = False,
+    source: FloatSource, output: Output, as_json: Json = False, *, scheme: dict[str, Any]
 ) -> None:
     """Packs a float or latent model into a deployed one, 2 bits a weight.
 
     A latent model keeps its own scheme. A float model that was not trained for it loses most of
     what it can: ternarizing is for after quantization-aware training.
     """
-    from transformers import AutoModelForCausalLM
-
-    from bitcore.errors import ArgumentError
-    from bitlab_hf import BitLabConfig, Facts, save
+    from bitlab_hf import Facts, save
 
     quiet()
     check_output(source, output)
-    given = {
-        "weight_granularity": weight,
-        "group_size": group_size,
-        "activation_dtype": activation,
-        "head": head,
-    }
-    fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    scheme = check_unpacked(source, "deploy", "It is packed already.")
-    if scheme is not None and fields:
-        raise ArgumentError(
-            f"deploy: {', '.join(fields)} must be left out for a model that has a scheme, "
-            "got them given\nThe scheme was fixed when it was trained."
-        )
+    held = check_unpacked(source, "deploy", "It is packed already.")
+    config_of("deploy", scheme, held)
     started = time.perf_counter()
-    with library_bars():
-        model = AutoModelForCausalLM.from_pretrained(
-            source, quantization_config=BitLabConfig(mode="infer", **fields)
-        )
+    with library_bars(), as_folder(source) as folder:
+        model = load_packed("deploy", folder, scheme, held)
         # What training recorded beside the latent model goes into the deployed one's card.
-        known = Facts.load(source)
+        known = Facts.load(folder)
         facts = known if known != Facts() else None
-        save(model, output, tokenizer=tokenizer_if_any(source), facts=facts)
+        with doing(f"writing {output}"):
+            save(model, output, tokenizer=tokenizer_if_any(folder), facts=facts)
     _report("deployed", source, output, started, as_json)
 
 
@@ -98,7 +81,7 @@ def convert(
     check_output(source, output)
     folder = Path(check_source(source))
     total = 2 * folder_bytes(folder) if folder.is_dir() else None
-    with progress("converting", total) as advance:
+    with progress("converting", total) as advance, doing(f"converting {source}", DAMAGED, source):
         report = convert_ternary(source, output, keep_inexact=keep_inexact, advance=advance)
     seconds = time.perf_counter() - started
     kept = "".join(f"\nkept {key}: {why}" for key, why in report.kept.items())
@@ -127,15 +110,15 @@ def import_(
     """
     from bitcore.errors import ArgumentError
     from bitlab_hf import import_gguf, load_bitnet, save
-    from bitlab_hf.checkpoint.atomic import check_folder
 
     quiet()
     started = time.perf_counter()
     if source.endswith(".gguf"):
-        check_folder(output, "import")
+        check_output(None, output)
         file = Path(source)
+        check_files([file])
         total = file.stat().st_size if file.is_file() else None
-        with progress("importing", total) as advance:
+        with progress("importing", total) as advance, doing(f"importing {source}", DAMAGED, source):
             import_gguf(file, output, activation_dtype=activation, advance=advance)
         _report("imported", source, output, started, as_json)
         return
@@ -145,8 +128,9 @@ def import_(
         )
     check_output(source, output)
     with library_bars():
-        model = load_bitnet(check_source(source))
-        save(model, output, tokenizer=tokenizer_if_any(source))
+        model = load_whole(load_bitnet, source, check_source(source))
+        with doing(f"writing {output}"):
+            save(model, output, tokenizer=tokenizer_if_any(source))
     _report("imported", source, output, started, as_json)
 
 
@@ -168,16 +152,18 @@ def export(
         raise typer.BadParameter(f"must be bitnet or gguf, got {to}", param_hint="--to")
     started = time.perf_counter()
     if to == "gguf":
+        check_output_file(output)
         check_target(output)
     else:
         check_output(source, output)
     with library_bars() as add:
-        model = load_model(source)
-        if to == "gguf":
-            tokenizer, advance = tokenizer_if_any(source), add("exporting", 1.0)
-            export_gguf(model, output, qtype, tokenizer=tokenizer, advance=advance)
-        else:
-            export_bitnet(model, output, tokenizer=tokenizer_if_any(source))
+        model, tokenizer = load_model(check_source(source)), tokenizer_if_any(source)
+        with doing(f"writing {output}"):
+            if to == "gguf":
+                advance = add("exporting", 1.0)
+                export_gguf(model, output, qtype, tokenizer=tokenizer, advance=advance)
+            else:
+                export_bitnet(model, output, tokenizer=tokenizer)
     _report("exported", source, output, started, as_json)
 
 
@@ -199,7 +185,9 @@ def push(
         # The hub's client has bars of its own.
         enable_progress_bars()
     started = time.perf_counter()
-    commit = push_folder(folder, repo, private=not public, latent=latent, message=message)
+    check_folder(folder)
+    with doing(f"uploading {folder} to {repo}"):
+        commit = push_folder(folder, repo, private=not public, latent=latent, message=message)
     seconds = time.perf_counter() - started
     emit({"commit": commit, "seconds": seconds}, as_json, f"{commit} ({seconds:.1f} s)")
 

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from bitlab_hf.cli.common import Json, emit
+from bitlab_hf.cli.common import Json, emit, finite
+from bitlab_hf.cli.errors import doing
+from bitlab_hf.cli.places import check_folder, check_output_file
 
 
 def report(
@@ -20,7 +22,8 @@ def report(
     ] = None,
     baseline: Annotated[
         float | None,
-        typer.Option(min=1.0, help="The full-precision model's perplexity on the evaluation text, "
+        typer.Option(min=1.0, callback=finite,
+                     help="The full-precision model's perplexity on the evaluation text, "
                      "where the run did not record it."),
     ] = None,
     as_json: Json = False,
@@ -34,12 +37,17 @@ def report(
     from bitlab_hf.report import read_run, render
     from bitlab_hf.report.page import summary
 
-    found = read_run(run)
+    path = run / "report.html" if out is None else out
+    check_folder(run)
+    with doing(f"reading the run {run}"):
+        found = read_run(run)
+    check_output_file(path)
     if baseline is not None:
         found.baseline = (math.log(baseline), "full precision")
-    path = run / "report.html" if out is None else out
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, render(found))
+    with doing(f"writing {path}"):
+        page = render(found)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, page)
     result = summary(found)
     shown = result["perplexity"]
     reached = "" if shown is None else f", perplexity {shown:.3f}"

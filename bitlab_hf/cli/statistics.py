@@ -66,7 +66,7 @@ def examine(folder: Path, advance: Callable[[float], None]) -> Found:
     files = weight_files(folder, "info")
     config = read_config(folder)
     found = Found(
-        architecture=(config.get("architectures") or ["unknown architecture"])[0],
+        architecture=_architecture(config),
         bytes=sum(file.stat().st_size for file in files),
         scheme=scheme_of(config.get("quantization_config"), str(folder)),
     )
@@ -83,6 +83,12 @@ def examine(folder: Path, advance: Callable[[float], None]) -> Found:
         found.codes = _shares(total)
     found.layers.sort(key=lambda layer: str(layer["name"]))
     return found
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    return first if isinstance(first, str) else "unknown architecture"
 
 
 def _examine_file(handle: Any, found: Found, advance: Callable[[float], None]) -> Tensor:

@@ -11,62 +11,83 @@ import typer
 
 from bitcore.errors import ArgumentError
 from bitlab_hf.cli.common import (
+    MOST,
+    Batch,
+    FloatSource,
     Json,
-    Source,
+    Length,
+    Seed,
+    Texts,
     Threads,
-    check_source,
     emit,
-    load_model,
-    load_tokenizer,
+    finite,
     progress,
     quiet,
     read_texts,
     set_threads,
 )
+from bitlab_hf.cli.errors import doing
+from bitlab_hf.cli.gguf_source import as_folder
+from bitlab_hf.cli.loading import (
+    load_model,
+    load_tokenizer,
+    read_scheme,
+)
+from bitlab_hf.cli.scheme import check_same, config_of, load_packed, with_scheme
+from bitlab_hf.demo.terminal import printable
 
-MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
+MaxTokens = Annotated[int, typer.Option(min=1, max=MOST, help="Tokens to generate at most.")]
 Temperature = Annotated[
-    float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")
+    float,
+    typer.Option(min=0.0, callback=finite, help="Of sampling; 0 takes the likeliest token."),
 ]
-Seed = Annotated[int, typer.Option(help="Of sampling.")]
 Record = Annotated[
     bool, typer.Option("--record", help="Write the figure into the model's card, too.")
 ]
 
 
+@with_scheme
 def evaluate(
-    source: Source,
-    text: Annotated[
-        list[Path],
-        typer.Option(exists=True, dir_okay=False, help="A text file; may be given repeatedly."),
-    ],
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 512,
-    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens at most.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Blocks at a time.")] = 4,
+    source: FloatSource,
+    text: Texts,
+    length: Length = 512,
+    tokens: Annotated[int | None, typer.Option(min=2, max=MOST, help="Tokens at most.")] = None,
+    batch: Batch = 4,
     threads: Threads = None,
     record: Record = False,
     as_json: Json = False,
+    *,
+    scheme: dict[str, Any],
 ) -> None:
-    """Measures the perplexity of a text in blocks of equal length; a rest is left out."""
+    """Measures the perplexity of a text in blocks of equal length; a rest is left out.
+
+    A float model is packed while it loads where a scheme is given, and measured so.
+    """
     from bitlab_hf import Facts, record_facts
     from bitlab_hf.demo.text import make_blocks, measure_perplexity
 
     quiet()
     set_threads(threads)
     if record:
-        _check_recordable(source)
-    check_source(source)
+        _check_recordable(source, scheme)
+    held = read_scheme(source)
+    if held is None:
+        config_of("eval", scheme, None)
+    else:
+        check_same("eval", scheme, held)
     files = read_texts(text)
-    tokenizer = load_tokenizer(source)
-    try:
-        blocks = make_blocks(tokenizer, files, length)
-    except ValueError as error:
-        raise ArgumentError(f"eval: {error}\nPass a smaller --length or more text.") from error
-    if tokens is not None:
-        blocks = blocks.first(tokens)
-    model = load_model(source)
+    with as_folder(source) as folder:
+        tokenizer = load_tokenizer(folder)
+        try:
+            blocks = make_blocks(tokenizer, files, length)
+        except ValueError as error:
+            raise ArgumentError(f"eval: {error}\nPass a smaller --length or more text.") from error
+        if tokens is not None:
+            blocks = blocks.first(tokens)
+        pack = held is None and scheme
+        model = load_packed("eval", folder, scheme, None) if pack else load_model(folder)
     started = time.perf_counter()
-    with progress("scoring", len(blocks.ids)) as advance:
+    with progress("scoring", len(blocks.ids)) as advance, doing(f"scoring {source}"):
         found = measure_perplexity(model, blocks, batch, advance)
     seconds = time.perf_counter() - started
     count = blocks.ids.numel()
@@ -90,7 +111,7 @@ def evaluate(
 
 
 def generate(
-    source: Source,
+    source: FloatSource,
     prompt: Annotated[
         str, typer.Argument(help="Text to continue; - reads standard input.", show_default=False)
     ],
@@ -108,12 +129,15 @@ def generate(
     set_threads(threads)
     if record:
         _check_recordable(source)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    tokenizer = load_tokenizer(check_source(source))
-    speaker = Speaker(load_model(source), tokenizer, max_tokens, temperature, seed)
+    read_scheme(source)
+    text = _read_prompt() if prompt == "-" else prompt
+    with as_folder(source) as folder:
+        tokenizer = load_tokenizer(folder)
+        speaker = Speaker(load_model(folder), tokenizer, max_tokens, temperature, seed)
     if not as_json:
-        typer.echo(text, nl=False)
-    result = speaker.continue_(tokenizer(text)["input_ids"], show=not as_json)
+        typer.echo(printable(text), nl=False)
+    with doing(f"generating with {source}"):
+        result = speaker.continue_(tokenizer(text)["input_ids"], show=not as_json)
     if record and result["tokens_per_second"] is not None:
         record_facts(source, Facts(speeds={_where(): result["tokens_per_second"]}))
     emit({"prompt": text, **result}, as_json, "")
@@ -122,7 +146,7 @@ def generate(
 
 
 def chat(
-    source: Source,
+    source: FloatSource,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.7,
@@ -136,8 +160,10 @@ def chat(
     """
     quiet()
     set_threads(threads)
-    tokenizer = load_tokenizer(check_source(source))
-    speaker = Speaker(load_model(source), tokenizer, max_tokens, temperature, seed)
+    read_scheme(source)
+    with as_folder(source) as folder:
+        tokenizer = load_tokenizer(folder)
+        speaker = Speaker(load_model(folder), tokenizer, max_tokens, temperature, seed)
     start = [] if system is None else [{"role": "system", "content": system}]
     messages = list(start)
     interactive = sys.stdin.isatty() and not as_json
@@ -155,16 +181,27 @@ def chat(
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line.rstrip("\n")})
-        result = speaker.continue_(_conversation(tokenizer, messages), show=not as_json)
+        with doing(f"talking with {source}"):
+            result = speaker.continue_(_conversation(tokenizer, messages), show=not as_json)
         messages.append({"role": "assistant", "content": result["text"]})
         emit(result, as_json, "")
         if not as_json:
             typer.echo(speed_of(result), err=True)
 
 
-def _check_recordable(source: str) -> None:
+def _read_prompt() -> str:
+    with doing("reading the prompt from standard input"):
+        return sys.stdin.read()
+
+
+def _check_recordable(source: str, scheme: dict[str, Any] | None = None) -> None:
     if not Path(source).is_dir():
         raise ArgumentError(f"--record: the model must be a folder, got {source}")
+    if scheme and read_scheme(source) is None:
+        raise ArgumentError(
+            "--record: the scheme must be left out, got one for a float model\n"
+            "The figure is not the model's in the folder: deploy it, and record it there."
+        )
 
 
 def _where() -> str:
@@ -256,7 +293,11 @@ class _Stream:
     def __init__(self, tokenizer: Any, show: bool) -> None:
         from transformers import TextStreamer
 
-        self._text = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        class Printable(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                super().on_finalized_text(printable(text), stream_end)
+
+        self._text = Printable(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._show, self._prompt_seen = show, False
         self.times: list[float] = []
 

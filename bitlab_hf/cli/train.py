@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,29 +14,40 @@ import typer
 
 from bitcore.errors import ArgumentError
 from bitlab_hf.cli.common import (
+    MOST,
+    Batch,
+    FloatSource,
     Json,
+    Length,
     Output,
-    Source,
+    Seed,
+    Texts,
     Threads,
     bars,
-    check_output,
-    check_trainable,
     emit,
-    find_scheme,
-    load_tokenizer,
+    finite,
     quiet,
     read_texts,
     set_threads,
 )
+from bitlab_hf.cli.errors import doing
+from bitlab_hf.cli.gguf_source import as_folder
+from bitlab_hf.cli.loading import (
+    check_trainable,
+    find_scheme,
+    load_model,
+    load_tokenizer,
+    load_whole,
+)
+from bitlab_hf.cli.places import check_files, check_folder, check_output
+from bitlab_hf.cli.scheme import OPTIONS, check_same, config_of, with_scheme
 
 
+@with_scheme
 def train(
-    source: Source,
+    source: FloatSource,
     output: Output,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(exists=True, dir_okay=False, help="A text file; may be given repeatedly."),
-    ] = None,
+    text: Texts | None = None,
     dataset: Annotated[
         str | None, typer.Option(help="Or a dataset of the hub, its train split's column text.")
     ] = None,
@@ -48,69 +59,80 @@ def train(
         typer.Option(help="A model, a folder of stored logits, or none. Default: MODEL itself."),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps. Default: one pass over the text.")
+        int | None,
+        typer.Option(min=1, max=MOST, help="Optimizer steps. Default: one pass over the text."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Blocks of a step.")] = 8,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 512,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Largest one; a cosine.")] = 1e-4,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
+    batch: Batch = 8,
+    length: Length = 512,
+    learning_rate: Annotated[
+        float, typer.Option(min=0.0, callback=finite, help="Largest one; a cosine.")
+    ] = 1e-4,
+    save_every: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Steps between checkpoints.")
+    ] = 500,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in OUTPUT.")
     ] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 (autocast).")] = False,
-    seed: Annotated[int, typer.Option(help="Of the order of the blocks.")] = 0,
+    seed: Seed = 0,
     threads: Threads = None,
     as_json: Json = False,
+    *,
+    scheme: dict[str, Any],
 ) -> None:
     """Fine-tunes a model to be ternary; `bitlab deploy` packs the result.
 
     Learns from MODEL itself as the teacher. Checkpoints and statistics go to OUTPUT/run.
     """
-    from transformers import AutoModelForCausalLM, TrainingArguments
+    from transformers import TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
-    from bitlab_hf import BitLabConfig, Facts, save
+    from bitlab_hf import Facts, save
     from bitlab_hf.train import BitLabTrainer
-    from bitlab_hf.train.logits import is_stored
 
     quiet()
     set_threads(threads)
     chosen = _recipe(recipe)
     check_output(source, output)
-    check_trainable(source, "train")
-    if teacher not in (None, "none") and not is_stored(teacher):
-        # Of any scheme that transformers runs: a teacher need not be BitLab's.
-        find_scheme(teacher)
-    tokenizer = load_tokenizer(source)
-    blocks = _blocks(tokenizer, text, dataset, length)
-    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=BitLabConfig())
+    held = check_trainable(source, "train")
+    config = config_of("train", scheme, held)
     run = output / "run"
-    arguments = TrainingArguments(
-        output_dir=str(run), max_steps=steps or -1, num_train_epochs=1,
-        per_device_train_batch_size=batch, learning_rate=learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=0.05, bf16=bf16, seed=seed,
-        save_steps=save_every, save_total_limit=2, logging_steps=10, disable_tqdm=True,
-        report_to="none",
-    )  # fmt: skip
-    started = time.perf_counter()
-    planned = steps or math.ceil(len(blocks) / batch)
-    with _no_empty_folder(run), bars() as add:
-        trainer = BitLabTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=[{"input_ids": ids, "labels": ids} for ids in blocks],
-            recipe=chosen,
-            teacher=None if teacher == "none" else teacher or source,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.calibration_progress = _calibrating(add)
-        trainer.add_callback(_advancing(add, planned))
-        trainer.train(resume_from_checkpoint=resume or None)
+    if resume:
+        _check_resumed(run, config.to_dict() if held is None else scheme)
+    _check_teacher(teacher)
+    with ExitStack() as folders:
+        folder = folders.enter_context(as_folder(source))
+        tokenizer = load_tokenizer(folder)
+        blocks = _blocks(tokenizer, text, dataset, length)
+        judge = _teacher(teacher, folder, folders, chosen)
+        model = load_model(folder, quantization_config=config)
+        arguments = TrainingArguments(
+            output_dir=str(run), max_steps=steps or -1, num_train_epochs=1,
+            per_device_train_batch_size=batch, learning_rate=learning_rate,
+            lr_scheduler_type="cosine", warmup_steps=0.05, bf16=bf16, seed=seed,
+            save_steps=save_every, save_total_limit=2, logging_steps=10, disable_tqdm=True,
+            report_to="none",
+        )  # fmt: skip
+        started = time.perf_counter()
+        planned = steps or math.ceil(len(blocks) / batch)
+        with _no_empty_folder(run), bars() as add, doing(f"training {source}"):
+            trainer = BitLabTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=[{"input_ids": ids, "labels": ids} for ids in blocks],
+                recipe=chosen,
+                teacher=judge,
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.calibration_progress = _calibrating(add)
+            trainer.add_callback(_advancing(add, planned))
+            trainer.train(resume_from_checkpoint=resume or None)
     data = dataset or ", ".join(file.name for file in text or ())
     # A path would say where things lie on this machine.
     base = None if Path(source).exists() else source
     facts = Facts(base_model=base, recipe=Path(recipe).name, data=data)
-    save(model, output, tokenizer=tokenizer, facts=facts)
+    with doing(f"writing {output}"):
+        save(model, output, tokenizer=tokenizer, facts=facts)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     found = {
         "output": str(output),
@@ -128,6 +150,56 @@ def train(
     )
 
 
+def _check_resumed(run: Path, scheme: dict[str, Any]) -> None:
+    """Checks that a run goes on with the scheme that it began with.
+
+    Raises:
+        ArgumentError: A field is another one than in the newest checkpoint.
+    """
+    from bitlab_hf.train import last_checkpoint
+
+    newest = last_checkpoint(run)
+    if newest is None:
+        return
+    held = find_scheme(newest)
+    fields = {name: scheme[name] for name in OPTIONS if scheme.get(name) is not None}
+    check_same(f"train --resume of {newest}", fields, held or {})
+
+
+def _check_teacher(teacher: str | None) -> None:
+    from bitlab_hf.train.logits import is_stored
+
+    if teacher in (None, "none"):
+        return
+    check_folder(Path(teacher))
+    if not is_stored(teacher):
+        # Of any scheme that transformers runs: a teacher need not be BitLab's.
+        find_scheme(teacher)
+
+
+def _teacher(given: str | None, folder: str, folders: ExitStack, recipe: Any) -> Any:
+    """Returns the teacher as the Trainer takes it: loaded whole, where it is loaded at all.
+
+    Args:
+        given: What --teacher says.
+        folder: The model's own.
+        folders: Keeps the one that a GGUF file is unpacked into.
+        recipe: Which may do without, or want it in 8 bits.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from bitlab_hf.train.logits import is_stored
+
+    if given == "none":
+        return None
+    if is_stored(given):
+        return given
+    name = folder if given is None else folders.enter_context(as_folder(given))
+    if recipe.teacher_8bit or not recipe.distills:
+        return name
+    return load_whole(AutoModelForCausalLM.from_pretrained, given or folder, name)
+
+
 def _recipe(given: str) -> Any:
     """Returns a recipe by its name or from a JSON file."""
     from bitlab_hf.train import Recipe
@@ -135,12 +207,15 @@ def _recipe(given: str) -> Any:
 
     if not given.endswith(".json"):
         return get_recipe(given)
-    try:
-        return Recipe.from_dict(json.loads(Path(given).read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArgumentError(
-            f"train: --recipe must be a name or a JSON file, got {given} ({error})"
-        ) from error
+    check_files([Path(given)])
+    with doing(f"reading {given}"):
+        try:
+            fields = json.loads(Path(given).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArgumentError(
+                f"train: --recipe must be a name or a JSON file, got {given} ({error})"
+            ) from error
+        return Recipe.from_dict(fields)
 
 
 def _blocks(tokenizer: Any, text: list[Path] | None, dataset: str | None, length: int) -> Any:
@@ -155,7 +230,8 @@ def _blocks(tokenizer: Any, text: list[Path] | None, dataset: str | None, length
     else:
         from datasets import load_dataset  # type: ignore[attr-defined]
 
-        rows = load_dataset(dataset, split="train")
+        with doing(f"loading the dataset {dataset}", "Check the name and the connection."):
+            rows = load_dataset(dataset, split="train")
         if "text" not in rows.column_names:
             raise ArgumentError(f"train: --dataset must have a column text, got {dataset}")
         files = [SourceFile(dataset, row) for row in rows["text"] if row.strip()]

@@ -91,12 +91,12 @@ def _main() -> None:
     import bitlab_hf  # noqa: F401  (registers the quantizer)
 
     torch.set_num_threads(request["threads"])
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     # The first forward pass of a process costs memory that no model is to blame for.
     torch.nn.Linear(64, 64, dtype=torch.bfloat16)(torch.zeros(64, 64, dtype=torch.bfloat16))
     before = _resident()
     started = time.perf_counter()
-    model: Any = AutoModelForCausalLM.from_pretrained(model_path)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=False)
     load_seconds = time.perf_counter() - started
     ids = torch.tensor(request["ids"])
     with torch.no_grad():

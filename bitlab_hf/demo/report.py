@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitlab_hf.demo.probe import Answer
+from bitlab_hf.demo.terminal import printable
 from bitlab_hf.demo.text import Perplexity
 
 PROMPTS = (
@@ -53,7 +54,7 @@ def show_texts(report: Report, console: Console) -> None:
             console.rule(f"{name}, greedy", align="left", style="dim")
             console.print(prompt, style="dim", end="", markup=False, highlight=False)
             lines = answer.texts[index].splitlines()[:5]
-            console.print("\n".join(lines), markup=False, highlight=False)
+            console.print(printable("\n".join(lines)), markup=False, highlight=False)
 
 
 def show_table(report: Report, console: Console, output: Path) -> None:
@@ -83,7 +84,8 @@ def show_table(report: Report, console: Console, output: Path) -> None:
         f"{report.heldout_tokens:,} "
         f"held-out ones. Perplexity is {report.ratio:.2f} times the better full-precision one. "
         f"Logits after reloading in a fresh process: {same}.\n"
-        f"Total time {sum(report.seconds.values()):.0f} s. The model: {output}"
+        f"Total time {sum(report.seconds.values()):.0f} s. The model: {output}",
+        markup=False,
     )
 
 

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from bitcore.errors import MissingExtraError
@@ -54,7 +49,7 @@ class Settings:
     """What a run does.
 
     Attributes:
-        model: Folder or hub name of the original; None for the model that ships with BitLab.
+        model: What the original is called; None for the model that ships with BitLab.
         output: Folder for the ternary model and the report.
         tokens: Training tokens of each of the two fine-tunings.
         eval_tokens: Held-out tokens to score.
@@ -65,6 +60,8 @@ class Settings:
         float_learning_rate: Its peak learning rate.
         generate: Tokens to generate for each prompt.
         seed: Of the order of the training blocks.
+        folder: Its folder, where that is not what it is called.
+        config: How it is made ternary.
     """
 
     model: str | None
@@ -78,6 +75,8 @@ class Settings:
     float_learning_rate: float = 1e-4
     generate: int = 64
     seed: int = 0
+    folder: str | None = None
+    config: BitLabConfig = field(default_factory=BitLabConfig)
 
 
 class _Bars(TrainerCallback):
@@ -107,11 +106,19 @@ class _Bars(TrainerCallback):
 
 
 class Demo:
-    """One run; `run` does all of it."""
+    """One run; `run` does all of it.
 
-    def __init__(self, settings: Settings, console: Console) -> None:
+    Args:
+        settings: What it does.
+        console: Where it shows itself.
+        load: Loads a causal language model from a folder or hub name, whole or not at all; takes
+            the options of ``from_pretrained``.
+    """
+
+    def __init__(self, settings: Settings, console: Console, load: Callable[..., Any]) -> None:
         self._settings = settings
         self._console = console
+        self._load = load
         self._bf16 = _bf16_is_faster()
         # The Trainer insists on a folder, though it is told to save nothing.
         self._scratch = tempfile.TemporaryDirectory()
@@ -143,26 +150,23 @@ class Demo:
         _require_accelerate()
         report.threads = torch.get_num_threads()
         report.isa = _isa()
-        original = settings.model or str(files("bitlab_hf.demo") / "model")
+        original = settings.folder or settings.model or str(files("bitlab_hf.demo") / "model")
         self._console.print(
             f"Model: {report.model}. Device: CPU, {report.threads} threads, {report.isa}; "
-            f"training in {'bfloat16 autocast' if self._bf16 else 'float32'}."
+            f"training in {'bfloat16 autocast' if self._bf16 else 'float32'}.",
+            markup=False,
         )
         with self._stage(1, "The original model and its text") as progress:
-            tokenizer = AutoTokenizer.from_pretrained(original)
-            model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(original, trust_remote_code=False)
+            model = self._load(original, dtype=torch.float32)
             train, heldout = self._blocks(tokenizer, progress)
         with self._stage(2, "Perplexity before any training") as progress:
             report.original = self._perplexity(model, heldout, progress, "original")
-            rounded = AutoModelForCausalLM.from_pretrained(
-                original, dtype=torch.float32, quantization_config=BitLabConfig(mode="infer")
-            )
+            rounded = deploy(self._latent(original))
             report.rounded = self._perplexity(rounded, heldout, progress, "ternarized, untrained")
             del rounded
         with self._stage(3, "Fine-tuning: quantization-aware, and in full precision") as progress:
-            ternary = AutoModelForCausalLM.from_pretrained(
-                original, dtype=torch.float32, quantization_config=BitLabConfig()
-            )
+            ternary = self._latent(original)
             self._train(ternary, train, progress, "ternary", teacher=model, watched=heldout)
             # A teacher is frozen.
             model.requires_grad_(True)
@@ -170,7 +174,7 @@ class Demo:
             report.finetuned = self._perplexity(model, heldout, progress, "full precision")
             del model
         with self._stage(4, "Deploy and save") as progress:
-            dtype = AutoModelForCausalLM.from_pretrained(original).dtype
+            dtype = self._load(original).dtype
             _cast_parameters(deploy(ternary), dtype)
             report.ternary = self._perplexity(ternary, heldout, progress, "deployed")
             save(ternary, settings.output, tokenizer=tokenizer)
@@ -192,6 +196,9 @@ class Demo:
         if not report.logits_identical:
             raise RuntimeError("the logits of the fresh process differ from the deployed model's")
         return report
+
+    def _latent(self, original: str) -> Any:
+        return self._load(original, dtype=torch.float32, quantization_config=self._settings.config)
 
     def _blocks(self, tokenizer: Any, progress: Progress) -> tuple[Blocks, Blocks]:
         settings = self._settings

@@ -62,8 +62,8 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """The perplexity: ``exp(nats)``."""
-        return math.exp(self.nats)
+        """The perplexity: ``exp(nats)``, infinity where that is too large for a float."""
+        return math.inf if self.nats > 709 else math.exp(self.nats)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import bitlab_hf.demo.run
 from bitcore.errors import MissingExtraError
 from bitlab_hf.demo.corpus import HELDOUT_MODULUS, source_files, split_of
+from bitlab_hf.demo.terminal import printable
 from bitlab_hf.demo.text import Blocks, make_blocks, measure_perplexity
 
 MODEL = Path(str(files("bitlab_hf.demo") / "model"))
@@ -60,6 +61,12 @@ def test_perplexity_of_a_uniform_model_is_the_vocabulary() -> None:
     result = measure_perplexity(Uniform(), blocks, batch=2)
     assert result.value == pytest.approx(50, rel=1e-6)
     assert result.bits_per_byte == pytest.approx(math.log2(50) / 2, rel=1e-6)
+
+
+def test_what_a_terminal_is_given() -> None:
+    kept = "plain text, \u00e9, \u4e16\u754c, \U0001f600\u200d\n\t[bold]"
+    assert printable(kept) == kept
+    assert printable("\x1b[2J\r\x07\x9b\u202e\ud800") == r"\x1b[2J\r\x07\x9b\u202e\ud800"
 
 
 def test_blocks_hold_the_text() -> None:

@@ -49,17 +49,18 @@ def result(output: Path) -> dict[str, Any]:
 
 
 def test_trains_resumes_and_deploys(text: Path, tmp_path: Path) -> None:
-    done = run(*options(text, tmp_path, 4))
+    scheme = ("--weight-granularity", "per_group", "--group-size", 64)
+    done = run(*options(text, tmp_path, 4), *scheme)
     assert done.returncode == 0, done.stderr
     first = result(tmp_path)
     assert first["resumed_from"] is None
     assert first["perplexity_trained"] < first["perplexity_ternarized_untrained"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert model.hf_quantizer is not None
+    assert model.hf_quantizer.quantization_config.group_size == 64
     AutoTokenizer.from_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "| recipe | default, warmed up over 0.5 of the run |" in card
-    done = run(*options(text, tmp_path, 6))
+    done = run(*options(text, tmp_path, 6), *scheme)
     assert done.returncode == 0, done.stderr
     assert result(tmp_path)["resumed_from"] == "checkpoint-4"
     assert result(tmp_path)["steps"] == 6

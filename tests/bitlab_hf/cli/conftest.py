@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
 from bitlab_hf import BitLabConfig, save
-from bitlab_hf.cli.app import app
+from bitlab_hf.cli.app import app, main
 
 DEMO = Path(__file__).parents[3] / "bitlab_hf/demo/model"
 
@@ -36,7 +37,7 @@ class Done:
 def cli() -> Iterator[Callable[..., Done]]:
     """Runs a command; other libraries' logging is put back afterwards."""
     verbosity = transformers_logging.get_verbosity()
-    others = [logging.getLogger(name) for name in ("accelerate", "huggingface_hub")]
+    others = [logging.getLogger(name) for name in ("accelerate", "bitsandbytes", "huggingface_hub")]
     levels = [other.level for other in others]
 
     def run(*arguments: object, text: str | None = None) -> Done:
@@ -49,6 +50,23 @@ def cli() -> Iterator[Callable[..., Done]]:
     transformers_logging.enable_progress_bar()
     for other, level in zip(others, levels, strict=True):
         other.setLevel(level)
+
+
+@pytest.fixture
+def bitlab(
+    cli: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """Runs ``bitlab`` as its process does, to the exit code and all that was printed."""
+
+    def run(*arguments: object, text: str = "") -> Done:
+        monkeypatch.setattr("sys.argv", ["bitlab", *map(str, arguments)])
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Done(int(ended.value.code or 0), *capfd.readouterr(), None)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError
-from bitlab_hf.cli.common import find_scheme
+from bitlab_hf.cli.loading import find_scheme
 from tests.bitlab_hf.checkpoint.test_files import lead_out
 from tests.bitlab_hf.interop.stock import build
 
