@@ -48,8 +48,11 @@ class BitLinear(BitLayerBase, nn.Linear):
     def _eval_forward(self, x: Tensor) -> Tensor:
         qweight, scale = self.packed()
         bias: Tensor | None = self._parameters["bias"]
-        if torch.compiler.is_compiling():
-            bias = None if bias is None else bias.detach()
+        # An adapter may train the bias of a deployed layer (LoRA's bias="all").
+        trains = bias is not None and self._is_deployed and bias.requires_grad
+        trains = trains and torch.is_grad_enabled()
+        if trains or torch.compiler.is_compiling():
+            bias = bias if trains or bias is None else bias.detach()
             return ops.linear(x, qweight, scale, bias, self.out_features, self._activation)
         prepared = self._prepared
         if prepared is None or not prepared.holds(qweight, scale, bias):
