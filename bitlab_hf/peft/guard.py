@@ -6,7 +6,6 @@ some of its methods are wrapped, when it is imported and not before.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -25,6 +24,8 @@ from bitlayers.int8 import Int8Embedding, Int8Rows
 _REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 # These only read the weight.
 _READING = ("orthogonal",)
+# How PEFT passes the arguments of a tuner's `_create_and_replace`, where not by name.
+_CREATE = ("config", "adapter_name", "target", "target_name", "parent", "current_key")
 
 
 def check_mergeable(model: nn.Module) -> None:
@@ -128,7 +129,8 @@ def _training(method: Callable[..., None]) -> Callable[..., None]:
         for name, module in module_to_save.named_modules():
             if is_packed(module) or (rows and isinstance(module, BitLayerBase)):
                 requirement = "be a float layer to be trained"
-                raise refusal(op, f"{_NAMES.get(id(module), name) or module!r}", module, requirement)
+                known = _NAMES.get(id(module), name) or type(module).__name__
+                raise refusal(op, known, module, requirement)
         method(self, module_to_save, *args, **kwargs)
 
     return checked
@@ -155,9 +157,11 @@ def _sealing(method: Callable[..., None]) -> Callable[..., None]:
     """Seals the weights for what a tuner reads before it builds its first adapter, too."""
 
     @wraps(method)
-    def init(self: Any, model: nn.Module, config: Any, adapter: str, *args: Any, **kw: Any) -> None:
-        with sealed(_method(config, adapter), model):
-            method(self, model, config, adapter, *args, **kw)
+    def init(
+        self: Any, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        with sealed(_method(peft_config, adapter_name), model):
+            method(self, model, peft_config, adapter_name, *args, **kwargs)
 
     return init
 
@@ -183,9 +187,9 @@ def _guarded(method: Callable[..., None]) -> Callable[..., None]:
         create, targets = self._create_and_replace, []
 
         def create_and_replace(*given: Any, **named: Any) -> None:
-            bound = inspect.signature(create).bind(*given, **named).arguments
-            target, key = bound["target"], bound.get("current_key") or bound["target_name"]
-            name = plain(key)
+            bound = {**dict(zip(_CREATE, given, strict=False)), **named}
+            target = bound["target"]
+            name = plain(bound.get("current_key") or bound["target_name"])
             check_adapter(given[0] if given else None, target, name)
             if bound.get("parameter_name") and is_packed(base_of(target)):
                 raise refusal(op, name, base_of(target), "have float Parameters to be adapted")

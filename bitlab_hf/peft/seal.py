@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,17 +74,19 @@ class SealedWeight(Tensor):
             else (layer.out_features, layer.in_features)
         )
         dtype = getattr(layer, "dtype", None) or getattr(layer, "latent_dtype", torch.float32)
-        made: SealedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: SealedWeight = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=codes.device
         )
         made.error = error
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"SealedWeight({list(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func is torch.ops.aten.detach.default:
             return args[0]
         given = tree_leaves((args, kwargs))
@@ -107,7 +110,7 @@ def sealed(op: str, model: nn.Module) -> Iterator[None]:
         weight = SealedWeight(module, error)
         kind = type(module)
         # A property of the class is asked before anything that the module holds.
-        fields = {"weight": property(lambda _, w=weight: w), "_bitlab_sealed": True}
+        fields = {"weight": property(partial(_given, weight)), "_bitlab_sealed": True}
         held.append((module, kind))
         module.__class__ = type(kind.__name__, (kind,), fields)
     try:
@@ -115,6 +118,10 @@ def sealed(op: str, model: nn.Module) -> Iterator[None]:
     finally:
         for module, kind in held:
             module.__class__ = kind
+
+
+def _given(weight: SealedWeight, _module: nn.Module) -> SealedWeight:
+    return weight
 
 
 @contextmanager
