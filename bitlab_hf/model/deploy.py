@@ -105,7 +105,7 @@ def _attach(model: PreTrainedModel) -> None:
     """Makes transformers see a quantized model: quantizer, configuration, tied names."""
     config = getattr(model.config, "quantization_config", None)
     if not isinstance(config, BitLabConfig):
-        config = _described(model)
+        config = described(model)
     config = copy.deepcopy(config)
     if config.head == "int8" and not int8_modules(model):
         # A model without a head, of a file that has one.
@@ -125,7 +125,7 @@ def _attach(model: PreTrainedModel) -> None:
         model.config.get_text_config().tie_word_embeddings = False
 
 
-def _described(model: PreTrainedModel) -> BitLabConfig:
+def described(model: PreTrainedModel) -> BitLabConfig:
     """Returns the configuration of a model that `replace_linear` converted without writing one."""
     layers = quantized_layers(model)
     names = {name for layer in layers for name in layer.names}
