@@ -158,6 +158,18 @@ def test_lora_around_an_int8_head(source: Path, tmp_path: Path) -> None:
     assert torch.equal(logits_of(model), expected)
 
 
+def test_lora_around_an_int8_embedding(tmp_path: Path) -> None:
+    source = make_float_model("qwen2", tmp_path)
+    config = lora(target_modules=["q_proj", "embed_tokens"])
+    model = get_peft_model(load(source, head="int8"), config)
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    expected = logits_of(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(source, head="int8"), tmp_path / "adapter")
+    assert torch.equal(logits_of(again.eval()), expected)
+
+
 @pytest.mark.parametrize("empty", [False, True])
 def test_every_way_to_inject_is_guarded(source: Path, empty: bool) -> None:
     from peft import HRAConfig
