@@ -66,30 +66,44 @@ def _weight_gradient(dy: Tensor, inputs: list[Tensor], dtype: torch.dtype) -> Te
     return dw
 
 
+def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """``db = sum(dy)`` over the tokens, in float32 and rounded once."""
+    return dy.reshape(-1, dy.shape[-1]).float().sum(0).to(dtype)
+
+
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, weight_scale, _, out_features, _, _ = inputs
+    x, qweight, weight_scale, bias, out_features, _, _ = inputs
     ctx.save_for_backward(qweight, weight_scale)
     ctx.out_features, ctx.x_dtype = out_features, x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Packed weights are constants: only the input has a gradient (straight-through rounding)."""
+    """Packed weights are constants: input (straight-through rounding) and bias have gradients."""
     qweight, weight_scale = ctx.saved_tensors
-    dx = _input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype)
-    return dx, None, None, None, None, None, None
+    dx = db = None
+    if ctx.needs_input_grad[0]:
+        dx = _input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype)
+    if ctx.needs_input_grad[3]:
+        db = _bias_gradient(dy, ctx.bias_dtype)
+    return dx, None, None, db, None, None, None
 
 
 def _int8_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, weight_scale, _, _ = inputs
+    x, qweight, weight_scale, bias, _ = inputs
     ctx.save_for_backward(qweight, weight_scale)
-    ctx.x_dtype = x.dtype
+    ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
 
 
 def _int8_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """``dx = dy @ (qweight * weight_scale)``; the weights are constants."""
+    """``dx = dy @ (qweight * weight_scale)``, ``db = sum(dy)``; the weights are constants."""
     qweight, weight_scale = ctx.saved_tensors
-    dx = torch.ops.bitlab.input_gradient_int8(dy, qweight, weight_scale, ctx.x_dtype)
-    return dx, None, None, None, None
+    dx = db = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.bitlab.input_gradient_int8(dy, qweight, weight_scale, ctx.x_dtype)
+    if ctx.needs_input_grad[3]:
+        db = _bias_gradient(dy, ctx.bias_dtype)
+    return dx, None, None, db, None
 
 
 def _qat_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -138,7 +152,7 @@ def _qat_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
                 dw, dscale = lsq_gradients(dw, weight, learned_scale)
                 dw = dw.to(ctx.weight_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-        db = rows.float().sum(0).to(ctx.bias_dtype)
+        db = _bias_gradient(rows, ctx.bias_dtype)
     return dx, dw, db, None, None, None, None, None, dscale
 
 

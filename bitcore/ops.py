@@ -329,12 +329,12 @@ def linear(
         x: float32, bfloat16 or float16 [..., K].
         qweight: uint8 [ceil(N / 4), K].
         weight_scale: float32 [1], [N] or [N, K / G].
-        bias: float [N], or None; it gets no gradient.
+        bias: float [N], or None.
         out_features: N.
         activation: how x is quantized.
 
     Returns:
-        [..., N] of x's dtype, or autocast's under autocast. Its gradient reaches x only.
+        [..., N] of x's dtype, or autocast's under autocast. Gradients reach x and bias.
 
     Numerics:
         The sums are exact integers; every float32 operation is rounded in the order written, and
@@ -353,10 +353,10 @@ def linear_int8(x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Tensor |
         x: float32, bfloat16 or float16 [..., K]; quantized to int8 per token.
         qweight: int8 [N, K].
         weight_scale: float32 [N].
-        bias: float [N], or None; it gets no gradient.
+        bias: float [N], or None.
 
     Returns:
-        [..., N] of x's dtype, or autocast's under autocast. Its gradient reaches x only.
+        [..., N] of x's dtype, or autocast's under autocast. Gradients reach x and bias.
 
     Numerics:
         As `linear`: exact integer sums, every float32 operation rounded in the order written.

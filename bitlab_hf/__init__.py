@@ -17,12 +17,14 @@ from bitlab_hf.model.replace import replace_linear
 from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.peft.guard import install as _guard_peft
 from bitlab_hf.peft.merge import MergeResult, merge_and_requantize
+from bitlab_hf.peft.trl import install as _guard_trl
 from bitlab_hf.quantizer import BitLabHfQuantizer, register
 
 register()
 # `quantized_layers` and `replace_linear` under the path that they had before there were rooms.
 sys.modules[f"{__name__}.replace"] = replace
 _guard_peft()
+_guard_trl()
 
 __all__ = [
     "BitLabConfig",

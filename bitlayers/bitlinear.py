@@ -48,10 +48,14 @@ class BitLinear(BitLayerBase, nn.Linear):
     def _eval_forward(self, x: Tensor) -> Tensor:
         qweight, scale = self.packed()
         bias: Tensor | None = self._parameters["bias"]
-        prepared = None if torch.compiler.is_compiling() else self._prepared
+        # An adapter may train the bias of a deployed layer (LoRA's bias="all").
+        trains = bias is not None and self._is_deployed and bias.requires_grad
+        trains = trains and torch.is_grad_enabled()
+        alone = trains or torch.compiler.is_compiling()
+        prepared = None if alone else self._prepared
         if prepared is None or not prepared.holds(qweight, scale, bias):
-            if torch.compiler.is_compiling() or not is_preparable(x, qweight, scale, bias):
-                bias = None if bias is None else bias.detach()
+            if alone or not is_preparable(x, qweight, scale, bias):
+                bias = bias if trains or bias is None else bias.detach()
                 return ops.linear(x, qweight, scale, bias, self.out_features, self._activation)
             prepared = PreparedLinear(qweight, scale, bias, self.out_features, self._activation)
             self._prepared = prepared

@@ -120,7 +120,8 @@ class Int8Rows(QuantizedModule):
 class Int8Linear(Int8Rows, nn.Linear):
     """``y = (x_q @ qweight.T) * (x_scale * qweight_scale) + bias``: int8 weights, exact sums.
 
-    Activations are quantized to int8 per token, as in `BitLinear`. Gradients reach x only.
+    Activations are quantized to int8 per token, as in `BitLinear`. Gradients reach x, and a
+    bias that is set to train.
 
     Args:
         in_features: K, at most 131071.

@@ -84,16 +84,14 @@ def _is_wide(file: Path) -> bool:
     Raises:
         CheckpointError: The file is damaged, or a part of a model.
     """
-    from bitlab_hf.interop.gguf_import import _open
+    from bitlab_hf.interop.gguf_file import read_gguf
 
     with doing(f"reading {file}", "It is damaged; fetch or write it again.", str(file)):
-        reader = _open(file)
-        split = reader.fields.get("split.count")
-        if split is not None and split.contents() > 1:
+        held = read_gguf(file)
+        split = held.fields.get("split.count")
+        if isinstance(split, int) and split > 1:
             raise CheckpointError(
                 f"{file}: the model must be in one file, got a part of one\n"
                 "Merge the parts with llama.cpp's gguf-split."
             )
-        return any(
-            len(item.shape) > 1 and item.tensor_type.name in _WIDE for item in reader.tensors
-        )
+        return any(len(item.shape) > 1 and item.kind in _WIDE for item in held.tensors.values())

@@ -118,7 +118,7 @@ def _attach(model: PreTrainedModel) -> None:
     """Makes transformers see a quantized model: quantizer, configuration, tied names."""
     config = getattr(model.config, "quantization_config", None)
     if not isinstance(config, BitLabConfig):
-        config = _described(model)
+        config = described(model)
     config = copy.deepcopy(config)
     if config.head == "int8" and not int8_modules(model):
         # A model without a head, of a file that has one.
@@ -148,7 +148,7 @@ def _borrows(model: nn.Module, head: QuantizedModule) -> bool:
     )
 
 
-def _described(model: PreTrainedModel) -> BitLabConfig:
+def described(model: PreTrainedModel) -> BitLabConfig:
     """Returns the configuration of a model that `replace_linear` converted without writing one."""
     layers = quantized_layers(model)
     names = {name for layer in layers for name in layer.names}

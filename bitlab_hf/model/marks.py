@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from bitlab_hf.config import QUANT_METHOD
+from bitlab_hf.model.count import WeightCount
 from bitlab_hf.model.tree import Found
 from bitlayers.base import BitLayerBase
 
@@ -18,6 +19,9 @@ def mark_quantized(model: PreTrainedModel, quantizer: HfQuantizer) -> None:
     attributes.hf_quantizer = quantizer
     attributes.is_quantized = True
     attributes.quantization_method = QUANT_METHOD
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.num_parameters = WeightCount(part)  # type: ignore[method-assign]
 
 
 def mark_latent(model: PreTrainedModel) -> None:

@@ -13,6 +13,7 @@ from bitcore.errors import ArgumentError, ArgumentTypeError, LifecycleError, Non
 from bitcore.packing import pack_ternary
 from bitcore.quantize import dequantize, ternarize
 from bitlayers.base import BitLayerBase
+from bitlayers.int8 import Int8Rows
 
 _ROUNDS = 10
 
@@ -90,7 +91,7 @@ def merge_and_requantize(
         ArgumentTypeError: peft_model is no PEFT model.
         ArgumentError: scale is none of the two.
         LifecycleError: An adapter is no plain LoRA, is merged already, or no ternary layer has
-            one; a weight is sharded, or shared by two adapted layers.
+            one; a weight is int8, sharded, or shared by two adapted layers.
         NonFiniteError: An adapter holds NaN or infinity.
     """
     if scale not in ("fit", "keep"):
@@ -173,6 +174,11 @@ def _adapted(peft_model: nn.Module) -> list[tuple[str, Any]]:
                 f"{problem}\nNothing was changed; keep the adapter, or train plain LoRA."
             )
         base = module.get_base_layer()
+        if isinstance(base, Int8Rows):
+            raise LifecycleError(
+                f"merge_and_requantize: {name} must have a float weight, got int8 rows\n"
+                "Nothing was changed; keep the adapter unmerged."
+            )
         if isinstance(base, BitLayerBase):
             weight = base.qweight if base.is_deployed else base.weight
             if type(weight.data) is not Tensor or weight.is_meta:

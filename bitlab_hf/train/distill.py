@@ -16,7 +16,7 @@ from bitlab_hf.train.losses import (
     top_divergence,
 )
 from bitlab_hf.train.recipe import Recipe, get_recipe
-from bitlab_hf.train.teacher import States, ask, load_teacher, logits_of, watch
+from bitlab_hf.train.teacher import States, ask, check_causal, load_teacher, logits_of, watch
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -39,7 +39,8 @@ class DistillationMixin(_Base):
         args, kwargs: The Trainer's.
 
     Raises:
-        ArgumentError: The recipe needs a teacher and there is none, or the teacher does not fit.
+        ArgumentError: The recipe needs a teacher and there is none, the teacher does not fit, or
+            the model to be distilled is no causal language model.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class DistillationMixin(_Base):
         self._terms: dict[str, list[Tensor]] = {}
         self._noted_from = 0
         self._stored: StoredLogits | None = None
+        if teacher is not None and self.recipe.distills:
+            check_causal("BitLabTrainer", "model", self._inner())
         if is_stored(teacher) and self.recipe.distills:
             self._stored = StoredLogits(teacher)
             check_stored(self._stored.settings, self._inner(), self.recipe)

@@ -24,6 +24,7 @@ from torch import Tensor
 from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf.checkpoint.atomic import write_atomically
 from bitlab_hf.train.recipe import Recipe
+from bitlab_hf.train.teacher import check_causal
 
 SETTINGS_FILE = "bitlab_logits.json"
 VERSION = 1
@@ -93,7 +94,8 @@ def precompute_logits(
         The folder.
 
     Raises:
-        ArgumentError: k, temperature or batch_size is not allowed.
+        ArgumentError: k, temperature or batch_size is not allowed, or the teacher is no causal
+            language model.
         CheckpointError: The folder was made with other settings or a teacher of other weights, or
             writing failed (what was written whole is kept).
     """
@@ -101,6 +103,7 @@ def precompute_logits(
         from transformers import AutoModelForCausalLM
 
         teacher = AutoModelForCausalLM.from_pretrained(teacher)
+    check_causal("precompute_logits", "teacher", teacher)
     teacher.eval()
     vocabulary = teacher.config.get_text_config().vocab_size
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= vocabulary:

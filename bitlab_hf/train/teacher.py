@@ -22,6 +22,27 @@ from bitlab_hf.train.recipe import Recipe
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
+def check_causal(op: str, argument: str, model: Any) -> None:
+    """Checks that a model predicts each next token, which is what a distillation compares.
+
+    Args:
+        op: Who asks, for the message.
+        argument: What the model is to it.
+        model: The model, unwrapped.
+
+    Raises:
+        ArgumentError: It classifies, fills masks, or has an encoder of its own.
+    """
+    kind = type(model).__name__
+    generates = getattr(model, "can_generate", None)
+    causal = (generates is not None and generates()) or kind.endswith("ForCausalLM")
+    if not causal or getattr(model.config, "is_encoder_decoder", False):
+        raise ArgumentError(
+            f"{op}: {argument} must be a causal language model to be distilled, got {kind}\n"
+            "Train it without a teacher: recipe='plain'."
+        )
+
+
 def load_teacher(teacher: nn.Module | str | os.PathLike[str], model: Any, recipe: Recipe) -> Any:
     """Returns the teacher in eval mode, frozen, and checked against the model.
 
@@ -31,7 +52,8 @@ def load_teacher(teacher: nn.Module | str | os.PathLike[str], model: Any, recipe
         recipe: Whose terms it has to serve.
 
     Raises:
-        ArgumentError: The teacher is the model itself, or their vocabularies or sizes do not fit.
+        ArgumentError: The teacher is the model itself, no causal language model, or their
+            vocabularies or sizes do not fit.
         MissingExtraError: 8 bits are asked for without bitsandbytes.
     """
     given: Any = teacher
@@ -49,6 +71,7 @@ def load_teacher(teacher: nn.Module | str | os.PathLike[str], model: Any, recipe
             "BitLabTrainer: teacher must be a model of its own, got one that shares parameters "
             "with the model\nLoad the original a second time, without quantization_config."
         )
+    check_causal("BitLabTrainer", "teacher", given)
     _check_sizes(given, model, recipe)
     return given.eval().requires_grad_(False)
 

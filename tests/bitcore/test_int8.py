@@ -151,7 +151,10 @@ def test_the_gradient_against_float64(
     codes, scale = rows(301)
     x = torch.randn(2, 3, 130).to(dtype).requires_grad_()
     dy = torch.randn(2, 3, 301).to(dtype)
-    ops.linear_int8(x, codes, scale, torch.randn(301)).backward(dy)
+    bias = torch.randn(301, requires_grad=True)
+    ops.linear_int8(x, codes, scale, bias).backward(dy)
+    assert bias.grad is not None
+    torch.testing.assert_close(bias.grad.double(), dy.double().sum((0, 1)), rtol=1e-5, atol=1e-5)
     weight = codes.double() * scale.double()[:, None]
     exact = dy.double() @ weight
     assert x.grad is not None

@@ -45,6 +45,7 @@ def test_opcheck_of_the_linear_ops(backend: str, granularity: str, activation: s
         torch.library.opcheck(OPS.linear.default, args)
         if bias is not None:
             bias.requires_grad_()
+            torch.library.opcheck(OPS.linear.default, args)
         args = (x, weight, bias, granularity, 64, activation, torch.float32)
         torch.library.opcheck(OPS.qat_linear.default, args)
 
@@ -71,14 +72,34 @@ def test_straight_through_gradients(backend: str, activation: str) -> None:
     torch.testing.assert_close(bias.grad.double(), dy.double().sum(0), rtol=1e-5, atol=1e-5)
 
 
-def test_packed_linear_gives_a_gradient_to_its_input_only(backend: str) -> None:
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_input", [False, True])
+def test_packed_linear_gives_gradients_to_its_input_and_bias(
+    backend: str, bias_dtype: torch.dtype | None, of_input: bool
+) -> None:
     qweight, scale = packed()
-    x = torch.randn(5, 128, requires_grad=True)
-    dy = torch.randn(5, 9)
-    ops.linear(x, qweight, scale, None, 9, "int8_per_token").backward(dy)
-    dense = ops.unpack_weight(qweight, scale, 9, torch.float64)
-    assert x.grad is not None
-    torch.testing.assert_close(x.grad.double(), dy.double() @ dense, rtol=1e-5, atol=1e-5)
+    x = torch.randn(2, 3, 128, requires_grad=of_input)
+    dy = torch.randn(2, 3, 9)
+    bias = None
+    if bias_dtype is not None:
+        bias = torch.randn(9).to(bias_dtype).requires_grad_()
+    elif not of_input:
+        assert not ops.linear(x, qweight, scale, None, 9, "int8_per_token").requires_grad
+        return
+    y = ops.linear(x, qweight, scale, bias, 9, "int8_per_token")
+    y.backward(dy)
+    with torch.no_grad():
+        assert torch.equal(y, ops.linear(x, qweight, scale, bias, 9, "int8_per_token"))
+    if of_input:
+        dense = ops.unpack_weight(qweight, scale, 9, torch.float64)
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad.double(), dy.double() @ dense, rtol=1e-5, atol=1e-5)
+    if bias is not None:
+        assert bias.grad is not None
+        exact = dy.double().sum((0, 1))
+        torch.testing.assert_close(bias.grad, exact.to(bias.dtype), rtol=1e-2, atol=1e-5)
+        if bias.dtype == torch.float32:
+            torch.testing.assert_close(bias.grad.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

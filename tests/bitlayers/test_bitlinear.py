@@ -81,6 +81,27 @@ def test_it_learns() -> None:
     assert losses[-1] < 0.05 * losses[0]
 
 
+def test_the_bias_of_a_deployed_layer_can_be_trained() -> None:
+    layer, x = BitLinear(30, 7), torch.randn(5, 30)
+    torch.nn.init.normal_(layer.bias)
+    layer.deploy()
+    expected = layer(x)
+    layer(x.requires_grad_()).sum().backward()
+    assert layer.bias.grad is None
+    layer.bias.requires_grad_()
+    for one in (x.detach(), x):
+        layer.bias.grad = None
+        y = layer(one)
+        assert torch.equal(y, expected)
+        y.sum().backward()
+        assert torch.equal(layer.bias.grad, torch.full((len(layer.bias),), float(len(x))))
+    with torch.no_grad():
+        layer.bias.add_(1)
+        moved = layer(x)
+    assert torch.equal(moved, layer(x))
+    assert not torch.equal(moved, expected)
+
+
 def test_registry() -> None:
     assert LAYER_REGISTRY["BitLinear"] is BitLinear
     assert register_layer("BitLinear")(BitLinear) is BitLinear

@@ -1,0 +1,84 @@
+"""A packed model says how many weights it has, whoever asks, and how many bytes it holds."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, PeftMixedModel, get_peft_model
+from transformers import AutoModel, AutoModelForCausalLM
+
+from bitlab_hf import BitLabConfig, deploy, replace_linear, save
+from tests.bitlab_hf.models import make_float_model
+
+COUNTS = [{}, {"exclude_embeddings": True}, {"only_trainable": True}]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma"])
+def source(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Rows that are no multiple of four: the last packed row has codes of nothing.
+    return make_float_model(request.param, tmp_path_factory.mktemp("float"), intermediate_size=190)
+
+
+def packed(path: Path, **fields: Any) -> Any:
+    config = BitLabConfig(mode="infer", **fields)
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
+
+
+@pytest.mark.parametrize("head", ["keep", "int8"])
+def test_counts_are_the_float_models(source: Path, tmp_path: Path, head: str) -> None:
+    stock = AutoModelForCausalLM.from_pretrained(source)
+    model = packed(source, head=head)
+    save(model, tmp_path)
+    latent = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=BitLabConfig(head=head)
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    copied, pickled = copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))
+    for one in (model, loaded, copied, pickled, deploy(latent), deploy(replace_linear(stock))):
+        whole = AutoModelForCausalLM.from_pretrained(source)
+        for part, same in ((one, whole), (one.base_model, whole.base_model)):
+            for kind in COUNTS[:2]:
+                assert part.num_parameters(**kind) == same.num_parameters(**kind), kind
+            trained = [p.numel() for p in part.parameters() if p.requires_grad]
+            assert part.num_parameters(only_trainable=True) == sum(trained)
+        tensors = [*one.parameters(), *one.buffers()]
+        assert one.get_memory_footprint() == sum(t.numel() * t.element_size() for t in tensors)
+    assert copied.num_parameters._model() is copied
+    assert pickled.num_parameters._model() is pickled
+
+
+def test_a_base_model_and_a_dequantized_one(source: Path, tmp_path: Path) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(source)
+    save(packed(source), tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert base.num_parameters() == whole.base_model.num_parameters()
+    assert packed(source).dequantize().num_parameters() == whole.num_parameters()
+
+
+def test_the_count_keeps_no_model_alive(source: Path) -> None:
+    model = packed(source)
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("head", ["keep", "int8"])
+def test_pefts_count(source: Path, head: str, mixed: bool) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    counts = []
+    for base in (AutoModelForCausalLM.from_pretrained(source), packed(source, head=head)):
+        model = PeftMixedModel(base, config) if mixed else get_peft_model(base, config)
+        counts.append(model.get_nb_trainable_parameters())
+        assert counts[0][1] - counts[0][0] == counts[-1][1] - counts[-1][0]
+    assert counts[0] == counts[1]
