@@ -133,7 +133,7 @@ def exposed_weight(head: Any) -> Tensor:
             f'got {type(head).__name__}\nUse head="keep".'
         )
     if head.is_deployed:
-        return head.dequantized_weight(head.latent_dtype)
+        return head.dequantized_weight(head.float_dtype)
     weight: Any = head.weight
     # FSDP's shards are gathered: a scale is that of the whole matrix.
     latent: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight

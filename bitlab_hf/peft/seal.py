@@ -73,7 +73,7 @@ class SealedWeight(Tensor):
             if embedding
             else (layer.out_features, layer.in_features)
         )
-        dtype = getattr(layer, "dtype", None) or getattr(layer, "latent_dtype", torch.float32)
+        dtype = getattr(layer, "dtype", None) or getattr(layer, "float_dtype", torch.float32)
         made: SealedWeight = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=codes.device
         )
