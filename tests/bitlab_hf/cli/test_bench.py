@@ -58,3 +58,14 @@ def test_bad_shapes(cli: Cli, shape: str) -> None:
 def test_bad_isa(cli: Cli) -> None:
     assert isinstance(cli("bench", "--isa", "mmx", *QUICK).error, BackendError)
     assert cli("bench", "--tokens", 0).code == 2
+
+
+def test_more_threads_than_torch_survives(cli: Cli) -> None:
+    """Torch starts as many as it is told, and the process ends where there are no more."""
+    before = torch.get_num_threads()
+    for command in (("bench",), ("eval", "model"), ("generate", "model", "text")):
+        done = cli(*command, "--threads", 100000)
+        assert done.code == 2
+        assert "--threads" in done.err
+        assert "less than or equal to" in done.err
+    assert torch.get_num_threads() == before
