@@ -29,9 +29,13 @@ class Registered:
     def restore(self, module: nn.Module) -> None:
         """Gives a module these fields, and no others."""
         fields = vars(module)
+        # The tables stay the same objects: others may hold them.
+        tables = {name: fields[name] for name in _TABLES}
+        for name, table in tables.items():
+            table.clear()
+            table.update(self.fields[name])
         fields.clear()
-        fields.update(self.fields)
-        fields.update({name: self.fields[name].copy() for name in _TABLES})
+        fields.update({**self.fields, **tables})
 
 
 # What deploying a layer takes: its packed tensors, or all that it registered itself.

@@ -225,7 +225,9 @@ class TernaryStatistics(TrainerCallback):
         with whole_weights(layer) as there, torch.no_grad():
             if not (main and there):
                 return None
-            return layer.weight.detach(), *layer.build_packed()
+            packed = layer.build_deployment()
+            # One that packs itself has no codes to count.
+            return (layer.weight.detach(), *packed) if isinstance(packed, tuple) else None
 
     def _all_packed(self) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
         """Yields the layers that this process sees whole, with what `_packed` gives."""

@@ -180,7 +180,7 @@ def test_histograms_are_of_all_weights_and_know_the_codes(source: Path, tmp_path
         layer = one.module
         counts = torch.tensor(found["snapshots"][-1]["layers"][one.names[0]])
         assert counts.sum() == layer.weight.numel()
-        qweight, scale = layer.build_packed()
+        qweight, scale = layer.build_deployment()
         codes = unpack_ternary(qweight, layer.out_features)
         assert counts.sum(1).tolist() == [int((codes == code).sum()) for code in (-1, 0, 1)]
         ratio = layer.weight.detach() / scale.repeat_interleave(64, 1)
@@ -281,13 +281,13 @@ def test_sharded_weights_are_gathered(tmp_path: Path) -> None:
     try:
         layer = BitLinear(64, 10)
         whole = layer.weight.detach().clone()
-        expected = layer.build_packed()
+        expected = layer.build_deployment()
         mesh = init_device_mesh("cpu", (1,))
         layer.weight = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
         sharded = layer.weight
         with measure.whole_weights(layer) as there:
             assert there
-            assert torch.equal(layer.build_packed()[0], expected[0])
+            assert torch.equal(layer.build_deployment()[0], expected[0])
         assert layer.weight is sharded
     finally:
         torch.distributed.destroy_process_group()
