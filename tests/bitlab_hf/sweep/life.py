@@ -173,7 +173,8 @@ class _Life:
                 try:
                     self._outputs(model)
                 except Exception as error:
-                    first = first or error
+                    if "pixel_values" in inputs or first is None:
+                        first = error
                     inputs = fit_image_tokens(model, inputs, str(error))
                 else:
                     if first is not None and "pixel_values" not in inputs:

@@ -109,6 +109,8 @@ def inputs_for(model: PreTrainedModel) -> dict[str, Any]:
 def _of(name: str, shape: Any, vocabulary: int, generator: torch.Generator) -> Any:
     if not isinstance(shape, tuple):
         return torch.tensor(shape) if isinstance(shape, list) else shape
+    if shape[0] == "ids":
+        name, shape = "ids", shape[1:]
     if name.endswith(("ids", "codes")):
         first = FIRST_TOKEN if vocabulary > FIRST_TOKEN + 10 else 3
         return torch.randint(first, max(vocabulary, 5), shape, generator=generator)
@@ -188,10 +190,10 @@ def fit_image_tokens(
     found = re.search(r"tokens:?\D*(\d+)\D+?(?:features|embeddings)\D*?(\d+)", error)
     token = next(
         (
-            vars(model.config)[name]
+            getattr(model.config, name)
             for name in ("image_token_id", "image_token_index", "audio_token_id", "media_token_id",
                          "audio_token_index", "video_token_id", "im_patch_id")
-            if isinstance(vars(model.config).get(name), int)
+            if isinstance(getattr(model.config, name, None), int)
         ),
         None,
     )
