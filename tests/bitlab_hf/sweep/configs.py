@@ -25,7 +25,10 @@ _LIMITS = [
     (r"codebook_size$|num_codevectors", 64),
     (r"vocab_size|num_embeddings$", VOCABULARY),
     (r"position_embeddings$|_positions$|n_positions|n_ctx|max_seq_len|model_max_length", 128),
-    (r"dropout|drop_rate|drop_path|layerdrop|pdrop|drop_prob|drop_connect|jitter|label_noise|mask_\w+_prob", 0.0),
+    (
+        r"dropout|drop_rate|drop_path|layerdrop|pdrop|drop_prob|drop_connect|jitter|label_noise|mask_\w+_prob",
+        0.0,
+    ),
     (r"(moe|expert|shared)\w*_(intermediate_size|hidden_size|ffn_dim)|moe_latent", 64),
     (r"intermediate_(size|dim)|ffn_dim|ffn_hidden|mlp_dim|d_ff$|d_inner|inner_dim|n_inner", 128),
     (r"feed_?forward_(dim|proj)|mlp_hidden|ffn_size", 128),
@@ -43,7 +46,10 @@ _LIMITS = [
     (r"lora_rank|_rank$", 16),
     (r"conv_pos_embeddings$", 16),
     (r"conv_pos_embedding_groups", 4),
-    (r"(num|n)_(\w+_)?layers?$|_layers$|n_layer$|num_blocks$|depth$|num_\w*_depth|num_layers_\w+", 2),
+    (
+        r"(num|n)_(\w+_)?layers?$|_layers$|n_layer$|num_blocks$|depth$|num_\w*_depth|num_layers_\w+",
+        2,
+    ),
     (r"stride$|_kernel\w*$|downsample|d_conv", None),
     (r"image_size|input_image_size|pretrain_image_size|crop_size", 32),
     (r"patch_size$", 8),
@@ -125,7 +131,9 @@ def _lowered(name: str, value: Any, model: PreTrainedConfig) -> Any:
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, dict):
-        return _rope(value, getattr(model, "partial_rotary_factor", None)) if "rope" in name else None
+        return (
+            _rope(value, getattr(model, "partial_rotary_factor", None)) if "rope" in name else None
+        )
     limit = next((limit for pattern, limit in _LIMITS_COMPILED if pattern.search(name)), None)
     if isinstance(value, (list, tuple)):
         return _shorter(name, list(value), limit, model)

@@ -12,12 +12,17 @@ from bitlayers.base import BitLayerBase
 
 HEAD = "output head"
 LAST = "last layer of the model, which transformers leaves alone"
-EXPERTS = "3D parameter"
 TIED = "tied to an embedding"
+EXPERTS = "experts held in one tensor"
+# Smaller tensors are tables and scales, not weights that tokens are multiplied with.
+_SMALLEST = 4096
 
 
 def left_float(model: PreTrainedModel, said: list[str]) -> tuple[dict[str, str], list[str]]:
     """Tells what stays float.
+
+    A layer may stay float as the output head, or where transformers leaves it alone; anything else
+    must be named by a message, itself or the same layer of another block.
 
     Args:
         model: A latent model.
@@ -29,14 +34,15 @@ def left_float(model: PreTrainedModel, said: list[str]) -> tuple[dict[str, str],
     reasons: dict[str, str] = {}
     unexplained: list[str] = []
     for name, what in _candidates(model):
-        why = _usual(model, name)
+        why = None if what == EXPERTS else _usual(model, name)
         if why == HEAD:
             continue
+        kind = kind_of(name)
         # Of a block of experts a message names one tensor.
         named = name.rpartition(".")[0] if what == EXPERTS else name
-        if why is None:
-            why = next((text for text in said if _names(text, named)), None)
-        kind = _kind(name)
+        text = next((text for text in said if _names(text, named)), None)
+        if why is None and text is not None:
+            why = EXPERTS if what == EXPERTS else without_numbers(text)
         if why is None:
             unexplained.append(f"{kind} ({what})")
         else:
@@ -44,41 +50,46 @@ def left_float(model: PreTrainedModel, said: list[str]) -> tuple[dict[str, str],
     return reasons, sorted(set(unexplained))
 
 
+def kind_of(name: str) -> str:
+    """Returns a layer's name with stars for the numbers of blocks."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
+
+
+def without_numbers(text: str) -> str:
+    """Returns the first line of a message without what depends on the size of the model."""
+    line = text.splitlines()[0].removeprefix("bitlab: ")
+    return re.sub(r"\b\d+\b", "*", re.sub(r",? ?\d+ % of the weights,?", "", line))
+
+
 def _candidates(model: PreTrainedModel) -> list[tuple[str, str]]:
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, BitLayerBase):
-            continue
-        if isinstance(module, (nn.Linear, Conv1D)):
+        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, BitLayerBase):
             found.append((name, type(module).__name__))
     linear = {name for name, _ in found}
     for name, parameter in model.named_parameters():
-        parent, _, leaf = name.rpartition(".")
-        if parameter.dim() == 3 and "conv" not in name and parent not in linear:
-            owner = model.get_submodule(parent)
-            if not isinstance(owner, (nn.Conv1d, nn.ConvTranspose1d, nn.Embedding)) and (
-                "expert" in name or "moe" in name
-            ):
-                found.append((name, EXPERTS))
+        parent = name.rpartition(".")[0]
+        owner = model.get_submodule(parent)
+        if type(owner).__module__.startswith("torch.") or parent in linear:
+            continue
+        if isinstance(owner, (BitLayerBase, nn.Embedding, nn.modules.conv._ConvNd)):
+            continue
+        inside = re.search("expert|moe", f"{name} {type(owner).__name__}", re.IGNORECASE)
+        outside = re.search("router|gate$|gate.weight|bias|norm", name)
+        large = parameter.numel() >= _SMALLEST and min(parameter.shape[-2:]) >= 16
+        if large and ((parameter.dim() == 3 and parameter.shape[0] > 1) or inside) and not outside:
+            found.append((name, EXPERTS))
     return found
 
 
 def _usual(model: PreTrainedModel, name: str) -> str | None:
     """Returns why a layer stays float wherever transformers quantizes."""
-    module = model
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        return None
+    module = model.get_submodule(name)
     if module is model.get_output_embeddings():
         return HEAD
     weight = getattr(module, "weight", None)
-    tied = [
-        other
-        for other in model.modules()
-        if isinstance(other, nn.Embedding) and other.weight is weight
-    ]
-    if tied:
+    embeddings = [other for other in model.modules() if isinstance(other, nn.Embedding)]
+    if any(other.weight is weight for other in embeddings):
         return TIED
     last = list(model.named_parameters())[-1][0].rpartition(".")[0]
     return LAST if name == last else None
@@ -86,13 +97,11 @@ def _usual(model: PreTrainedModel, name: str) -> str | None:
 
 def _names(text: str, name: str) -> bool:
     """Tells whether a message names a layer, a part of it, or the same one of another block."""
-    kind = _kind(name)
-    for word in re.findall(r"[\w*]+(?:\.[\w*]+)+", text):
-        said = _kind(word)
-        if kind == said or kind.endswith("." + said) or said.startswith(kind + "."):
+    kind = kind_of(name)
+    for word in re.findall(r"[\w*]+(?:\.[\w*]+)*", text):
+        said = kind_of(word)
+        if kind == said or said.startswith(kind + "."):
+            return True
+        if "." in said and kind.endswith("." + said):
             return True
     return False
-
-
-def _kind(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)

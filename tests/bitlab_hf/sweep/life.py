@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
-import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from transformers import PreTrainedModel
 from bitcore.errors import BitLabError
 from bitlab_hf import BitLabConfig, deploy, save
 from bitlab_hf.model.tree import quantized_layers
+from tests.bitlab_hf.sweep.compare import describe, difference, equal, listed
 from tests.bitlab_hf.sweep.configs import small
 from tests.bitlab_hf.sweep.floats import left_float
 from tests.bitlab_hf.sweep.models import (
@@ -33,38 +31,8 @@ from tests.bitlab_hf.sweep.models import (
     inputs_for,
     model_class,
 )
-from tests.bitlab_hf.sweep.special import NOT_IN_TRAINING
-
-
-@dataclass
-class Result:
-    """What became of an architecture.
-
-    Attributes:
-        architecture: The name of transformers.
-        model: The class that was built.
-        outcome: ``"works"``, ``"partly"`` (some layers stay float, for a reason that was said),
-            ``"refused"`` (by an error of BitLab), ``"fault"`` or ``"not swept"``.
-        converted: How many layers are ternary.
-        share: Their part of the model's weights.
-        left: What stays float: ``{kind of layer: why}``.
-        faults: ``[step, what is wrong]`` of each fault.
-        notes: What a reader may want to know and no fault is.
-        reason: Why it was refused or not swept.
-    """
-
-    architecture: str
-    model: str = ""
-    outcome: str = "works"
-    converted: int = 0
-    share: float = 0.0
-    left: dict[str, str] = field(default_factory=dict)
-    faults: list[list[str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    reason: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+from tests.bitlab_hf.sweep.results import Result
+from tests.bitlab_hf.sweep.training import fill, heard, negate_zeros, train
 
 
 class _Stop(Exception):  # noqa: N818
@@ -136,28 +104,24 @@ class _Life:
             config = small(config_class(self.result.architecture))
             torch.manual_seed(0)
             model = self.cls(config).eval()
-            _fill(model)
+            fill(model)
             self._find_inputs(model)
             model.save_pretrained(self.folder / "float")
-            stock, info = self.cls.from_pretrained(
-                self.folder / "float", output_loading_info=True
-            )
+            stock, info = self.cls.from_pretrained(self.folder / "float", output_loading_info=True)
             self.missing = set(info["missing_keys"])
             self.unexpected = set(info["unexpected_keys"])
             stock.eval()
             before = self._outputs(stock)
             if not before or not all(bool(torch.isfinite(t).all()) for t in before):
                 raise ValueError("the float model's outputs are not finite")
-            if not _equal(before, self._outputs(stock), 0.0):
+            if not equal(before, self._outputs(stock), 0.0):
                 raise ValueError("the float model's outputs differ from call to call")
         except Exception as error:
             self._not_swept(describe(error))
-        if not _equal(before, self._outputs(model), 1e-5):
+        if not equal(before, self._outputs(model), 1e-5):
             self.result.notes.append("transformers' own float model changes by a reload")
-        self.stock_trains, self.stock_gradients = _train(stock, self.inputs, before)
-        linears = {
-            name for name, module in stock.named_modules() if isinstance(module, nn.Linear)
-        }
+        self.stock_trains, self.stock_gradients = train(stock, self.inputs, before)
+        linears = {name for name, module in stock.named_modules() if isinstance(module, nn.Linear)}
         self.had_gradient = linears & self.stock_gradients
 
     def _find_inputs(self, model: PreTrainedModel) -> None:
@@ -184,7 +148,7 @@ class _Life:
         raise first
 
     def _latent(self) -> PreTrainedModel:
-        with _heard(self.said), self._step("latent", fatal=True):
+        with heard(self.said), self._step("latent", fatal=True):
             latent = self._load("float", quantization_config=BitLabConfig())
         layers = quantized_layers(latent)
         weights = {id(found.module.weight): found.module.weight.numel() for found in layers}
@@ -213,21 +177,21 @@ class _Life:
         hidden = copy.deepcopy(model)
         before = self._outputs(hidden)
         layers = quantized_layers(hidden)
-        undo = _negate_zeros([found.module for found in layers])
+        undo = negate_zeros([found.module for found in layers])
         after = self._outputs(hidden)
-        if _equal(after, before, 0.0):
+        if equal(after, before, 0.0):
             return
         undo()
         readers = []
         for found in layers:
-            undo = _negate_zeros([found.module])
-            if not _equal(self._outputs(hidden), before, 0.0):
+            undo = negate_zeros([found.module])
+            if not equal(self._outputs(hidden), before, 0.0):
                 readers.append(found.names[0])
             undo()
         self._fault(
             "hidden weights",
-            f"{'train' if train else 'eval'} mode reads float weights of {_listed(readers)} "
-            f"(outputs change by {_difference(after, before)})",
+            f"{'train' if train else 'eval'} mode reads float weights of {listed(readers)} "
+            f"(outputs change by {difference(after, before)})",
         )
 
     def _training(self, latent: PreTrainedModel, eval_outputs: list[Tensor]) -> None:
@@ -247,12 +211,12 @@ class _Life:
             self._same("train mode against eval mode", outputs, eval_outputs, 1e-5)
             self._only_ternary(latent, train=True)
         called.clear()
-        _, gradients = _train(latent, self.inputs, None)
+        _, gradients = train(latent, self.inputs, None)
         for handle in handles:
             handle.remove()
         without = sorted((called & self.had_gradient) - gradients)
         if without:
-            self._fault("training", f"no gradient reaches {_listed(without)}")
+            self._fault("training", f"no gradient reaches {listed(without)}")
         silent = sorted(
             found.names[0]
             for found in quantized_layers(latent)
@@ -260,8 +224,8 @@ class _Life:
         )
         # A router may choose other experts; what no forward of ours ever calls is something else.
         silent = [name for name in silent if "expert" not in name]
-        if silent and self.result.architecture not in NOT_IN_TRAINING:
-            self._fault("training", f"the float model uses {_listed(silent)}, which is not called")
+        if silent:
+            self._fault("training", f"the float model uses {listed(silent)}, which is not called")
 
     # Helpers.
 
@@ -272,9 +236,9 @@ class _Life:
         for kind, usual in (("missing_keys", self.missing), ("unexpected_keys", self.unexpected)):
             keys_found = sorted(set(info[kind]) - usual)
             if keys_found:
-                self._fault(source, f"{kind.replace('_', ' ')}: {_listed(keys_found)}")
+                self._fault(source, f"{kind.replace('_', ' ')}: {listed(keys_found)}")
         if info["mismatched_keys"]:
-            self._fault(source, f"mismatched keys: {_listed(map(str, info['mismatched_keys']))}")
+            self._fault(source, f"mismatched keys: {listed(map(str, info['mismatched_keys']))}")
         loaded: PreTrainedModel = model.eval()
         return loaded
 
@@ -284,15 +248,15 @@ class _Life:
             return flat(model(**copy.deepcopy(self.inputs)))
 
     def _same(self, step: str, got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
-        if not _equal(got, want, tolerance):
-            self._fault(step, f"outputs differ by {_difference(got, want)}")
-        elif not _equal(got, want, 0.0):
-            self.result.notes.append(f"{step}: outputs differ by {_difference(got, want)}")
+        if not equal(got, want, tolerance):
+            self._fault(step, f"outputs differ by {difference(got, want)}")
+        elif not equal(got, want, 0.0):
+            self.result.notes.append(f"{step}: outputs differ by {difference(got, want)}")
 
     def _same_layers(self, step: str, model: PreTrainedModel, names: list[str]) -> None:
         got = sorted(found.names[0] for found in quantized_layers(model))
         if got != names:
-            self._fault(step, f"other layers are ternary: {_listed(set(got) ^ set(names))}")
+            self._fault(step, f"other layers are ternary: {listed(set(got) ^ set(names))}")
 
     def _fault(self, step: str, what: str) -> None:
         self.result.faults.append([step, what])
@@ -319,132 +283,3 @@ class _Life:
             self._fault(name, describe(error))
             if fatal:
                 raise _Stop from error
-
-
-def describe(error: BaseException) -> str:
-    """Returns an error in one line, with the place that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}{place}"
-
-
-def _fill(model: PreTrainedModel) -> None:
-    """Gives every bias and norm weight values of its own, so that a lost one shows."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not parameter.is_floating_point():
-                continue
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-            if name.endswith("bias"):
-                parameter.copy_(0.1 * noise)
-            elif parameter.dim() >= 2 and (parameter == 0).all():
-                parameter.copy_(0.02 * noise)
-
-
-def _train(
-    model: PreTrainedModel, inputs: dict[str, Any], eval_outputs: list[Tensor] | None
-) -> tuple[bool | None, set[str]]:
-    """Takes a model backward in training mode.
-
-    Returns:
-        Whether training mode computes the outputs of eval mode, None where it raises, and the names
-        of the modules whose weight has a gradient.
-    """
-    model.train()
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(0)
-    try:
-        output = model(**copy.deepcopy(inputs))
-    except Exception:
-        if eval_outputs is None:
-            raise
-        # The float model itself needs more than its inputs to train.
-        return None, set()
-    loss = sum(t.float().pow(2).mean() for t in _with_gradient(output))
-    if isinstance(loss, Tensor) and loss.requires_grad:
-        loss.backward()
-    gradients = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module.weight is not None
-        and module.weight.grad is not None
-    }
-    same = eval_outputs is not None and _equal(flat(output), eval_outputs, 1e-5)
-    model.zero_grad(set_to_none=True)
-    return same, gradients
-
-
-def _with_gradient(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output] if output.requires_grad else []
-    if isinstance(output, dict):
-        return [tensor for value in output.values() for tensor in _with_gradient(value)]
-    if isinstance(output, (list, tuple)):
-        return [tensor for value in output for tensor in _with_gradient(value)]
-    return []
-
-
-def _negate_zeros(layers: list[Any]) -> Callable[[], None]:
-    """Negates the weights whose code is zero; returns what undoes it."""
-    held = []
-    with torch.no_grad():
-        for layer in layers:
-            weight = layer.weight
-            held.append((weight, weight.detach().clone()))
-            was_training = layer.training
-            layer.eval()
-            codes = layer.dequantized_weight()
-            weight.copy_(torch.where(codes == 0, -weight, weight))
-            assert torch.equal(layer.dequantized_weight(), codes)
-            layer.train(was_training)
-
-    def undo() -> None:
-        with torch.no_grad():
-            for weight, before in held:
-                weight.copy_(before)
-
-    return undo
-
-
-def _equal(got: list[Tensor], want: list[Tensor], tolerance: float) -> bool:
-    if len(got) != len(want) or any(g.shape != w.shape for g, w in zip(got, want, strict=True)):
-        return False
-    return all(
-        torch.allclose(g.float(), w.float(), rtol=tolerance, atol=tolerance, equal_nan=True)
-        for g, w in zip(got, want, strict=True)
-    )
-
-
-def _difference(got: list[Tensor], want: list[Tensor]) -> str:
-    if len(got) != len(want) or any(g.shape != w.shape for g, w in zip(got, want, strict=True)):
-        return "shape"
-    pairs = [(g, w) for g, w in zip(got, want, strict=True) if g.numel()]
-    worst = max(float((g.float() - w.float()).abs().max()) for g, w in pairs)
-    largest = max(float(w.abs().max()) for _, w in pairs)
-    return f"{worst:.2g} of {largest:.2g}"
-
-
-def _listed(names: Any, count: int = 3) -> str:
-    names = list(names)
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
-
-
-@contextlib.contextmanager
-def _heard(said: list[str]) -> Iterator[None]:
-    """Collects what BitLab says."""
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    handler = Handler(logging.INFO)
-    logger = logging.getLogger("bitlab")
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)

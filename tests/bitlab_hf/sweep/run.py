@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tests.bitlab_hf.sweep.life import Result, live
+from tests.bitlab_hf.sweep.life import live
+from tests.bitlab_hf.sweep.results import Result
 
 SECONDS = 120
 _PRELOAD = ["transformers.modeling_utils", "tests.bitlab_hf.sweep.life"]
@@ -60,4 +62,6 @@ def _child(architecture: str, folder: str, connection: Connection) -> None:
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    connection.send(live(architecture, Path(folder)).to_dict())
+    result = live(architecture, Path(folder))
+    result.seconds = time.process_time()
+    connection.send(result.to_dict())
