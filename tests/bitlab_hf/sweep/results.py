@@ -88,7 +88,7 @@ def document(results: Iterable[Result], day: str) -> str:
         "# Architectures",
         "",
         "What becomes of transformers' architectures. Each is built small from its configuration,",
-        "with random weights, and taken through the whole path, in float32 on a CPU: latent, a step",
+        "with random weights, and taken through the whole path in float32 on a CPU: latent, a step",
         "of training, saved, reloaded, deployed, saved, reloaded, and packed while it loads. Every",
         "step is compared with the one before; a reloaded deployed model has the same bits.",
         "",
