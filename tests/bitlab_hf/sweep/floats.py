@@ -33,7 +33,9 @@ def left_float(model: PreTrainedModel, said: list[str]) -> tuple[dict[str, str],
     """
     reasons: dict[str, str] = {}
     unexplained: list[str] = []
-    for name, what in _candidates(model):
+    candidates = _candidates(model)
+    experts = sum(what == EXPERTS for _, what in candidates)
+    for name, what in candidates:
         why = None if what == EXPERTS else _usual(model, name)
         if why == HEAD:
             continue
@@ -41,6 +43,8 @@ def left_float(model: PreTrainedModel, said: list[str]) -> tuple[dict[str, str],
         # Of a block of experts a message names one tensor.
         named = name.rpartition(".")[0] if what == EXPERTS else name
         text = next((text for text in said if _names(text, named)), None)
+        if text is None and what == EXPERTS:
+            text = next((text for text in said if _counts(text, experts)), None)
         if why is None and text is not None:
             why = EXPERTS if what == EXPERTS else without_numbers(text)
         if why is None:
@@ -75,7 +79,7 @@ def _candidates(model: PreTrainedModel) -> list[tuple[str, str]]:
         if isinstance(owner, (BitLayerBase, nn.Embedding, nn.modules.conv._ConvNd)):
             continue
         inside = re.search("expert|moe", f"{name} {type(owner).__name__}", re.IGNORECASE)
-        outside = re.search("router|gate$|gate.weight|bias|norm", name)
+        outside = re.search("router|gate$|gate.weight|bias|norm|pos_emb|position|query_emb|queries", name)
         large = parameter.numel() >= _SMALLEST and min(parameter.shape[-2:]) >= 16
         if large and ((parameter.dim() == 3 and parameter.shape[0] > 1) or inside) and not outside:
             found.append((name, EXPERTS))
@@ -93,6 +97,12 @@ def _usual(model: PreTrainedModel, name: str) -> str | None:
         return TIED
     last = list(model.named_parameters())[-1][0].rpartition(".")[0]
     return LAST if name == last else None
+
+
+def _counts(text: str, experts: int) -> bool:
+    """Tells whether a message speaks of so many tensors of experts, one of them by name."""
+    found = re.search(r"(\d+) expert", text)
+    return found is not None and int(found[1]) >= experts
 
 
 def _names(text: str, name: str) -> bool:

@@ -210,6 +210,7 @@ NOT_SWEPT: dict[str, str] = {
     "lightglue": "no small configuration is known",
     "lw_detr": "no small configuration is known",
     "mask2former": "needs scipy",
+    "maskformer": "needs scipy",
     "mimi": "no small configuration is known",
     "mimi_decoder": "needs inputs that the sweep does not make",
     "minicpm_ocr_vision": "no small configuration is known",
