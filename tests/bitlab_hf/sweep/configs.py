@@ -176,7 +176,8 @@ def _rope(parameters: dict[str, Any], partial: float | None) -> dict[str, Any]:
 def _layers(model: PreTrainedConfig) -> int:
     """Returns how many layers show each kind that there is."""
     lists = [value for name, value in vars(model).items() if _per_layer(name, value, model)]
-    return max([2, *(len(dict.fromkeys(value)) for value in lists)])
+    words = [value for value in lists if isinstance(value[0], str)]
+    return max([2, *(len(dict.fromkeys(value)) for value in words)])
 
 
 def _per_layer(name: str, value: Any, model: PreTrainedConfig) -> bool:
