@@ -16,6 +16,7 @@ TIED = "tied to an embedding"
 EXPERTS = "experts held in one tensor"
 # Smaller tensors are tables and scales, not weights that tokens are multiplied with.
 _SMALLEST = 4096
+_OTHERS = re.compile(r"router|gate$|gate\.weight|bias|norm|pos_emb|position|query_emb|queries")
 
 
 def left_float(model: PreTrainedModel, said: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -79,7 +80,7 @@ def _candidates(model: PreTrainedModel) -> list[tuple[str, str]]:
         if isinstance(owner, (BitLayerBase, nn.Embedding, nn.modules.conv._ConvNd)):
             continue
         inside = re.search("expert|moe", f"{name} {type(owner).__name__}", re.IGNORECASE)
-        outside = re.search("router|gate$|gate.weight|bias|norm|pos_emb|position|query_emb|queries", name)
+        outside = _OTHERS.search(name)
         large = parameter.numel() >= _SMALLEST and min(parameter.shape[-2:]) >= 16
         if large and ((parameter.dim() == 3 and parameter.shape[0] > 1) or inside) and not outside:
             found.append((name, EXPERTS))

@@ -81,7 +81,7 @@ def rows() -> dict[str, str]:
 
 def document(results: Iterable[Result], day: str) -> str:
     """Returns the page with the table."""
-    results = list(results)
+    results = sorted(results, key=lambda result: result.architecture)
     counts = Counter(result.outcome for result in results)
     versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch"))
     lines = [
