@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from bitcore import estimators, ops
 from bitcore.errors import ArgumentError, NonFiniteError
+from bitcore.plain import is_watched
 from bitlayers.state import LayerState
 
 
@@ -95,7 +96,7 @@ def latent_tensors(layer: LayerState) -> list[Tensor] | None:
     it would have to be waited for, a sharded or inference tensor does not tell.
     """
     weight: Tensor = layer.weight
-    if torch.compiler.is_compiling() or weight.is_inference() or weight.device.type != "cpu":
+    if is_watched() or weight.is_inference() or weight.device.type != "cpu":
         return None
     if type(weight.data) is not Tensor:
         return None

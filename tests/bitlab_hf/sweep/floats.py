@@ -16,7 +16,9 @@ TIED = "tied to an embedding"
 EXPERTS = "experts held in one tensor"
 # Smaller tensors are tables and scales, not weights that tokens are multiplied with.
 _SMALLEST = 4096
-_OTHERS = re.compile(r"router|gate$|gate\.weight|bias|norm|pos_emb|position|query_emb|queries")
+_OTHERS = re.compile(
+    r"router|gate$|gate\.weight|bias|norm|pos_emb|position|query_emb|queries|_proj_weight|_head\."
+)
 
 
 def left_float(model: PreTrainedModel, said: list[str]) -> tuple[dict[str, str], list[str]]:

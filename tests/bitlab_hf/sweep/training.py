@@ -108,8 +108,11 @@ def heard(said: list[str]) -> Iterator[None]:
 
     handler = Handler(logging.INFO)
     logger = logging.getLogger("bitlab")
+    before = logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(before)
