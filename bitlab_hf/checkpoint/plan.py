@@ -17,7 +17,7 @@ from bitcore.errors import CheckpointError, ConfigError
 from bitlab_hf.checkpoint.headers import Checkpoint, TensorHeader, with_tied
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.model.head import Rows, check_supported, find_head, find_rows, input_embeddings
-from bitlab_hf.model.left import leave_float, note_float
+from bitlab_hf.model.left import leave_float, note_float, note_new
 from bitlab_hf.model.replace import find_linears, skipped_modules
 from bitlab_hf.model.tree import Found
 
@@ -101,6 +101,8 @@ def make_plan(
             plan.checkpoint = known = _with_tied_layers(model, plan, known, found)
         found, lacking = _split_by_presence(found, known, source)
         named += [name for layer in lacking for name in layer.names]
+        if not source.was_converted:
+            note_new(lacking)
     if not source.was_converted:
         note_float(model, found, [*(config.modules_to_not_convert or []), *named])
     plan.layers = found

@@ -58,10 +58,27 @@ def leave_float(
         if reason is not None:
             reasons.setdefault(reason, []).append(layer)
     for reason, layers in reasons.items():
-        listed = ", ".join(layer.names[0] for layer in layers[:4])
-        more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
-        logger.warning("bitlab: %s%s stay float, because %s", listed, more, reason)
+        _say(logging.WARNING, _patterns([layer.names[0] for layer in layers]), reason)
     return [layer for layers in reasons.values() for layer in layers]
+
+
+def note_new(layers: list[Found[nn.Linear]]) -> None:
+    """Says which layers stay float because no file holds them: new task heads, as a rule."""
+    _say(
+        logging.INFO,
+        _patterns([layer.names[0] for layer in layers]),
+        "the checkpoint does not hold them: they are new",
+    )
+
+
+def _patterns(names: list[str]) -> list[str]:
+    """Returns names with ``*`` for numbers, each once."""
+    return sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names})
+
+
+def _say(level: int, patterns: list[str], reason: str) -> None:
+    if patterns:
+        logger.log(level, "bitlab: %s stay float, because %s", ", ".join(patterns), reason)
 
 
 def _named(names: list[str], config: BitLabConfig) -> bool:
@@ -186,8 +203,8 @@ def note_float(model: PreTrainedModel, converted: list[Found[nn.Linear]], named:
     done = {id(layer.module) for layer in converted}
     head = model.get_output_embeddings()
     total = left_size = 0
-    plain: set[str] = set()
-    others: set[str] = set()
+    plain: list[str] = []
+    others: dict[str, list[str]] = {}
     for found in find_modules(model, nn.Module):
         module, name = found.module, found.names[0]
         if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
@@ -197,22 +214,13 @@ def note_float(model: PreTrainedModel, converted: list[Found[nn.Linear]], named:
         if id(module) in done or module is head or set(found.names).intersection(named):
             continue
         left_size += size
-        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
         if type(module) is nn.Linear:
-            plain.add(pattern)
+            plain.append(name)
         else:
-            others.add(f"{pattern} ({type(module).__name__})")
+            others.setdefault(type(module).__name__, []).append(name)
     share = left_size / max(1, total)
     level = logging.WARNING if share >= _NOTABLE_SHARE else logging.INFO
-    for patterns, reason in (
-        (plain, "transformers leaves them out by default"),
-        (others, "they are no plain nn.Linear"),
-    ):
-        if patterns:
-            logger.log(
-                level,
-                "bitlab: %s stay float, because %s (together %.0f %% of the linear weights)",
-                ", ".join(sorted(patterns)),
-                reason,
-                100 * share,
-            )
+    whole = f"(together {100 * share:.0f} % of the linear weights)"
+    _say(level, _patterns(plain), f"transformers leaves them out by default {whole}")
+    for kind, names in others.items():
+        _say(level, _patterns(names), f"a {kind} is no plain nn.Linear {whole}")

@@ -87,7 +87,7 @@ def test_what_is_read_stays_float_and_one_warning_names_it(
     names = {name for found in quantized_layers(model) for name in found.names}
     assert names == {f"blocks.{i}.{n}" for i in (0, 1) for n in ("called", "cast", "sized")}
     assert len(caplog.records) == 1
-    assert "blocks.0.multiplied" in caplog.text
+    assert "blocks.*.multiplied" in caplog.text
     assert "reads their weights itself" in caplog.text
     x = torch.randn(3, 64)
     trained = model.train()(x)
