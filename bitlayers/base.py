@@ -3,11 +3,8 @@
 LATENT: ``weight`` is a float Parameter, in training the straight-through forward reads it, in eval
 mode packed weights derived from it are used. They are a cache, never part of the state dict, so
 that a latent layer saves and loads exactly like the float layer it came from. ``deploy()``, one
-way, makes it DEPLOYED: ``qweight`` and ``qweight_scale`` are the state, ``weight`` is None and
-nothing trains.
-
-A property called ``qweight`` would collide with the Parameter of the deployed state, so
-``__getattr__`` serves it, in eval mode only.
+way, makes it DEPLOYED: ``qweight`` and ``qweight_scale`` are the state, ``weight`` is a view.
+``__getattr__`` serves ``qweight`` in eval mode: a property would hide the deployed Parameter.
 """
 
 from __future__ import annotations
@@ -28,6 +25,7 @@ from bitlayers.quantized import cast_dtype
 from bitlayers.state import LayerState
 from bitlayers.training import (
     Fingerprint,
+    is_decoding,
     latent_tensors,
     make_learned_scale,
     pack,
@@ -135,8 +133,8 @@ class BitLayerBase(LayerState):
         raise NotImplementedError(f"{type(self).__name__} must define _on_enter_eval_mode()")
 
     def _perform_deployment(self) -> tuple[Tensor, Tensor] | None:
-        """Builds and returns ``(qweight, qweight_scale)``, which the base commits; or packs the
-        layer itself, registers what its ``_eval_forward`` needs, and returns nothing.
+        """Returns ``(qweight, qweight_scale)``, which the base commits; or packs the layer itself,
+        registers what its ``_eval_forward`` needs, and returns nothing.
         """
         raise NotImplementedError(f"{type(self).__name__} must define _perform_deployment()")
 
@@ -166,7 +164,11 @@ class BitLayerBase(LayerState):
         """Runs the layer on x [..., in_features]; returns [..., out_features]."""
         if self.casts_input:
             x = x.to(self.float_dtype)
-        return self._train_forward(x) if self.training else self._eval_forward(x)
+        if self.training:
+            return self._train_forward(x)
+        if not self._is_deployed and not is_decoding(x):
+            self.invalidate_cache()
+        return self._eval_forward(x)
 
     def train(self, mode: bool = True) -> Self:
         """Sets training or eval mode; a deployed layer stays in eval mode and says so once.
@@ -188,13 +190,11 @@ class BitLayerBase(LayerState):
         return self
 
     def invalidate_cache(self) -> None:
-        """Drops the packed weights of eval mode; needed after a write through ``weight.data``."""
+        """Drops the packed weights of eval mode; see `bitlayers.training.Fingerprint`."""
         self._cache = self._prepared = None
 
     def packed(self) -> tuple[Tensor, Tensor]:
-        """Returns ``(qweight, qweight_scale)``: the state of a deployed layer, else the eval
-        cache.
-        """
+        """Returns ``(qweight, qweight_scale)``: the deployed state, else the eval cache."""
         if self.packs_itself:
             return self.qweight, self.qweight_scale
         if self._is_deployed:

@@ -21,7 +21,7 @@ class BitLinear(BitLayerBase, nn.Linear):
     their float32 outputs are equal bit for bit. The arguments are `BitLayerBase`'s.
 
     Attributes:
-        weight: Latent weights [N, K]; None once deployed.
+        weight: Latent weights [N, K]; once deployed a view of codes times scale.
         bias: [N], or None.
         qweight: uint8 [ceil(N / 4), K], in eval mode and once deployed.
         qweight_scale: float32 [1], [N] or [N, K / G], in eval mode and once deployed.

@@ -59,13 +59,22 @@ def training_scales(layer: LayerState) -> tuple[Tensor | None, Tensor | None]:
 _COMPARED = 8
 
 
+def is_decoding(x: Tensor) -> bool:
+    """Tells whether x [..., L, K] is one step of decoding, L = 1: a token of each sequence.
+
+    Only such a step uses what was packed before, since packing costs more there than all else.
+    Anything longer is packed for, as in training: no check of a whole weight is quicker than that.
+    """
+    return (x.dim() > 1 and x.shape[-2] == 1) or torch.compiler.is_compiling()
+
+
 class Fingerprint:
-    """What of a latent weight and its learned scale is compared to see whether they were written.
+    """What of a latent weight and its learned scale is compared between two steps of decoding.
 
     In-place operations raise a tensor's version. What is written through ``.data`` does not, nor
-    does another tensor that is put behind the Parameter: adapters are merged, averages copied and
-    references synchronized so. Therefore a grid of values is compared too. It misses a write
-    through ``.data`` to other elements only, after which ``invalidate_cache()`` is needed.
+    does another tensor that is put behind the Parameter. Therefore a grid of values is compared
+    too. It misses a write through ``.data``, amid decoding, to other elements only, after which
+    ``invalidate_cache()`` is needed.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:

@@ -46,6 +46,29 @@ def test_a_write_is_seen(write: str, shape: tuple[int, int]) -> None:
     assert torch.equal(layer(x), fresh.eval()(x))
 
 
+def test_a_write_to_one_element_is_seen() -> None:
+    layer, x = BitLinear(640, 300).eval(), torch.randn(4, 640)
+    layer(x)
+    for index in ((7, 11), (0, 0), (299, 639)):
+        layer.weight.data[index] += 10
+        fresh = BitLinear(640, 300)
+        fresh.load_state_dict(layer.state_dict())
+        assert torch.equal(layer(x), fresh.eval()(x))
+        step = x[:, None]
+        assert torch.equal(layer(step), fresh(step))
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_amid_decoding_is_seen(write: str) -> None:
+    layer, step = BitLinear(128, 30).eval(), torch.randn(4, 1, 128)
+    layer(step)
+    value = torch.randn(30, 128)
+    WRITES[write](layer.weight, value)
+    fresh = BitLinear(128, 30)
+    fresh.load_state_dict({"weight": value, "bias": layer.bias})
+    assert torch.equal(layer(step), fresh.eval()(step))
+
+
 def test_a_learned_scale_is_watched_too() -> None:
     config = BitQuantConfig(weight_quantizer="lsq", weight_granularity="per_channel")
     layer, x = BitLinear(64, 30, quant_config=config).eval(), torch.randn(4, 64)
@@ -58,13 +81,13 @@ def test_a_learned_scale_is_watched_too() -> None:
     assert torch.equal(layer(x), after)
 
 
-def test_what_was_not_written_is_not_packed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = BitLinear(64, 30).eval(), torch.randn(4, 64)
+def test_decoding_does_not_pack_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = BitLinear(64, 30).eval(), torch.randn(4, 1, 64)
     expected = layer(x)
     monkeypatch.setattr(layer, "_pack", lambda: pytest.fail("packed again"))
     assert torch.equal(layer(x), expected)
-    layer.weight._version  # noqa: B018  (reading it is no write)
-    layer(x)
+    layer.deploy  # noqa: B018  (reading is no write)
+    layer(x[:1])
 
 
 def test_a_fingerprint_holds_a_few_dozen_elements() -> None:
