@@ -129,12 +129,15 @@ def read_checkpoint(
     tensors = {name: header for key in headers for name, header in rename.header(headers[key])}
     if layers is not None:
         layers = {rename.layer(name) for name in layers}
-    _check_floats(model, tensors)
     return Checkpoint(tensors, layers, own_names)
 
 
-def _check_floats(model: PreTrainedModel, tensors: dict[str, TensorHeader]) -> None:
-    """Checks that what the model holds in floats is stored in floats: others would be cast."""
+def check_floats(model: PreTrainedModel, tensors: dict[str, TensorHeader]) -> None:
+    """Checks that what the model holds in floats is stored in floats: others would be cast.
+
+    Raises:
+        CheckpointError: A tensor is stored in integers.
+    """
     floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     for name in sorted(floats & tensors.keys()):
         header = tensors[name]

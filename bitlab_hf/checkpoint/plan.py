@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bitcore.errors import CheckpointError, ConfigError
-from bitlab_hf.checkpoint.headers import Checkpoint, TensorHeader, with_tied
+from bitlab_hf.checkpoint.headers import Checkpoint, TensorHeader, check_floats, with_tied
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.model.head import Rows, check_supported, find_head, find_rows, input_embeddings
 from bitlab_hf.model.left import leave_float, note_float, note_new
@@ -86,6 +86,8 @@ def make_plan(
             "state dict or other files"
         )
     known = None if checkpoint is None else with_tied(checkpoint, model)
+    if checkpoint is not None:
+        check_floats(model, checkpoint.tensors)
     plan = Plan(config, source, known)
     skip = skipped_modules(model, config, defaults=not source.was_converted)
     found = find_linears(model, skip)

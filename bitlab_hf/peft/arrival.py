@@ -32,14 +32,18 @@ class _Finder:
     def __init__(self, name: str, action: Callable[[Any], None]) -> None:
         self.name = name
         self._action = action
+        self._asking = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != self.name:
+        if name != self.name or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking = False
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
             execute = loader.exec_module
@@ -48,6 +52,9 @@ class _Finder:
                 # The instance's attribute hides the method until now.
                 del loader.exec_module
                 execute(module)
+                # Only now: whoever merely asks whether there is such a module gets a spec too.
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 self._action(module)
 
             loader.exec_module = exec_module

@@ -79,7 +79,7 @@ def _socket(folder: Path) -> None:
 
 # How a folder is damaged, and what every message about it says.
 FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "nested JSON": (_nest, "RecursionError"),
+    "nested JSON": (_nest, "recursion"),
     "a pipe": (_pipe, "must be an ordinary one, got a named pipe"),
     "a socket": (_socket, "must be an ordinary one, got a socket"),
     "a scheme that is a list": (

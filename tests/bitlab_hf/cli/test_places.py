@@ -44,9 +44,9 @@ OUTPUTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a pipe within": (pipe_within, "must be an ordinary one, got a named pipe"),
     "the working directory": (lambda _folder: Path(), "must not hold the working directory"),
     "its parent": (lambda _folder: Path(".."), "must not hold the working directory"),
-    "a mount point": (lambda _folder: Path("/proc"), "got a mount point"),
+    "a mount point": (lambda _folder: Path("/proc"), "be a mount point"),
     "a place that refuses": (lambda _folder: Path("/proc/x"), "must lie where it can be written"),
-    "a device": (lambda _folder: Path("/dev/null"), "is a file"),
+    "a device": (lambda _folder: Path("/dev/null"), "is no folder"),
 }
 
 
@@ -79,7 +79,7 @@ def test_a_part_of_the_same_file_system(tmp_path: Path, monkeypatch: pytest.Monk
     place.mkdir()
     line = f"22 1 8:1 /x {str(place).replace(' ', chr(92) + '040')} rw - ext4 /dev/sda rw\n"
     monkeypatch.setattr(places.Path, "read_text", lambda *_given, **_options: line)
-    with pytest.raises(ArgumentError, match="got a mount point"):
+    with pytest.raises(ArgumentError, match="be a mount point"):
         check_output(None, place)
 
 
