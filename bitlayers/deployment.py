@@ -52,9 +52,8 @@ def expect_own(
         tensors: dtype and shape of each tensor that the layer's file holds, by its name.
     """
     device = layer.qweight.device
-    for name in [*layer._parameters, *layer._buffers]:
-        if name not in tensors:
-            delattr(layer, name)
+    for table in (layer._parameters, layer._buffers):
+        table.update(dict.fromkeys(table.keys() - tensors.keys()))
     for name, (dtype, shape) in tensors.items():
         owner, _, leaf = name.rpartition(".")
         module = layer.get_submodule(owner)

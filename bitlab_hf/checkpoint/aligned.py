@@ -34,10 +34,10 @@ def align_file(file: Path) -> None:
         length = int.from_bytes(source.read(8), "little")
         header: dict[str, Any] = json.loads(source.read(length))
         metadata = header.pop("__metadata__", None)
-        starts = [8 + length + entry["data_offsets"][0] for entry in header.values()]
-        if not any(start % ALIGNMENT for start in starts):
-            return
         order = sorted(header, key=lambda name: _place(header[name]))
+        starts = [header[name]["data_offsets"][0] for name in order]
+        if starts == sorted(starts) and (8 + length) % ALIGNMENT == 0:
+            return
         places: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
         offset = 0
         for name in order:

@@ -150,7 +150,10 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
     """
     facts = facts or Facts()
     layers = [found.module for found in quantized_layers(model)]
-    packed = {id(layer.qweight): layer.in_features * layer.out_features for layer in layers}
+    packed = {
+        id(layer if layer.packs_itself else layer.qweight): layer.in_features * layer.out_features
+        for layer in layers
+    }
     ternary = sum(packed.values())
     int8 = {
         id(module.qweight): module.qweight.numel()

@@ -110,6 +110,9 @@ class Loading:
             what = f"{layer.quant_config.weight_granularity} weights"
             check_headers(found.names, wanted, plan.checkpoint, what)
         retie_packed(model, set(plan.stored_apart))
+        for name in plan.borrowers:
+            # A loader would miss it; the qweight it ties.
+            model.get_submodule(name)._buffers["qweight_scale"] = None
         ignore_unexpected(model, plan.checkpoint.sentinels())
 
     def _own_tensors(self, names: list[str], stored: dict[str, TensorHeader]) -> OwnTensors | None:
@@ -171,6 +174,9 @@ class Loading:
         if not self.plan.source.builds_packed:
             return
         self.packing.check()
+        for name, owner in self.plan.borrowers.items():
+            held = model.get_submodule(owner)._buffers["qweight_scale"]
+            model.get_submodule(name)._buffers["qweight_scale"] = held
         layers = quantized_layers(model)
         deploy_learned(layers)
         for found in layers:

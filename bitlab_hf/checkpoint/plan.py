@@ -51,6 +51,7 @@ class Plan:
         layers: The linear layers that become ternary ones.
         int8: What becomes int8: an output head with what is tied to it, and an embedding.
         stored_apart: Layers that the model ties to another and the files hold all the same.
+        borrowers: By a layer that the files do not hold, the one that it is tied to.
     """
 
     config: BitLabConfig
@@ -59,6 +60,7 @@ class Plan:
     layers: list[Found[nn.Linear]] = field(default_factory=list)
     int8: list[Rows] = field(default_factory=list)
     stored_apart: list[str] = field(default_factory=list)
+    borrowers: dict[str, str] = field(default_factory=dict)
 
     def stored(self, names: list[str]) -> dict[str, TensorHeader]:
         """Returns what the files hold of a module, by the names of its tensors within it."""
@@ -152,9 +154,11 @@ def _with_tied_layers(
         if all("qweight" in leaves for leaves in stored):
             plan.stored_apart += names
             continue
-        for name, other in zip(names, reversed(stored), strict=True):
-            for leaf in other.keys() - {"bias"}:
-                tensors.setdefault(f"{name}.{leaf}", other[leaf])
+        for name, owner, leaves in zip(names, reversed(names), reversed(stored), strict=True):
+            if "qweight" in leaves:
+                plan.borrowers[name] = owner
+            for leaf in leaves.keys() - {"bias"}:
+                tensors.setdefault(f"{name}.{leaf}", leaves[leaf])
     return replace(known, tensors=tensors)
 
 

@@ -42,6 +42,8 @@ def check_written(model: PreTrainedModel, folder: Path, given: bool) -> None:
     assert checkpoint is not None
     known = with_tied(checkpoint, model)
     tied = {name for pair in (model.all_tied_weights_keys or {}).items() for name in pair}
+    # A scale goes with what it scales.
+    tied |= {f"{name}_scale" for name in tied if name.endswith(".qweight")}
     for found in layers:
         if found.module.packs_itself or (found.module.is_deployed and not checkpoint.own_names):
             # What another format calls the packed weights is for its writer to know.

@@ -46,7 +46,7 @@ def retie_packed(model: PreTrainedModel, apart: set[str]) -> None:
         apart: Layers that hold tensors of their own all the same.
     """
 
-    def renamed(tied: dict[str, str], prefix: str) -> dict[str, str]:
+    def renamed(tied: dict[str, str], prefix: str, leaves: tuple[str, ...]) -> dict[str, str]:
         pairs: dict[str, str] = {}
         for target, source in tied.items():
             names = [f"{prefix}{name}" for name in (target, source)]
@@ -56,16 +56,17 @@ def retie_packed(model: PreTrainedModel, apart: set[str]) -> None:
             elif len(packed) == 2 and not apart.intersection(
                 name.removesuffix(".weight") for name in names
             ):
-                for leaf in ("qweight", "qweight_scale"):
+                for leaf in leaves:
                     ends = [name.removesuffix("weight") + leaf for name in (target, source)]
                     pairs[ends[0]] = ends[1]
         return pairs
 
-    model.all_tied_weights_keys = renamed(model.all_tied_weights_keys or {}, "")
+    # transformers looks up what it ties while loading among the Parameters.
+    model.all_tied_weights_keys = renamed(model.all_tied_weights_keys or {}, "", ("qweight",))
     for name, part in model.named_modules():
         tied = getattr(part, "_tied_weights_keys", None)
         if isinstance(part, PreTrainedModel) and isinstance(tied, dict):
-            again = renamed(tied, f"{name}." if name else "")
+            again = renamed(tied, f"{name}." if name else "", ("qweight", "qweight_scale"))
             if again != tied:
                 part._tied_weights_keys = again
 

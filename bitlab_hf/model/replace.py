@@ -60,12 +60,11 @@ def skipped_modules(model: PreTrainedModel, config: BitLabConfig, defaults: bool
         config: Whose ``modules_to_not_convert`` and ``head`` count.
         defaults: Whether to add what transformers skips by default (a file of ours holds them).
     """
-    names = HfQuantizer.get_modules_to_not_convert(
-        model,
-        list(config.modules_to_not_convert or []),
-        sorted(model._keep_in_fp32_modules or ()),
-        add_default_skips=defaults,
-    )
+    given = [*(config.modules_to_not_convert or []), *sorted(model._keep_in_fp32_modules or ())]
+    # A copy of what was given: transformers returns it with its own additions.
+    names = HfQuantizer.get_modules_to_not_convert(model, [], None, add_default_skips=defaults)
+    # transformers leaves out whatever is tied, for the sake of embeddings.
+    names = [*given, *(set(names) - _tied_linears(model))]
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     stripped = {name: name.removesuffix(".weight").removesuffix(".bias") for name in names}
     # transformers names parameters; one that is no linear layer's must not skip its whole parent.
@@ -75,6 +74,31 @@ def skipped_modules(model: PreTrainedModel, config: BitLabConfig, defaults: bool
     if config.head == "ternary":
         return sorted(set(names) - head)
     return sorted(set(names) | head)
+
+
+def _tied_linears(model: PreTrainedModel) -> set[str]:
+    """Returns the names of linear layers that are tied to nothing but linear layers."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    head = model.get_output_embeddings()
+    pairs = [
+        {name.removesuffix(".weight") for name in pair}
+        for pair in (model.all_tied_weights_keys or {}).items()
+        if pair[0].endswith(".weight")
+    ]
+    alone = {
+        name
+        for pair in pairs
+        for name in pair
+        if type(modules.get(name)) is nn.Linear and modules[name] is not head
+    }
+    others = {name for pair in pairs for name in pair} - alone
+    for _ in pairs:
+        # What is tied to something else takes those with it that are tied to it.
+        spread = {name for pair in pairs if pair & others for name in pair} - others
+        if not spread:
+            break
+        others |= spread
+    return alone - others
 
 
 def check_overrides(
