@@ -17,9 +17,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from bitcore.errors import CheckpointError
 from bitlab_hf import BitLabConfig, deploy, quantized_layers, save
 from bitlab_hf.checkpoint.headers import NAMES_KEY
-from bitlayers import BitLayerBase, register_layer
+from bitlayers import register_layer
 from bitlayers.registry import LAYER_REGISTRY
 from tests.bitlab_hf.models import logits_of, make_float_model, rewrite
+from tests.bitlayers.test_own_packing import OwnCodes
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -181,31 +182,10 @@ def test_a_head_tied_in_the_decoder(tmp_path: Path) -> None:
     assert torch.equal(again(input_ids=ids, decoder_input_ids=ids).logits, expected)
 
 
-class _OwnBytes(BitLayerBase, nn.Linear):
-    """Packs itself into a byte a weight, under names of its own."""
-
-    def _train_forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.sign() * 0.125, self.bias)
-
-    def _eval_forward(self, x: Tensor) -> Tensor:
-        if not self.is_deployed:
-            return self._train_forward(x)
-        return nn.functional.linear(x, self.signs.float() * self.step, self.bias)
-
-    def _on_enter_training_mode(self) -> None: ...
-
-    def _on_enter_eval_mode(self) -> None: ...
-
-    def _perform_deployment(self) -> None:
-        self.register_buffer("signs", self.weight.detach().sign().to(torch.int8))
-        self.register_buffer("step", torch.full((1,), 0.125))
-        self.weight = None
-
-
 def test_a_layer_that_packed_itself_is_saved_and_reloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(LAYER_REGISTRY, "OwnBytes", register_layer("OwnBytes")(_OwnBytes))
+    monkeypatch.setitem(LAYER_REGISTRY, "OwnBytes", register_layer("OwnBytes")(OwnCodes))
     source = make_float_model("qwen2", tmp_path)
     scheme = BitLabConfig(layer="OwnBytes")
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=scheme).eval()
