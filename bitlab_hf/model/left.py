@@ -57,9 +57,23 @@ def leave_float(
             reason = "their weights are computed from other tensors"
         if reason is not None:
             reasons.setdefault(reason, []).append(layer)
+    left = {name for layers in reasons.values() for one in layers for name in one.names}
+    tied = [layer for layer in found if _tied_to(model, layer, left) and layer.names[0] not in left]
+    if tied:
+        reasons["they are tied to a layer that does"] = tied
     for reason, layers in reasons.items():
         _say(logging.WARNING, _patterns([layer.names[0] for layer in layers]), reason)
     return [layer for layers in reasons.values() for layer in layers]
+
+
+def _tied_to(model: nn.Module, layer: Found[nn.Linear], left: set[str]) -> bool:
+    """Tells whether transformers ties a layer's weight to that of one that stays float."""
+    pairs = getattr(model, "all_tied_weights_keys", None) or {}
+    return any(
+        {f"{name}.weight" for name in layer.names}.intersection(pair)
+        and any(name.removesuffix(".weight") in left for name in pair)
+        for pair in pairs.items()
+    )
 
 
 def note_new(layers: list[Found[nn.Linear]]) -> None:

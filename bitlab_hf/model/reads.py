@@ -57,6 +57,11 @@ def find_reads(model: nn.Module) -> tuple[set[str], set[str]]:
         for paths, into in ((reads.values, values), (reads.dtypes, dtypes)):
             for path in paths:
                 into.update(_matching(modules, name, path))
+        if isinstance(module, PreTrainedModel):
+            # What `model.dtype` is taken from.
+            parameters = module.named_parameters()
+            first = next((key for key, one in parameters if one.is_floating_point()), "")
+            dtypes.add(".".join(filter(None, (name, first.rpartition(".")[0]))))
     return values, dtypes
 
 

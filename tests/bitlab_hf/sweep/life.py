@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ from tests.bitlab_hf.sweep.models import (
 )
 from tests.bitlab_hf.sweep.results import Result
 from tests.bitlab_hf.sweep.training import fill, heard, negate_zeros, train
+
+
+def _note_call(called: set[str], names: set[str], *_: Any) -> None:
+    called.update(names)
 
 
 class _Stop(Exception):  # noqa: N818
@@ -201,12 +206,14 @@ class _Life:
         if self.stock_trains is None:
             return
         called: set[str] = set()
-        handles = [
-            found.module.register_forward_hook(
-                lambda *_, name=found.names[0]: called.add(name)  # type: ignore[misc]
-            )
-            for found in quantized_layers(latent)
-        ]
+        # A layer is used where one is called that holds the same weight.
+        holders: dict[int, set[str]] = {}
+        handles = []
+        for found in quantized_layers(latent):
+            names = holders.setdefault(id(found.module.weight), set())
+            names.add(found.names[0])
+            hook = partial(_note_call, called, names)
+            handles.append(found.module.register_forward_hook(hook))
         latent.train()
         if self.stock_trains:
             with torch.no_grad():
