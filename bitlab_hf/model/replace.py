@@ -209,6 +209,10 @@ def swap_latent(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLa
             # What shares a weight shares the scale that is trained with it.
             layer.learned_scale = scales.setdefault(id(weight), layer.learned_scale)
         layers.append(layer)
+    _, dtypes = find_reads(model)
+    for found, layer in zip(linears, layers, strict=True):
+        # A packed layer's `weight` has the dtype that the float one had; a latent one can be wider.
+        layer.casts_input = bool(dtypes.intersection(found.names))
     _swap(model, linears, layers)
 
 
@@ -249,9 +253,7 @@ def swap_packed(
 
 def _swap(model: nn.Module, linears: list[Found[nn.Linear]], layers: list[BitLayerBase]) -> None:
     # All layers were built before the first is put in: an error above changes nothing.
-    _, dtypes = find_reads(model)
     for found, layer in zip(linears, layers, strict=True):
-        layer.casts_input = bool(dtypes.intersection(found.names))
         for table in _HOOKS:
             # The table itself: whoever removes a hook by its handle removes it here.
             vars(layer)[table] = vars(found.module)[table]
