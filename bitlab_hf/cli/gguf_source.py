@@ -34,26 +34,33 @@ def as_folder(source: str) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="bitlab-") as scratch:
         folder = Path(scratch) / "model"
-        _unpack(Path(source), Path(scratch) / "source", folder)
+        unpack(Path(source), folder)
         yield str(folder)
 
 
-def _unpack(file: Path, alone: Path, folder: Path) -> None:
+def unpack(file: Path, folder: Path) -> None:
     """Writes a GGUF file's floats and tokenizer into a folder.
 
     Args:
         file: The file.
-        alone: A new folder to link it into: of a folder that holds a tokenizer, or another model,
-            transformers would take parts of these.
         folder: A new folder.
+
+    Raises:
+        CheckpointError: The file is damaged, a part of a model, or of types that are not known.
+        DiskFullError: There is no room for it.
     """
+    # Of a folder that holds a tokenizer, or another model, transformers would take parts of these.
+    with tempfile.TemporaryDirectory(prefix="bitlab-") as scratch:
+        _unpack(file, Path(scratch), folder)
+
+
+def _unpack(file: Path, alone: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers import modeling_gguf_pytorch_utils as unpacking
 
     # A bar that none of transformers' settings hides.
     vars(unpacking)["tqdm"] = lambda items, **_options: items
-    alone.mkdir()
     (alone / file.name).symlink_to(file.resolve())
     dtype = torch.float32 if _is_wide(file) else torch.bfloat16
     model: Any = load_whole(
