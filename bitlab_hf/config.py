@@ -146,11 +146,15 @@ class BitLabConfig(QuantizationConfigMixin):
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """Returns what a file holds. How a file is loaded, and whether it is verified, it does not
-        decide: such fields of it are not read.
+        """Returns what a file or a dict holds. How a file is loaded, and whether it is verified, it
+        does not decide: such fields of a file are not read.
         """
-        held = {name: held for name, held in config_dict.items() if name not in LOADING_ATTRIBUTES}
-        return super().from_dict(held, return_unused_kwargs, **kwargs)
+        if "format_version" in config_dict or config_dict.get("weight_format") == "packed":
+            # A file's: BitLab writes the first into each; no packed one is read without the other.
+            config_dict = {
+                name: held for name, held in config_dict.items() if name not in LOADING_ATTRIBUTES
+            }
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def _checked_overrides(
         self, overrides: dict[str, dict[str, Any]] | None

@@ -30,9 +30,10 @@ from bitlab_hf.checkpoint.packed_state import packed_state
 from bitlab_hf.checkpoint.plan import Source, make_plan
 from bitlab_hf.config import LOADING_ATTRIBUTES, QUANT_METHOD, BitLabConfig
 from bitlab_hf.model.head import restore_float
-from bitlab_hf.model.marks import mark_latent, mark_quantized
+from bitlab_hf.model.marks import mark_latent, mark_quantized, unmark
 from bitlab_hf.model.parallel import check_no_tensor_parallel
-from bitlab_hf.model.tree import quantized_layers, set_module
+from bitlab_hf.model.tree import Found, quantized_layers, set_module, take_hooks
+from bitlayers.base import BitLayerBase
 from bitlayers.registry import get_layer
 
 
@@ -146,9 +147,6 @@ class BitLabHfQuantizer(HfQuantizer):
         for name in LOADING_ATTRIBUTES:
             setattr(self.quantization_config, name, getattr(_DEFAULTS, name))
         mark_quantized(model, self)
-        attributes: Any = model
-        # What is saved from here on has the model's own names.
-        attributes._weight_conversions = []
 
     # Saving, training, undoing.
 
@@ -164,14 +162,14 @@ class BitLabHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
     ) -> PreTrainedModel:
         """Puts ``nn.Linear`` layers back, with exactly codes times scale (rounded to dtype)."""
+        if isinstance(dtype, str):
+            # As transformers leaves it in a configuration that was saved.
+            dtype = getattr(torch, dtype)
+        for found in quantized_layers(model):
+            _check_dequantizable(found)
         weights: dict[int, nn.Parameter] = {}
         for found in quantized_layers(model):
             layer = found.module
-            if getattr(layer, "rms_norm", None) is not None:
-                raise LifecycleError(
-                    f"dequantize: {found.names[0]} must be a linear layer alone, got one behind a "
-                    "norm"
-                )
             linear = nn.Linear(
                 layer.in_features, layer.out_features, bias=layer.use_bias, device="meta"
             )
@@ -181,12 +179,12 @@ class BitLabHfQuantizer(HfQuantizer):
             linear.weight = weights[id(qweight)]
             if layer.bias is not None:
                 linear.bias = nn.Parameter(layer.bias.detach().to(linear.weight.dtype))
-            linear.train(layer.training)
+            take_hooks(layer, linear.train(layer.training))
             for name in found.names:
                 set_module(model, name, linear)
         restore_float(model, dtype)
         # A float model is saved as transformers saves it.
-        vars(model).pop("_weight_conversions", None)
+        unmark(model)
         return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
@@ -208,6 +206,20 @@ class BitLabHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _check_dequantizable(found: Found[BitLayerBase]) -> None:
+    """Checks that a layer is a linear layer of codes times scale, and that its weight is there."""
+    layer, name = found.module, found.names[0]
+    problem = None
+    if getattr(layer, "rms_norm", None) is not None:
+        problem = "must be a linear layer alone, got one behind a norm"
+    elif layer.packs_itself:
+        problem = "must hold packed ternary weights, got a layer that did its own packing"
+    elif layer.is_deployed and layer.qweight.is_meta:
+        problem = "must hold data, got a weight on the meta device or offloaded"
+    if problem is not None:
+        raise LifecycleError(f"dequantize: {name} {problem}; nothing changed")
 
 
 _DEFAULTS = BitLabConfig()

@@ -65,9 +65,9 @@ def check_whole(module: nn.Module, name: str) -> None:
     """
     weight = module._parameters.get("weight")
     # torch's pruning, weight_norm and spectral_norm put a tensor in the Parameter's place.
-    if hasattr(module, "parametrizations") or "weight" in vars(module):
+    if hasattr(module, "parametrizations") or {"weight", "bias"} & vars(module).keys():
         raise LifecycleError(
-            f"deploy: {name} must be a Parameter of its own, got one that is computed from others "
+            f"deploy: {name} and its bias must be Parameters, got one computed from others "
             "(pruned, normed or parametrized)\nMake it permanent first: torch.nn.utils's "
             "prune.remove, remove_weight_norm or parametrize.remove_parametrizations."
         )

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bitcore import ops
 from bitcore.errors import LifecycleError
@@ -28,6 +28,11 @@ _aten = torch.ops.aten
 _LINEAR = {F.linear, torch._C._nn.linear}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 _TRAINING = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
+# What reads or shares memory past any operation: it gets the values, in memory of their own.
+_MEMORY = {
+    Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage,
+    Tensor.data_ptr, Tensor.storage, Tensor.share_memory_,
+}  # fmt: skip
 _ALIASES = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
 
 
@@ -114,8 +119,11 @@ class WeightView(Tensor):
         kwargs = kwargs or {}
         if func in _TRAINING and (len(args) < 2 or args[1]) and kwargs.get("requires_grad", True):
             _refuse("train")
-        if func is Tensor.__setitem__ and isinstance(args[0], WeightView):
+        written = func is Tensor.__setitem__ or func is Tensor.data.__set__  # type: ignore[attr-defined]
+        if written and isinstance(args[0], WeightView):
             _refuse("take values")
+        if func in _MEMORY:
+            args = tree_map_only(WeightView, WeightView.dequantized, args)
         with torch._C.DisableTorchFunctionSubclass():
             product = _product(func, args, kwargs)
             return func(*args, **kwargs) if product is None else product
@@ -138,7 +146,9 @@ class WeightView(Tensor):
         given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
         for argument in func._schema.arguments:
             written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(given.get(argument.name), WeightView):
+            if written and any(
+                isinstance(one, WeightView) for one in tree_leaves(given.get(argument.name))
+            ):
                 _refuse("take values")
         plain, named = tree_map_only(WeightView, WeightView.dequantized, (args, kwargs))
         return func(*plain, **named)

@@ -140,10 +140,10 @@ class Loading:
             shape = (found.module.out_features, found.module.in_features)
             for name in (f"{name}.weight" for name in found.names):
                 header = checkpoint.tensors.get(name) if checkpoint else None
-                if header is None:
-                    continue
-                _check_float_header(name, header, shape)
-                if header.dtype == "F32" and dtype != torch.float32:
+                if header is not None:
+                    _check_float_header(name, header, shape)
+                unknown = checkpoint is None or (header is not None and header.dtype == "F32")
+                if unknown and dtype != torch.float32:
                     # transformers would round it to the model's dtype before packing.
                     keep.add(name)
         for rows in self.plan.int8:

@@ -27,7 +27,8 @@ from bitlab_hf.checkpoint.card import CARD, model_card
 from bitlab_hf.checkpoint.facts import Facts
 from bitlab_hf.checkpoint.previous import take_over, weights_of
 from bitlab_hf.checkpoint.written import check_written
-from bitlab_hf.config import QUANT_METHOD
+from bitlab_hf.config import QUANT_METHOD, BitLabConfig
+from bitlab_hf.model.deploy import settle_head
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -74,6 +75,15 @@ def save(
         with tempfile.TemporaryDirectory() as scratch:
             model.save_pretrained(scratch, **kwargs)
         return
+    deployed = getattr(model, "quantization_method", None) == QUANT_METHOD
+    if deployed and "state_dict" in kwargs:
+        raise ArgumentError(
+            "save: state_dict must be left out of a deployed model, got one\n"
+            "transformers writes the model's own in its place."
+        )
+    scheme = getattr(model.config, "quantization_config", None)
+    if isinstance(scheme, BitLabConfig):
+        settle_head(model, scheme)
     with replacing(directory, "save") as staged:
         model.save_pretrained(staged, **kwargs)
         for file in staged.glob("*.safetensors"):
@@ -84,7 +94,6 @@ def save(
         if facts is not None:
             facts.save(staged)
         card = staged / CARD
-        deployed = getattr(model, "quantization_method", None) == QUANT_METHOD
         if deployed and not card.exists():
             title = Path(directory).resolve().name
             card.write_text(model_card(model, title, facts), encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -120,6 +120,7 @@ def _attach(model: PreTrainedModel) -> None:
     if not isinstance(config, BitLabConfig):
         config = described(model)
     config = copy.deepcopy(config)
+    settle_head(model, config)
     if config.head == "int8" and not int8_modules(model):
         # A model without a head, of a file that has one.
         config.head = "keep"
@@ -130,14 +131,20 @@ def _attach(model: PreTrainedModel) -> None:
     mark_quantized(model, quantizer)
     retie_packed(model, set())
     guard_vocabulary(model)
-    # What is saved from here on has the model's own names.
-    attributes: Any = model
-    attributes._weight_conversions = []
     head = model.get_output_embeddings()
     if isinstance(head, QuantizedModule) and not _borrows(model, head):
         # The head has quantized weights of its own now; the embedding keeps the float ones.
         model.config.tie_word_embeddings = False
         model.config.get_text_config().tie_word_embeddings = False
+
+
+def settle_head(model: PreTrainedModel, config: BitLabConfig) -> None:
+    """Makes a configuration say what the output head is, where somebody put in another one."""
+    head = model.get_output_embeddings()
+    if config.head == "ternary" and head is not None and not isinstance(head, BitLayerBase):
+        config.head = "keep"
+        names = [name for name, module in model.named_modules() if module is head]
+        config.modules_to_not_convert = sorted({*(config.modules_to_not_convert or []), *names})
 
 
 def _borrows(model: nn.Module, head: QuantizedModule) -> bool:
@@ -166,6 +173,8 @@ def described(model: PreTrainedModel) -> BitLabConfig:
             if isinstance(layer.module, RMSNormBitLinear)
         ]
     config.head = "int8" if int8_modules(model) else "keep"
+    if isinstance(model.get_output_embeddings(), BitLayerBase):
+        config.head = "ternary"
     config.modules_to_not_convert = sorted(
         name
         for name, module in model.named_modules()

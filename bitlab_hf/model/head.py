@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from bitcore.errors import ConfigError, NonFiniteError
 from bitcore.quantize import quantize_rows_int8
 from bitlab_hf.config import BitLabConfig
-from bitlab_hf.model.tree import Found, find_modules, set_module
+from bitlab_hf.model.tree import Found, find_modules, set_module, take_hooks
 from bitlab_hf.model.vocabulary import FixedVocabulary
 from bitlayers.checks import check_whole
 from bitlayers.int8 import Int8Embedding, Int8Linear, Int8Rows
@@ -235,6 +235,7 @@ def swap_quantized(model: PreTrainedModel, rows: Rows, qweight: Tensor, scale: T
 
 
 def _put(model: nn.Module, found: Found[nn.Module], module: nn.Module) -> None:
+    take_hooks(found.module, module)
     found.module = module
     for name in found.names:
         set_module(model, name, module)
@@ -349,6 +350,7 @@ def restore_float(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
         if key not in weights:
             weights[key] = nn.Parameter(module.dequantized_weight(dtype))
         restored = _float_module(module, weights[key])
+        take_hooks(module, restored)
         for name in found.names:
             set_module(model, name, restored.train(module.training))
     for part in model.modules():

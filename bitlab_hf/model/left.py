@@ -58,9 +58,9 @@ def leave_float(
         if reason is not None:
             reasons.setdefault(reason, []).append(layer)
     left = {name for layers in reasons.values() for one in layers for name in one.names}
-    tied = [layer for layer in found if _tied_to(model, layer, left) and layer.names[0] not in left]
-    if tied:
-        reasons["they are tied to a layer that does"] = tied
+    while tied := [one for one in found if one.names[0] not in left and _tied_to(model, one, left)]:
+        reasons.setdefault("they are tied to a layer that does", []).extend(tied)
+        left |= {name for one in tied for name in one.names}
     for reason, layers in reasons.items():
         _say(logging.WARNING, _patterns([layer.names[0] for layer in layers]), reason)
     return [layer for layers in reasons.values() for layer in layers]

@@ -15,13 +15,30 @@ from bitlayers.base import BitLayerBase
 
 def mark_quantized(model: PreTrainedModel, quantizer: HfQuantizer) -> None:
     """Makes a model with packed layers a quantized one in transformers' eyes."""
-    attributes: Any = model
-    attributes.hf_quantizer = quantizer
-    attributes.is_quantized = True
-    attributes.quantization_method = QUANT_METHOD
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel):
-            part.num_parameters = WeightCount(part)  # type: ignore[method-assign]
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        part: Any = module
+        part.num_parameters = WeightCount(module)
+        if part.config is model.config:
+            # A base model is saved by itself, too.
+            part.hf_quantizer = quantizer
+            part.is_quantized = True
+            part.quantization_method = QUANT_METHOD
+            # What is saved from here on has the model's own names.
+            part._weight_conversions = []
+
+
+def unmark(model: PreTrainedModel) -> None:
+    """Takes back what `mark_quantized` did to the parts of a model that is float again."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            fields = vars(module)
+            names = ["num_parameters", "_weight_conversions"]
+            if module is not model:
+                names += ["hf_quantizer", "is_quantized", "quantization_method"]
+            for name in names:
+                fields.pop(name, None)
 
 
 def mark_latent(model: PreTrainedModel) -> None:

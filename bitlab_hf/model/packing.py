@@ -107,20 +107,39 @@ class PackAtLoad(ConversionOps):
     def _pack_layer(self, model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
         layer, *others = self._tied[name]
         if layer.is_deployed:
-            # Stored under two names: the same weight a second time.
-            return layer.qweight_scale
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        built = layer.build_deployment()
-        layer.commit(built)
-        for other in others:
-            other.commit(built)
-            other.qweight = layer.qweight
-        for tensor in (*layer.parameters(), *layer.buffers()):
-            vars(tensor)["_is_hf_initialized"] = True
+            return self._compare(name, weight, layer)
+        for one in (layer, *others):
+            one.weight = nn.Parameter(weight, requires_grad=False)
+            built = one.build_deployment()
+            one.commit(built)
+            if isinstance(built, tuple):
+                # One Parameter for all: counted, moved and saved once.
+                one.qweight, one.qweight_scale = layer.qweight, layer.qweight_scale
+            for tensor in (*one.parameters(), *one.buffers()):
+                vars(tensor)["_is_hf_initialized"] = True
         if others:
             retie_packed(model, set())
         if layer.packs_itself:
             return torch.ones(())
+        return layer.qweight_scale
+
+    def _compare(self, name: str, weight: Tensor, layer: BitLayerBase) -> Tensor:
+        """Takes a weight that is stored under a second name: it has to be the same one."""
+        if layer.packs_itself:
+            return torch.ones(())
+        again = type(layer)(
+            layer.in_features,
+            layer.out_features,
+            False,
+            device="meta",
+            quant_config=layer.quant_config,
+        )
+        again.weight = nn.Parameter(weight, requires_grad=False)
+        packed = again.build_deployment()
+        if not isinstance(packed, tuple) or not all(
+            torch.equal(one, other) for one, other in zip(packed, layer.packed(), strict=True)
+        ):
+            self.differing.append(name)
         return layer.qweight_scale
 
     def _quantize_head(self, model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from bitlab_hf.model.guards import Guard, guards_of
+
 # Asked of a weight, they do not depend on its values.
 _HARMLESS = {
     "device", "dim", "dtype", "element_size", "is_contiguous", "is_cuda", "is_floating_point",
@@ -32,18 +34,22 @@ _LIBRARIES = ("torch.", "transformers.modeling_utils", "transformers.generation"
 _NOT_CALLED = {*dir(PreTrainedModel), "reset_parameters"}
 
 
+_Paths = dict[tuple[str, ...], list[tuple[Guard, ...]]]
+
+
 @dataclass
 class Reads:
     """What a class reads of the weights of modules below it.
 
     Attributes:
         values: Paths from a module of the class to modules whose values it reads; ``*`` stands for
-            any item of a list. A path that starts with ``?`` ends so, from anywhere below.
-        dtypes: Paths of modules whose weight's dtype it reads.
+            any item of a list. A path that starts with ``?`` ends so, from anywhere below. With
+            each of them the tests behind which it is read, once for each place.
+        dtypes: The same of modules whose weight's dtype it reads.
     """
 
-    values: set[tuple[str, ...]] = field(default_factory=set)
-    dtypes: set[tuple[str, ...]] = field(default_factory=set)
+    values: _Paths = field(default_factory=dict)
+    dtypes: _Paths = field(default_factory=dict)
 
 
 def find_reads(model: nn.Module) -> tuple[set[str], set[str]]:
@@ -55,8 +61,9 @@ def find_reads(model: nn.Module) -> tuple[set[str], set[str]]:
         kind: Any = type(module)
         reads = reads_of(kind)
         for paths, into in ((reads.values, values), (reads.dtypes, dtypes)):
-            for path in paths:
-                into.update(_matching(modules, name, path))
+            for path, places in paths.items():
+                if any(all(guard.holds(module) for guard in place) for place in places):
+                    into.update(_matching(modules, name, path))
         if isinstance(module, PreTrainedModel):
             # What `model.dtype` is taken from.
             parameters = module.named_parameters()
@@ -86,10 +93,15 @@ def _matching(modules: dict[str, nn.Module], base: str, path: tuple[str, ...]) -
 @cache
 def reads_of(kind: type) -> Reads:
     """Returns what a module class's ``forward`` and public methods, and what they call, read."""
-    methods: dict[str, ast.FunctionDef] = {}
-    for base in reversed(kind.__mro__):
-        if not f"{base.__module__}.".startswith(_LIBRARIES):
-            methods.update(_methods(base))
+    methods: dict[str, list[ast.FunctionDef]] = {}
+    for base in kind.__mro__:
+        if f"{base.__module__}.".startswith(_LIBRARIES):
+            continue
+        for name, body in _methods(base).items():
+            held = methods.setdefault(name, [])
+            # A method of a base runs where the one that hides it calls it.
+            if not held or _calls_super(held[-1], name):
+                held.append(body)
     # A block calls `forward` of what is in it, or any other method that is its own.
     own = [name for name in methods if name not in _NOT_CALLED and not name.startswith("_")]
     reads, reached, waiting = Reads(), set(), ["forward", *own]
@@ -98,15 +110,27 @@ def reads_of(kind: type) -> Reads:
         if name in reached or name not in methods:
             continue
         reached.add(name)
-        _Reader(methods[name], reads)
+        for body in methods[name]:
+            _Reader(body, reads)
         waiting += [
             node.attr
-            for node in ast.walk(methods[name])
+            for body in methods[name]
+            for node in ast.walk(body)
             if isinstance(node, ast.Attribute)
             and node.attr in methods
             and node.attr not in _NOT_CALLED
         ]
     return reads
+
+
+def _calls_super(body: ast.FunctionDef, name: str) -> bool:
+    return any(
+        isinstance(node, ast.Attribute)
+        and node.attr == name
+        and isinstance(node.value, ast.Call)
+        and getattr(node.value.func, "id", "") == "super"
+        for node in ast.walk(body)
+    )
 
 
 def _methods(kind: type) -> dict[str, ast.FunctionDef]:
@@ -158,10 +182,9 @@ class _Reader:
             if not path or path == ("?",) or set(path) <= {"*", "?"}:
                 continue
             use = self._use(node, parents)
-            if use == "values":
-                reads.values.add(path)
-            elif use == "dtype":
-                reads.dtypes.add(path)
+            if use != "nothing":
+                into = reads.values if use == "values" else reads.dtypes
+                into.setdefault(path, []).append(guards_of(node, parents))
 
     def _note_names(self, node: ast.AST) -> None:
         target: Any = None

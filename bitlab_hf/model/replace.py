@@ -19,20 +19,19 @@ from bitlab_hf.config import BitLabConfig
 from bitlab_hf.model.head import HEAD_ATTRIBUTE, find_head
 from bitlab_hf.model.left import check_found, leave_float
 from bitlab_hf.model.reads import find_reads
-from bitlab_hf.model.tree import Found, aliases_of, find_modules, quantized_layers
+from bitlab_hf.model.tree import (
+    Found,
+    aliases_of,
+    find_modules,
+    quantized_layers,
+    take_hooks,
+)
 from bitlab_hf.model.vocabulary import guard_vocabulary
 from bitlayers.base import BitLayerBase
 from bitlayers.deployment import expect_own
 from bitlayers.registry import get_layer
 
 logger = logging.getLogger("bitlab")
-# Where a module keeps the hooks that a user registered; a layer that takes its place takes them.
-_HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks",
-    "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_is_full_backward_hook",
-)  # fmt: skip
 # Tensors that a layer registered when it packed itself: dtype and shape by name.
 OwnTensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -254,9 +253,7 @@ def swap_packed(
 def _swap(model: nn.Module, linears: list[Found[nn.Linear]], layers: list[BitLayerBase]) -> None:
     # All layers were built before the first is put in: an error above changes nothing.
     for found, layer in zip(linears, layers, strict=True):
-        for table in _HOOKS:
-            # The table itself: whoever removes a hook by its handle removes it here.
-            vars(layer)[table] = vars(found.module)[table]
+        take_hooks(found.module, layer)
         for name in found.names:
             parent_name, _, child = name.rpartition(".")
             parent = model.get_submodule(parent_name)

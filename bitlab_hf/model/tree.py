@@ -12,6 +12,13 @@ from bitcore.errors import ArgumentError
 from bitlayers.base import BitLayerBase
 
 Layer = TypeVar("Layer", bound=nn.Module)
+# Where a module keeps the hooks that a user registered; a layer that takes its place takes them.
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks",
+    "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_is_full_backward_hook",
+)  # fmt: skip
 
 
 @dataclass
@@ -54,6 +61,13 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Puts a module in the place of another in the tree."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def take_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Gives a module the hooks that were registered on the one whose place it takes."""
+    for table in _HOOKS:
+        # The table itself: whoever removes a hook by its handle removes it here.
+        vars(new)[table] = vars(old)[table]
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

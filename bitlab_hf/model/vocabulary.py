@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from bitcore.errors import LifecycleError
 from bitlayers.base import BitLayerBase
+from bitlayers.training import make_learned_scale
 
 
 class FixedVocabulary:
@@ -49,15 +52,15 @@ class FixedVocabulary:
 class TernaryVocabulary:
     """Stands for ``resize_token_embeddings`` of a latent model whose head is ternary.
 
-    transformers puts a float linear layer in the place of a head that it resizes; here that becomes
-    a ternary one again.
+    transformers puts a float linear layer in the place of a head that it resizes; here the ternary
+    one stays, with its new weight.
 
     Args:
-        model: The model.
+        model: The model; held weakly, since it will hold this.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+        self._model = weakref.ref(model)
 
     def __call__(
         self,
@@ -66,19 +69,39 @@ class TernaryVocabulary:
         mean_resizing: bool = True,
     ) -> nn.Module:
         """Resizes the embedding and the head; returns the embedding."""
-        model, before = self._model, self._model.get_output_embeddings()
+        model = self._model()
+        assert model is not None
+        layer: Any = model.get_output_embeddings()
         resize = type(model).resize_token_embeddings
         embedding: nn.Module = resize(model, new_num_tokens, pad_to_multiple_of, mean_resizing)
-        head = model.get_output_embeddings()
-        if type(head) is nn.Linear and isinstance(before, BitLayerBase):
-            layer = type(before).from_linear(head, before.quant_config)
-            layer.float_dtype = before.float_dtype
+        head: Any = model.get_output_embeddings()
+        if head is not layer:
+            layer.weight, layer.bias = head.weight, head.bias
             model.set_output_embeddings(layer)
-        elif isinstance(head, BitLayerBase):
-            # Tied: its weight has grown with the embedding.
-            head.out_features = head.weight.shape[0]
-            head.invalidate_cache()
+        layer.out_features = layer.weight.shape[0]
+        layer.invalidate_cache()
+        _resize_scale(layer)
         return embedding
+
+    def __getstate__(self) -> PreTrainedModel | None:
+        """For copies and pickles of the model: theirs resize themselves."""
+        return self._model()
+
+    def __setstate__(self, model: PreTrainedModel) -> None:
+        self.__init__(model)  # type: ignore[misc]
+
+
+@torch.no_grad()
+def _resize_scale(layer: BitLayerBase) -> None:
+    """Gives new rows a learned scale as their weights start it; the others keep theirs."""
+    before = layer.learned_scale
+    if before is None or before.shape == torch.Size(layer.packed_shapes()[1]):
+        return
+    make_learned_scale(layer)
+    scale = layer.learned_scale
+    assert scale is not None
+    rows = min(len(before), len(scale))
+    scale[:rows] = before[:rows]
 
 
 def guard_vocabulary(model: nn.Module) -> None:

@@ -70,8 +70,8 @@ class Model(nn.Module):
 
 def test_reads_are_found_by_what_is_made_of_them() -> None:
     reads = reads_of(Block)
-    assert reads.values == {("multiplied",), ("rescaled",), ("handed",), ("stack", "*")}
-    assert reads.dtypes == {("cast",)}
+    assert reads.values.keys() == {("multiplied",), ("rescaled",), ("handed",), ("stack", "*")}
+    assert reads.dtypes.keys() == {("cast",)}
     values, dtypes = find_reads(Model())
     per_block = {"multiplied", "rescaled", "handed", "stack.0", "stack.1", "listed"}
     assert values == {f"blocks.{i}.{name}" for i in (0, 1) for name in per_block}
@@ -94,6 +94,54 @@ def test_what_is_read_stays_float_and_one_warning_names_it(
     expected = model.eval()(x)
     torch.testing.assert_close(trained, expected)
     torch.testing.assert_close(deploy(model)(x), expected)
+
+
+class Inherits(Block):
+    """Hides its base's forward, and calls it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class Replaces(Block):
+    """Hides its base's forward for good."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.called(x)
+
+
+class Switched(nn.Module):
+    """Reads a weight behind settings."""
+
+    def __init__(self, ways: int, exact: bool) -> None:
+        super().__init__()
+        self.ways, self.exact = ways, exact
+        self.fc = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ways > 1 and self.exact:
+            return F.linear(x, self.fc.weight)
+        return self.fc(x)
+
+
+def test_what_a_base_reads_counts_where_it_runs() -> None:
+    assert reads_of(Inherits).values.keys() == reads_of(Block).values.keys()
+    # `other` is still a method of its own.
+    assert reads_of(Replaces).values.keys() == {("handed",)}
+
+
+def test_a_branch_that_settings_turn_off_is_not_read() -> None:
+    assert find_reads(Switched(2, True))[0] == {"fc"}
+    assert find_reads(Switched(1, True))[0] == find_reads(Switched(2, False))[0] == set()
+    config = transformers.BloomConfig(n_layer=1, hidden_size=64, n_head=4)
+    with torch.device("meta"):
+        bloom = AutoModelForCausalLM.from_config(config)
+        slow = transformers.BloomConfig(
+            n_layer=1, hidden_size=64, n_head=4, pretraining_tp=2, slow_but_exact=True
+        )
+        read = find_reads(AutoModelForCausalLM.from_config(slow))[0]
+    assert not find_reads(bloom)[0]
+    assert {name.rpartition(".")[2] for name in read} == {"dense", "dense_4h_to_h"}
 
 
 @pytest.mark.parametrize(
