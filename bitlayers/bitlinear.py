@@ -47,7 +47,9 @@ class BitLinear(BitLayerBase, nn.Linear):
 
     def _eval_forward(self, x: Tensor) -> Tensor:
         qweight, scale = self.packed()
-        bias: Tensor | None = self._parameters["bias"]
+        held = self._parameters
+        # A pruned one is an attribute. Else not by attribute: the look-up costs as much as a layer.
+        bias: Tensor | None = held["bias"] if "bias" in held else self.bias
         # An adapter may train the bias of a deployed layer (LoRA's bias="all").
         trains = bias is not None and self._is_deployed and bias.requires_grad
         trains = trains and torch.is_grad_enabled()
