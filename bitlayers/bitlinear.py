@@ -48,8 +48,8 @@ class BitLinear(BitLayerBase, nn.Linear):
     def _eval_forward(self, x: Tensor) -> Tensor:
         qweight, scale = self.packed()
         held = self._parameters
-        # A pruned one is an attribute. Else not by attribute: the look-up costs as much as a layer.
-        bias: Tensor | None = held["bias"] if "bias" in held else self.bias
+        # A pruned one is an attribute; as such any other would cost as much as a small layer.
+        bias: Tensor | None = held["bias"] if "bias" in held else self.bias  # noqa: SIM401
         # An adapter may train the bias of a deployed layer (LoRA's bias="all").
         trains = bias is not None and self._is_deployed and bias.requires_grad
         trains = trains and torch.is_grad_enabled()
