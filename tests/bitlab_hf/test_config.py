@@ -92,8 +92,11 @@ def test_overrides_apply_by_pattern_and_later_ones_win() -> None:
     assert down == BitQuantConfig(weight_granularity="per_group", group_size=64)
 
 
-def test_a_file_does_not_decide_how_it_is_loaded() -> None:
+@pytest.mark.parametrize("field", [{"format_version": 1}, {"weight_format": "packed"}])
+def test_a_file_does_not_decide_how_it_is_loaded(field: dict[str, Any]) -> None:
     held = {"quant_method": "bitlab", "verify": False, "mode": "infer", "latent_dtype": "keep"}
-    config = BitLabConfig.from_dict(held)
+    config = BitLabConfig.from_dict({**held, **field})
     assert (config.verify, config.mode, config.latent_dtype) == (True, "auto", "float32")
-    assert held["verify"] is False
+    # A user's dict has none of these fields.
+    config = BitLabConfig.from_dict(held)
+    assert (config.verify, config.mode, config.latent_dtype) == (False, "infer", "keep")
