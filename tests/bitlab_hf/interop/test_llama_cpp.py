@@ -27,6 +27,8 @@ from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.interop.test_gguf import DEMO, NAMES, read, rotated
 
 pytestmark = pytest.mark.ci
+# Nats between two tokens that either program may take: rounding of activations moves logits so far.
+NEARLY = 0.25
 LENGTH, COUNT, STEPS = 250, 1000, 16
 
 
@@ -137,8 +139,15 @@ def test_logits_and_text(
         print(f"BitLab:    {tokenizer.decode(tokens)!r}\nllama.cpp: {tokenizer.decode(other)!r}")
     assert same >= 0.97
     assert nats <= 0.01
-    # The text may part where two tokens are nearly as likely, not at its start.
-    assert tokens[: len(start) + 1] == other[: len(start) + 1]
+    # The text may part, but only where two tokens are nearly as likely.
+    parted = next(
+        (at for at, pair in enumerate(zip(tokens, other, strict=True)) if len({*pair}) > 1), 0
+    )
+    if parted:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([tokens[:parted]])).logits[0, -1].float()
+        gap = (logits[tokens[parted]] - logits[other[parted]]).item()
+        assert 0 <= gap <= NEARLY, f"parted at token {parted} by {gap:.3f} nats"
 
 
 def _blocks_of_256(x: Tensor) -> Tensor:
