@@ -97,8 +97,11 @@ def test_a_mapped_tensor_that_is_not_aligned_is_copied() -> None:
     assert torch.equal(module.weight, expected)
 
 
-@pytest.mark.parametrize("deployed", [True, False])
-@pytest.mark.parametrize("damage", ["lost", "misshapen", "cast"])
+# Fused and renamed tensors have other shapes in the files of float models: there a loss counts.
+@pytest.mark.parametrize(
+    ("deployed", "damage"),
+    [(True, "lost"), (True, "misshapen"), (True, "cast"), (False, "lost")],
+)
 def test_a_checkpoint_that_could_not_be_loaded_replaces_nothing(
     model: Any, deployed: bool, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,9 +127,6 @@ def test_a_checkpoint_that_could_not_be_loaded_replaces_nothing(
         save_file(tensors, file, with_metadata)
 
     monkeypatch.setattr(model, "save_pretrained", damaged)
-    if not deployed and damage != "lost":
-        # Fused and renamed tensors have other shapes in the files of float models.
-        return
     with pytest.raises(CheckpointError, match=r"save: model\.layers\.1\.mlp\.down_proj"):
         save(model, folder)
     assert (folder / "model.safetensors").read_bytes() == good
