@@ -130,7 +130,9 @@ def test_serve_and_chat(deployed: Path, tmp_path: Path) -> None:
             input=f"{PROMPT}\nn\n" + "!exit\n" * 4, capture_output=True, text=True, check=False,
             cwd=tmp_path, timeout=120, env={**os.environ, "COLUMNS": "200"},
         )  # fmt: skip
-        assert chat.returncode == 0, chat.stderr[-3000:] + (tmp_path / "log.txt").read_text()[-3000:]
+        assert chat.returncode == 0, (
+            chat.stderr[-3000:] + (tmp_path / "log.txt").read_text()[-3000:]
+        )
         assert expected.strip() in chat.stdout
 
 
