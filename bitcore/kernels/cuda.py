@@ -27,6 +27,16 @@ _MOST_ELEMENTS = 2**31 - 1
 _FLOAT = "float"
 
 
+def _scales(
+    weight_scale: Tensor, multiplier: Tensor | None
+) -> tuple[Tensor, int, int, Tensor | None]:
+    """Scales as the library's functions take them: rows, columns of groups, multipliers."""
+    grouped = weight_scale if multiplier is None else multiplier
+    columns = grouped.shape[1] if grouped.dim() == 2 else 0
+    multiplier = None if multiplier is None else multiplier.contiguous()
+    return weight_scale.contiguous(), weight_scale.shape[0], columns, multiplier
+
+
 class CudaKernels:
     """libbitkernels_cuda on torch's current stream.
 
@@ -113,11 +123,19 @@ class CudaKernels:
         return tokens, count, tokens.stride(0)
 
     def _workspace(
-        self, product: int, op: str, device: torch.device, shape: tuple[int, int, int], columns: int
+        self,
+        product: int,
+        op: str,
+        device: torch.device,
+        shape: tuple[int, int, int],
+        columns: int,
+        multiplied: bool,
     ) -> tuple[Tensor, int]:
         """Scratch memory of a product [M, N, K], and the multiprocessors it is made for."""
         count = self._count_multiprocessors(op, device)
-        size = self._library.bk_cuda_linear_workspace(product, *shape, columns, count)
+        size = self._library.bk_cuda_linear_workspace(
+            product, *shape, columns, int(multiplied), count
+        )
         return self._scratch(max(size, 1), device), count
 
     def _scratch(self, size: int, device: torch.device) -> Tensor:
@@ -130,15 +148,18 @@ class CudaKernels:
 
     def pack_weight(
         self, weight: Tensor, granularity: str, group_size: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `bitcore.reference.pack_weight`."""
         op, device = "bitlab::pack_weight", weight.device
         self._count_multiprocessors(op, device)
         weight = weight.contiguous()
+        if granularity == "per_group":
+            return self._pack_groups(op, weight, group_size)
         out_features, in_features = weight.shape
-        columns = in_features // group_size if granularity == "per_group" else 0
+        grouped = granularity == "per_group_float32"
+        columns = in_features // group_size if grouped else 0
         rows = 1 if granularity == "per_tensor" else out_features
-        shape = (out_features, columns) if granularity == "per_group" else (rows,)
+        shape = (out_features, columns) if grouped else (rows,)
         scale = torch.empty(shape, dtype=torch.float32, device=device)
         sums = None
         if granularity == "per_tensor":
@@ -149,7 +170,21 @@ class CudaKernels:
             op, "weight_scale", written, weight, code, scale, rows, columns, sums, out_features,
             in_features,
         )  # fmt: skip
-        return self._pack(op, weight, scale), scale
+        return self._pack(op, weight, scale), scale, None
+
+    def _pack_groups(self, op: str, weight: Tensor, group_size: int) -> tuple[Tensor, ...]:
+        """Scales of groups in two levels: qweight, scale [N] and multiplier [N, K / G]."""
+        out_features, in_features = weight.shape
+        columns, device = in_features // group_size, weight.device
+        rows = (out_features + 3) // 4
+        qweight = torch.empty((rows, in_features), dtype=torch.uint8, device=device)
+        scale = torch.empty(out_features, dtype=torch.float32, device=device)
+        multiplier = torch.empty((out_features, columns), dtype=torch.uint8, device=device)
+        self._call(
+            op, "pack_groups_t2", (qweight, scale, multiplier), weight, TYPE_CODES[weight.dtype],
+            scale, multiplier, qweight, out_features, in_features, columns,
+        )  # fmt: skip
+        return qweight, scale, multiplier
 
     def pack_codes(self, weight: Tensor, step: Tensor) -> Tensor:
         """See `bitcore.reference.pack_codes`."""
@@ -188,7 +223,7 @@ class CudaKernels:
         tokens, many, _ = self._tokens(op, "codes", codes)
         shape = many, out_features, codes.shape[-1]
         acc = torch.empty((*codes.shape[:-1], out_features), dtype=torch.int32, device=codes.device)
-        workspace, count = self._workspace(_I8_T2, op, codes.device, shape, 0)
+        workspace, count = self._workspace(_I8_T2, op, codes.device, shape, 0, False)
         self._call(
             op, "matmul_i8_t2_i32", (acc, workspace), tokens.contiguous(), qweight.contiguous(),
             acc, *shape, workspace, count,
@@ -204,9 +239,12 @@ class CudaKernels:
         out_features: int,
         activation: str,
         out_dtype: torch.dtype,
+        multiplier: Tensor | None = None,
     ) -> Tensor:
         """See `bitcore.reference.linear`: one native call, activations included."""
-        return self._linear(x, qweight, weight_scale, bias, out_features, activation, out_dtype, ())
+        return self._linear(
+            x, qweight, weight_scale, bias, out_features, activation, out_dtype, multiplier, ()
+        )
 
     def prepare_linear(
         self,
@@ -215,11 +253,12 @@ class CudaKernels:
         bias: Tensor | None,
         out_features: int,
         activation: str,
+        multiplier: Tensor | None = None,
     ) -> Callable[[Tensor, torch.Size, torch.dtype], Tensor]:
         """Returns `linear` of these weights, of an input, its shape and its dtype."""
         linear = self._linear
         return lambda x, shape, dtype: linear(
-            x, qweight, weight_scale, bias, out_features, activation, dtype, ()
+            x, qweight, weight_scale, bias, out_features, activation, dtype, multiplier, ()
         )
 
     def linear_with_codes(
@@ -231,9 +270,10 @@ class CudaKernels:
         out_features: int,
         activation: str,
         out_dtype: torch.dtype,
+        multiplier: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `bitcore.reference.linear_with_codes`: x is read once where K is a multiple of 64."""
-        args = (x, qweight, weight_scale, bias, out_features, activation, out_dtype)
+        args = (x, qweight, weight_scale, bias, out_features, activation, out_dtype, multiplier)
         if x.shape[-1] % _BLOCK != 0:
             codes, scale = self.quantize_activation(x, activation == "int8_per_tensor")
             return self.linear(*args), codes, scale
@@ -250,23 +290,26 @@ class CudaKernels:
         out_features: int,
         activation: str,
         out_dtype: torch.dtype,
+        multiplier: Tensor | None,
         kept: tuple[Tensor, ...],
     ) -> Tensor:
         """A layer; the codes and scales of x stay in `kept`, if given."""
         op = "bitlab::linear"
         tokens, many, stride = self._tokens(op, "x", x)
         shape = many, out_features, x.shape[-1]
-        columns = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
+        scales = _scales(weight_scale, multiplier)
         y = x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
         is_float = activation == _FLOAT
         product = (_F32_T2 if x.dtype == torch.float32 else _F16_T2) if is_float else _I8_T2
-        workspace, count = self._workspace(product, op, x.device, shape, columns)
+        workspace, count = self._workspace(
+            product, op, x.device, shape, scales[2], multiplier is not None
+        )
         bias = None if bias is None else bias.contiguous()
         quantized = () if is_float else (int(activation == "int8_per_tensor"),)
         name = "linear_float_t2" if is_float else "linear_codes_i8_t2" if kept else "linear_i8_t2"
         self._call(
             op, name, (y, *kept, workspace), tokens, TYPE_CODES[x.dtype], stride,
-            qweight.contiguous(), weight_scale.contiguous(), weight_scale.shape[0], columns, bias,
+            qweight.contiguous(), *scales, bias,
             0 if bias is None else TYPE_CODES[bias.dtype], y, TYPE_CODES[out_dtype], *kept,
             *shape, *quantized, workspace, count,
         )  # fmt: skip
@@ -285,7 +328,7 @@ class CudaKernels:
         tokens, many, stride = self._tokens(op, "x", x)
         shape = many, out_features, x.shape[-1]
         y = x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
-        workspace, count = self._workspace(_I8_I8, op, x.device, shape, 0)
+        workspace, count = self._workspace(_I8_I8, op, x.device, shape, 0, False)
         bias = None if bias is None else bias.contiguous()
         self._call(
             op, "linear_i8_i8", (y, workspace), tokens, TYPE_CODES[x.dtype], stride,
@@ -296,18 +339,22 @@ class CudaKernels:
         return y
 
     def unpack_weight(
-        self, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
+        self,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        out_features: int,
+        dtype: torch.dtype,
+        multiplier: Tensor | None = None,
     ) -> Tensor:
         """See `bitcore.reference.unpack_weight`."""
         if dtype not in TYPE_CODES:
-            return reference.unpack_weight(qweight, weight_scale, out_features, dtype)
+            return reference.unpack_weight(qweight, weight_scale, out_features, dtype, multiplier)
         op, in_features = "bitlab::unpack_weight", qweight.shape[1]
         self._count_multiprocessors(op, qweight.device)
-        columns = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
         weight = torch.empty((out_features, in_features), dtype=dtype, device=qweight.device)
         self._call(
-            op, "unpack_t2", (weight,), qweight.contiguous(), weight_scale.contiguous(),
-            weight_scale.shape[0], columns, weight, TYPE_CODES[dtype], out_features, in_features,
+            op, "unpack_t2", (weight,), qweight.contiguous(), *_scales(weight_scale, multiplier),
+            weight, TYPE_CODES[dtype], out_features, in_features,
         )  # fmt: skip
         return weight
 
@@ -318,16 +365,15 @@ class CudaKernels:
         weight_scale: Tensor,
         out_features: int,
         dtype: torch.dtype,
+        multiplier: Tensor | None = None,
     ) -> Tensor:
         """See `bitcore.reference.input_gradient`: through the packed weight, never unpacked."""
         op, in_features = "bitlab::input_gradient", qweight.shape[1]
         self._count_multiprocessors(op, dy.device)
         tokens, count, stride = self._tokens(op, "dy", dy)
-        columns = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
         dx = torch.empty((*dy.shape[:-1], in_features), dtype=dtype, device=dy.device)
         self._call(
             op, "input_gradient", (dx,), tokens, TYPE_CODES[dy.dtype], stride,
-            qweight.contiguous(), weight_scale.contiguous(), weight_scale.shape[0], columns, dx,
-            TYPE_CODES[dtype], count, out_features, in_features,
+            qweight.contiguous(), *_scales(weight_scale, multiplier), dx, TYPE_CODES[dtype], count, out_features, in_features,
         )  # fmt: skip
         return dx

@@ -7,7 +7,7 @@ from ctypes import c_char_p, c_int32, c_int64, c_void_p
 
 from bitcore.kernels.native import Signatures, declare, load_library
 
-CUDA_ABI_VERSION = 2
+CUDA_ABI_VERSION = 3
 INVALID_ARGUMENT = 1
 
 # name: (result, arguments); pointers are c_void_p. A test compares this with bitkernels_cuda.h.
@@ -17,28 +17,29 @@ CUDA_SIGNATURES: Signatures = {
     "bk_cuda_architectures": (c_char_p, ()),
     "bk_cuda_linear_workspace": (
         c_int64,
-        (c_int32, c_int64, c_int64, c_int64, c_int64, c_int32),
+        (c_int32, c_int64, c_int64, c_int64, c_int64, c_int32, c_int32),
     ),
     "bk_cuda_linear_i8_t2": (
         c_int32,
         (
-            c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32,
-            c_void_p, c_int32, c_int64, c_int64, c_int64, c_int32, c_void_p, c_int32, c_void_p,
+            c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p,
+            c_int32, c_void_p, c_int32, c_int64, c_int64, c_int64, c_int32, c_void_p, c_int32,
+            c_void_p,
         ),
     ),
     "bk_cuda_linear_codes_i8_t2": (
         c_int32,
         (
-            c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32,
-            c_void_p, c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p,
-            c_int32, c_void_p,
+            c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p,
+            c_int32, c_void_p, c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int32,
+            c_void_p, c_int32, c_void_p,
         ),
     ),
     "bk_cuda_linear_float_t2": (
         c_int32,
         (
-            c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32,
-            c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_int32, c_void_p,
+            c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p,
+            c_int32, c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_int32, c_void_p,
         ),
     ),
     "bk_cuda_linear_i8_i8": (
@@ -62,8 +63,8 @@ CUDA_SIGNATURES: Signatures = {
     "bk_cuda_input_gradient": (
         c_int32,
         (
-            c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32,
-            c_int64, c_int64, c_int64, c_void_p,
+            c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p,
+            c_int32, c_int64, c_int64, c_int64, c_void_p,
         ),
     ),
     "bk_cuda_weight_scale": (
@@ -74,9 +75,16 @@ CUDA_SIGNATURES: Signatures = {
         c_int32,
         (c_void_p, c_int32, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p),
     ),
+    "bk_cuda_pack_groups_t2": (
+        c_int32,
+        (c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p),
+    ),
     "bk_cuda_unpack_t2": (
         c_int32,
-        (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32, c_int64, c_int64, c_void_p),
+        (
+            c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32, c_int64, c_int64,
+            c_void_p,
+        ),
     ),
 }  # fmt: skip
 

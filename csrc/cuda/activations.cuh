@@ -6,6 +6,7 @@
 #ifndef BITLAB_CUDA_ACTIVATIONS_CUH
 #define BITLAB_CUDA_ACTIVATIONS_CUH
 
+#include "multipliers.cuh"
 #include "types.cuh"
 
 namespace bitlab {
@@ -30,6 +31,8 @@ struct QuantizeParams {
     int32_t maxima_count;
     int32_t K;
     int32_t columns;  // groups of K, each of a multiple of 64; 1 without groups
+    int64_t tokens;   // M: further blocks place multipliers
+    PlaceParams place;
 };
 
 BK_DEVICE uint32_t most_of(const float (&values)[8], uint32_t most) {
@@ -91,6 +94,10 @@ inline uint32_t quantize_shared_bytes(int64_t K) { return static_cast<uint32_t>(
 
 BK_KERNEL(kQuantizeThreads) quantize_kernel(QuantizeParams p) {
     begin();
+    if (block_x() >= p.tokens) {
+        place_multipliers(p.place, static_cast<uint32_t>(block_x() - p.tokens));
+        return;
+    }
     const int thread = thread_x();
     const int64_t token = block_x();
     const void *row = static_cast<const uint8_t *>(p.x) + token * p.x_stride * element_bytes(p.x_type);

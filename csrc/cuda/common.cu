@@ -47,6 +47,15 @@ int32_t check_shape(const Shape &shape, int64_t scale_rows, int64_t scale_column
                 static_cast<long long>(scale_rows), static_cast<long long>(scale_columns));
 }
 
+int32_t check_multiplier(const Shape &shape, const void *multiplier, int64_t scale_columns) {
+    if (!multiplier) return BK_CUDA_OK;
+    const int64_t group = scale_columns > 0 ? shape.K / scale_columns : 0;
+    if (group == 64 || group == 128) return BK_CUDA_OK;
+    return fail(BK_CUDA_INVALID_ARGUMENT,
+                "%s: multiplier must be given for groups of 64 or 128 only, got K %lld in %lld", shape.op,
+                static_cast<long long>(shape.K), static_cast<long long>(scale_columns));
+}
+
 int32_t check_tensor(const Shape &shape, const char *name, const void *pointer, int32_t type) {
     if (!is_float(type)) {
         return fail(BK_CUDA_INVALID_ARGUMENT, "%s: the type of %s must be a float bk_cuda_type, got %d", shape.op, name,

@@ -21,6 +21,9 @@ int32_t launched(const Shape &shape, const char *error);
 // BK_CUDA_OK, or a failure that says what is wrong with the sizes; groups must be a multiple of `multiple`.
 int32_t check_shape(const Shape &shape, int64_t scale_rows, int64_t scale_columns, int64_t multiple);
 
+// BK_CUDA_OK, or a failure if there is a multiplier for each group and the groups are not of 64 or 128 columns.
+int32_t check_multiplier(const Shape &shape, const void *multiplier, int64_t scale_columns);
+
 // BK_CUDA_OK, or a failure if `type` is no float type or `pointer` is null or not aligned to its elements.
 int32_t check_tensor(const Shape &shape, const char *name, const void *pointer, int32_t type);
 

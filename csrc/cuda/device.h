@@ -15,13 +15,15 @@
 //                                            shared memory is a byte array, aligned to 1024 bytes, of at most
 //                                            kSharedBytes, or kLargeSharedBytes on a device that has wgmma
 //   copy_async_16(offset, p, valid)          16 bytes from global to shared; bytes past `valid` (0 or 16) are zero
+//   copy_async_4(offset, p, valid)           the same of 4 bytes
 //   commit_async(), wait_async<N>()          close a group; wait until at most N groups of this thread are open
 //   sync_block(), sync_warp()                barriers that order memory
 //   shuffle_xor(value, mask), shuffle(value, lane)
 //                                            among all 32 lanes
-//   mma_*                                    D += A B of one warp, in the PTX ISA's fragment layouts
+//   mma_*                                    D += A B of one warp, in the PTX ISA's fragment layouts; integers wrap
+//                                            around, which the emulator reports unless the name says *_wrapping
 //   has_wgmma(), BK_HAS_WGMMA                whether the current device has, and this compilation makes, what follows
-//   wgmma_u8s8(d, a, b)                      D += A B of four warps, 64 x 64 x 32: A in registers, b the PTX ISA's
+//   wgmma_u8s8(d, a, b, onto), *_wrapping    D += A B of four warps, 64 x 64 x 32: A in registers, b the PTX ISA's
 //                                            descriptor of B in shared memory (shared_address(offset)); it runs on
 //                                            while the threads go on: neither A nor D may be touched
 //   wgmma_fence()                            before a group of wgmma: registers written above are seen by it

@@ -91,6 +91,11 @@ BK_DEVICE void copy_async_16(uint32_t offset, const void *p, int valid) {
                  "l"(__cvta_generic_to_global(p)), "r"(valid)
                  : "memory");
 }
+BK_DEVICE void copy_async_4(uint32_t offset, const void *p, int valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(offset)),
+                 "l"(__cvta_generic_to_global(p)), "r"(valid)
+                 : "memory");
+}
 BK_DEVICE void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
 BK_DEVICE void wait_async() {
@@ -114,6 +119,9 @@ BK_DEVICE void mma_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
         "{%0, %1, %2, %3};"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+BK_DEVICE void mma_u8s8_wrapping(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_u8s8(d, a, b0, b1);
 }
 BK_DEVICE void mma_s8s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile(
@@ -150,6 +158,9 @@ BK_DEVICE void wgmma_u8s8(int32_t (&d)[32], const uint32_t (&a)[4], uint64_t b, 
           "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]),
           "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(onto)));
+}
+BK_DEVICE void wgmma_u8s8_wrapping(int32_t (&d)[32], const uint32_t (&a)[4], uint64_t b, bool onto) {
+    wgmma_u8s8(d, a, b, onto);
 }
 BK_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 BK_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

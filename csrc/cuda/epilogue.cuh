@@ -71,7 +71,7 @@ BK_DEVICE void finish_tile(const MatmulParams &p, uint32_t tile, int64_t first_r
                            int split) {
     using Sum = typename Pick<kGrouped, float, typename Math::Sum>::Type;
     using Tile = SumTile<kTokens, kOutputs>;
-    constexpr bool kShifted = !kGrouped && Math::kIsInteger && Math::kLanes == 4;
+    constexpr bool kIsCodes = !kGrouped && Math::kOffset != 0;
     constexpr int kQuads = kOutputs / 4, kTokensAtOnce = kThreads / kQuads;
     constexpr int kTogether = kTokens / kTokensAtOnce < 4 ? kTokens / kTokensAtOnce : 4;
     static_assert(kThreads % kQuads == 0 && kTokens % (kTogether * kTokensAtOnce) == 0, "a thread keeps its outputs");
@@ -93,25 +93,25 @@ BK_DEVICE void finish_tile(const MatmulParams &p, uint32_t tile, int64_t first_r
     BK_NO_UNROLL
     for (int first = thread_x() / kQuads; first < kTokens; first += kTogether * kTokensAtOnce) {
         Bytes16 values[kTogether];
-        int32_t offset[kTogether];
+        int32_t x_sum[kTogether];
         float x_scale[kTogether];
         BK_UNROLL
         for (int j = 0; j < kTogether; ++j) {
             const int token = first + j * kTokensAtOnce;
             const int64_t m = first_token + token < p.M ? first_token + token : p.M - 1;
             values[j] = load_shared<Bytes16>(tile + Tile::at(token, 4 * quad));
-            offset[j] = kShifted && !is_share ? load_global(p.x_sums + m) : 0;
+            x_sum[j] = kIsCodes && !is_share ? load_global(p.x_sums + m) : 0;
             x_scale[j] = Math::kIsInteger && is_float ? load_global(p.x_scale + m) : 0.0f;
         }
         BK_UNROLL
         for (int j = 0; j < kTogether; ++j) {
             const int64_t m = first_token + first + j * kTokensAtOnce, index = m * p.N + output;
             if (m >= p.M) break;
-            if (kShifted) {
+            if constexpr (kIsCodes) {
                 BK_UNROLL
                 for (int i = 0; i < 4; ++i) {
-                    const auto sum = static_cast<int32_t>(values[j].word[i]);
-                    values[j].word[i] = static_cast<uint32_t>(unshift(sum, lane) - offset[j]);
+                    const int32_t share = share_of<Math>(static_cast<int32_t>(values[j].word[i]), lane);
+                    values[j].word[i] = static_cast<uint32_t>(without_offset<Math>(share, x_sum[j]));
                 }
             }
             if (is_share) {

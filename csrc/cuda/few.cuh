@@ -4,7 +4,8 @@
 // global memory to mma fragments, without shared memory, each with kDepth blocks in flight. Then the eight sums of each
 // output meet in shared memory and are added in the order of the warps. Where rows are too few to fill the chip, K is
 // split over the grid's y as well (split_kernel adds the shares). Per group, a warp takes a whole group at a time, and
-// the terms of eight groups are added in ascending order before the next eight, or are left to split_kernel.
+// the terms of eight groups are added in ascending order before the next eight, or are left to split_kernel. With
+// multipliers a block of 64 columns brings those of its group along, two words a lane, and sums stay plain.
 #ifndef BITLAB_CUDA_FEW_CUH
 #define BITLAB_CUDA_FEW_CUH
 
@@ -24,21 +25,32 @@ constexpr uint32_t few_shared_bytes() {
 template <typename Math, int kTiles>
 struct FewOperands {
     Bytes16 low, high;
+    Multipliers multipliers;
     Bytes16 x[kTiles][Math::kLoads];
+};
+
+// The packed rows g and g + 8 of a lane, and where their multipliers begin.
+struct FewRows {
+    const uint8_t *low, *high;
+    const uint32_t *low_multipliers, *high_multipliers;
 };
 
 // Block b of this lane's rows and tokens; zero if b is not before `last`.
 template <typename Math, int kTiles>
-BK_DEVICE void load_operands(const MatmulParams &p, const uint8_t *low, const uint8_t *high,
-                             const uint8_t *const (&tokens)[kTiles], int32_t b, int32_t last,
-                             FewOperands<Math, kTiles> &operands) {
+BK_DEVICE void load_operands(const MatmulParams &p, FewRows rows, const uint8_t *const (&tokens)[kTiles], int32_t b,
+                             int32_t last, FewOperands<Math, kTiles> &operands) {
     if (b >= last) {
         operands = {};
         return;
     }
     const int32_t k = 64 * b + 16 * (thread_x() % 4);
-    operands.low = load_weight_16(low, k, p);
-    operands.high = load_weight_16(high, k, p);
+    operands.low = load_weight_16(rows.low, k, p);
+    operands.high = load_weight_16(rows.high, k, p);
+    if (Math::kMultiplied) {
+        const int64_t of_group = multipliers_of_block(p, b);
+        operands.multipliers = {load_global(rows.low_multipliers + of_group),
+                                load_global(rows.high_multipliers + of_group)};
+    }
     BK_UNROLL
     for (int n = 0; n < kTiles; ++n) {
         BK_UNROLL
@@ -50,20 +62,20 @@ BK_DEVICE void load_operands(const MatmulParams &p, const uint8_t *low, const ui
 }
 
 template <typename Math, int kTiles, int kDepth>
-BK_DEVICE void multiply_range(const MatmulParams &p, const uint8_t *low, const uint8_t *high,
-                              const uint8_t *const (&tokens)[kTiles], int32_t first, int32_t last, int32_t step,
+BK_DEVICE void multiply_range(const MatmulParams &p, FewRows rows, const uint8_t *const (&tokens)[kTiles],
+                              int32_t first, int32_t last, int32_t step,
                               typename Math::Sum (&sums)[Math::kLanes][kTiles][4]) {
     // As soon as a block is multiplied, the one kDepth steps further on is loaded in its place.
     FewOperands<Math, kTiles> operands[kDepth];
     BK_UNROLL
     for (int d = 0; d < kDepth; ++d) {
-        load_operands<Math, kTiles>(p, low, high, tokens, first + d * step, last, operands[d]);
+        load_operands<Math, kTiles>(p, rows, tokens, first + d * step, last, operands[d]);
     }
     for (int32_t b = first; b < last; b += step * kDepth) {
         BK_UNROLL
         for (int d = 0; d < kDepth; ++d) {
-            Math::multiply_block(operands[d].low, operands[d].high, operands[d].x, sums);
-            load_operands<Math, kTiles>(p, low, high, tokens, b + (kDepth + d) * step, last, operands[d]);
+            Math::multiply_block(operands[d].low, operands[d].high, operands[d].multipliers, operands[d].x, sums);
+            load_operands<Math, kTiles>(p, rows, tokens, b + (kDepth + d) * step, last, operands[d]);
         }
     }
 }
@@ -90,8 +102,13 @@ few_kernel(MatmulParams p) {
 
     // Rows and tokens past the end repeat the last one; their sums are dropped.
     const int64_t most = p.weight_rows - 1;
-    const uint8_t *low = p.weight + (first_row + g < most ? first_row + g : most) * p.K;
-    const uint8_t *high = p.weight + (first_row + g + 8 < most ? first_row + g + 8 : most) * p.K;
+    const int64_t low_row = first_row + g < most ? first_row + g : most;
+    const int64_t high_row = first_row + g + 8 < most ? first_row + g + 8 : most;
+    FewRows lane_rows = {p.weight + low_row * p.K, p.weight + high_row * p.K, nullptr, nullptr};
+    if (Math::kMultiplied) {
+        lane_rows.low_multipliers = p.multipliers + low_row;
+        lane_rows.high_multipliers = p.multipliers + high_row;
+    }
     const uint8_t *tokens[kTiles];
     BK_UNROLL
     for (int n = 0; n < kTiles; ++n) tokens[n] = p.x + (8 * n + g < p.M ? 8 * n + g : p.M - 1) * p.x_stride;
@@ -105,11 +122,11 @@ few_kernel(MatmulParams p) {
         if (kGrouped) {
             const int32_t first = (round * kFewWarps + warp) * p.group_blocks;
             const int32_t last = first < p.blocks ? first + p.group_blocks : first;
-            multiply_range<Math, kTiles, kDepth>(p, low, high, tokens, first, last, 1, sums);
+            multiply_range<Math, kTiles, kDepth>(p, lane_rows, tokens, first, last, 1, sums);
         } else {
             const int32_t first = static_cast<int32_t>(static_cast<int64_t>(p.blocks) * split / p.splits);
             const int32_t last = static_cast<int32_t>(static_cast<int64_t>(p.blocks) * (split + 1) / p.splits);
-            multiply_range<Math, kTiles, kDepth>(p, low, high, tokens, first + warp, last, kFewWarps, sums);
+            multiply_range<Math, kTiles, kDepth>(p, lane_rows, tokens, first + warp, last, kFewWarps, sums);
         }
         BK_UNROLL
         for (int lane = 0; lane < Math::kLanes; ++lane) {
@@ -150,7 +167,7 @@ few_kernel(MatmulParams p) {
                 Sum sum = load_shared<Sum>(at);
                 BK_UNROLL
                 for (int w = 1; w < kFewWarps; ++w) {
-                    sum += load_shared<Sum>(at + 4u * static_cast<uint32_t>(w * kOutputs));
+                    sum = add(sum, load_shared<Sum>(at + 4u * static_cast<uint32_t>(w * kOutputs)));
                 }
                 finish_share<Math>(p, m, n, sum, lane, split);
             }

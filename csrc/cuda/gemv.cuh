@@ -6,7 +6,8 @@
 // loads 16 bytes of it, kGemvDepth times in flight. Per group, four lanes turn their sums into one sum each of 64
 // columns of an output, and a group's lanes add these up; the terms of a row meet in shared memory, and one thread for
 // each output adds them in ascending order while the others are at the next row. All that must fit in 48 KiB;
-// few_kernel does the rest. Rejected: mma with one token of eight used. It needs 16 rows to a warp, so fewer rows fill
+// few_kernel does the rest. With multipliers a lane multiplies the sums of its 16 columns, which are of one group, and
+// goes on as without groups. Rejected: mma with one token of eight used. It needs 16 rows to a warp, so fewer rows fill
 // the chip.
 #ifndef BITLAB_CUDA_GEMV_CUH
 #define BITLAB_CUDA_GEMV_CUH
@@ -29,8 +30,10 @@ struct GemvParams {
     const void *x;
     int32_t x_type;
     bool x_vector;
-    int32_t team;           // warps to a packed row
-    uint32_t terms_stride;  // gemv_terms_stride(team)
+    int32_t team;               // warps to a packed row
+    uint32_t terms_stride;      // gemv_terms_stride(team)
+    const uint8_t *multiplier;  // [N, multiplier_columns], or null
+    int32_t multiplier_columns;
 };
 
 inline uint32_t gemv_shared_bytes(int64_t K) { return static_cast<uint32_t>((K + 63) / 64 * 64) + kGemvTail; }
@@ -47,33 +50,58 @@ inline uint32_t gemv_grouped_shared_bytes(int64_t K, int64_t columns, int team) 
     return static_cast<uint32_t>(K + 128 + K / 64 * 4 + 2 * columns * gemv_terms_stride(team));
 }
 
+BK_DEVICE int32_t unshift(int32_t sum, int lane) { return sum >> (2 * lane); }
+
 struct RowPart {
     Bytes16 at[kGemvDepth];
-    float scale[kGemvDepth];  // with groups: of this lane's output, of the group of these columns
+    float scale[kGemvDepth];            // with groups: of this lane's output, of the group of these columns
+    int32_t multiplier[kGemvDepth][4];  // of the four outputs
 };
 
 // Which of the four outputs of a packed row a lane keeps the sum of.
 BK_DEVICE int kept_output(int lane) { return 2 * (lane & 1) + (lane >> 1 & 1); }
 
-// A packed row, and with groups the scales of this lane's output.
+// What the scales of groups are.
+enum class GemvGroups { kNone, kFloats, kMultipliers };
+
+// A packed row; with groups the scales of this lane's output, or the multipliers of all four.
 struct RowPointers {
     const uint8_t *bytes;
     const float *scales;
+    const uint8_t *multipliers[4];
 };
 
-template <bool kGrouped>
-BK_DEVICE RowPointers pointers_of(const MatmulParams &p, int64_t row) {
-    const int64_t own = row + kept_output(thread_x() % kWarp) * p.weight_rows, n = own < p.N ? own : p.N - 1;
-    return {p.weight + row * p.K, kGrouped ? p.weight_scale + n * p.columns : nullptr};
+template <GemvGroups kGroups>
+BK_DEVICE RowPointers pointers_of(const GemvParams &q, int64_t row) {
+    const MatmulParams &p = q.matmul;
+    RowPointers pointers = {p.weight + row * p.K, nullptr, {}};
+    if (kGroups == GemvGroups::kFloats) {
+        const int64_t own = row + kept_output(thread_x() % kWarp) * p.weight_rows, n = own < p.N ? own : p.N - 1;
+        pointers.scales = p.weight_scale + n * p.columns;
+    }
+    if (kGroups == GemvGroups::kMultipliers) {
+        BK_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const int64_t own = row + i * p.weight_rows, n = own < p.N ? own : p.N - 1;
+            pointers.multipliers[i] = q.multiplier + n * q.multiplier_columns;
+        }
+    }
+    return pointers;
 }
 
 // Loads the 16 bytes at column `at` to slot d; zeros past the end.
-template <bool kGrouped>
+template <GemvGroups kGroups>
 BK_DEVICE void load_slot(const MatmulParams &p, const RowPointers &row, int32_t at, int d, RowPart &part) {
     part.at[d] = {{0, 0, 0, 0}};
     if (at >= p.K) return;
     part.at[d] = load_weight_16(row.bytes, at, p);
-    if (kGrouped) part.scale[d] = load_global(row.scales + at / (64 * p.group_blocks));
+    if (kGroups == GemvGroups::kFloats) part.scale[d] = load_global(row.scales + at / (64 * p.group_blocks));
+    if (kGroups == GemvGroups::kMultipliers) {
+        BK_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            part.multiplier[d][i] = load_global(row.multipliers[i] + (at / 64 >> p.group_shift));
+        }
+    }
 }
 
 BK_DEVICE void multiply_16(const Bytes16 &weights, const Bytes16 &x, int32_t (&acc)[4]) {
@@ -84,6 +112,17 @@ BK_DEVICE void multiply_16(const Bytes16 &weights, const Bytes16 &x, int32_t (&a
     }
 }
 
+// The same, each sum times its group's multiplier.
+BK_DEVICE void multiply_group_16(const Bytes16 &weights, const Bytes16 &x, const int32_t (&multiplier)[4],
+                                 int32_t (&acc)[4]) {
+    int32_t part[4] = {}, offset = 0;
+    BK_UNROLL
+    for (int w = 0; w < 4; ++w) offset = dot4_us(0x01010101, x.word[w], offset);
+    multiply_16(weights, x, part);
+    BK_UNROLL
+    for (int i = 0; i < 4; ++i) acc[i] += multiplier[i] * (unshift(part[i], i) - offset);
+}
+
 // Four sums over four lanes: halve what each lane keeps twice, so that it holds its kept_output's.
 BK_DEVICE int32_t sum_of_four(const int32_t (&acc)[4], int lane) {
     const bool upper = lane & 1, second = lane & 2;
@@ -92,9 +131,10 @@ BK_DEVICE int32_t sum_of_four(const int32_t (&acc)[4], int lane) {
     return (second ? b : a) + shuffle_xor(second ? a : b, 2);
 }
 
-template <bool kGrouped>
+template <GemvGroups kGroups>
 BK_KERNEL(kGemvThreads, 1)
 gemv_kernel(GemvParams q) {
+    constexpr bool kGrouped = kGroups == GemvGroups::kFloats, kMultiplied = kGroups == GemvGroups::kMultipliers;
     const MatmulParams &p = q.matmul;
     const int thread = thread_x(), warp = thread / kWarp, lane = thread % kWarp;
     const int teams = kGemvWarps / q.team, team = warp / q.team;
@@ -107,9 +147,9 @@ gemv_kernel(GemvParams q) {
     begin();
     int64_t row = block_x() * teams + team;
     RowPart part = {};
-    const RowPointers own = pointers_of<kGrouped>(p, row < p.weight_rows ? row : p.weight_rows - 1);
+    const RowPointers own = pointers_of<kGroups>(q, row < p.weight_rows ? row : p.weight_rows - 1);
     BK_UNROLL
-    for (int d = 0; d < kGemvDepth; ++d) load_slot<kGrouped>(p, own, first_k + d * step, d, part);
+    for (int d = 0; d < kGemvDepth; ++d) load_slot<kGroups>(p, own, first_k + d * step, d, part);
 
     uint32_t most = 0;
     float values[8];
@@ -151,14 +191,21 @@ gemv_kernel(GemvParams q) {
             const int64_t next_row = more ? clamped : row + grid_x() * teams;
             const bool is_last = next_row >= p.weight_rows;
             const int32_t next_k = is_last ? p.K : more ? k + kGemvDepth * step : first_k;
-            const RowPointers next = pointers_of<kGrouped>(p, is_last ? clamped : next_row);
+            const RowPointers next = pointers_of<kGroups>(q, is_last ? clamped : next_row);
             BK_UNROLL
             for (int d = 0; d < kGemvDepth; ++d) {
                 const int32_t at = k + d * step;
                 const bool inside = at < p.K;
-                if (inside) multiply_16(part.at[d], load_shared<Bytes16>(static_cast<uint32_t>(at)), acc);
+                if (inside) {
+                    const Bytes16 x = load_shared<Bytes16>(static_cast<uint32_t>(at));
+                    if (kMultiplied) {
+                        multiply_group_16(part.at[d], x, part.multiplier[d], acc);
+                    } else {
+                        multiply_16(part.at[d], x, acc);
+                    }
+                }
                 const float scale = part.scale[d];
-                load_slot<kGrouped>(p, next, next_k + d * step, d, part);
+                load_slot<kGroups>(p, next, next_k + d * step, d, part);
                 if (!kGrouped) continue;
                 int32_t group_sum = unshift(sum_of_four(acc, lane), kept_output(lane));
                 if (inside) group_sum -= load_shared<int32_t>(block_sums + 4u * static_cast<uint32_t>(at / 64));
@@ -200,7 +247,7 @@ gemv_kernel(GemvParams q) {
                 }
                 if (r < p.weight_rows && n < p.N) {
                     const float scale = load_global(p.weight_scale + (p.scale_rows == 1 ? 0 : n));
-                    const float value = static_cast<float>(unshift(total, i) - sum);
+                    const float value = static_cast<float>(kMultiplied ? total : unshift(total, i) - sum);
                     finish_value(p, 0, n, multiply(value, multiply(by.scale, scale)));
                 }
             }

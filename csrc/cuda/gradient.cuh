@@ -4,10 +4,11 @@
 // (lane / 4, lane % 4) loads the words of packed row 4 s + t at columns 4 g and 32 + 4 g of the warp's 64: byte j of
 // both is rows g and g + 8 of the A operand of tile j, and the four codes of a byte are four of the sixteen terms of
 // step s. So the terms come in the order (row of the step, lane of the byte), and dy is laid out in shared memory so.
+// Multipliers of groups are factors of A, exact in bfloat16, so that dy is multiplied by its output's one scale.
 #ifndef BITLAB_CUDA_GRADIENT_CUH
 #define BITLAB_CUDA_GRADIENT_CUH
 
-#include "types.cuh"
+#include "matmul.cuh"
 
 namespace bitlab {
 
@@ -19,7 +20,9 @@ constexpr int kGradientTiles = kGradientTokens / 16;
 // Rows in shared memory are 32 bytes longer than their content, so that the lanes of a load meet different banks.
 constexpr uint32_t kGradientWeightRow = kGradientColumns + 32;
 constexpr uint32_t kGradientTokenRow = kGradientRows * 4 * 2 + 32;
-constexpr uint32_t kGradientWeightBytes = kGradientRows * kGradientWeightRow;
+// After the packed rows: with multipliers a word for each row and half of the columns.
+constexpr uint32_t kGradientMultipliers = kGradientRows * kGradientWeightRow;
+constexpr uint32_t kGradientWeightBytes = kGradientMultipliers + 2 * kGradientRows * 4;
 constexpr uint32_t kGradientPlane = kGradientTokens * kGradientTokenRow;
 
 struct GradientParams {
@@ -29,9 +32,10 @@ struct GradientParams {
     const uint8_t *qweight;
     bool weight_words;  // packed rows are aligned to 4 bytes
     const float *weight_scale;
-    int32_t scale_rows;  // 1: the scale multiplies the sum; else dy is multiplied by its output's scale
-    int32_t columns;     // groups of K; 1 without groups
-    int32_t group;       // K / columns
+    int32_t scale_rows;         // 1: the scale multiplies the sum; else dy is multiplied by its output's scale
+    const uint8_t *multiplier;  // [N, columns], then there is one scale for each output; or null
+    int32_t columns;            // groups of K; 1 without groups
+    int32_t group;              // K / columns
     void *dx;
     int32_t dx_type;
     int64_t M;
@@ -54,7 +58,12 @@ BK_DEVICE uint32_t pair_of_lanes(uint32_t byte, int first_lane) {
     return fma_f16x2(codes | 0x64006400, 0x3C003C00, 0xE401E401);
 }
 
-template <bool kIsBf16, int kPlanes>
+// The group of a column; those past K are dropped in the end.
+BK_DEVICE int32_t group_of_column(const GradientParams &p, int32_t k) {
+    return p.columns > 1 ? (k < p.K ? k : p.K - 1) / p.group : 0;
+}
+
+template <bool kIsBf16, int kPlanes, bool kMultiplied>
 BK_KERNEL(kGradientThreads)
 gradient_kernel(GradientParams p) {
     begin();
@@ -64,12 +73,12 @@ gradient_kernel(GradientParams p) {
     const int64_t first_token = block_x() / column_tiles * kGradientTokens;
     // A group is a multiple of 64 columns, but two groups may share this block's 128: each warp's 64 have one, and dy
     // is laid out for both where they differ; then each half of the block is a pass of its own.
-    const int passes = p.columns > 1 && p.group % kGradientColumns != 0 ? 2 : 1;
+    const int passes = !kMultiplied && p.columns > 1 && p.group % kGradientColumns != 0 ? 2 : 1;
+    const int scale_columns = kMultiplied ? 1 : p.columns;
 
     float sums[4][kGradientTiles][4] = {};
     for (int pass = 0; pass < passes; ++pass) {
-        const int32_t group_column = first_column + 64 * pass;
-        const int32_t group = p.columns > 1 ? (group_column < p.K ? group_column : p.K - 1) / p.group : 0;
+        const int32_t group = kMultiplied ? 0 : group_of_column(p, first_column + 64 * pass);
         for (int64_t first_row = 0; first_row < p.rows; first_row += kGradientRows) {
             // Packed rows: sixteen of 128 bytes, a word at a time; past the end code 0 of columns that are dropped.
             for (int i = thread; i < kGradientRows * kGradientColumns / 4; i += kGradientThreads) {
@@ -88,6 +97,18 @@ gradient_kernel(GradientParams p) {
                 }
                 store_shared(static_cast<uint32_t>(row) * kGradientWeightRow + static_cast<uint32_t>(word) * 4, value);
             }
+            if (kMultiplied && thread < 2 * kGradientRows) {
+                const int64_t row = first_row + thread % kGradientRows;
+                const int32_t column = group_of_column(p, first_column + thread / kGradientRows * 64);
+                uint32_t four = 0;
+                BK_UNROLL
+                for (int lane = 0; lane < 4; ++lane) {
+                    const int64_t n = row + lane * p.rows;
+                    if (row >= p.rows || n >= p.N) continue;
+                    four |= static_cast<uint32_t>(load_global(p.multiplier + n * p.columns + column)) << (8 * lane);
+                }
+                store_shared(kGradientMultipliers + 4u * static_cast<uint32_t>(thread), four);
+            }
             // dy, times the scale of its output unless one serves all; zero where there is no output.
             for (int i = thread; i < kGradientTokens * kGradientRows * 4; i += kGradientThreads) {
                 const int token = i / (kGradientRows * 4), lane = i / kGradientRows % 4, row = i % kGradientRows;
@@ -95,7 +116,8 @@ gradient_kernel(GradientParams p) {
                 float value = 0.0f;
                 if (first_row + row < p.rows && n < p.N && m < p.M) {
                     value = load_float(p.dy, p.dy_type, m * p.dy_stride + n);
-                    if (p.scale_rows != 1) value = multiply(value, load_global(p.weight_scale + n * p.columns + group));
+                    if (p.scale_rows != 1)
+                        value = multiply(value, load_global(p.weight_scale + n * scale_columns + group));
                 }
                 const uint32_t to = kGradientWeightBytes + static_cast<uint32_t>(token) * kGradientTokenRow +
                                     static_cast<uint32_t>(row * 4 + lane) * 2;
@@ -118,11 +140,24 @@ gradient_kernel(GradientParams p) {
                     const uint32_t row = static_cast<uint32_t>(4 * s + t);
                     const uint32_t at = row * kGradientWeightRow + static_cast<uint32_t>(warp / 2 * 64 + 4 * g);
                     const uint32_t low = load_shared<uint32_t>(at), high = load_shared<uint32_t>(at + 32);
+                    uint32_t four = 0;
+                    if (kMultiplied) {
+                        const auto half = static_cast<uint32_t>(warp / 2 * kGradientRows);
+                        four = load_shared<uint32_t>(kGradientMultipliers + 4 * (half + row));
+                    }
                     BK_UNROLL
                     for (int j = 0; j < 4; ++j) {
                         const uint32_t near = low >> (8 * j) & 255, far = high >> (8 * j) & 255;
-                        const uint32_t a[4] = {pair_of_lanes<kIsBf16>(near, 0), pair_of_lanes<kIsBf16>(far, 0),
-                                               pair_of_lanes<kIsBf16>(near, 2), pair_of_lanes<kIsBf16>(far, 2)};
+                        uint32_t a[4] = {pair_of_lanes<kIsBf16>(near, 0), pair_of_lanes<kIsBf16>(far, 0),
+                                         pair_of_lanes<kIsBf16>(near, 2), pair_of_lanes<kIsBf16>(far, 2)};
+                        if (kMultiplied) {
+                            const uint32_t first = pair_of_multipliers<kIsBf16>(four, 0, 1);
+                            const uint32_t second = pair_of_multipliers<kIsBf16>(four, 2, 3);
+                            a[0] = multiply_pair<kIsBf16>(a[0], first);
+                            a[1] = multiply_pair<kIsBf16>(a[1], first);
+                            a[2] = multiply_pair<kIsBf16>(a[2], second);
+                            a[3] = multiply_pair<kIsBf16>(a[3], second);
+                        }
                         BK_UNROLL
                         for (int n = 0; n < kGradientTiles; ++n) {
                             const uint32_t token = static_cast<uint32_t>(warp % 2 * 8 * kGradientTiles + 8 * n + g);

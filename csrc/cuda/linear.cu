@@ -25,19 +25,20 @@ int64_t weight_rows(bk_cuda_product product, int64_t N) { return product == BK_C
 
 // The parts of a workspace, in bytes from its beginning.
 struct Workspace {
-    int64_t x, sums, scale, maxima, partial, bytes;
+    int64_t x, sums, scale, maxima, multipliers, partial, bytes;
 };
 
-Workspace lay_out(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64_t scale_columns, const Plan &plan) {
+Workspace lay_out(bk_cuda_product product, int64_t M, int64_t N, int64_t K, Groups groups, const Plan &plan) {
     const bool integer = product == BK_CUDA_I8_T2 || product == BK_CUDA_I8_I8;
     const int64_t element = integer ? 1 : product == BK_CUDA_F16_T2 ? 2 : 6;
     Workspace w;
     w.x = 0;
     w.sums = w.x + aligned_up(M * padded_to_64(K) * element);
-    w.scale = w.sums + (integer ? aligned_up(M * (scale_columns ? scale_columns : 1) * 4) : 0);
+    w.scale = w.sums + (integer ? aligned_up(M * (plan.grouped ? groups.columns : 1) * 4) : 0);
     w.maxima = w.scale + (integer ? aligned_up(M * 4) : 0);
-    w.partial = w.maxima + (integer ? aligned_up(kMaxMaxima * 4) : 0);
-    const int64_t parts = plan.grouped ? scale_columns : plan.splits;
+    w.multipliers = w.maxima + (integer ? aligned_up(kMaxMaxima * 4) : 0);
+    w.partial = w.multipliers + (plan.multiplied ? aligned_up(groups.columns * weight_rows(product, N) * 4) : 0);
+    const int64_t parts = plan.grouped ? groups.columns : plan.splits;
     w.bytes = w.partial + (plan.splits > 1 ? aligned_up(parts * M * N * 4) : 0);
     return w;
 }
@@ -49,7 +50,8 @@ T *at(void *workspace, int64_t offset) {
 
 bool is_vector(const void *x, int32_t type, int64_t stride) { return aligned(x, stride * size_of(type), 16); }
 
-// Queues the quantization of x; maxima is memory for kMaxMaxima values if one scale serves all tokens, else null.
+// Queues the quantization of x, and the placing of multipliers if there are any; maxima is memory for kMaxMaxima values
+// if one scale serves all tokens, else null.
 const char *quantize(const void *x, int32_t x_type, int64_t x_stride, int64_t M, int64_t K, uint32_t *maxima,
                      QuantizeParams params, void *stream) {
     params.x = x;
@@ -64,15 +66,21 @@ const char *quantize(const void *x, int32_t x_type, int64_t x_stride, int64_t M,
         const char *error = launch(absmax_kernel, Grid{params.maxima_count, 1}, kQuantizeThreads, 128, stream, absmax);
         if (error) return error;
     }
-    return launch(quantize_kernel, Grid{M, 1}, kQuantizeThreads, quantize_shared_bytes(K), stream, params);
+    params.tokens = M;
+    const int64_t blocks = M + (params.place.multiplier ? place_blocks(params.place) : 0);
+    return launch(quantize_kernel, Grid{blocks, 1}, kQuantizeThreads, quantize_shared_bytes(K), stream, params);
 }
 
 struct Weights {
     const void *weight;
     const float *scale;
     int64_t scale_rows, scale_columns;
+    const uint8_t *multiplier;  // [N, scale_columns], or null
     const void *bias;
     int32_t bias_type;
+
+    Groups groups() const { return {scale_columns, multiplier != nullptr}; }
+    bool grouped() const { return scale_columns > 0 && !multiplier; }
 };
 
 struct Output {
@@ -93,9 +101,11 @@ MatmulParams params_of(bk_cuda_product product, const Shape &shape, const Weight
     p.weight_vector = aligned(weights.weight, shape.K, 16);
     p.weight_scale = weights.scale;
     p.scale_rows = weights.scale_rows == 1 ? 1 : 2;
-    p.columns = static_cast<int32_t>(weights.scale_columns ? weights.scale_columns : 1);
+    p.columns = static_cast<int32_t>(weights.grouped() ? weights.scale_columns : 1);
     p.blocks = static_cast<int32_t>(ceil_div(shape.K, 64));
     p.group_blocks = p.blocks / p.columns;
+    p.multiplier_rows = p.weight_rows;
+    p.group_shift = weights.multiplier && shape.K / weights.scale_columns == 128 ? 1 : 0;
     p.bias = weights.bias;
     p.bias_type = weights.bias_type;
     p.y = output.y;
@@ -120,19 +130,39 @@ int gemv_team(const MatmulParams &matmul, bool grouped, int multiprocessors) {
     return team <= kGemvWarps ? team : 0;
 }
 
-const char *run_gemv(const void *x, int32_t x_type, const MatmulParams &matmul, bool grouped, int team,
+const char *run_gemv(const void *x, int32_t x_type, const MatmulParams &matmul, const Weights &weights, int team,
                      int multiprocessors, void *stream) {
-    const GemvParams p = {matmul, x, x_type, is_vector(x, x_type, 0), team, gemv_terms_stride(team)};
+    const GemvParams p = {matmul,
+                          x,
+                          x_type,
+                          is_vector(x, x_type, 0),
+                          team,
+                          gemv_terms_stride(team),
+                          weights.multiplier,
+                          static_cast<int32_t>(weights.scale_columns)};
     const int64_t blocks = ceil_div(matmul.weight_rows, kGemvWarps / team);
     const Grid grid = {blocks < multiprocessors ? blocks : multiprocessors, 1};
-    if (!grouped) return launch(gemv_kernel<false>, grid, kGemvThreads, gemv_shared_bytes(matmul.K), stream, p);
-    const uint32_t shared = gemv_grouped_shared_bytes(matmul.K, matmul.columns, team);
-    return launch(gemv_kernel<true>, grid, kGemvThreads, shared, stream, p);
+    const uint32_t shared =
+        weights.grouped() ? gemv_grouped_shared_bytes(matmul.K, matmul.columns, team) : gemv_shared_bytes(matmul.K);
+    const auto kernel = weights.grouped()    ? gemv_kernel<GemvGroups::kFloats>
+                        : weights.multiplier ? gemv_kernel<GemvGroups::kMultipliers>
+                                             : gemv_kernel<GemvGroups::kNone>;
+    return launch(kernel, grid, kGemvThreads, shared, stream, p);
+}
+
+PlaceParams place_params(const Shape &shape, const Weights &weights, uint32_t *words) {
+    return {weights.multiplier,
+            words,
+            shape.N,
+            ceil_div(shape.N, 4),
+            static_cast<int32_t>(weights.scale_columns),
+            aligned(weights.multiplier, weights.scale_columns, 4)};
 }
 
 int32_t check_linear(const Shape &shape, const Weights &weights, const Output &output, const void *workspace,
                      int32_t multiprocessors) {
     BK_CUDA_TRY(check_shape(shape, weights.scale_rows, weights.scale_columns, 64));
+    BK_CUDA_TRY(check_multiplier(shape, weights.multiplier, weights.scale_columns));
     if (shape.M == 0) return BK_CUDA_OK;
     if (output.y_type != BK_CUDA_I32) {
         BK_CUDA_TRY(check_tensor(shape, "y", output.y, output.y_type));
@@ -159,14 +189,13 @@ int32_t linear_i8(bk_cuda_product product, const Shape &shape, const void *x, in
     if (x_type != BK_CUDA_I8) BK_CUDA_TRY(check_tensor(shape, "x", x, x_type));
     MatmulParams p = params_of(product, shape, weights, output);
     if (product == BK_CUDA_I8_T2 && shape.M == 1 && x_type != BK_CUDA_I8 && !kept.codes) {
-        const bool grouped = weights.scale_columns > 0;
-        if (const int team = gemv_team(p, grouped, multiprocessors)) {
-            return launched(shape, run_gemv(x, x_type, p, grouped, team, multiprocessors, stream));
+        if (const int team = gemv_team(p, weights.grouped(), multiprocessors)) {
+            return launched(shape, run_gemv(x, x_type, p, weights, team, multiprocessors, stream));
         }
     }
-    const Plan plan = plan_matmul(product, shape.M, shape.N, shape.K, weights.scale_columns, multiprocessors,
+    const Plan plan = plan_matmul(product, shape.M, shape.N, shape.K, weights.groups(), multiprocessors,
                                   p.weight_vector && has_wgmma());
-    const Workspace parts = lay_out(product, shape.M, shape.N, shape.K, weights.scale_columns, plan);
+    const Workspace parts = lay_out(product, shape.M, shape.N, shape.K, weights.groups(), plan);
     QuantizeParams q = {};
     // Codes that the caller keeps are in the order of the columns; wgmma_kernel reads a copy in its own.
     int8_t *own = at<int8_t>(workspace, parts.x);
@@ -177,6 +206,10 @@ int32_t linear_i8(bk_cuda_product product, const Shape &shape, const void *x, in
     q.sums = at<int32_t>(workspace, parts.sums);
     q.scale = kept.scale ? kept.scale : at<float>(workspace, parts.scale);
     q.columns = p.columns;
+    if (plan.multiplied) {
+        q.place = place_params(shape, weights, at<uint32_t>(workspace, parts.multipliers));
+        p.multipliers = q.place.words;
+    }
     uint32_t *maxima = per_tensor ? at<uint32_t>(workspace, parts.maxima) : nullptr;
     BK_CUDA_TRY(launched(shape, quantize(x, x_type, x_stride, shape.M, shape.K, maxima, q, stream)));
     p.x = reinterpret_cast<const uint8_t *>(plan.wgmma ? q.placed : q.codes);
@@ -185,16 +218,18 @@ int32_t linear_i8(bk_cuda_product product, const Shape &shape, const void *x, in
     p.x_scale = q.scale;
     p.splits = plan.splits;
     p.partial = at<uint8_t>(workspace, parts.partial);
-    return launched(shape,
-                    product == BK_CUDA_I8_T2 ? run_ternary_int8(plan, p, stream) : run_int8_int8(plan, p, stream));
+    return launched(shape, product == BK_CUDA_I8_I8 ? run_int8_int8(plan, p, stream)
+                           : plan.multiplied        ? run_multiplied_int8(plan, p, stream)
+                                                    : run_ternary_int8(plan, p, stream));
 }
 
 }  // namespace
 
-Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64_t scale_columns, int multiprocessors,
+Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, Groups groups, int multiprocessors,
                  bool wgmma) {
     Plan plan = {};
-    plan.grouped = scale_columns > 0;
+    plan.grouped = groups.columns > 0 && !groups.multiplied;
+    plan.multiplied = groups.columns > 0 && groups.multiplied;
     plan.few = M <= kFewTokens;
     plan.wgmma = wgmma && product == BK_CUDA_I8_T2 && !plan.grouped && M >= kLeastWgmmaTokens;
     const int64_t rows = weight_rows(product, N), blocks = ceil_div(K, 64);
@@ -225,8 +260,8 @@ Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64
         // A group's term is rounded before it is added, so shares write their terms and split_kernel reads them: 8
         // bytes a token, output and group, against K / 4 bytes of weights an output, of which the chip has time for
         // wanted - 1 times as many more.
-        const bool pays = plan.few && 32 * M * scale_columns <= K * (wanted - 1);
-        most = pays ? clamp(scale_columns / kFewWarps, 1, most) : 1;
+        const bool pays = plan.few && 32 * M * groups.columns <= K * (wanted - 1);
+        most = pays ? clamp(groups.columns / kFewWarps, 1, most) : 1;
     }
     plan.splits = static_cast<int>(clamp(wanted, 1, most));
     plan.grid = {tiles, plan.splits};
@@ -240,33 +275,35 @@ using namespace bitlab;
 extern "C" {
 
 int64_t bk_cuda_linear_workspace(int32_t product, int64_t M, int64_t N, int64_t K, int64_t scale_columns,
-                                 int32_t multiprocessors) {
+                                 int32_t multiplied, int32_t multiprocessors) {
     if (M <= 0 || N <= 0 || K <= 0 || multiprocessors < 1) return 0;
+    const Groups groups = {scale_columns, multiplied != 0};
     const auto kind = static_cast<bk_cuda_product>(product);
     // Enough with wgmma and without, which depends on the current device and on where the weights lie.
     int64_t most = 0;
     for (int wgmma = 0; wgmma < 2; ++wgmma) {
-        const Plan plan = plan_matmul(kind, M, N, K, scale_columns, multiprocessors, wgmma != 0);
-        const int64_t bytes = lay_out(kind, M, N, K, scale_columns, plan).bytes;
+        const Plan plan = plan_matmul(kind, M, N, K, groups, multiprocessors, wgmma != 0);
+        const int64_t bytes = lay_out(kind, M, N, K, groups, plan).bytes;
         most = bytes > most ? bytes : most;
     }
     return most;
 }
 
 int32_t bk_cuda_linear_i8_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
-                             const float *weight_scale, int64_t scale_rows, int64_t scale_columns, const void *bias,
-                             int32_t bias_type, void *y, int32_t y_type, int64_t M, int64_t N, int64_t K,
-                             int32_t per_tensor, void *workspace, int32_t multiprocessors, void *stream) {
+                             const float *weight_scale, int64_t scale_rows, int64_t scale_columns,
+                             const uint8_t *multiplier, const void *bias, int32_t bias_type, void *y, int32_t y_type,
+                             int64_t M, int64_t N, int64_t K, int32_t per_tensor, void *workspace,
+                             int32_t multiprocessors, void *stream) {
     return linear_i8(BK_CUDA_I8_T2, {"bk_cuda_linear_i8_t2", M, N, K}, x, x_type, x_stride,
-                     {qweight, weight_scale, scale_rows, scale_columns, bias, bias_type}, {y, y_type}, {},
+                     {qweight, weight_scale, scale_rows, scale_columns, multiplier, bias, bias_type}, {y, y_type}, {},
                      per_tensor != 0, workspace, multiprocessors, stream);
 }
 
 int32_t bk_cuda_linear_codes_i8_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
                                    const float *weight_scale, int64_t scale_rows, int64_t scale_columns,
-                                   const void *bias, int32_t bias_type, void *y, int32_t y_type, int8_t *codes,
-                                   float *x_scale, int64_t M, int64_t N, int64_t K, int32_t per_tensor, void *workspace,
-                                   int32_t multiprocessors, void *stream) {
+                                   const uint8_t *multiplier, const void *bias, int32_t bias_type, void *y,
+                                   int32_t y_type, int8_t *codes, float *x_scale, int64_t M, int64_t N, int64_t K,
+                                   int32_t per_tensor, void *workspace, int32_t multiprocessors, void *stream) {
     const Shape shape = {"bk_cuda_linear_codes_i8_t2", M, N, K};
     if (M > 0 && (!codes || !aligned(codes, K, 16) || K % 64 != 0)) {
         return fail(BK_CUDA_INVALID_ARGUMENT,
@@ -275,37 +312,38 @@ int32_t bk_cuda_linear_codes_i8_t2(const void *x, int32_t x_type, int64_t x_stri
     }
     if (M > 0) BK_CUDA_TRY(check_tensor(shape, "x_scale", x_scale, BK_CUDA_F32));
     return linear_i8(BK_CUDA_I8_T2, shape, x, x_type, x_stride,
-                     {qweight, weight_scale, scale_rows, scale_columns, bias, bias_type}, {y, y_type}, {codes, x_scale},
-                     per_tensor != 0, workspace, multiprocessors, stream);
+                     {qweight, weight_scale, scale_rows, scale_columns, multiplier, bias, bias_type}, {y, y_type},
+                     {codes, x_scale}, per_tensor != 0, workspace, multiprocessors, stream);
 }
 
 int32_t bk_cuda_linear_i8_i8(const void *x, int32_t x_type, int64_t x_stride, const int8_t *qweight,
                              const float *weight_scale, const void *bias, int32_t bias_type, void *y, int32_t y_type,
                              int64_t M, int64_t N, int64_t K, void *workspace, int32_t multiprocessors, void *stream) {
     return linear_i8(BK_CUDA_I8_I8, {"bk_cuda_linear_i8_i8", M, N, K}, x, x_type, x_stride,
-                     {qweight, weight_scale, N, 0, bias, bias_type}, {y, y_type}, {}, false, workspace, multiprocessors,
-                     stream);
+                     {qweight, weight_scale, N, 0, nullptr, bias, bias_type}, {y, y_type}, {}, false, workspace,
+                     multiprocessors, stream);
 }
 
 int32_t bk_cuda_matmul_i8_t2_i32(const int8_t *codes, const uint8_t *qweight, int32_t *acc, int64_t M, int64_t N,
                                  int64_t K, void *workspace, int32_t multiprocessors, void *stream) {
     return linear_i8(BK_CUDA_I8_T2, {"bk_cuda_matmul_i8_t2_i32", M, N, K}, codes, BK_CUDA_I8, K,
-                     {qweight, nullptr, 1, 0, nullptr, 0}, {acc, BK_CUDA_I32}, {}, false, workspace, multiprocessors,
-                     stream);
+                     {qweight, nullptr, 1, 0, nullptr, nullptr, 0}, {acc, BK_CUDA_I32}, {}, false, workspace,
+                     multiprocessors, stream);
 }
 
 int32_t bk_cuda_linear_float_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
-                                const float *weight_scale, int64_t scale_rows, int64_t scale_columns, const void *bias,
-                                int32_t bias_type, void *y, int32_t y_type, int64_t M, int64_t N, int64_t K,
-                                void *workspace, int32_t multiprocessors, void *stream) {
+                                const float *weight_scale, int64_t scale_rows, int64_t scale_columns,
+                                const uint8_t *multiplier, const void *bias, int32_t bias_type, void *y, int32_t y_type,
+                                int64_t M, int64_t N, int64_t K, void *workspace, int32_t multiprocessors,
+                                void *stream) {
     const Shape shape = {"bk_cuda_linear_float_t2", M, N, K};
-    const Weights weights = {qweight, weight_scale, scale_rows, scale_columns, bias, bias_type};
+    const Weights weights = {qweight, weight_scale, scale_rows, scale_columns, multiplier, bias, bias_type};
     BK_CUDA_TRY(check_linear(shape, weights, {y, y_type}, workspace, multiprocessors));
     if (M == 0) return BK_CUDA_OK;
     BK_CUDA_TRY(check_tensor(shape, "x", x, x_type));
     const bk_cuda_product product = x_type == BK_CUDA_F32 ? BK_CUDA_F32_T2 : BK_CUDA_F16_T2;
-    const Plan plan = plan_matmul(product, M, N, K, scale_columns, multiprocessors, false);
-    const Workspace parts = lay_out(product, M, N, K, scale_columns, plan);
+    const Plan plan = plan_matmul(product, M, N, K, weights.groups(), multiprocessors, false);
+    const Workspace parts = lay_out(product, M, N, K, weights.groups(), plan);
     MatmulParams p = params_of(product, shape, weights, {y, y_type});
     const int64_t padded = padded_to_64(K);
     if (product == BK_CUDA_F16_T2 && K == padded && is_vector(x, x_type, x_stride)) {
@@ -321,6 +359,13 @@ int32_t bk_cuda_linear_float_t2(const void *x, int32_t x_type, int64_t x_stride,
     }
     p.splits = plan.splits;
     p.partial = at<uint8_t>(workspace, parts.partial);
+    if (plan.multiplied) {
+        const PlaceParams place = place_params(shape, weights, at<uint32_t>(workspace, parts.multipliers));
+        BK_CUDA_TRY(
+            launched(shape, launch(place_kernel, Grid{place_blocks(place), 1}, kPlaceThreads, 0, stream, place)));
+        p.multipliers = place.words;
+        return launched(shape, run_multiplied_float(plan, p, x_type, stream));
+    }
     return launched(shape, product == BK_CUDA_F32_T2 ? run_ternary_f32(plan, p, stream)
                                                      : run_ternary_16(plan, p, x_type == BK_CUDA_BF16, stream));
 }

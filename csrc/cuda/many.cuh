@@ -20,7 +20,8 @@ struct ManyLayout {
     static constexpr uint32_t kRowBytes = 64 * Math::kBytes;
     static constexpr uint32_t kWeightBytes = kManyRows * 64;
     static constexpr uint32_t kPlaneBytes = kTokens * kRowBytes;
-    static constexpr uint32_t kStageBytes = kWeightBytes + Math::kPlanes * kPlaneBytes;
+    static constexpr uint32_t kMultipliers = kWeightBytes + Math::kPlanes * kPlaneBytes;  // a word for each row
+    static constexpr uint32_t kStageBytes = kMultipliers + (Math::kMultiplied ? 4 * kManyRows : 0);
     static constexpr int kStages = 4 * kStageBytes <= kSharedBytes ? 4 : 3;
     static_assert(kStages * kStageBytes <= kSharedBytes, "stages fit without asking for more shared memory");
     using Tile = SumTile<kTokens, kManyRows>;
@@ -49,6 +50,11 @@ BK_DEVICE void load_stage(const MatmulParams &p, int64_t first_row, int64_t firs
             store_shared(to, load_weight_16(from, k, p));
         }
     }
+    if (Math::kMultiplied && thread < kManyRows) {
+        const int64_t row = first_row + thread < p.weight_rows ? first_row + thread : p.weight_rows - 1;
+        copy_async_4(stage + Layout::kMultipliers + 4u * static_cast<uint32_t>(thread),
+                     p.multipliers + multipliers_of_block(p, b) + row, 4);
+    }
     constexpr int kChunks = 4 * Math::kBytes;
     BK_UNROLL
     for (int i = 0; i < Layout::kTokens * kChunks / kManyThreads; ++i) {
@@ -74,6 +80,11 @@ BK_DEVICE void multiply_stage(uint32_t stage, typename Math::Sum (&sums)[Math::k
                    token = static_cast<uint32_t>(warp % 2 * 8 * kTiles + g);
     const Bytes16 low = load_shared<Bytes16>(stage + row * 64 + t * 16);
     const Bytes16 high = load_shared<Bytes16>(stage + (row + 8) * 64 + t * 16);
+    Multipliers multipliers = {};
+    if (Math::kMultiplied) {
+        const uint32_t at = stage + Layout::kMultipliers + 4 * row;
+        multipliers = {load_shared<uint32_t>(at), load_shared<uint32_t>(at + 4 * 8)};
+    }
     Bytes16 x[kTiles][Math::kLoads];
     BK_UNROLL
     for (int n = 0; n < kTiles; ++n) {
@@ -86,7 +97,7 @@ BK_DEVICE void multiply_stage(uint32_t stage, typename Math::Sum (&sums)[Math::k
                                            swizzle<Math::kBytes>(own, chunk) * 16);
         }
     }
-    Math::multiply_block(low, high, x, sums);
+    Math::multiply_block(low, high, multipliers, x, sums);
 }
 
 // Adds this lane's terms of a group to its totals; nothing where there is no output.

@@ -20,9 +20,12 @@ struct MatmulParams {
     const int32_t *x_sums;  // [M, columns]; t2 with codes only
     const float *x_scale;   // [M]; codes only
     const float *weight_scale;
-    int32_t scale_rows;    // 1 or N
-    int32_t columns;       // groups of K; 1 without groups
-    int32_t group_blocks;  // 64-column blocks of a group
+    int32_t scale_rows;           // 1 or N
+    int32_t columns;              // groups of K that have a float32 scale each; else 1
+    int32_t group_blocks;         // 64-column blocks of a group
+    const uint32_t *multipliers;  // [groups of K, multiplier_rows]: of the four outputs of a packed row; see
+    int64_t multiplier_rows;      // multipliers.cuh; else null
+    int32_t group_shift;          // the group of block b of 64 columns is b >> group_shift
     const void *bias;
     int32_t bias_type;
     void *y;
@@ -62,20 +65,41 @@ BK_DEVICE void prefetch_rows(const uint8_t *rows, int64_t bytes) {
 // Codes times 1, 4, 16 and 64, plus as much, as unsigned bytes: the masks of the four lanes of a packed byte.
 BK_DEVICE uint32_t lane_mask(int lane) { return 0x03030303u << (2 * lane); }
 
+// The multipliers of packed rows g and g + 8 for 64 columns: a byte for each of a row's four outputs.
+struct Multipliers {
+    uint32_t low, high;
+};
+
+BK_DEVICE uint32_t multiplier_of(uint32_t four, int lane) { return four >> (8 * lane) & 255; }
+
+// Codes of one output as unsigned bytes 128 + code * m, in one multiplication and addition: with u = code + 1 the bytes
+// of (128 - m) + u * m are all of 1 to 255, so none carries over into the next or borrows from it.
+struct MultipliedCodes {
+    uint32_t m, base;
+
+    BK_DEVICE MultipliedCodes(uint32_t four, int lane)
+        : m(multiplier_of(four, lane)), base(0x80808080u - m * 0x01010101u) {}
+
+    BK_DEVICE uint32_t bytes(uint32_t word, int lane) const { return (word >> (2 * lane) & 0x03030303u) * m + base; }
+};
+
 // t2 weights, int8 codes. A block is eight mma: h = 0, 1 takes words 2h and 2h + 1 as A0/A2 (A1/A3 of row g + 8) and
 // B0/B1; a mask makes the same words the A operand of another 16 rows.
 struct TernaryInt8 {
     using Sum = int32_t;
     static constexpr bool kIsInteger = true;
-    static constexpr int kLanes = 4;   // rows of weights in a byte
-    static constexpr int kPlanes = 1;  // of x
-    static constexpr int kBytes = 1;   // of an element of a plane
-    static constexpr int kLoads = 1;   // 16-byte loads of x for one token
-    static constexpr int kDepth = 4;   // blocks in flight in the kernel for few tokens
+    static constexpr bool kMultiplied = false;  // every group's sum is multiplied by an integer of the group
+    static constexpr bool kShifted = true;      // sums are of codes times 4 ** lane
+    static constexpr int32_t kOffset = 1;       // that much is added to codes (times multipliers) as bytes
+    static constexpr int kLanes = 4;            // rows of weights in a byte
+    static constexpr int kPlanes = 1;           // of x
+    static constexpr int kBytes = 1;            // of an element of a plane
+    static constexpr int kLoads = 1;            // 16-byte loads of x for one token
+    static constexpr int kDepth = 4;            // blocks in flight in the kernel for few tokens
 
     template <int kTiles>
-    static BK_DEVICE void multiply_block(const Bytes16 &low, const Bytes16 &high, const Bytes16 (&x)[kTiles][kLoads],
-                                         Sum (&sums)[kLanes][kTiles][4]) {
+    static BK_DEVICE void multiply_block(const Bytes16 &low, const Bytes16 &high, const Multipliers &,
+                                         const Bytes16 (&x)[kTiles][kLoads], Sum (&sums)[kLanes][kTiles][4]) {
         BK_UNROLL
         for (int h = 0; h < 2; ++h) {
             BK_UNROLL
@@ -92,15 +116,40 @@ struct TernaryInt8 {
     }
 };
 
+// The same with a multiplier for each group. Sums of such bytes may wrap around; with the offset off they are right.
+struct TernaryInt8Multiplied : TernaryInt8 {
+    static constexpr bool kMultiplied = true, kShifted = false;
+    static constexpr int32_t kOffset = 128;
+
+    template <int kTiles>
+    static BK_DEVICE void multiply_block(const Bytes16 &low, const Bytes16 &high, const Multipliers &multipliers,
+                                         const Bytes16 (&x)[kTiles][kLoads], Sum (&sums)[kLanes][kTiles][4]) {
+        BK_UNROLL
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const MultipliedCodes near(multipliers.low, lane), far(multipliers.high, lane);
+            BK_UNROLL
+            for (int h = 0; h < 2; ++h) {
+                const uint32_t a[4] = {near.bytes(low.word[2 * h], lane), far.bytes(high.word[2 * h], lane),
+                                       near.bytes(low.word[2 * h + 1], lane), far.bytes(high.word[2 * h + 1], lane)};
+                BK_UNROLL
+                for (int n = 0; n < kTiles; ++n) {
+                    mma_u8s8_wrapping(sums[lane][n], a, x[n][0].word[2 * h], x[n][0].word[2 * h + 1]);
+                }
+            }
+        }
+    }
+};
+
 // int8 weights, int8 codes: the same with the bytes as they are.
 struct Int8Int8 {
     using Sum = int32_t;
-    static constexpr bool kIsInteger = true;
+    static constexpr bool kIsInteger = true, kMultiplied = false, kShifted = false;
+    static constexpr int32_t kOffset = 0;
     static constexpr int kLanes = 1, kPlanes = 1, kBytes = 1, kLoads = 1, kDepth = 4;
 
     template <int kTiles>
-    static BK_DEVICE void multiply_block(const Bytes16 &low, const Bytes16 &high, const Bytes16 (&x)[kTiles][kLoads],
-                                         Sum (&sums)[kLanes][kTiles][4]) {
+    static BK_DEVICE void multiply_block(const Bytes16 &low, const Bytes16 &high, const Multipliers &,
+                                         const Bytes16 (&x)[kTiles][kLoads], Sum (&sums)[kLanes][kTiles][4]) {
         BK_UNROLL
         for (int h = 0; h < 2; ++h) {
             const uint32_t a[4] = {low.word[2 * h], high.word[2 * h], low.word[2 * h + 1], high.word[2 * h + 1]};
@@ -119,26 +168,50 @@ BK_DEVICE uint32_t pair_of_codes(uint32_t word, int lane, uint32_t selector) {
     return fma_f16x2(codes | 0x64006400, 0x3C003C00, 0xE401E401);                // times 1, minus 1025
 }
 
+// The multipliers of outputs `first` and `second` of a packed row as such a pair: 128 + m or 1024 + m, less 128 or
+// 1024.
+template <bool kIsBf16>
+BK_DEVICE uint32_t pair_of_multipliers(uint32_t four, int first, int second) {
+    const uint32_t pair = multiplier_of(four, first) | multiplier_of(four, second) << 16;
+    if (kIsBf16) return fma_bf16x2(pair | 0x43004300, 0x3F803F80, 0xC300C300);
+    return fma_f16x2(pair | 0x64006400, 0x3C003C00, 0xE400E400);
+}
+
+template <bool kIsBf16>
+BK_DEVICE uint32_t multiply_pair(uint32_t a, uint32_t b) {
+    return kIsBf16 ? fma_bf16x2(a, b, 0x80008000) : fma_f16x2(a, b, 0x80008000);
+}
+
 // t2 weights, bfloat16 or float16 tokens, or float32 ones in three bfloat16 planes. A block is four mma of 16 columns:
 // word q holds columns 4 q to 4 q + 3 of a row, the first two are A0 (A1), the others A2 (A3).
-template <bool kIsBf16, int kPlaneCount>
+// With multipliers each register is multiplied by its output's, of 7 bits, which is exact in either type.
+template <bool kIsBf16, int kPlaneCount, bool kHasMultipliers = false>
 struct TernaryFloat {
     using Sum = float;
-    static constexpr bool kIsInteger = false;
+    static constexpr bool kIsInteger = false, kMultiplied = kHasMultipliers, kShifted = false;
+    static constexpr int32_t kOffset = 0;
     static constexpr int kLanes = 4, kPlanes = kPlaneCount, kBytes = 2, kLoads = 2 * kPlaneCount;
     static constexpr int kDepth = kPlaneCount == 1 ? 2 : 1;
 
     template <int kTiles>
-    static BK_DEVICE void multiply_block(const Bytes16 &low, const Bytes16 &high, const Bytes16 (&x)[kTiles][kLoads],
-                                         Sum (&sums)[kLanes][kTiles][4]) {
+    static BK_DEVICE void multiply_block(const Bytes16 &low, const Bytes16 &high, const Multipliers &multipliers,
+                                         const Bytes16 (&x)[kTiles][kLoads], Sum (&sums)[kLanes][kTiles][4]) {
         BK_UNROLL
         for (int q = 0; q < 4; ++q) {
             BK_UNROLL
             for (int lane = 0; lane < kLanes; ++lane) {
-                const uint32_t a[4] = {pair_of_codes<kIsBf16>(low.word[q], lane, 0x4140),
-                                       pair_of_codes<kIsBf16>(high.word[q], lane, 0x4140),
-                                       pair_of_codes<kIsBf16>(low.word[q], lane, 0x4342),
-                                       pair_of_codes<kIsBf16>(high.word[q], lane, 0x4342)};
+                uint32_t a[4] = {pair_of_codes<kIsBf16>(low.word[q], lane, 0x4140),
+                                 pair_of_codes<kIsBf16>(high.word[q], lane, 0x4140),
+                                 pair_of_codes<kIsBf16>(low.word[q], lane, 0x4342),
+                                 pair_of_codes<kIsBf16>(high.word[q], lane, 0x4342)};
+                if (kMultiplied) {
+                    const uint32_t near = pair_of_multipliers<kIsBf16>(multipliers.low, lane, lane);
+                    const uint32_t far = pair_of_multipliers<kIsBf16>(multipliers.high, lane, lane);
+                    a[0] = multiply_pair<kIsBf16>(a[0], near);
+                    a[1] = multiply_pair<kIsBf16>(a[1], far);
+                    a[2] = multiply_pair<kIsBf16>(a[2], near);
+                    a[3] = multiply_pair<kIsBf16>(a[3], far);
+                }
                 BK_UNROLL
                 for (int n = 0; n < kTiles; ++n) {
                     // The smallest plane first, so that the most is kept of it.
@@ -157,21 +230,49 @@ struct TernaryFloat {
     }
 };
 
-using TernaryBf16 = TernaryFloat<true, 1>;
-using TernaryF16 = TernaryFloat<false, 1>;
-using TernaryF32 = TernaryFloat<true, 3>;
+template <bool kMultiplied>
+using TernaryBf16 = TernaryFloat<true, 1, kMultiplied>;
+template <bool kMultiplied>
+using TernaryF16 = TernaryFloat<false, 1, kMultiplied>;
+template <bool kMultiplied>
+using TernaryF32 = TernaryFloat<true, 3, kMultiplied>;
 
-BK_DEVICE int32_t unshift(int32_t sum, int lane) { return sum >> (2 * lane); }
-BK_DEVICE float unshift(float sum, int) { return sum; }
+// Where in p.multipliers those of block b of 64 columns begin.
+BK_DEVICE int64_t multipliers_of_block(const MatmulParams &p, int32_t b) {
+    return (b >> p.group_shift) * p.multiplier_rows;
+}
+
+// Sums of integers, which wrap around: int32 in C++ must not.
+BK_DEVICE int32_t add(int32_t a, int32_t b) {
+    return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
+}
+
+// A sum without its mask's factor: what a share of K is stored as.
+template <typename Math>
+BK_DEVICE typename Math::Sum share_of(typename Math::Sum sum, int lane) {
+    if constexpr (Math::kShifted) {
+        return sum >> (2 * lane);
+    } else {
+        return sum;
+    }
+}
+
+// A share without what the bytes' offset added; x_sum is the sum of the token's codes.
+template <typename Math>
+BK_DEVICE typename Math::Sum without_offset(typename Math::Sum share, int32_t x_sum) {
+    if constexpr (Math::kOffset != 0) {
+        return add(share, -Math::kOffset * x_sum);
+    } else {
+        return share;
+    }
+}
 
 // The value of one group, or of the whole of K without groups: what the mask's factor and the codes' offset added is
 // taken off, exactly.
 template <typename Math>
 BK_DEVICE typename Math::Sum true_sum(const MatmulParams &p, typename Math::Sum sum, int lane, int64_t m, int column) {
-    if (Math::kIsInteger && Math::kLanes == 4) {
-        return unshift(sum, lane) - static_cast<typename Math::Sum>(load_global(p.x_sums + m * p.columns + column));
-    }
-    return sum;
+    const int32_t x_sum = Math::kOffset ? load_global(p.x_sums + m * p.columns + column) : 0;
+    return without_offset<Math>(share_of<Math>(sum, lane), x_sum);
 }
 
 BK_DEVICE void finish_value(const MatmulParams &p, int64_t m, int64_t n, float value) {
@@ -218,7 +319,7 @@ BK_DEVICE void finish_share(const MatmulParams &p, int64_t m, int64_t n, typenam
         finish(p, m, n, true_sum<Math>(p, sum, lane, m, 0));
     } else {
         auto *partial = static_cast<typename Math::Sum *>(p.partial);
-        store_global(partial + (split * p.M + m) * p.N + n, unshift(sum, Math::kLanes == 4 ? lane : 0));
+        store_global(partial + (split * p.M + m) * p.N + n, share_of<Math>(sum, lane));
     }
 }
 
@@ -232,7 +333,6 @@ template <typename First, typename Second>
 struct Pick<false, First, Second> {
     using Type = Second;
 };
-BK_DEVICE int32_t add(int32_t a, int32_t b) { return a + b; }
 
 // Adds the shares of K, or the terms of groups, in ascending order, the same bits every run, and finishes the outputs.
 template <typename Math, bool kGrouped>
@@ -249,7 +349,7 @@ split_kernel(MatmulParams p) {
         if (kGrouped) {
             finish_value(p, i / p.N, i % p.N, scaled_groups<Math>(p, i / p.N, static_cast<float>(sum)));
         } else {
-            // Shares are unshifted already: as if of lane 0.
+            // Shares are without their masks' factors already: as if of lane 0.
             const auto share = static_cast<typename Math::Sum>(sum);
             finish(p, i / p.N, i % p.N, true_sum<Math>(p, share, 0, i / p.N, 0));
         }

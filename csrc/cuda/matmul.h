@@ -9,26 +9,35 @@ namespace bitlab {
 struct MatmulParams;
 
 struct Plan {
-    bool few;    // few_kernel, else many_kernel
-    bool wgmma;  // wgmma_kernel instead
-    int tiles;   // kTiles of the kernel; kGroups of wgmma_kernel
-    bool grouped;
-    int splits;  // over K
+    bool few;         // few_kernel, else many_kernel
+    bool wgmma;       // wgmma_kernel instead
+    int tiles;        // kTiles of the kernel; kGroups of wgmma_kernel
+    bool grouped;     // a float32 scale for each group
+    bool multiplied;  // an integer multiplier for each group, and one scale for each output
+    int splits;       // over K
     Grid grid;
+};
+
+// What the weights' scales are: K / group size columns or 0, each a float32 scale or, `multiplied`, an integer.
+struct Groups {
+    int64_t columns;
+    bool multiplied;
 };
 
 // How a product of this shape is computed, with wgmma where it pays if the device and the weights' rows allow it; a
 // function of the arguments alone.
-Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, int64_t scale_columns, int multiprocessors,
+Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, Groups groups, int multiprocessors,
                  bool wgmma);
 
 // Queues the plan's kernels, one for each kind of arithmetic in a file of its own (they take long to compile).
 const char *run_ternary_int8(const Plan &plan, const MatmulParams &params, void *stream);
+const char *run_multiplied_int8(const Plan &plan, const MatmulParams &params, void *stream);
 const char *run_int8_int8(const Plan &plan, const MatmulParams &params, void *stream);
 const char *run_ternary_16(const Plan &plan, const MatmulParams &params, bool is_bf16, void *stream);
 const char *run_ternary_f32(const Plan &plan, const MatmulParams &params, void *stream);
+const char *run_multiplied_float(const Plan &plan, const MatmulParams &params, int32_t x_type, void *stream);
 
-// Queues wgmma_kernel, the part of run_ternary_int8 that only some architectures have.
+// Queues wgmma_kernel, the part of run_ternary_int8 and run_multiplied_int8 that only some architectures have.
 const char *run_wgmma(const Plan &plan, const MatmulParams &params, void *stream);
 
 }  // namespace bitlab

@@ -30,8 +30,21 @@ const char *run_split(const Plan &plan, const MatmulParams &params, const char *
     if (error || plan.splits == 1) return error;
     const int64_t blocks = ceil_div(params.M * params.N, kSplitThreads);
     const Grid grid = {blocks < 65536 ? blocks : 65536, 1};
-    return plan.grouped ? launch(split_kernel<Math, true>, grid, kSplitThreads, 0, stream, params)
-                        : launch(split_kernel<Math, false>, grid, kSplitThreads, 0, stream, params);
+    if constexpr (!Math::kMultiplied) {
+        if (plan.grouped) return launch(split_kernel<Math, true>, grid, kSplitThreads, 0, stream, params);
+    }
+    return launch(split_kernel<Math, false>, grid, kSplitThreads, 0, stream, params);
+}
+
+// Without a float32 scale for each group: one or two tiles of few tokens, two or eight of many.
+template <typename Math>
+const char *run_int8(const Plan &plan, const MatmulParams &params, void *stream) {
+    if (plan.few) {
+        return plan.tiles == 1 ? run_few<Math, 1, false>(plan, params, stream)
+                               : run_few<Math, 2, false>(plan, params, stream);
+    }
+    return plan.tiles == 2 ? run_many<Math, 2, false>(plan, params, stream)
+                           : run_many<Math, 8, false>(plan, params, stream);
 }
 
 // Float activations: sixteen tokens or fewer, or kTiles of many; groups take twice the registers and half the tokens.

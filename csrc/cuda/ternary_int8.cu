@@ -10,14 +10,10 @@ const char *run_ternary_int8(const Plan &plan, const MatmulParams &params, void 
     } else if (plan.few && plan.grouped) {
         error = plan.tiles == 1 ? run_few<Math, 1, true>(plan, params, stream)
                                 : run_few<Math, 2, true>(plan, params, stream);
-    } else if (plan.few) {
-        error = plan.tiles == 1 ? run_few<Math, 1, false>(plan, params, stream)
-                                : run_few<Math, 2, false>(plan, params, stream);
     } else if (plan.grouped) {
         error = run_many<Math, 2, true>(plan, params, stream);
     } else {
-        error = plan.tiles == 2 ? run_many<Math, 2, false>(plan, params, stream)
-                                : run_many<Math, 8, false>(plan, params, stream);
+        error = run_int8<Math>(plan, params, stream);
     }
     return run_split<Math>(plan, params, error, stream);
 }

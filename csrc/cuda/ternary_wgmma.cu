@@ -4,16 +4,19 @@
 namespace bitlab {
 namespace {
 
-template <int kGroups>
+template <int kGroups, bool kMultiplied>
 const char *run(const Plan &plan, const MatmulParams &params, void *stream) {
-    using Layout = WgmmaLayout<kGroups>;
-    return launch(wgmma_kernel<kGroups>, plan.grid, Layout::kThreads, Layout::kBytes, stream, params);
+    using Layout = WgmmaLayout<kGroups, kMultiplied>;
+    return launch(wgmma_kernel<kGroups, kMultiplied>, plan.grid, Layout::kThreads, Layout::kBytes, stream, params);
 }
 
 }  // namespace
 
 const char *run_wgmma(const Plan &plan, const MatmulParams &params, void *stream) {
-    return plan.tiles == 2 ? run<2>(plan, params, stream) : run<1>(plan, params, stream);
+    if (plan.multiplied) {
+        return plan.tiles == 2 ? run<2, true>(plan, params, stream) : run<1, true>(plan, params, stream);
+    }
+    return plan.tiles == 2 ? run<2, false>(plan, params, stream) : run<1, false>(plan, params, stream);
 }
 
 }  // namespace bitlab

@@ -6,8 +6,9 @@ namespace bitlab {
 namespace {
 
 int32_t pack_params(const Shape &shape, const void *weight, int32_t type, const float *scale, int64_t scale_rows,
-                    int64_t scale_columns, uint8_t *qweight, PackParams &params) {
+                    int64_t scale_columns, const uint8_t *multiplier, uint8_t *qweight, PackParams &params) {
     BK_CUDA_TRY(check_shape(shape, scale_rows, scale_columns, 16));
+    BK_CUDA_TRY(check_multiplier(shape, multiplier, scale_columns));
     BK_CUDA_TRY(check_tensor(shape, "weight", weight, type));
     BK_CUDA_TRY(check_tensor(shape, "weight_scale", scale, BK_CUDA_F32));
     const int64_t columns = scale_columns ? scale_columns : 1;
@@ -16,6 +17,7 @@ int32_t pack_params(const Shape &shape, const void *weight, int32_t type, const 
               scale,
               scale_rows == 1 ? 1 : 2,
               static_cast<int32_t>(columns),
+              multiplier,
               qweight,
               shape.N,
               ceil_div(shape.N, 4),
@@ -56,15 +58,39 @@ int32_t bk_cuda_pack_t2(const void *weight, int32_t weight_type, const float *we
                         int64_t scale_columns, uint8_t *qweight, int64_t N, int64_t K, void *stream) {
     const Shape shape = {"bk_cuda_pack_t2", 0, N, K};
     PackParams p;
-    BK_CUDA_TRY(pack_params(shape, weight, weight_type, weight_scale, scale_rows, scale_columns, qweight, p));
+    BK_CUDA_TRY(pack_params(shape, weight, weight_type, weight_scale, scale_rows, scale_columns, nullptr, qweight, p));
     return launched(shape, launch(pack_kernel, Grid{p.rows, 1}, kWeightThreads, 0, stream, p));
 }
 
+int32_t bk_cuda_pack_groups_t2(const void *weight, int32_t weight_type, float *weight_scale, uint8_t *multiplier,
+                               uint8_t *qweight, int64_t N, int64_t K, int64_t columns, void *stream) {
+    const Shape shape = {"bk_cuda_pack_groups_t2", 0, N, K};
+    BK_CUDA_TRY(check_shape(shape, N, columns, 64));
+    if (!multiplier) return fail(BK_CUDA_INVALID_ARGUMENT, "%s: multiplier must be given, got null", shape.op);
+    BK_CUDA_TRY(check_multiplier(shape, multiplier, columns));
+    BK_CUDA_TRY(check_tensor(shape, "weight", weight, weight_type));
+    BK_CUDA_TRY(check_tensor(shape, "weight_scale", weight_scale, BK_CUDA_F32));
+    const PackGroupsParams p = {weight,
+                                weight_type,
+                                weight_scale,
+                                multiplier,
+                                qweight,
+                                N,
+                                ceil_div(N, 4),
+                                static_cast<int32_t>(K),
+                                static_cast<int32_t>(columns),
+                                static_cast<int32_t>(K / columns),
+                                aligned(weight, K * size_of(weight_type), 16) && aligned(qweight, K, 8)};
+    return launched(shape, launch(pack_groups_kernel, Grid{p.rows, 1}, kWeightThreads,
+                                  pack_groups_shared_bytes(columns), stream, p));
+}
+
 int32_t bk_cuda_unpack_t2(const uint8_t *qweight, const float *weight_scale, int64_t scale_rows, int64_t scale_columns,
-                          void *weight, int32_t weight_type, int64_t N, int64_t K, void *stream) {
+                          const uint8_t *multiplier, void *weight, int32_t weight_type, int64_t N, int64_t K,
+                          void *stream) {
     const Shape shape = {"bk_cuda_unpack_t2", 0, N, K};
     PackParams p;
-    BK_CUDA_TRY(pack_params(shape, weight, weight_type, weight_scale, scale_rows, scale_columns,
+    BK_CUDA_TRY(pack_params(shape, weight, weight_type, weight_scale, scale_rows, scale_columns, multiplier,
                             const_cast<uint8_t *>(qweight), p));
     return launched(shape, launch(unpack_kernel, Grid{p.rows, 1}, kWeightThreads, 0, stream, p));
 }

@@ -29,21 +29,27 @@ BK_DEVICE float scale_of(double sum, int64_t count) {
     return mean > 1e-5f ? mean : 1e-5f;
 }
 
-// Half a warp sums one part: lane l adds the elements l, l + 16, ..., then the lanes are added in ascending order.
-BK_KERNEL(kWeightThreads, 4) part_sums_kernel(WeightScaleParams p) {
-    begin();
-    const int lane = thread_x() % kWarp, chain = lane % kChains;
-    const int64_t part = (block_x() * kWeightThreads + thread_x()) / kChains;
-    const int64_t clamped = part < p.parts ? part : p.parts - 1;
+// Half a warp sums the magnitudes of `width` elements: lane l adds the elements l, l + 16, ..., then the lanes are
+// added in ascending order. All lanes of a warp call this.
+BK_DEVICE double sum_of_part(const void *weight, int32_t type, int64_t first, int32_t width) {
+    const int lane = thread_x() % kWarp;
     double sum = 0.0;
     BK_UNROLL_BY_16
-    for (int32_t k = chain; k < p.width; k += kChains) {
-        const float value = load_float(p.weight, p.weight_type, clamped * p.width + k);
+    for (int32_t k = lane % kChains; k < width; k += kChains) {
+        const float value = load_float(weight, type, first + k);
         sum = add(sum, static_cast<double>(bits_float(float_bits(value) & 0x7FFFFFFF)));
     }
     double total = shuffle(sum, lane / kChains * kChains);
     for (int l = 1; l < kChains; ++l) total = add(total, shuffle(sum, lane / kChains * kChains + l));
-    if (chain != 0 || part >= p.parts) return;
+    return total;
+}
+
+BK_KERNEL(kWeightThreads, 4) part_sums_kernel(WeightScaleParams p) {
+    begin();
+    const int64_t part = (block_x() * kWeightThreads + thread_x()) / kChains;
+    const int64_t clamped = part < p.parts ? part : p.parts - 1;
+    const double total = sum_of_part(p.weight, p.weight_type, clamped * p.width, p.width);
+    if (thread_x() % kChains != 0 || part >= p.parts) return;
     if (p.sums) {
         store_global(p.sums + part, total);
     } else {
@@ -79,6 +85,7 @@ struct PackParams {
     const float *scale;
     int32_t scale_rows;
     int32_t columns;
+    const uint8_t *multiplier;  // [N, columns], then there is one scale for each output; or null
     uint8_t *qweight;
     int64_t N;
     int64_t rows;  // ceil(N / 4)
@@ -91,8 +98,18 @@ BK_DEVICE float scale_at(const PackParams &p, int64_t n, int32_t k) {
     return load_global(p.scale + (p.scale_rows == 1 ? 0 : n) * p.columns + k / p.width);
 }
 
-// A block takes one packed row, a thread eight of its columns at a time, which are of one group. Rounding half to even
-// and clamping to -1..1 is a comparison with one half; a NaN gives 0.
+// Ternarizes eight columns of output `lane` of a packed row. Rounding half to even and clamping to -1..1 is a
+// comparison with one half; a NaN gives 0.
+BK_DEVICE void pack_eight(const float (&values)[8], float inverse, int lane, Bytes8 &packed) {
+    BK_UNROLL
+    for (int j = 0; j < 8; ++j) {
+        const float ratio = multiply(values[j], inverse);
+        const uint32_t code = ratio > 0.5f ? 2 : ratio < -0.5f ? 0 : 1;
+        packed.word[j / 4] |= code << (8 * (j % 4) + 2 * lane);
+    }
+}
+
+// A block takes one packed row, a thread eight of its columns at a time, which are of one group.
 BK_KERNEL(kWeightThreads) pack_kernel(PackParams p) {
     begin();
     const int64_t row = block_x();
@@ -107,12 +124,7 @@ BK_KERNEL(kWeightThreads) pack_kernel(PackParams p) {
                 load_eight(weights, p.weight_type, k, p.K, p.vector, values);
                 inverse = divide(1.0f, scale_at(p, n, k));
             }
-            BK_UNROLL
-            for (int j = 0; j < 8; ++j) {
-                const float ratio = multiply(values[j], inverse);
-                const uint32_t code = ratio > 0.5f ? 2 : ratio < -0.5f ? 0 : 1;
-                packed.word[j / 4] |= code << (8 * (j % 4) + 2 * i);
-            }
+            pack_eight(values, inverse, i, packed);
         }
         uint8_t *to = p.qweight + row * p.K + k;
         if (p.vector) {
@@ -147,14 +159,101 @@ BK_KERNEL(kWeightThreads) unpack_kernel(PackParams p) {
         for (int i = 0; i < 4; ++i) {
             const int64_t n = row + i * p.rows;
             if (n >= p.N) continue;
-            const float scale = scale_at(p, n, k);
+            const float scale = p.multiplier ? load_global(p.scale + n) : scale_at(p, n, k);
+            const int32_t m = p.multiplier ? load_global(p.multiplier + n * p.columns + k / p.width) : 1;
             float values[8];
             BK_UNROLL
             for (int j = 0; j < 8; ++j) {
                 const int32_t code = static_cast<int32_t>(packed.word[j / 4] >> (8 * (j % 4) + 2 * i) & 3) - 1;
-                values[j] = multiply(static_cast<float>(code), scale);
+                values[j] = multiply(static_cast<float>(code * m), scale);
             }
             store_eight(weight, p.weight_type, n * p.K + k, p.K - k, p.vector, values);
+        }
+    }
+}
+
+struct PackGroupsParams {
+    const void *weight;  // [N, K]
+    int32_t weight_type;
+    float *scale;         // [N]
+    uint8_t *multiplier;  // [N, columns]
+    uint8_t *qweight;
+    int64_t N;
+    int64_t rows;  // ceil(N / 4)
+    int32_t K;
+    int32_t columns;
+    int32_t width;  // K / columns
+    bool vector;    // as in PackParams
+};
+
+// Maxima of the warps, then a number for each output and group of a packed row: its scale, then 1 / its step.
+constexpr uint32_t kGroupScales = 4 * 4 * kWeightThreads / kWarp;
+
+inline uint32_t pack_groups_shared_bytes(int64_t columns) {
+    return kGroupScales + 4 * 4 * static_cast<uint32_t>(columns);
+}
+
+// Absmean scales of groups in two levels, and packing. A block takes one packed row: its four outputs are read from
+// memory once for the scales of their groups, and again, from the caches, for the codes.
+BK_KERNEL(kWeightThreads, 4) pack_groups_kernel(PackGroupsParams p) {
+    begin();
+    const int thread = thread_x();
+    const int64_t row = block_x();
+    const int parts = 4 * p.columns;
+    // Output by output, so that a warp reads two groups side by side. Every lane takes part in the shuffles.
+    for (int first = 0; first < parts; first += kWeightThreads / kChains) {
+        const int part = first + thread / kChains;
+        const int64_t n = row + (part < parts ? part / p.columns : 3) * p.rows;
+        const int64_t from = (n < p.N ? n : p.N - 1) * p.K + static_cast<int64_t>(part % p.columns) * p.width;
+        const double total = sum_of_part(p.weight, p.weight_type, from, p.width);
+        if (thread % kChains == 0 && part < parts) {
+            store_shared(kGroupScales + 4u * static_cast<uint32_t>(part), scale_of(total, p.width));
+        }
+    }
+    sync_block();
+    BK_NO_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        const int64_t n = row + i * p.rows;
+        if (n >= p.N) break;
+        const uint32_t scales = kGroupScales + 4u * static_cast<uint32_t>(i * p.columns);
+        // Scales are positive or NaN, whose bits are above all of theirs.
+        uint32_t most = 0;
+        for (int column = thread; column < p.columns; column += kWeightThreads) {
+            const auto bits = load_shared<uint32_t>(scales + 4u * static_cast<uint32_t>(column));
+            most = bits > most ? bits : most;
+        }
+        most = block_max(most, static_cast<uint32_t>(i) * 4 * kWeightThreads / kWarp, kWeightThreads);
+        const bool finite = most < 0x7F800000;
+        const float scale = finite ? divide(bits_float(most), 127.0f) : bits_float(0x7FC00000);
+        if (thread == 0) store_global(p.scale + n, scale);
+        for (int column = thread; column < p.columns; column += kWeightThreads) {
+            const uint32_t at = scales + 4u * static_cast<uint32_t>(column);
+            const int32_t ratio = finite ? round_even(divide(load_shared<float>(at), scale)) : 1;
+            const int32_t m = ratio < 1 ? 1 : ratio > 127 ? 127 : ratio;
+            store_global(p.multiplier + n * p.columns + column, static_cast<uint8_t>(m));
+            store_shared(at, divide(1.0f, multiply(static_cast<float>(m), scale)));
+        }
+    }
+    sync_block();
+    for (int32_t k = thread * 8; k < p.K; k += kWeightThreads * 8) {
+        Bytes8 packed = {{0, 0}};
+        BK_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const int64_t n = row + i * p.rows;
+            float values[8] = {}, inverse = 0.0f;
+            if (n < p.N) {
+                const auto *weights = static_cast<const uint8_t *>(p.weight) + n * p.K * element_bytes(p.weight_type);
+                load_eight(weights, p.weight_type, k, p.K, p.vector, values);
+                inverse = load_shared<float>(kGroupScales + 4u * static_cast<uint32_t>(i * p.columns + k / p.width));
+            }
+            pack_eight(values, inverse, i, packed);
+        }
+        uint8_t *to = p.qweight + row * p.K + k;
+        if (p.vector) {
+            store_global(reinterpret_cast<Bytes8 *>(to), packed);
+        } else {
+            BK_UNROLL
+            for (int j = 0; j < 8; ++j) store_global(to + j, static_cast<uint8_t>(packed.word[j / 4] >> (8 * (j % 4))));
         }
     }
 }

@@ -1,11 +1,13 @@
-// Many tokens on a GPU that has wgmma: t2 weights in rows aligned to 16 bytes, int8 codes, without groups.
+// Many tokens on a GPU that has wgmma: t2 weights in rows aligned to 16 bytes, int8 codes; groups with multipliers.
 //
 // A block makes 64 packed rows (256 outputs) of 64 tokens: with one warpgroup, two blocks to a multiprocessor; or,
 // where that would leave multiprocessors idle, with two warpgroups, which take every other 128 columns each and add up
 // their sums. Rows and tokens come to shared memory by cp.async, 128 columns of each warpgroup a step. A warpgroup's
 // wgmma takes A from registers: the packed bytes of 64 rows under one of four masks, so each mask has 64 x 64 sums of
 // its own and no weight is ever unpacked in memory; and B, the tokens, from shared memory. While the wgmma of one block
-// of 64 columns run, the bytes of the next are loaded and masked.
+// of 64 columns run, the bytes of the next are loaded and masked. With multipliers they are not masked but multiplied,
+// which is a shift, a mask and a multiplication with addition for each register (matmul.cuh, MultipliedCodes); the
+// words of multipliers of 64 rows come along, one for each row and 64 columns.
 //
 // The registers of A are those of mma.m16n8k32, which want bytes 4 t and 16 + 4 t of 32 columns; as elsewhere a lane
 // takes 16 bytes in a row instead, at columns 16 t of 64. Tensor cores read B by themselves, so here the tokens' codes
@@ -27,7 +29,7 @@ constexpr int kWgmmaTokens = 64;
 constexpr int kWgmmaColumns = 128;  // of a part: 128 bytes of each row and each token
 
 // kGroups: warpgroups of a block.
-template <int kGroups>
+template <int kGroups, bool kMultiplied>
 struct WgmmaLayout {
     static constexpr int kThreads = kWarpgroup * kGroups;
     static constexpr int kRows = 64;
@@ -36,10 +38,18 @@ struct WgmmaLayout {
     static constexpr uint32_t kStageBytes = kGroups * kPartBytes;
     // A multiprocessor's registers hold two warpgroups, so 192 KiB are shared by two.
     static constexpr int kStages = 96 * 1024 * kGroups / kStageBytes;
-    static constexpr uint32_t kBytes = kStages * kStageBytes;
+    static constexpr uint32_t kStagesBytes = kStages * kStageBytes;
+    // After the stages, so that those begin at powers of two: for each part the words of 64 rows, twice.
+    static constexpr uint32_t kMultiplierBytes = 2 * kRows * 4;
+    static constexpr uint32_t kBytes = kStagesBytes + (kMultiplied ? kStages * kGroups * kMultiplierBytes : 0);
     using Tile = SumTile<kWgmmaTokens, kRows>;
-    static_assert(4 * Tile::kBytes <= kBytes, "the sums of all masks fit where the stages were");
+    static_assert(4 * Tile::kBytes <= kStagesBytes, "the sums of all masks fit where the stages were");
     static_assert(kBytes <= kLargeSharedBytes, "shared memory of a block");
+
+    // Where the words of the part at an offset lie.
+    static BK_DEVICE uint32_t multipliers_at(uint32_t part) {
+        return kStagesBytes + part / (kPartBytes / kMultiplierBytes);
+    }
 };
 
 // Where the 16-byte chunk of a packed row lies in the row: eight lanes read four chunks of two rows at once.
@@ -57,7 +67,7 @@ BK_DEVICE uint64_t token_descriptor(uint32_t offset) {
 
 // What a thread copies to every stage: 16 bytes of each of some packed rows and tokens, in bytes from the first column
 // of the block's first row or token. Rows and tokens past the end repeat the last one.
-template <typename Layout, int kGroups>
+template <typename Layout, int kGroups, bool kMultiplied>
 struct WgmmaCopies {
     static constexpr int kAtOnce = Layout::kThreads / 8;
     static constexpr int kRowCopies = Layout::kRows / kAtOnce, kTokenCopies = kWgmmaTokens / kAtOnce;
@@ -66,13 +76,23 @@ struct WgmmaCopies {
     uint32_t row[kRowCopies], token[kTokenCopies];
     uint32_t to_row, to_token;  // in a stage, of the first of each; the others follow kAtOnce rows apart
     int32_t row_end, token_end;
+    const uint32_t *multipliers;  // of this thread's row
+    int64_t multiplier_rows;
+    int32_t group_shift;
 
     BK_DEVICE WgmmaCopies(const MatmulParams &p, int64_t first_row, int64_t first_token)
         : rows(p.weight + first_row * p.K),
           tokens(p.x + first_token * p.x_stride),
           row_end(p.K),
-          token_end(64 * p.blocks) {
+          token_end(64 * p.blocks),
+          multipliers(nullptr),
+          multiplier_rows(p.multiplier_rows),
+          group_shift(p.group_shift) {
         const int r = thread_x() / 8;
+        if (kMultiplied) {
+            const int64_t own = first_row + thread_x() % Layout::kRows;
+            multipliers = p.multipliers + (own < p.weight_rows ? own : p.weight_rows - 1);
+        }
         BK_UNROLL
         for (int i = 0; i < kRowCopies; ++i) row[i] = offset_of(r + i * kAtOnce, p.weight_rows - first_row, p.K);
         BK_UNROLL
@@ -107,29 +127,44 @@ struct WgmmaCopies {
                               from_tokens + token[i], k < token_end ? 16 : 0);
             }
         }
+        if (kMultiplied) {
+            // Every thread has one of kGroups * 2 * 64 words.
+            const int32_t block = 2 * kGroups * step + thread_x() / Layout::kRows;
+            const bool valid = step < last && 64 * block < row_end;
+            copy_async_4(Layout::multipliers_at(stage) + 4u * static_cast<uint32_t>(thread_x()),
+                         multipliers + (valid ? block >> group_shift : 0) * multiplier_rows, valid ? 4 : 0);
+        }
     }
 };
 
 #if BK_HAS_WGMMA
 // Multiplies 64 of a part's columns, `half` 0 or 1. Until the wait of the next but one call, `a` may not be touched.
-template <typename Layout>
+template <typename Layout, bool kMultiplied>
 BK_DEVICE void multiply_half(uint32_t part, int half, bool is_first, uint32_t (&a)[2][4][4], int32_t (&sums)[4][32]) {
     const uint32_t thread = static_cast<uint32_t>(thread_x() % kWarpgroup);
     const uint32_t row = thread / kWarp * 16 + thread % kWarp / 4, t = thread % 4;
     const uint32_t from = part + row * kWgmmaColumns + weight_chunk(row, 4u * static_cast<uint32_t>(half) + t) * 16;
     const Bytes16 low = load_shared<Bytes16>(from);
     const Bytes16 high = load_shared<Bytes16>(from + 8 * kWgmmaColumns);
+    Multipliers multipliers = {};
+    if (kMultiplied) {
+        const uint32_t at = Layout::multipliers_at(part) + 4 * (static_cast<uint32_t>(half) * Layout::kRows + row);
+        multipliers = {load_shared<uint32_t>(at), load_shared<uint32_t>(at + 4 * 8)};
+    }
     // The group that read these registers is done; the newest one, which reads the others, runs on.
     wgmma_wait<1>();
     BK_UNROLL
-    for (int h = 0; h < 2; ++h) {
+    for (int lane = 0; lane < 4; ++lane) {
+        const uint32_t mask = lane_mask(lane);
+        const MultipliedCodes near(multipliers.low, lane), far(multipliers.high, lane);
         BK_UNROLL
-        for (int lane = 0; lane < 4; ++lane) {
-            const uint32_t mask = lane_mask(lane);
-            a[h][lane][0] = low.word[2 * h] & mask;
-            a[h][lane][1] = high.word[2 * h] & mask;
-            a[h][lane][2] = low.word[2 * h + 1] & mask;
-            a[h][lane][3] = high.word[2 * h + 1] & mask;
+        for (int h = 0; h < 2; ++h) {
+            BK_UNROLL
+            for (int i = 0; i < 2; ++i) {
+                const uint32_t near_word = low.word[2 * h + i], far_word = high.word[2 * h + i];
+                a[h][lane][2 * i] = kMultiplied ? near.bytes(near_word, lane) : near_word & mask;
+                a[h][lane][2 * i + 1] = kMultiplied ? far.bytes(far_word, lane) : far_word & mask;
+            }
         }
     }
     wgmma_fence();
@@ -138,7 +173,13 @@ BK_DEVICE void multiply_half(uint32_t part, int half, bool is_first, uint32_t (&
         const uint64_t tokens = token_descriptor(part + Layout::kWeightBytes + 64u * static_cast<uint32_t>(half) +
                                                  32u * static_cast<uint32_t>(h));
         BK_UNROLL
-        for (int lane = 0; lane < 4; ++lane) wgmma_u8s8(sums[lane], a[h][lane], tokens, h == 1 || !is_first);
+        for (int lane = 0; lane < 4; ++lane) {
+            if (kMultiplied) {
+                wgmma_u8s8_wrapping(sums[lane], a[h][lane], tokens, h == 1 || !is_first);
+            } else {
+                wgmma_u8s8(sums[lane], a[h][lane], tokens, h == 1 || !is_first);
+            }
+        }
     }
     wgmma_commit();
 }
@@ -151,12 +192,13 @@ BK_DEVICE uint32_t wgmma_sum_at(int i) {
     return Tile::at(i / 4 * 8 + 2 * t + i % 2, thread / kWarp * 16 + g + i % 4 / 2 * 8);
 }
 
-template <int kGroups>
-BK_KERNEL(WgmmaLayout<kGroups>::kThreads)
+template <int kGroups, bool kMultiplied>
+BK_KERNEL(WgmmaLayout<kGroups, kMultiplied>::kThreads)
 wgmma_kernel(MatmulParams p) {
 #if BK_HAS_WGMMA
     begin();
-    using Layout = WgmmaLayout<kGroups>;
+    using Layout = WgmmaLayout<kGroups, kMultiplied>;
+    using Math = typename Pick<kMultiplied, TernaryInt8Multiplied, TernaryInt8>::Type;
     using Tile = typename Layout::Tile;
     constexpr int kAhead = Layout::kStages - 2;
     const int64_t row_tiles = (p.weight_rows + Layout::kRows - 1) / Layout::kRows;
@@ -169,7 +211,7 @@ wgmma_kernel(MatmulParams p) {
     const int group = shuffle(thread_x() / kWarpgroup, 0);
     const uint32_t group_part = kGroups > 1 ? static_cast<uint32_t>(group) * Layout::kPartBytes : 0;
 
-    const WgmmaCopies<Layout, kGroups> copies(p, first_row, first_token);
+    const WgmmaCopies<Layout, kGroups, kMultiplied> copies(p, first_row, first_token);
     BK_UNROLL
     for (int s = 0; s < kAhead; ++s) {
         copies.start(first + s, last, static_cast<uint32_t>(s) * Layout::kStageBytes);
@@ -184,13 +226,13 @@ wgmma_kernel(MatmulParams p) {
         wait_async<kAhead - 1>();
         fence_async_proxy();
         sync_block();
-        multiply_half<Layout>(stage + group_part, 0, step == first, a[0], sums);
+        multiply_half<Layout, kMultiplied>(stage + group_part, 0, step == first, a[0], sums);
         // Here, not right after the barrier: the tensor cores have the first half to do meanwhile.
         copies.start(step + kAhead, last, into);
         commit_async();
-        multiply_half<Layout>(stage + group_part, 1, false, a[1], sums);
-        stage = stage + Layout::kStageBytes == Layout::kBytes ? 0 : stage + Layout::kStageBytes;
-        into = into + Layout::kStageBytes == Layout::kBytes ? 0 : into + Layout::kStageBytes;
+        multiply_half<Layout, kMultiplied>(stage + group_part, 1, false, a[1], sums);
+        stage = stage + Layout::kStageBytes == Layout::kStagesBytes ? 0 : stage + Layout::kStageBytes;
+        into = into + Layout::kStageBytes == Layout::kStagesBytes ? 0 : into + Layout::kStageBytes;
     }
     wgmma_wait<0>();
     wait_async<0>();
@@ -214,14 +256,14 @@ wgmma_kernel(MatmulParams p) {
             BK_UNROLL
             for (int i = 0; i < 32; ++i) {
                 const uint32_t at = static_cast<uint32_t>(lane) * Tile::kBytes + wgmma_sum_at<Tile>(i);
-                store_shared(at, load_shared<int32_t>(at) + sums[lane][i]);
+                store_shared(at, add(load_shared<int32_t>(at), sums[lane][i]));
             }
         }
         sync_block();
     }
     BK_NO_UNROLL
     for (int lane = 0; lane < 4; ++lane) {
-        finish_tile<TernaryInt8, false, Layout::kThreads, kWgmmaTokens, Layout::kRows>(
+        finish_tile<Math, false, Layout::kThreads, kWgmmaTokens, Layout::kRows>(
             p, static_cast<uint32_t>(lane) * Tile::kBytes, first_row, first_token, lane, split);
     }
 #endif

@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define BK_CUDA_ABI_VERSION 2
+#define BK_CUDA_ABI_VERSION 3
 #define BK_CUDA_API __attribute__((visibility("default")))
 
 /* Largest K: a sum of K products of the int8 code -128 and the byte 128 still fits int32. */
@@ -52,9 +52,20 @@ BK_CUDA_API const char *bk_cuda_last_error(void);
 /* Returns the architectures compiled in, such as "sm_80 sm_90a compute_90". */
 BK_CUDA_API const char *bk_cuda_architectures(void);
 
-/* Returns the bytes of workspace that a linear or matmul call needs; scale_columns is K / group size, or 0. */
+/*
+ * Returns the bytes of workspace that a linear or matmul call needs; scale_columns is K / group size, or 0; multiplied:
+ * whether the call has a multiplier.
+ */
 BK_CUDA_API int64_t bk_cuda_linear_workspace(int32_t product, int64_t M, int64_t N, int64_t K, int64_t scale_columns,
-                                             int32_t multiprocessors);
+                                             int32_t multiplied, int32_t multiprocessors);
+
+/*
+ * Scales of groups. Either one float32 scale for each group, weight_scale [N, K / G]; or two levels: a multiplier,
+ * uint8 [N, K / G] of 0 to 127, contiguous, and weight_scale [N], with scale_rows N and scale_columns K / G as above; G
+ * is 64 or 128. A weight is then code * multiplier * weight_scale, the sum of the products of codes and multipliers is
+ * an exact int32 (|sum| <= 128 * 127 * 131071 < 2^31, whatever wraps around on the way), and all else is as with one
+ * scale for each output. A multiplier above 127 gives wrong results.
+ */
 
 /*
  * y = x_q @ w_q.T * (x_scale * weight_scale) + bias: int8 activations, ternary weights; see bk_cpu_linear_i8_t2.
@@ -63,15 +74,16 @@ BK_CUDA_API int64_t bk_cuda_linear_workspace(int32_t product, int64_t M, int64_t
  *   x            [M, K] of x_type, rows contiguous, x_stride elements from row to row
  *   qweight      uint8 [R, K], contiguous
  *   weight_scale float32: [1] (scale_rows 1, scale_columns 0), [N] (N, 0) or [N, K / G] (N, K / G; G a multiple of 64)
+ *   multiplier   uint8 [N, K / G] and weight_scale [N], see above; or null
  *   bias         [N] of bias_type, or null
  *   y            [M, N] of y_type, contiguous
  *   workspace    bk_cuda_linear_workspace(BK_CUDA_I8_T2, ...) bytes
  */
 BK_CUDA_API int32_t bk_cuda_linear_i8_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
                                          const float *weight_scale, int64_t scale_rows, int64_t scale_columns,
-                                         const void *bias, int32_t bias_type, void *y, int32_t y_type, int64_t M,
-                                         int64_t N, int64_t K, int32_t per_tensor, void *workspace,
-                                         int32_t multiprocessors, void *stream);
+                                         const uint8_t *multiplier, const void *bias, int32_t bias_type, void *y,
+                                         int32_t y_type, int64_t M, int64_t N, int64_t K, int32_t per_tensor,
+                                         void *workspace, int32_t multiprocessors, void *stream);
 
 /*
  * The same, and what x was quantized to, for a backward pass: x is read once.
@@ -82,9 +94,9 @@ BK_CUDA_API int32_t bk_cuda_linear_i8_t2(const void *x, int32_t x_type, int64_t 
  */
 BK_CUDA_API int32_t bk_cuda_linear_codes_i8_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
                                                const float *weight_scale, int64_t scale_rows, int64_t scale_columns,
-                                               const void *bias, int32_t bias_type, void *y, int32_t y_type,
-                                               int8_t *codes, float *x_scale, int64_t M, int64_t N, int64_t K,
-                                               int32_t per_tensor, void *workspace, int32_t multiprocessors,
+                                               const uint8_t *multiplier, const void *bias, int32_t bias_type, void *y,
+                                               int32_t y_type, int8_t *codes, float *x_scale, int64_t M, int64_t N,
+                                               int64_t K, int32_t per_tensor, void *workspace, int32_t multiprocessors,
                                                void *stream);
 
 /*
@@ -92,18 +104,18 @@ BK_CUDA_API int32_t bk_cuda_linear_codes_i8_t2(const void *x, int32_t x_type, in
  *
  * 16-bit activations are multiplied by the codes on tensor cores with float32 sums. A float32 activation is three
  * bfloat16 numbers whose sum it is, exactly but for bits below 2^-133; each is multiplied, into the same float32 sum.
- * Codes and products are exact, so the error is that of a float32 sum, in the order of the tensor cores. Scales and
- * bias are applied in float32, then the result is rounded once to y's type. A token with NaN or infinity gives NaN or
- * infinity.
+ * Codes, with multipliers too, and products are exact, so the error is that of a float32 sum, in the order of the
+ * tensor cores. Scales and bias are applied in float32, then the result is rounded once to y's type. A token with NaN
+ * or infinity gives NaN or infinity.
  *
  *   Arguments as in bk_cuda_linear_i8_t2.
  *   workspace    bk_cuda_linear_workspace(BK_CUDA_F16_T2 or BK_CUDA_F32_T2, ...) bytes
  */
 BK_CUDA_API int32_t bk_cuda_linear_float_t2(const void *x, int32_t x_type, int64_t x_stride, const uint8_t *qweight,
                                             const float *weight_scale, int64_t scale_rows, int64_t scale_columns,
-                                            const void *bias, int32_t bias_type, void *y, int32_t y_type, int64_t M,
-                                            int64_t N, int64_t K, void *workspace, int32_t multiprocessors,
-                                            void *stream);
+                                            const uint8_t *multiplier, const void *bias, int32_t bias_type, void *y,
+                                            int32_t y_type, int64_t M, int64_t N, int64_t K, void *workspace,
+                                            int32_t multiprocessors, void *stream);
 
 /*
  * y = x_q @ qweight.T * (x_scale * weight_scale) + bias with int8 weights, for output heads; see bk_cpu_linear_i8_i8.
@@ -139,16 +151,17 @@ BK_CUDA_API int32_t bk_cuda_matmul_i8_t2_i32(const int8_t *codes, const uint8_t 
 /*
  * dx = dy @ (w_q * weight_scale), through packed weights.
  *
- * A scale per tensor multiplies the float32 sum; other scales multiply dy first. dy, or that product, goes to the
- * tensor cores as bfloat16 or float16 where dy has this type (float16 with a scale per tensor only), else as three
- * bfloat16 numbers whose sum it is; sums are float32, and dx is rounded once.
+ * A scale per tensor multiplies the float32 sum; other scales multiply dy first, multipliers the codes. dy, or that
+ * product, goes to the tensor cores as bfloat16 or float16 where dy has this type (float16 with a scale per tensor
+ * only), else as three bfloat16 numbers whose sum it is; sums are float32, and dx is rounded once.
  *
  *   dy [M, N] of dy_type, rows contiguous, dy_stride elements from row to row; dx [M, K] of dx_type, contiguous
- *   qweight, weight_scale, scale_rows, scale_columns: as in bk_cuda_linear_i8_t2
+ *   qweight, weight_scale, scale_rows, scale_columns, multiplier: as in bk_cuda_linear_i8_t2
  */
 BK_CUDA_API int32_t bk_cuda_input_gradient(const void *dy, int32_t dy_type, int64_t dy_stride, const uint8_t *qweight,
                                            const float *weight_scale, int64_t scale_rows, int64_t scale_columns,
-                                           void *dx, int32_t dx_type, int64_t M, int64_t N, int64_t K, void *stream);
+                                           const uint8_t *multiplier, void *dx, int32_t dx_type, int64_t M, int64_t N,
+                                           int64_t K, void *stream);
 
 /*
  * Absmean scales, the CPU's bits: see bk_cpu_weight_scale for the order of the float64 sums.
@@ -170,13 +183,27 @@ BK_CUDA_API int32_t bk_cuda_pack_t2(const void *weight, int32_t weight_type, con
                                     void *stream);
 
 /*
- * Unpacks: codes times weight_scale, one float32 product, rounded to weight_type.
- *   qweight uint8 [R, K], contiguous; weight_scale as bk_cuda_linear_i8_t2 takes it
+ * Absmean scales of groups in two levels, and packing, with one read of the weight from memory; the CPU's bits.
+ *
+ * With s the absmean scale of a group (bk_cuda_weight_scale): weight_scale = max s of the row / 127, multiplier =
+ * clamp(round(s / weight_scale), 1, 127), and codes are those of the step float(multiplier) * weight_scale. A row with
+ * NaN or infinity has weight_scale NaN, multipliers 1 and codes 0.
+ *   weight       [N, K] of weight_type, contiguous
+ *   weight_scale float32 [N]; multiplier uint8 [N, columns]; qweight uint8 [R, K], contiguous
+ *   columns      K / G, G 64 or 128
+ */
+BK_CUDA_API int32_t bk_cuda_pack_groups_t2(const void *weight, int32_t weight_type, float *weight_scale,
+                                           uint8_t *multiplier, uint8_t *qweight, int64_t N, int64_t K, int64_t columns,
+                                           void *stream);
+
+/*
+ * Unpacks: codes (times multipliers) times weight_scale, one float32 product, rounded to weight_type.
+ *   qweight uint8 [R, K], contiguous; weight_scale and multiplier as bk_cuda_linear_i8_t2 takes them
  *   weight  [N, K] of weight_type, contiguous
  */
 BK_CUDA_API int32_t bk_cuda_unpack_t2(const uint8_t *qweight, const float *weight_scale, int64_t scale_rows,
-                                      int64_t scale_columns, void *weight, int32_t weight_type, int64_t N, int64_t K,
-                                      void *stream);
+                                      int64_t scale_columns, const uint8_t *multiplier, void *weight,
+                                      int32_t weight_type, int64_t N, int64_t K, void *stream);
 
 #ifdef __cplusplus
 }

@@ -55,7 +55,10 @@ void store_shared(uint32_t offset, T value, BK_WHERE) {
 }
 
 inline void copy_async_16(uint32_t offset, const void *p, int valid, BK_WHERE) {
-    emulator::copy_async(offset, p, valid, BK_SITE);
+    emulator::copy_async(offset, p, 16, valid, BK_SITE);
+}
+inline void copy_async_4(uint32_t offset, const void *p, int valid, BK_WHERE) {
+    emulator::copy_async(offset, p, 4, valid, BK_SITE);
 }
 inline void commit_async() { emulator::commit_async(); }
 template <int N>
@@ -99,6 +102,9 @@ void mma(emulator::Op op, T (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32
 inline void mma_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BK_WHERE) {
     mma(emulator::Op::kMmaU8S8, d, a, b0, b1, BK_SITE);
 }
+inline void mma_u8s8_wrapping(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BK_WHERE) {
+    mma(emulator::Op::kMmaU8S8Wrapping, d, a, b0, b1, BK_SITE);
+}
 inline void mma_s8s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BK_WHERE) {
     mma(emulator::Op::kMmaS8S8, d, a, b0, b1, BK_SITE);
 }
@@ -112,7 +118,10 @@ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
 inline bool has_wgmma() { return emulator::has_wgmma(); }
 inline uint32_t shared_address(uint32_t offset) { return offset; }
 inline void wgmma_u8s8(int32_t (&d)[32], const uint32_t (&a)[4], uint64_t b, bool onto, BK_WHERE) {
-    emulator::wgmma(d, a, b, onto, BK_SITE);
+    emulator::wgmma(d, a, b, onto, false, BK_SITE);
+}
+inline void wgmma_u8s8_wrapping(int32_t (&d)[32], const uint32_t (&a)[4], uint64_t b, bool onto, BK_WHERE) {
+    emulator::wgmma(d, a, b, onto, true, BK_SITE);
 }
 inline void wgmma_fence(BK_WHERE) { emulator::wgmma_fence(BK_SITE); }
 inline void wgmma_commit(BK_WHERE) { emulator::wgmma_commit(BK_SITE); }

@@ -27,6 +27,7 @@ enum class State { kRunning, kAtWarp, kAtBlock, kDone };
 struct Copy {
     uint32_t offset;
     const void *pointer;
+    uint32_t bytes;
     int valid;
     Site site;
 };
@@ -171,9 +172,9 @@ void resume(int thread) {
 }
 
 const char *name_of(Op op) {
-    static const char *const names[] = {"mma_u8s8",    "mma_s8s8",     "mma_bf16",  "mma_f16",
-                                        "shuffle_xor", "shuffle",      "sync_warp", "wgmma",
-                                        "wgmma_fence", "wgmma_commit", "wgmma_wait"};
+    static const char *const names[] = {"mma_u8s8", "mma_u8s8_wrapping", "mma_s8s8",     "mma_bf16",
+                                        "mma_f16",  "shuffle_xor",       "shuffle",      "sync_warp",
+                                        "wgmma",    "wgmma_fence",       "wgmma_commit", "wgmma_wait"};
     return names[static_cast<int>(op)];
 }
 
@@ -246,9 +247,9 @@ void check_write(uint32_t offset, uint32_t bytes, Site site) {
 }
 
 void finish(const Copy &copy) {
-    memset(machine.shared + copy.offset, 0, 16);
+    memset(machine.shared + copy.offset, 0, copy.bytes);
     memcpy(machine.shared + copy.offset, copy.pointer, static_cast<size_t>(copy.valid));
-    for (uint32_t i = 0; i < 16; ++i) note_write(machine.bytes[copy.offset + i], machine.indices.thread, false);
+    for (uint32_t i = 0; i < copy.bytes; ++i) note_write(machine.bytes[copy.offset + i], machine.indices.thread, false);
 }
 
 void run_block() {
@@ -399,13 +400,17 @@ void *write_shared(uint32_t offset, uint32_t bytes, Site site) {
     return machine.shared + offset;
 }
 
-void copy_async(uint32_t offset, const void *pointer, int valid, Site site) {
-    if (valid != 0 && valid != 16) fault("%s:%d: cp.async of %d bytes", site.file, site.line, valid);
-    if (reinterpret_cast<uintptr_t>(pointer) % 16) fault("%s:%d: cp.async source is misaligned", site.file, site.line);
-    if (valid) check_global(pointer, 16, false, site);
-    check_write(offset, 16, site);
-    for (uint32_t i = offset; i < offset + 16; ++i) note_write(machine.bytes[i], machine.indices.thread, true);
-    self().groups.back().push_back({offset, pointer, valid, site});
+void copy_async(uint32_t offset, const void *pointer, uint32_t bytes, int valid, Site site) {
+    if (valid != 0 && valid != static_cast<int>(bytes)) {
+        fault("%s:%d: cp.async of %d bytes", site.file, site.line, valid);
+    }
+    if (reinterpret_cast<uintptr_t>(pointer) % bytes) {
+        fault("%s:%d: cp.async source is misaligned", site.file, site.line);
+    }
+    if (valid) check_global(pointer, bytes, false, site);
+    check_write(offset, bytes, site);
+    for (uint32_t i = offset; i < offset + bytes; ++i) note_write(machine.bytes[i], machine.indices.thread, true);
+    self().groups.back().push_back({offset, pointer, bytes, valid, site});
 }
 
 void commit_async() { self().groups.emplace_back(); }

@@ -26,6 +26,7 @@ constexpr int kWarpgroup = 128;
 
 enum class Op {
     kMmaU8S8,
+    kMmaU8S8Wrapping,
     kMmaS8S8,
     kMmaBf16,
     kMmaF16,
@@ -65,7 +66,7 @@ void wait_for_previous();
 void check_global(const void *pointer, uint32_t bytes, bool write, Site site);
 const void *read_shared(uint32_t offset, uint32_t bytes, Site site);
 void *write_shared(uint32_t offset, uint32_t bytes, Site site);
-void copy_async(uint32_t offset, const void *pointer, int valid, Site site);
+void copy_async(uint32_t offset, const void *pointer, uint32_t bytes, int valid, Site site);
 void commit_async();
 void wait_async(int open);
 void sync_block(Site site);
@@ -73,7 +74,7 @@ void collective(Op op, Exchange &own, Site site);
 
 // What the device layer asks for wgmma; see warpgroup.cpp.
 bool has_wgmma();
-void wgmma(int32_t *d, const uint32_t *a, uint64_t b, bool onto, Site site);
+void wgmma(int32_t *d, const uint32_t *a, uint64_t b, bool onto, bool wraps, Site site);
 void wgmma_fence(Site site);
 void wgmma_commit(Site site);
 void wgmma_wait(int open, Site site);

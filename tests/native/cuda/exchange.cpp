@@ -30,7 +30,7 @@ T element(const uint64_t *registers, int i) {
     return static_cast<T>(registers[i / per] >> (8 * sizeof(T) * (i % per)));
 }
 
-void multiply_integers(Exchange *const (&lanes)[kLanes], bool is_signed) {
+void multiply_integers(Exchange *const (&lanes)[kLanes], bool is_signed, bool wraps) {
     int32_t a[16][32], b[32][8];
     for (int lane = 0; lane < kLanes; ++lane) {
         const uint64_t *in = lanes[lane]->in;
@@ -48,7 +48,7 @@ void multiply_integers(Exchange *const (&lanes)[kLanes], bool is_signed) {
             const Place p = c_place(lane, i);
             int64_t sum = as<int32_t>(lanes[lane]->in[6 + i]);
             for (int k = 0; k < 32; ++k) sum += a[p.row][k] * b[k][p.column];
-            if (sum != static_cast<int32_t>(sum)) fault("an int32 sum of mma overflows");
+            if (!wraps && sum != static_cast<int32_t>(sum)) fault("an int32 sum of mma overflows");
             lanes[lane]->out[i] = static_cast<uint32_t>(sum);
         }
     }
@@ -85,8 +85,9 @@ void multiply_floats(Exchange *const (&lanes)[kLanes], float (*decode)(uint16_t)
 void exchange(Op op, Exchange *const (&lanes)[kLanes]) {
     switch (op) {
         case Op::kMmaU8S8:
+        case Op::kMmaU8S8Wrapping:
         case Op::kMmaS8S8:
-            multiply_integers(lanes, op == Op::kMmaS8S8);
+            multiply_integers(lanes, op == Op::kMmaS8S8, op == Op::kMmaU8S8Wrapping);
             break;
         case Op::kMmaBf16:
             multiply_floats(lanes, bf16);

@@ -19,7 +19,7 @@ struct Issued {
     int32_t *d[kWarpgroup];
     const uint32_t *a[kWarpgroup];
     uint32_t held[kWarpgroup][kWords];
-    bool onto;
+    bool onto, wraps;
     uint32_t start, stride;
     Site site;
 };
@@ -92,7 +92,7 @@ void multiply(Warpgroup &group, const Issued &issued) {
             int32_t product = 0;
             for (int k = 0; k < kDepth; ++k) product += row[k] * token[k];
             const int64_t sum = static_cast<int64_t>(issued.onto ? sums.value[i] : 0) + product;
-            if (sum != static_cast<int32_t>(sum)) fault("an int32 sum of wgmma overflows");
+            if (!issued.wraps && sum != static_cast<int32_t>(sum)) fault("an int32 sum of wgmma overflows");
             sums.value[i] = static_cast<int32_t>(sum);
             if (issued.d[thread][i] != static_cast<int32_t>(kPattern)) {
                 fault("%s:%d: sums were written before wgmma was waited for", issued.site.file, issued.site.line);
@@ -104,7 +104,7 @@ void multiply(Warpgroup &group, const Issued &issued) {
 
 }  // namespace
 
-void wgmma(int32_t *d, const uint32_t *a, uint64_t b, bool onto, Site site) {
+void wgmma(int32_t *d, const uint32_t *a, uint64_t b, bool onto, bool wraps, Site site) {
     Warpgroup &group = own();
     const int thread = current().thread % kWarpgroup;
     group.next.d[thread] = d;
@@ -117,6 +117,7 @@ void wgmma(int32_t *d, const uint32_t *a, uint64_t b, bool onto, Site site) {
         if (other != b) fault("%s:%d: threads of a warpgroup have different descriptors", site.file, site.line);
     }
     group.next.onto = onto;
+    group.next.wraps = wraps;
     group.next.site = site;
     decode(b, group.next);
     for_each_chunk(group.next, [&](uint32_t offset, uint32_t, uint32_t) { begin_async_read(offset, 16, site); });

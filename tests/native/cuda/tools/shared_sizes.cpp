@@ -22,6 +22,11 @@ void few(const char *math) {
     printf("few_kernel<bitlab::%s, %d,\t%u\n", math, kTiles, few_shared_bytes<Math, kTiles>());
 }
 
+template <int kGroups, bool kMultiplied>
+void wgmma(const char *arguments) {
+    printf("wgmma_kernel<%s>\t%u\n", arguments, WgmmaLayout<kGroups, kMultiplied>::kBytes);
+}
+
 }  // namespace
 
 int main() {
@@ -29,24 +34,37 @@ int main() {
     few<TernaryInt8, 2>("TernaryInt8");
     few<Int8Int8, 1>("Int8Int8");
     few<Int8Int8, 2>("Int8Int8");
-    few<TernaryBf16, 2>("TernaryFloat<true, 1>");
-    few<TernaryF16, 2>("TernaryFloat<false, 1>");
-    few<TernaryF32, 2>("TernaryFloat<true, 3>");
+    few<TernaryInt8Multiplied, 1>("TernaryInt8Multiplied");
+    few<TernaryInt8Multiplied, 2>("TernaryInt8Multiplied");
+    few<TernaryBf16<false>, 2>("TernaryFloat<true, 1, false>");
+    few<TernaryF16<false>, 2>("TernaryFloat<false, 1, false>");
+    few<TernaryF32<false>, 2>("TernaryFloat<true, 3, false>");
+    few<TernaryBf16<true>, 2>("TernaryFloat<true, 1, true>");
+    few<TernaryF16<true>, 2>("TernaryFloat<false, 1, true>");
+    few<TernaryF32<true>, 2>("TernaryFloat<true, 3, true>");
     many<TernaryInt8, 2>("TernaryInt8");
     many<TernaryInt8, 8>("TernaryInt8");
     many<Int8Int8, 8>("Int8Int8");
-    many<TernaryBf16, 2>("TernaryFloat<true, 1>");
-    many<TernaryBf16, 4>("TernaryFloat<true, 1>");
-    many<TernaryF16, 2>("TernaryFloat<false, 1>");
-    many<TernaryF16, 4>("TernaryFloat<false, 1>");
-    many<TernaryF32, 2>("TernaryFloat<true, 3>");
-    printf("wgmma_kernel<1>\t%u\n", WgmmaLayout<1>::kBytes);
-    printf("wgmma_kernel<2>\t%u\n", WgmmaLayout<2>::kBytes);
-    printf("gradient_kernel<true, 1>\t%u\n", gradient_shared_bytes<1>());
-    printf("gradient_kernel<false, 1>\t%u\n", gradient_shared_bytes<1>());
-    printf("gradient_kernel<true, 3>\t%u\n", gradient_shared_bytes<3>());
-    printf("gemv_kernel<false>\t%u\n", gemv_shared_bytes(kGemvMaxK));
-    printf("gemv_kernel<true>\t%u\n", kSharedBytes);
+    many<TernaryInt8Multiplied, 2>("TernaryInt8Multiplied");
+    many<TernaryInt8Multiplied, 8>("TernaryInt8Multiplied");
+    many<TernaryBf16<false>, 2>("TernaryFloat<true, 1, false>");
+    many<TernaryBf16<false>, 4>("TernaryFloat<true, 1, false>");
+    many<TernaryF16<false>, 2>("TernaryFloat<false, 1, false>");
+    many<TernaryF16<false>, 4>("TernaryFloat<false, 1, false>");
+    many<TernaryF32<false>, 2>("TernaryFloat<true, 3, false>");
+    many<TernaryBf16<true>, 4>("TernaryFloat<true, 1, true>");
+    many<TernaryF16<true>, 4>("TernaryFloat<false, 1, true>");
+    many<TernaryF32<true>, 2>("TernaryFloat<true, 3, true>");
+    wgmma<1, false>("1, false");
+    wgmma<2, false>("2, false");
+    wgmma<1, true>("1, true");
+    wgmma<2, true>("2, true");
+    printf("gradient_kernel<true, 1\t%u\n", gradient_shared_bytes<1>());
+    printf("gradient_kernel<false, 1\t%u\n", gradient_shared_bytes<1>());
+    printf("gradient_kernel<true, 3\t%u\n", gradient_shared_bytes<3>());
+    printf("gemv_kernel<(bitlab::GemvGroups)1>\t%u\n", kSharedBytes);
+    printf("gemv_kernel\t%u\n", gemv_shared_bytes(kGemvMaxK));
+    printf("pack_groups_kernel\t%u\n", pack_groups_shared_bytes(BK_CUDA_MAX_IN_FEATURES / 64));
     printf("quantize_kernel\t%u\n", quantize_shared_bytes(BK_CUDA_MAX_IN_FEATURES));
     printf("absmax_kernel\t%u\n", 128);
     printf("sum_rows_kernel\t%u\n", 8 * kWeightThreads);
