@@ -8,7 +8,11 @@ from torch import Tensor
 from bitcore.errors import ArgumentError, ArgumentTypeError
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GRANULARITIES = ("per_tensor", "per_channel", "per_group")
+# Groups have a float32 scale a row and an integer multiplier a group, or a float32 scale each.
+GROUPED = ("per_group", "per_group_float32")
+GRANULARITIES = ("per_tensor", "per_channel", *GROUPED)
+GROUP_SIZES = (64, 128)
+MOST_MULTIPLIER = 127
 ACTIVATIONS = ("int8_per_token", "int8_per_tensor", "float")
 # A sum of this many products of the int8 code -128 and the weight byte 128 still fits int32.
 MAX_IN_FEATURES = 131071
@@ -53,7 +57,11 @@ def check_memory(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_linear_memory(
-    x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Tensor | None
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    multiplier: Tensor | None,
 ) -> None:
     """`check_memory` of what ``bitlab::linear`` takes."""
     if (
@@ -61,9 +69,16 @@ def check_linear_memory(
         or qweight.data_ptr() < LOWEST_ADDRESS
         or weight_scale.data_ptr() < LOWEST_ADDRESS
         or (bias is not None and bias.data_ptr() < LOWEST_ADDRESS)
+        or (multiplier is not None and multiplier.data_ptr() < LOWEST_ADDRESS)
     ):
-        op = "bitlab::linear"
-        check_memory(op, x=x, qweight=qweight, weight_scale=weight_scale, bias=bias)
+        check_memory(
+            "bitlab::linear",
+            x=x,
+            qweight=qweight,
+            weight_scale=weight_scale,
+            bias=bias,
+            multiplier=multiplier,
+        )
 
 
 def check_storage(op: str, name: str, tensor: Tensor) -> None:
@@ -105,8 +120,10 @@ def check_group_size(op: str, in_features: int, granularity: str, group_size: in
         raise ArgumentError(
             f"{op}: granularity must be one of {GRANULARITIES}, got {granularity!r}"
         )
-    if granularity != "per_group":
+    if granularity not in GROUPED:
         return
+    if granularity == "per_group" and group_size not in GROUP_SIZES:
+        raise ArgumentError(f"{op}: group_size must be one of {GROUP_SIZES}, got {group_size}")
     if group_size <= 0 or group_size % 64 != 0:
         raise ArgumentError(f"{op}: group_size must be a multiple of 64, got {group_size}")
     if in_features % group_size != 0:
@@ -116,8 +133,16 @@ def check_group_size(op: str, in_features: int, granularity: str, group_size: in
         )
 
 
-def check_packed(op: str, qweight: Tensor, weight_scale: Tensor | None, out_features: int) -> None:
-    """Checks a packed weight, uint8 [ceil(N / 4), K], and its float32 scale if one is used."""
+def check_packed(
+    op: str,
+    qweight: Tensor,
+    weight_scale: Tensor | None,
+    out_features: int,
+    multiplier: Tensor | None = None,
+) -> None:
+    """Checks a packed weight, uint8 [ceil(N / 4), K], its float32 scale if one is used, and the
+    multipliers of its groups if there are any.
+    """
     check_dtype(op, "qweight", qweight, torch.uint8)
     rows = (out_features + 3) // 4
     if qweight.dim() != 2 or qweight.shape[0] != rows or out_features < 1 or qweight.shape[1] < 1:
@@ -128,7 +153,30 @@ def check_packed(op: str, qweight: Tensor, weight_scale: Tensor | None, out_feat
     check_in_features(op, qweight.shape[1])
     if weight_scale is None:
         return
-    check_scale(op, "weight_scale", weight_scale, out_features, qweight.shape[1])
+    if multiplier is None:
+        check_scale(op, "weight_scale", weight_scale, out_features, qweight.shape[1])
+    else:
+        check_multiplier(op, weight_scale, multiplier, out_features, qweight.shape[1])
+
+
+def check_multiplier(
+    op: str, weight_scale: Tensor, multiplier: Tensor, out_features: int, in_features: int
+) -> None:
+    """Checks scales in two levels: float32 [N], and uint8 [N, K / G] for groups of 64 or 128."""
+    check_dtype(op, "weight_scale", weight_scale, torch.float32)
+    check_dtype(op, "multiplier", multiplier, torch.uint8)
+    if list(weight_scale.shape) != [out_features]:
+        raise ArgumentError(
+            f"{op}: weight_scale must be [{out_features}] beside multipliers of groups, got "
+            f"{list(weight_scale.shape)}"
+        )
+    shapes = [[out_features, in_features // size] for size in GROUP_SIZES if not in_features % size]
+    if list(multiplier.shape) in shapes:
+        return
+    raise ArgumentError(
+        f"{op}: multiplier must be [{out_features}, {in_features} / group size] with groups of 64 "
+        f"or 128, got {list(multiplier.shape)}"
+    )
 
 
 def check_scale(op: str, name: str, scale: Tensor, out_features: int, in_features: int) -> None:
@@ -204,11 +252,16 @@ def check_out_dtype(op: str, out_dtype: torch.dtype) -> None:
 
 
 def check_linear_weights(
-    qweight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_features: int, activation: str
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str,
+    multiplier: Tensor | None = None,
 ) -> None:
     """Checks what ``bitlab::linear`` takes beside its input."""
     op = "bitlab::linear"
-    check_packed(op, qweight, weight_scale, out_features)
+    check_packed(op, qweight, weight_scale, out_features, multiplier)
     check_bias(op, bias, out_features)
     if activation not in ACTIVATIONS:
         raise ArgumentError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitcore.checks import check_group_size, check_weight
+from bitcore.checks import GROUPED, check_group_size, check_weight
 from bitcore.errors import ArgumentError, ConfigError
-from bitcore.quantize import weight_scale
+from bitcore.quantize import group_scale, two_levels, weight_scale
 
 Scales = tuple[Tensor, Tensor]
 # What a group of zeros gets: positive and normal in float32.
@@ -90,17 +90,22 @@ def get_estimator(name: str) -> Estimator:
 
 
 @torch.no_grad()
-def estimate(weight: Tensor, name: str, granularity: str, group_size: int = 0) -> Scales:
-    """Returns the step and the scale of a weight.
+def estimate(
+    weight: Tensor, name: str, granularity: str, group_size: int = 0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the step and the scale of a weight, and multipliers of groups.
 
     Args:
         weight: float32, bfloat16 or float16 [N, K].
         name: A registered estimator.
-        granularity: ``"per_tensor"``, ``"per_channel"`` or ``"per_group"``.
-        group_size: G for ``"per_group"``.
+        granularity: ``"per_tensor"``, ``"per_channel"``, ``"per_group"`` or
+            ``"per_group_float32"``.
+        group_size: G of groups.
 
     Returns:
-        step and scale, float32 [1], [N] or [N, K / G]; NaN where a group holds NaN or infinity.
+        step and scale, float32 [1], [N] or [N, K / G], and None; for ``"per_group"`` the scale in
+        two levels, [N] and uint8 [N, K / G], which are the step too where the estimator has one
+        value for both. NaN where a group (in two levels: its row) holds NaN or infinity.
 
     Raises:
         ConfigError: The estimator is not registered.
@@ -113,20 +118,30 @@ def estimate(weight: Tensor, name: str, granularity: str, group_size: int = 0) -
     if name == "absmean":
         # Its order of additions is part of the format.
         scale = weight_scale(weight, granularity, group_size)
-        return scale, scale
+        return _levels(scale, scale, granularity)
     rows, shape = {
         "per_tensor": (1, (1,)),
         "per_channel": (out_features, (out_features,)),
-        "per_group": (-1, (out_features, -1)),
-    }[granularity]
-    width = group_size if granularity == "per_group" else weight.numel() // rows
+    }.get(granularity, (-1, (out_features, -1)))
+    width = group_size if granularity in GROUPED else weight.numel() // rows
     groups = weight.detach().reshape(-1, width).float().abs()
     finite = torch.isfinite(groups.amax(1))
+    parts = estimator.scales(groups)
     step, scale = (
         torch.where(finite, _checked(name, part, groups).float(), torch.nan).view(shape)
-        for part in estimator.scales(groups)
+        for part in parts
     )
-    return step, scale
+    return _levels(scale if parts[0] is parts[1] else step, scale, granularity)
+
+
+def _levels(step: Tensor, scale: Tensor, granularity: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Brings a scale to two levels where the granularity asks for it, and with it a step that is
+    the same tensor.
+    """
+    if granularity != "per_group":
+        return step, scale, None
+    row, multiplier = two_levels(scale)
+    return group_scale(row, multiplier) if step is scale else step, row, multiplier
 
 
 def _checked(name: str, part: Tensor, groups: Tensor) -> Tensor:
@@ -217,13 +232,25 @@ def learned_step(scale: Tensor) -> Tensor:
     return scale.clamp(min=LEAST_LEARNED)
 
 
+def learned_scales(scale: Tensor, granularity: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns what a learned scale comes to: the step, the scale that multiplies, and multipliers
+    where it is brought to two levels.
+
+    Args:
+        scale: The learned scale, float32 [1], [N] or [N, K / G].
+        granularity: Whose it is, as `estimate` takes it.
+    """
+    learned = learned_step(scale)
+    return _levels(learned, learned, granularity)
+
+
 def _grouped(values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Views [N, K] and a scale [1], [N] or [N, K / G] so that they can be multiplied."""
     columns = scale.shape[1] if scale.dim() == 2 else 1
     return values.view(values.shape[0], columns, -1), scale.view(scale.shape[0], columns, 1)
 
 
-def lsq_gradients(dw: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def lsq_gradients(dw: Tensor, weight: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of ``codes * s`` with respect to W and s, straight through the rounding.
 
     With ``v = W / s``: ``dW = dw`` where ``|v| < 1.5``, else 0, and ``ds = sum(dw * d)`` with
@@ -234,7 +261,7 @@ def lsq_gradients(dw: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Te
     Args:
         dw: Gradient of ``codes * s``, float [N, K].
         weight: Latent weight, float [N, K].
-        scale: The learned scale, float32 [1], [N] or [N, K / G].
+        step: What the learned scale came to, float32 [1], [N] or [N, K / G].
 
     Returns:
         The gradient of the weight, of dw's dtype, and of the scale, float32.
@@ -242,31 +269,33 @@ def lsq_gradients(dw: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Te
     Source: LSQ, arXiv 1902.08153, equations 2, 3 and section 2.2; the bound: ParetoQ, arXiv
     2502.02631, section 3.
     """
-    gradient, step = _grouped(dw.float(), learned_step(scale))
-    ratio = _grouped(weight.float(), scale)[0] * (1.0 / step)
+    shape = step.shape
+    gradient, step = _grouped(dw.float(), step)
+    ratio = weight.float().view(gradient.shape) * (1.0 / step)
     codes = (ratio > 0.5).float() - (ratio < -0.5).float()
     inside = ratio.abs() < LEARNED_BOUND
     terms = gradient * (codes - torch.where(inside, ratio, 0.0))
-    if scale.shape == (1,) and weight.shape[0] > 1:
+    if shape == (1,) and weight.shape[0] > 1:
         sums = terms.sum().view(1)
     else:
-        sums = terms.sum(-1).view(scale.shape)
-    sums = sums / (weight.numel() / scale.numel()) ** 0.5
+        sums = terms.sum(-1).view(shape)
+    sums = sums / (weight.numel() / step.numel()) ** 0.5
     kept = torch.where(inside, gradient, 0.0)
     return kept.view(dw.shape).to(dw.dtype), sums
 
 
-def learned_weight(weight: Tensor, scale: Tensor) -> Tensor:
+def learned_weight(weight: Tensor, scale: Tensor, granularity: str) -> Tensor:
     """``codes * s`` in float32, differentiable with `lsq_gradients`'s gradients; for a weight that
     is mixed with others rather than packed.
 
     Args:
         weight: float [N, K].
         scale: The learned scale, float32 [1], [N] or [N, K / G].
+        granularity: Whose it is.
     """
     factor = (weight.numel() / scale.numel()) ** -0.5
     # Values pass unchanged; gradients are scaled, and pass the lower bound.
-    step = (learned_step(scale) - scale).detach() + scale
+    step = (learned_scales(scale, granularity)[0] - scale).detach() + scale
     step = (step - step * factor).detach() + step * factor
     grouped, step = _grouped(weight.float(), step)
     ratio = (grouped / step).clamp(-LEARNED_BOUND, LEARNED_BOUND)

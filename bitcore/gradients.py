@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bitcore.errors import DerivativeError
 from bitcore.estimators import lsq_gradients
+from bitcore.quantize import group_scale
 from bitcore.saved import share_codes
 from bitcore.schemas import library as _library
 
@@ -31,10 +32,17 @@ def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def _input_gradient(
-    dy: Tensor, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
+    dy: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    out_features: int,
+    dtype: torch.dtype,
+    multiplier: Tensor | None,
 ) -> Tensor:
     """``dx = dy @ (w_q * s_w)``."""
-    dx: Tensor = torch.ops.bitlab.input_gradient(dy, qweight, weight_scale, out_features, dtype)
+    dx: Tensor = torch.ops.bitlab.input_gradient(
+        dy, qweight, weight_scale, out_features, dtype, multiplier
+    )
     return dx
 
 
@@ -72,21 +80,21 @@ def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, weight_scale, bias, out_features, _, _ = inputs
-    ctx.save_for_backward(qweight, weight_scale)
+    x, qweight, weight_scale, bias, out_features, _, _, multiplier = inputs
+    ctx.save_for_backward(qweight, weight_scale, multiplier)
     ctx.out_features, ctx.x_dtype = out_features, x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Packed weights are constants: input (straight-through rounding) and bias have gradients."""
-    qweight, weight_scale = ctx.saved_tensors
+    qweight, weight_scale, multiplier = ctx.saved_tensors
     dx = db = None
     if ctx.needs_input_grad[0]:
-        dx = _input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype)
+        dx = _input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype, multiplier)
     if ctx.needs_input_grad[3]:
         db = _bias_gradient(dy, ctx.bias_dtype)
-    return dx, None, None, db, None, None, None
+    return dx, None, None, db, None, None, None, None
 
 
 def _int8_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -107,10 +115,12 @@ def _int8_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _qat_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _, _, activation, _, step, scale = inputs
-    _, qweight, weight_scale, codes, x_scale = output
-    # Saved-tensor hooks would keep this output whole, with the node that keeps it: a cycle.
-    weight_scale = weight_scale.detach()
+    x, weight, bias, granularity, _, activation, _, step, scale, multiplier = inputs
+    _, qweight, weight_scale, kept_multiplier, codes, x_scale = output
+    # Saved-tensor hooks would keep these outputs whole, with the node that keeps them: a cycle.
+    weight_scale, kept_multiplier = weight_scale.detach(), kept_multiplier.detach()
+    if step is None and granularity == "per_group":
+        multiplier = kept_multiplier
     # Zeros for the outputs without a gradient would be as large as these.
     ctx.set_materialize_grads(False)
     # A scale without a step is a learned one: its gradient needs the weight that was rounded.
@@ -122,9 +132,9 @@ def _qat_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.save_for_backward(
         None if repacks else qweight,
         weight if repacks or ctx.is_learned else None,
-        weight_scale if step is None else step,
+        step,
         weight_scale if step is None else scale,
-        scale if ctx.is_learned else None,
+        multiplier,
         *saved,
     )
     ctx.out_features, ctx.x_dtype = weight.shape[0], x.dtype
@@ -135,12 +145,14 @@ def _qat_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """Straight-through gradients: ``dx = dy @ (w_q s_w)``, ``dW = dy.T @ (x_q s_x)``, clipped and
     with one of the scale where that is learned.
     """
-    qweight, weight, step, weight_scale, learned_scale, *inputs = ctx.saved_tensors
+    qweight, weight, step, weight_scale, multiplier, *inputs = ctx.saved_tensors
     dx = dw = db = dscale = None
+    if step is None:
+        step = weight_scale if multiplier is None else group_scale(weight_scale, multiplier)
     if ctx.needs_input_grad[0]:
         if qweight is None:
             qweight = torch.ops.bitlab.pack_codes(weight, step)
-        dx = _input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype)
+        dx = _input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype, multiplier)
         del qweight
     rows = dy.reshape(-1, ctx.out_features)
     # torch leaves trailing arguments out that have their defaults.
@@ -149,11 +161,11 @@ def _qat_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
             dtype = dy.dtype if ctx.is_learned else ctx.weight_dtype
             dw = _weight_gradient(rows, inputs, dtype)
             if ctx.is_learned:
-                dw, dscale = lsq_gradients(dw, weight, learned_scale)
+                dw, dscale = lsq_gradients(dw, weight, step)
                 dw = dw.to(ctx.weight_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         db = _bias_gradient(rows, ctx.bias_dtype)
-    return dx, dw, db, None, None, None, None, None, dscale
+    return dx, dw, db, None, None, None, None, None, dscale, None
 
 
 def _register_without_gradient(op: str) -> None:

@@ -8,11 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitcore import checks, estimators, ops
+from bitcore import checks, estimators
+from bitcore import ops_ternary as ops
 from bitcore.errors import ArgumentError
 from bitcore.kernels.registry import kernels_for
+from bitcore.ops_ternary import given_multiplier
 from bitcore.schemas import DEVICES
 from bitcore.schemas import library as _library
+
+# The output, then what the backward pass reads: qweight, its scale, multipliers; x_q, its scale.
+QatOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _check_step(op: str, name: str, weight: Tensor, step: Tensor) -> None:
@@ -29,34 +34,47 @@ def _pack_codes(weight: Tensor, step: Tensor) -> Tensor:
 
 def _check_estimate(weight: Tensor, name: str, granularity: str, group_size: int) -> None:
     estimators.get_estimator(name)
-    ops._check_pack("bitlab::estimate", weight, granularity, group_size)
+    ops.check_pack("bitlab::estimate", weight, granularity, group_size)
 
 
 def _estimate(
     weight: Tensor, name: str, granularity: str, group_size: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_estimate(weight, name, granularity, group_size)
     checks.check_memory("bitlab::estimate", weight=weight)
-    step, scale = estimators.estimate(weight, name, granularity, group_size)
+    step, scale, multiplier = estimators.estimate(weight, name, granularity, group_size)
     # No output of an op may be another one of its outputs.
-    return step, scale.clone() if scale.data_ptr() == step.data_ptr() else scale
+    scale = scale.clone() if scale.data_ptr() == step.data_ptr() else scale
+    return step, scale, ops.no_multiplier(scale) if multiplier is None else multiplier
 
 
 def _qat_scale(
-    weight: Tensor, step: Tensor | None, scale: Tensor | None
-) -> tuple[Tensor | None, Tensor]:
-    """Returns the step that packs and the scale that multiplies; None, and nothing, for absmean."""
+    weight: Tensor,
+    granularity: str,
+    step: Tensor | None,
+    scale: Tensor | None,
+    multiplier: Tensor | None,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Returns the step that packs, the scale that multiplies and its multipliers; None, and
+    nothing, for absmean.
+    """
     op = "bitlab::qat_linear"
     if scale is None:
-        if step is not None:
-            raise ArgumentError(f"{op}: scale must be given with a step, got None")
-        return None, torch.empty(0)
+        if step is not None or multiplier is not None:
+            given = "a step" if multiplier is None else "multipliers"
+            raise ArgumentError(f"{op}: scale must be given with {given}, got None")
+        return None, torch.empty(0), None
+    if multiplier is not None:
+        if step is None:
+            raise ArgumentError(f"{op}: step must be given with multipliers, got None")
+        checks.check_devices(op, weight, scale, multiplier)
+        checks.check_multiplier(op, scale, multiplier, *weight.shape)
+        return step, scale, multiplier
     # Before it is computed with.
     _check_step(op, "scale", weight, scale)
     if step is not None:
-        return step, scale
-    learned = estimators.learned_step(scale)
-    return learned, learned
+        return step, scale, None
+    return estimators.learned_scales(scale, granularity)
 
 
 def _qat_linear(
@@ -69,22 +87,28 @@ def _qat_linear(
     out_dtype: torch.dtype,
     step: Tensor | None = None,
     scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    checks.check_memory("bitlab::qat_linear", weight=weight, step=step, scale=scale)
-    used_step, used_scale = _qat_scale(weight, step, scale)
+    multiplier: Tensor | None = None,
+) -> QatOutputs:
+    op = "bitlab::qat_linear"
+    checks.check_memory(op, weight=weight, step=step, scale=scale, multiplier=multiplier)
+    used = _qat_scale(weight, granularity, step, scale, multiplier)
+    used_step, used_scale, used_multiplier = used
     if used_step is None:
-        qweight, used_scale = ops._pack_weight(weight, granularity, group_size)
+        qweight, used_scale, packed = ops.pack_weight(weight, granularity, group_size)
+        used_multiplier = given_multiplier(packed)
     else:
         qweight = _pack_codes(weight, used_step)
-    args = (x, qweight, used_scale, bias, weight.shape[0], activation, out_dtype)
+    args = (x, qweight, used_scale, bias, weight.shape[0], activation, out_dtype, used_multiplier)
     if activation == "float":
-        y, codes = ops._linear(*args), x.new_empty(0, dtype=torch.int8)
+        y, codes = ops.linear(*args), x.new_empty(0, dtype=torch.int8)
         x_scale = x.new_empty(0, dtype=torch.float32)
     else:
-        y, codes, x_scale = ops._linear_with_codes(*args)
+        y, codes, x_scale = ops.linear_with_codes(*args)
     # An input must not be an output too; the backward pass keeps it by itself.
-    kept = used_scale if step is None else used_scale.new_empty(0)
-    return y, qweight, kept, codes, x_scale
+    if step is not None:
+        used_scale, used_multiplier = used_scale.new_empty(0), None
+    kept = ops.no_multiplier(x) if used_multiplier is None else used_multiplier
+    return y, qweight, used_scale, kept, codes, x_scale
 
 
 for _device in DEVICES:
@@ -100,13 +124,13 @@ def _fake_pack_codes(weight: Tensor, step: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("bitlab::estimate", lib=_library)
-def _(weight: Tensor, name: str, granularity: str, group_size: int) -> tuple[Tensor, Tensor]:
+def _(
+    weight: Tensor, name: str, granularity: str, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_estimate(weight, name, granularity, group_size)
-    shape = ops._scale_shape(weight, granularity, group_size)
-    return (
-        weight.new_empty(shape, dtype=torch.float32),
-        weight.new_empty(shape, dtype=torch.float32),
-    )
+    shape = ops.scale_shape(weight, granularity, group_size)
+    step = weight.new_empty(shape, dtype=torch.float32)
+    return step, *ops.fake_scale(weight, granularity, group_size)
 
 
 @torch.library.register_fake("bitlab::qat_linear", lib=_library)
@@ -120,15 +144,22 @@ def _(
     out_dtype: torch.dtype,
     step: Tensor | None = None,
     scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    used_step, used_scale = _qat_scale(weight, step, scale)
+    multiplier: Tensor | None = None,
+) -> QatOutputs:
+    used = _qat_scale(weight, granularity, step, scale, multiplier)
+    used_step, used_scale, used_multiplier = used
     if used_step is None:
-        qweight, used_scale = ops._fake_pack(weight, granularity, group_size)
+        qweight, used_scale, packed = ops.fake_pack(weight, granularity, group_size)
+        used_multiplier = packed if granularity == "per_group" else None
     else:
         qweight = _fake_pack_codes(weight, used_step)
-    y = ops._fake_linear(x, qweight, used_scale, bias, weight.shape[0], activation, out_dtype)
+    y = ops.fake_linear(
+        x, qweight, used_scale, bias, weight.shape[0], activation, out_dtype, used_multiplier
+    )
     quantized = activation != "float"
     codes = x.new_empty(x.shape if quantized else (0,), dtype=torch.int8)
     x_scale = x.new_empty((*x.shape[:-1], 1) if quantized else (0,), dtype=torch.float32)
-    kept = used_scale if step is None else used_scale.new_empty(0)
-    return y, qweight, kept, codes, x_scale
+    if step is not None:
+        used_scale, used_multiplier = used_scale.new_empty(0), None
+    kept = ops.no_multiplier(x) if used_multiplier is None else used_multiplier
+    return y, qweight, used_scale, kept, codes, x_scale

@@ -21,12 +21,12 @@ from bitcore.plain import is_memory, is_plain
 _DEVICES = ("cpu", "cuda")
 
 
-def is_preparable(x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
+def is_preparable(x: Tensor, *weights: Tensor | None) -> bool:
     """Tells whether a layer can be prepared while it runs on x: what is made under a trace or a
     fake mode is no constant.
     """
-    device = qweight.device.type
-    given = (qweight, weight_scale) if bias is None else (qweight, weight_scale, bias)
+    given = [one for one in weights if one is not None]
+    device = given[0].device.type
     return device in _DEVICES and is_plain(x, device) and all(map(is_memory, given))
 
 
@@ -39,6 +39,7 @@ class PreparedLinear:
         bias: float [N], or None; it gets no gradient.
         out_features: N.
         activation: How x is quantized, as `bitcore.ops.linear` takes it.
+        multiplier: uint8 [N, K / G], or None.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class PreparedLinear:
         bias: Tensor | None,
         out_features: int,
         activation: str,
+        multiplier: Tensor | None = None,
     ) -> None:
-        self._given = qweight, weight_scale, bias
+        self._given = qweight, weight_scale, bias, multiplier
         # Packed weights are constants, so the bias is one too: only x gets a gradient.
         bias = None if bias is None else bias.detach()
-        self._constants = qweight, weight_scale, bias, out_features, activation
+        self._constants = qweight, weight_scale, bias, out_features, activation, multiplier
         self._in_features = qweight.shape[-1]
         self._device = qweight.device
         self._type = qweight.device.type
@@ -60,8 +62,9 @@ class PreparedLinear:
         self._run: Callable[[Tensor, torch.Size, torch.dtype], Tensor] | None = None
         if self._type in _DEVICES:
             checks.check_linear_weights(*self._constants)
-            checks.check_devices("bitlab::linear", qweight, weight_scale, bias)
-            for name, one in zip(("qweight", "weight_scale", "bias"), self._given, strict=True):
+            checks.check_devices("bitlab::linear", qweight, weight_scale, bias, multiplier)
+            names = ("qweight", "weight_scale", "bias", "multiplier")
+            for name, one in zip(names, self._given, strict=True):
                 if one is not None:
                     checks.check_storage("bitlab::linear", name, one)
             self._kernels = kernels_for(self._type)
@@ -71,16 +74,24 @@ class PreparedLinear:
                 self._run = prepare(*self._constants)
         self._pointers = [0 if one is None else one.data_ptr() for one in self._given]
 
-    def holds(self, qweight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
+    def holds(
+        self,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        multiplier: Tensor | None = None,
+    ) -> bool:
         """Tells whether these are the tensors that were given, with the same memory."""
         given, pointers = self._given, self._pointers
         return (
             given[0] is qweight
             and given[1] is weight_scale
             and given[2] is bias
+            and given[3] is multiplier
             and pointers[0] == qweight.data_ptr()
             and pointers[1] == weight_scale.data_ptr()
             and (bias is None or pointers[2] == bias.data_ptr())
+            and (multiplier is None or pointers[3] == multiplier.data_ptr())
         )
 
     def __call__(self, x: Tensor) -> Tensor:

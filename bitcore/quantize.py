@@ -12,7 +12,7 @@ from operator import add
 import torch
 from torch import Tensor
 
-from bitcore.checks import check_group_size, check_weight
+from bitcore.checks import GROUPED, MOST_MULTIPLIER, check_group_size, check_weight
 
 _LANES = 16
 _LEAST = 1e-5
@@ -27,11 +27,12 @@ def weight_scale(weight: Tensor, granularity: str, group_size: int = 0) -> Tenso
 
     Args:
         weight: float32, bfloat16 or float16 [N, K].
-        granularity: ``"per_tensor"``, ``"per_channel"`` or ``"per_group"``.
-        group_size: G for ``"per_group"``.
+        granularity: ``"per_tensor"``, ``"per_channel"``, or ``"per_group"`` (in either form).
+        group_size: G of groups.
 
     Returns:
-        float32 [1], [N] or [N, K / G]; multiplies codes. NaN where the mean is not finite.
+        float32 [1], [N] or [N, K / G]; multiplies codes, of groups once in two levels
+        (`two_levels`). NaN where the mean is not finite.
 
     Numerics:
         float64 sums in a fixed order, so that every backend and thread count gives the same bits:
@@ -43,7 +44,8 @@ def weight_scale(weight: Tensor, granularity: str, group_size: int = 0) -> Tenso
     check_weight("weight_scale", weight)
     out_features, in_features = weight.shape
     check_group_size("weight_scale", in_features, granularity, group_size)
-    width = group_size if granularity == "per_group" else in_features
+    grouped = granularity in GROUPED
+    width = group_size if grouped else in_features
     parts = weight.reshape(-1, width).float().abs()
     padding = -width % _LANES
     steps = torch.nn.functional.pad(parts, (0, padding)).view(parts.shape[0], -1, _LANES)
@@ -58,7 +60,41 @@ def weight_scale(weight: Tensor, granularity: str, group_size: int = 0) -> Tenso
         width = out_features * in_features
     mean = _divided(sums, width).float()
     scale = torch.where(torch.isfinite(mean), mean.clamp(min=_LEAST), torch.nan)
-    return scale.view(out_features, -1) if granularity == "per_group" else scale
+    return scale.view(out_features, -1) if grouped else scale
+
+
+def two_levels(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Brings scales of groups to two levels: one float a row, and an integer for each group.
+
+    ``row = max(scale) / 127``; ``multiplier = clamp(round(scale / row), 1, 127)``, half to even;
+    two float32 divisions. A group's scale is then `group_scale`, off by at most half of ``row``
+    unless it is smaller than that.
+
+    Args:
+        scale: float32 [N, K / G].
+
+    Returns:
+        float32 [N] and uint8 [N, K / G], from 1 to 127. A row with NaN has scale NaN and
+        multipliers 1.
+
+    Source: scales in two levels as in the k-quants of llama.cpp.
+    """
+    row = _divided(scale.amax(1), float(MOST_MULTIPLIER))
+    ratio = (scale / row.unsqueeze(1)).round().clamp(1, MOST_MULTIPLIER)
+    return row, torch.nan_to_num(ratio, nan=1.0).to(torch.uint8)
+
+
+def group_scale(row: Tensor, multiplier: Tensor) -> Tensor:
+    """Returns the scales of groups that two levels stand for: one float32 product each.
+
+    Args:
+        row: float32 [N].
+        multiplier: uint8 [N, K / G].
+
+    Returns:
+        float32 [N, K / G].
+    """
+    return multiplier.float() * row.unsqueeze(1)
 
 
 def ternarize(weight: Tensor, scale: Tensor) -> Tensor:
@@ -82,19 +118,29 @@ def ternarize(weight: Tensor, scale: Tensor) -> Tensor:
     return codes.reshape(out_features, in_features).contiguous()
 
 
-def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    codes: Tensor, scale: Tensor, dtype: torch.dtype, multiplier: Tensor | None = None
+) -> Tensor:
     """``codes * scale``, one product in float32, then rounded to dtype.
 
     Args:
         codes: int8 [N, K].
         scale: float32 [1], [N] or [N, K / G].
         dtype: dtype of the result.
+        multiplier: uint8 [N, K / G], or None; codes are multiplied with it first, exactly.
     """
+    codes = codes if multiplier is None else multiplied(codes, multiplier)
     out_features, in_features = codes.shape
     columns = scale.shape[1] if scale.dim() == 2 else 1
     grouped = codes.float().view(out_features, columns, -1)
     values = grouped * scale.view(scale.shape[0], columns, 1)
     return values.view(out_features, in_features).to(dtype)
+
+
+def multiplied(codes: Tensor, multiplier: Tensor) -> Tensor:
+    """Returns codes [N, K] times their groups' multipliers [N, K / G], exactly: int16 [N, K]."""
+    width = codes.shape[1] // multiplier.shape[1]
+    return codes.to(torch.int16) * multiplier.repeat_interleave(width, 1)
 
 
 def quantize_activation(x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:

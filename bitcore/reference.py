@@ -16,10 +16,15 @@ from bitcore.packing import pack_codes as pack_codes_of
 from bitcore.packing import unpack_ternary
 
 
-def pack_weight(weight: Tensor, granularity: str, group_size: int) -> tuple[Tensor, Tensor]:
-    """Ternarizes and packs: returns qweight uint8 [R, K] and its float32 scale."""
+def pack_weight(
+    weight: Tensor, granularity: str, group_size: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ternarizes and packs: returns qweight uint8 [R, K], its float32 scale and multipliers."""
     scale = quantize.weight_scale(weight, granularity, group_size)
-    return pack_codes(weight, scale), scale
+    if granularity != "per_group":
+        return pack_codes(weight, scale), scale, None
+    row, multiplier = quantize.two_levels(scale)
+    return pack_codes(weight, quantize.group_scale(row, multiplier)), row, multiplier
 
 
 def pack_codes(weight: Tensor, step: Tensor) -> Tensor:
@@ -28,10 +33,15 @@ def pack_codes(weight: Tensor, step: Tensor) -> Tensor:
 
 
 def unpack_weight(
-    qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
+    qweight: Tensor,
+    weight_scale: Tensor,
+    out_features: int,
+    dtype: torch.dtype,
+    multiplier: Tensor | None = None,
 ) -> Tensor:
     """Returns codes times scale, [N, K] of dtype."""
-    return quantize.dequantize(unpack_ternary(qweight, out_features), weight_scale, dtype)
+    codes = unpack_ternary(qweight, out_features)
+    return quantize.dequantize(codes, weight_scale, dtype, multiplier)
 
 
 def find_invalid_code(qweights: Sequence[Tensor]) -> int | None:
@@ -62,6 +72,22 @@ def matmul(codes: Tensor, qweight: Tensor, out_features: int) -> Tensor:
         return F.linear(codes.float(), weight).to(torch.int32).contiguous()
 
 
+def _multiplied_sums(
+    codes: Tensor, qweight: Tensor, multiplier: Tensor, out_features: int
+) -> Tensor:
+    """``codes @ (w_q * multiplier).T``, exact, rounded to float32 once [..., N].
+
+    Every partial sum is an integer of magnitude at most 128 * 127 * 131071 < 2^53.
+    """
+    sums = codes.new_empty((*codes.shape[:-1], out_features), dtype=torch.float32)
+    weight = quantize.multiplied(unpack_ternary(qweight, out_features), multiplier)
+    with torch.autocast(codes.device.type, enabled=False):
+        tokens = codes.double()
+        for rows in quantize.row_blocks(*weight.shape):
+            sums[..., rows] = F.linear(tokens, weight[rows].double())
+    return sums
+
+
 def linear(
     x: Tensor,
     qweight: Tensor,
@@ -70,12 +96,16 @@ def linear(
     out_features: int,
     activation: str,
     out_dtype: torch.dtype,
+    multiplier: Tensor | None = None,
 ) -> Tensor:
     """``y = (x_q @ w_q.T) * (x_scale * weight_scale) + bias``; see `bitcore.ops`."""
     if activation == "float":
-        return linear_float(x, qweight, weight_scale, bias, out_features, out_dtype)
+        return linear_float(x, qweight, weight_scale, bias, out_features, out_dtype, multiplier)
     codes, x_scale = quantize.quantize_activation(x, activation == "int8_per_tensor")
-    if weight_scale.dim() == 1:
+    if multiplier is not None:
+        sums = _multiplied_sums(codes, qweight, multiplier, out_features)
+        y = sums * (x_scale * weight_scale)
+    elif weight_scale.dim() == 1:
         sums = matmul(codes, qweight, out_features).float()
         y = sums * (x_scale * weight_scale)
     else:
@@ -100,9 +130,10 @@ def linear_with_codes(
     out_features: int,
     activation: str,
     out_dtype: torch.dtype,
+    multiplier: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns `linear` of int8 activations, and `quantize_activation`: what training keeps."""
-    y = linear(x, qweight, weight_scale, bias, out_features, activation, out_dtype)
+    y = linear(x, qweight, weight_scale, bias, out_features, activation, out_dtype, multiplier)
     return y, *quantize_activation(x, activation == "int8_per_tensor")
 
 
@@ -113,10 +144,11 @@ def linear_float(
     bias: Tensor | None,
     out_features: int,
     out_dtype: torch.dtype,
+    multiplier: Tensor | None = None,
 ) -> Tensor:
     """``y = x @ (w_q * weight_scale).T + bias`` in the output dtype: activations as they are."""
     with torch.autocast(x.device.type, enabled=False):
-        weight = unpack_weight(qweight, weight_scale, out_features, out_dtype)
+        weight = unpack_weight(qweight, weight_scale, out_features, out_dtype, multiplier)
         bias = None if bias is None else bias.to(out_dtype)
         return F.linear(x.to(out_dtype), weight, bias).contiguous()
 
@@ -143,11 +175,16 @@ def linear_int8(
 
 
 def input_gradient(
-    dy: Tensor, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
+    dy: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    out_features: int,
+    dtype: torch.dtype,
+    multiplier: Tensor | None = None,
 ) -> Tensor:
     """``dx = dy @ (w_q * weight_scale)``, computed in dy's dtype."""
     with torch.autocast(dy.device.type, enabled=False):
-        weight = unpack_weight(qweight, weight_scale, out_features, dy.dtype)
+        weight = unpack_weight(qweight, weight_scale, out_features, dy.dtype, multiplier)
         return (dy @ weight).to(dtype).contiguous()
 
 

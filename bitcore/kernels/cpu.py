@@ -11,14 +11,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from bitcore import reference
-from bitcore.checks import LOWEST_ADDRESS
+from bitcore.checks import GROUPED, LOWEST_ADDRESS
 from bitcore.errors import BackendError
+from bitcore.kernels.cpu_unpack import CpuUnpacking
 from bitcore.kernels.native import (
     ISA_VARIABLE,
     TYPE_CODES,
     LinearConstants,
     address,
+    count_columns,
     count_threads,
     linear_inputs,
     load_cpu_library,
@@ -28,15 +29,11 @@ from bitcore.kernels.native import (
 _FLOAT_PLANES = 4
 # From more tokens on, torch's float32 product of unpacked blocks is faster than exact sums.
 _FEW_FLOAT_TOKENS = 16
-# Tokens of a 16-bit gradient that are widened to float32 at once.
-_WIDENED_TOKENS = 512
-# Elements of a block unpacked for torch: 4 MiB of float32.
-_BLOCK_ELEMENTS = 2**20
 # Bytes of workspace that each thread keeps.
 _KEPT_WORKSPACE = 2**20
 
 
-class CpuKernels:
+class CpuKernels(CpuUnpacking):
     """libbitkernels_cpu on torch's OpenMP threads.
 
     Raises:
@@ -88,19 +85,17 @@ class CpuKernels:
         finally:
             self.select_isa(before)
 
-    def _check(self, status: int) -> None:
-        if status != 0:
-            raise BackendError(f"libbitkernels_cpu: {self._library.bk_cpu_last_error().decode()}")
-
     def pack_weight(
         self, weight: Tensor, granularity: str, group_size: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `bitcore.reference.pack_weight`."""
         weight = weight.contiguous()
         out_features, in_features = weight.shape
-        columns = in_features // group_size if granularity == "per_group" else 0
+        columns = in_features // group_size if granularity in GROUPED else 0
+        if granularity == "per_group":
+            return self._pack_groups(weight, columns)
         rows = 1 if granularity == "per_tensor" else out_features
-        shape = (out_features, columns) if granularity == "per_group" else (rows,)
+        shape = (out_features, columns) if columns else (rows,)
         scale = torch.empty(shape, dtype=torch.float32)
         sums = torch.empty(out_features if granularity == "per_tensor" else 0, dtype=torch.float64)
         self._check(
@@ -109,7 +104,20 @@ class CpuKernels:
                 address(sums) or None, out_features, in_features, count_threads(),
             )
         )  # fmt: skip
-        return self.pack_codes(weight, scale), scale
+        return self.pack_codes(weight, scale), scale, None
+
+    def _pack_groups(self, weight: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+        out_features, in_features = weight.shape
+        qweight = torch.empty(((out_features + 3) // 4, in_features), dtype=torch.uint8)
+        scale = torch.empty(out_features, dtype=torch.float32)
+        multiplier = torch.empty((out_features, columns), dtype=torch.uint8)
+        self._check(
+            self._library.bk_cpu_pack_groups_t2(
+                address(weight), TYPE_CODES[weight.dtype], address(scale), address(multiplier),
+                address(qweight), out_features, in_features, columns, count_threads(),
+            )
+        )  # fmt: skip
+        return qweight, scale, multiplier
 
     def pack_codes(self, weight: Tensor, step: Tensor) -> Tensor:
         """See `bitcore.reference.pack_codes`."""
@@ -191,21 +199,29 @@ class CpuKernels:
         out_features: int,
         activation: str,
         out_dtype: torch.dtype,
+        multiplier: Tensor | None = None,
     ) -> Tensor:
         """See `bitcore.reference.linear`: one native call, activations included."""
         if activation == "float" and x.numel() > _FEW_FLOAT_TOKENS * qweight.shape[1]:
             tokens = x.reshape(-1, qweight.shape[1])
-            y = self._linear_in_blocks(tokens, qweight, weight_scale, bias, out_features)
+            y = self._linear_in_blocks(
+                tokens, qweight, weight_scale, bias, out_features, multiplier
+            )
             return y.to(out_dtype).view(*x.shape[:-1], out_features)
-        constants = self._linear_constants(qweight, weight_scale, bias, out_features, activation)
+        constants = self._linear_constants(
+            qweight, weight_scale, bias, out_features, activation, multiplier
+        )
         return self._run_linear(constants, x, [*x.shape], x.dtype, out_dtype)
 
     def linear_with_codes(
         self, x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Tensor | None,
         out_features: int, activation: str, out_dtype: torch.dtype,
+        multiplier: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """See `bitcore.reference.linear_with_codes`."""
-        y = self.linear(x, qweight, weight_scale, bias, out_features, activation, out_dtype)
+        y = self.linear(
+            x, qweight, weight_scale, bias, out_features, activation, out_dtype, multiplier
+        )
         return y, *self.quantize_activation(x, activation == "int8_per_tensor")
 
     def prepare_linear(
@@ -215,14 +231,17 @@ class CpuKernels:
         bias: Tensor | None,
         out_features: int,
         activation: str,
+        multiplier: Tensor | None = None,
     ) -> Callable[[Tensor, torch.Size, torch.dtype], Tensor] | None:
         """Returns `linear` of these weights, of an input, its shape and its dtype; or None if it is
         not one native call for every input. The weights must outlive it.
         """
-        given = [qweight, weight_scale] + ([] if bias is None else [bias])
+        given = [one for one in (qweight, weight_scale, bias, multiplier) if one is not None]
         if activation == "float" or not all(tensor.is_contiguous() for tensor in given):
             return None
-        constants = self._linear_constants(qweight, weight_scale, bias, out_features, activation)
+        constants = self._linear_constants(
+            qweight, weight_scale, bias, out_features, activation, multiplier
+        )
         run = self._run_linear
         return lambda x, shape, dtype: run(constants, x, [*shape], dtype, dtype)
 
@@ -233,14 +252,15 @@ class CpuKernels:
         bias: Tensor | None,
         out_features: int,
         activation: str,
+        multiplier: Tensor | None,
     ) -> LinearConstants:
-        columns = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
+        columns = count_columns(weight_scale, multiplier)
         per_tensor = activation == "int8_per_tensor"
         run, planes = self._linear, 1
         if activation == "float":
             run, planes = self._linear_float, _FLOAT_PLANES
         return LinearConstants(
-            run, qweight, weight_scale, bias, out_features, columns, planes, per_tensor
+            run, qweight, weight_scale, bias, out_features, columns, planes, per_tensor, multiplier
         )
 
     def _run_linear(
@@ -282,37 +302,6 @@ class CpuKernels:
             self._check(status)
         return y
 
-    def _linear_in_blocks(
-        self,
-        tokens: Tensor,
-        qweight: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        out_features: int,
-    ) -> Tensor:
-        """Float activations of many tokens: packed rows unpacked block by block for torch's own
-        float32 product, which is faster there than exact sums.
-        """
-        rows, in_features = qweight.shape
-        qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
-        step = max(1, _BLOCK_ELEMENTS // (4 * in_features))
-        x = tokens.float()
-        y = torch.empty((x.shape[0], 4 * rows), dtype=torch.float32)
-        lanes = y.view(-1, 4, rows)
-        with torch.autocast("cpu", enabled=False):
-            for first in range(0, rows, step):
-                last = min(first + step, rows)
-                weight = self._unpack_block(
-                    qweight,
-                    weight_scale,
-                    torch.float32,
-                    out_features,
-                    (first, last, 0, in_features),
-                )
-                lanes[:, :, first:last] = (x @ weight.t()).view(-1, 4, last - first)
-        y = y[:, :out_features]
-        return y.contiguous() if bias is None else y + bias.float()
-
     def linear_int8(
         self,
         x: Tensor,
@@ -326,71 +315,3 @@ class CpuKernels:
             self._linear_int8, qweight, weight_scale, bias, qweight.shape[0]
         )
         return self._run_linear(constants, x, [*x.shape], x.dtype, out_dtype)
-
-    def _unpack_block(
-        self,
-        qweight: Tensor,
-        weight_scale: Tensor,
-        dtype: torch.dtype,
-        out_features: int,
-        block: tuple[int, int, int, int],
-    ) -> Tensor:
-        """Codes times scale of packed rows and columns ``[first, last)``, one lane of rows after
-        the other; what stands for missing rows is zero.
-        """
-        first_row, last_row, first_column, last_column = block
-        rows, in_features = qweight.shape
-        shape = (4 * (last_row - first_row), last_column - first_column)
-        make = torch.empty if out_features == 4 * rows else torch.zeros
-        weight = make(shape, dtype=dtype)
-        columns = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
-        self._check(
-            self._library.bk_cpu_unpack_t2(
-                address(qweight), address(weight_scale), weight_scale.shape[0], columns,
-                address(weight), TYPE_CODES[dtype], out_features, in_features, *block,
-                count_threads(),
-            )
-        )  # fmt: skip
-        return weight
-
-    def unpack_weight(
-        self, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
-    ) -> Tensor:
-        """See `bitcore.reference.unpack_weight`."""
-        if dtype not in TYPE_CODES:
-            return reference.unpack_weight(qweight, weight_scale, out_features, dtype)
-        qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
-        block = (0, qweight.shape[0], 0, qweight.shape[1])
-        weight = self._unpack_block(qweight, weight_scale, dtype, out_features, block)
-        return weight if weight.shape[0] == out_features else weight[:out_features].clone()
-
-    def input_gradient(
-        self,
-        dy: Tensor,
-        qweight: Tensor,
-        weight_scale: Tensor,
-        out_features: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """See `bitcore.reference.input_gradient`: columns unpacked block by block, in float32.
-
-        16-bit gradients are widened some tokens at a time: of all of them that would take twice
-        their memory, more than unpacking again takes time.
-        """
-        rows, in_features = qweight.shape
-        qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
-        step = max(64, _BLOCK_ELEMENTS // (4 * rows) // 64 * 64)
-        tokens = dy.reshape(-1, out_features)
-        count = tokens.shape[0]
-        dx = torch.empty((count, in_features), dtype=dtype)
-        widened = max(1, count if dy.dtype == torch.float32 else _WIDENED_TOKENS)
-        with torch.autocast("cpu", enabled=False):
-            for token in range(0, count, widened):
-                some = tokens[token : token + widened].float()
-                for first in range(0, in_features, step):
-                    last = min(first + step, in_features)
-                    weight = self._unpack_block(
-                        qweight, weight_scale, torch.float32, out_features, (0, rows, first, last)
-                    )
-                    dx[token : token + widened, first:last] = some @ weight[:out_features]
-        return dx.view(*dy.shape[:-1], in_features)

@@ -17,7 +17,7 @@ from torch import Tensor
 from bitcore.checks import check_storage
 from bitcore.errors import BackendError
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LIBRARY_DIRECTORY_VARIABLE = "BITLAB_LIBRARY_DIR"
 ISA_VARIABLE = "BITLAB_CPU_ISA"
 
@@ -54,11 +54,17 @@ CPU_SIGNATURES: Signatures = {
             c_void_p, c_int32, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int32,
         ),
     ),
+    "bk_cpu_pack_groups_t2": (
+        c_int32,
+        (
+            c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int32,
+        ),
+    ),
     "bk_cpu_unpack_t2": (
         c_int32,
         (
-            c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32, c_int64, c_int64, c_int64,
-            c_int64, c_int64, c_int64, c_int32,
+            c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32, c_int64, c_int64,
+            c_int64, c_int64, c_int64, c_int64, c_int32,
         ),
     ),
     "bk_cpu_find_invalid_t2": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p, c_int32)),
@@ -70,7 +76,7 @@ TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MOST_THREADS = 1024
 # The two halves of a bk_linear_args, fields of eight bytes each. As one record they cost a tenth of
 # what ctypes takes for as many arguments.
-_linear_constants = struct.Struct("@9q").pack
+_linear_constants = struct.Struct("@10q").pack
 linear_inputs = struct.Struct("@8q").pack
 
 
@@ -112,6 +118,13 @@ def count_threads() -> int:
     return threads if threads < _MOST_THREADS else _MOST_THREADS
 
 
+def count_columns(weight_scale: Tensor, multiplier: Tensor | None) -> int:
+    """Returns how many groups of K there are; 0 where scales are not of groups."""
+    if multiplier is not None:
+        return multiplier.shape[1]
+    return weight_scale.shape[1] if weight_scale.dim() == 2 else 0
+
+
 class LinearConstants:
     """What does not depend on the input of a linear layer, as the native call takes it."""
 
@@ -127,15 +140,18 @@ class LinearConstants:
         columns: int = 0,
         planes: int = 1,
         per_tensor: bool = False,
+        multiplier: Tensor | None = None,
     ) -> None:
         qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
         bias = None if bias is None else bias.contiguous()
+        multiplier = None if multiplier is None else multiplier.contiguous()
         # The record holds addresses: what they point at has to live as long.
-        self.held = qweight, weight_scale, bias
+        self.held = qweight, weight_scale, bias, multiplier
         self.run, self.out_features, self.in_features = run, out_features, qweight.shape[1]
         self.columns, self.planes = columns, planes
         self.record = _linear_constants(
             qweight.data_ptr(), weight_scale.data_ptr(), weight_scale.shape[0], columns,
+            0 if multiplier is None else multiplier.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             0 if bias is None else TYPE_CODES[bias.dtype],
             out_features, self.in_features, per_tensor,

@@ -31,8 +31,8 @@ class Kernels(Protocol):
 
     def pack_weight(
         self, weight: Tensor, granularity: str, group_size: int
-    ) -> tuple[Tensor, Tensor]:
-        """Ternarizes and packs a float weight."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ternarizes and packs a float weight; multipliers where there are groups."""
         ...
 
     def pack_codes(self, weight: Tensor, step: Tensor) -> Tensor:
@@ -48,7 +48,12 @@ class Kernels(Protocol):
         ...
 
     def unpack_weight(
-        self, qweight: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
+        self,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        out_features: int,
+        dtype: torch.dtype,
+        multiplier: Tensor | None = None,
     ) -> Tensor:
         """Unpacks to codes times scale."""
         ...
@@ -60,6 +65,7 @@ class Kernels(Protocol):
         weight_scale: Tensor,
         out_features: int,
         dtype: torch.dtype,
+        multiplier: Tensor | None = None,
     ) -> Tensor:
         """Multiplies an output's gradient with the packed weight."""
         ...
@@ -88,6 +94,7 @@ class Kernels(Protocol):
         out_features: int,
         activation: str,
         out_dtype: torch.dtype,
+        multiplier: Tensor | None = None,
     ) -> Tensor:
         """Runs the whole layer."""
         ...
@@ -101,6 +108,7 @@ class Kernels(Protocol):
         out_features: int,
         activation: str,
         out_dtype: torch.dtype,
+        multiplier: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the whole layer and keeps the int8 codes of x and their scales."""
         ...

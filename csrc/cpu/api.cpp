@@ -73,6 +73,16 @@ const char *check_shape(int64_t M, int64_t N, int64_t K, int64_t scale_rows, int
     return nullptr;
 }
 
+const char *check_multiplier(const uint8_t *multiplier, int64_t N, int64_t K, int64_t scale_rows,
+                             int64_t scale_columns) {
+    if (!multiplier) return nullptr;
+    if (scale_rows != N) return "scale_rows must be N beside multipliers";
+    if (scale_columns < 1 || (K != scale_columns * 64 && K != scale_columns * 128)) {
+        return "groups with multipliers must be of 64 or 128 columns";
+    }
+    return nullptr;
+}
+
 }  // namespace bitlab
 
 using namespace bitlab;
@@ -106,11 +116,6 @@ int32_t bk_cpu_weight_scale(const void *weight, int32_t weight_type, float *weig
         return fail(BK_INVALID_ARGUMENT, "row_sums must be given for a per-tensor scale");
     }
     const Kernels &kernels = selected_kernels();
-    const auto finish = [](double sum, int64_t count) {
-        const float mean = static_cast<float>(sum / static_cast<double>(count));
-        if (!isfinite(mean)) return static_cast<float>(NAN);
-        return mean < 1e-5f ? 1e-5f : mean;
-    };
     const int64_t columns = groups(scale_columns);
     const int64_t width = K / columns;
     const bool per_tensor = scale_rows == 1 && scale_columns == 0 && row_sums;
@@ -121,7 +126,7 @@ int32_t bk_cpu_weight_scale(const void *weight, int32_t weight_type, float *weig
                 if (per_tensor) {
                     row_sums[n] = sum;
                 } else {
-                    weight_scale[n * columns + c] = finish(sum, width);
+                    weight_scale[n * columns + c] = absmean(sum, width);
                 }
             }
         }
@@ -129,7 +134,7 @@ int32_t bk_cpu_weight_scale(const void *weight, int32_t weight_type, float *weig
     if (per_tensor) {
         double sum = 0.0;
         for (int64_t n = 0; n < N; ++n) sum += row_sums[n];
-        weight_scale[0] = finish(sum, N * K);
+        weight_scale[0] = absmean(sum, N * K);
     }
     return BK_OK;
 }
@@ -139,17 +144,35 @@ int32_t bk_cpu_pack_t2(const void *weight, int32_t weight_type, const float *wei
     if (const char *text = check_shape(0, N, K, scale_rows, scale_columns, 1)) return fail(BK_INVALID_ARGUMENT, text);
     if (!valid_type(weight_type)) return fail(BK_INVALID_ARGUMENT, "weight_type must be a bk_type");
     const Kernels &kernels = selected_kernels();
-    const PackArgs args = {weight, weight_type, weight_scale, scale_rows, groups(scale_columns), qweight, N, K};
+    const PackArgs args = {weight, weight_type, weight_scale, scale_rows, groups(scale_columns), qweight, N, K, nullptr};
     const int64_t R = (N + 3) / 4;
     parallel(R, threads_for(N * K, kElementsPerThread, R, num_threads),
              [&](int64_t first, int64_t last) { kernels.pack(args, first, last); });
     return BK_OK;
 }
 
+int32_t bk_cpu_pack_groups_t2(const void *weight, int32_t weight_type, float *weight_scale, uint8_t *multiplier,
+                              uint8_t *qweight, int64_t N, int64_t K, int64_t columns, int32_t num_threads) {
+    if (const char *text = check_shape(0, N, K, N, columns, 64)) return fail(BK_INVALID_ARGUMENT, text);
+    if (const char *text = check_multiplier(multiplier, N, K, N, columns)) return fail(BK_INVALID_ARGUMENT, text);
+    if (!valid_type(weight_type)) return fail(BK_INVALID_ARGUMENT, "weight_type must be a bk_type");
+    const Kernels &kernels = selected_kernels();
+    const PackArgs args = {weight, weight_type, nullptr, N, columns, qweight, N, K, nullptr};
+    const int64_t R = (N + 3) / 4;
+    parallel(R, threads_for(N * K, kElementsPerThread, R, num_threads), [&](int64_t first, int64_t last) {
+        kernels.pack_groups(args, {weight_scale, multiplier}, first, last);
+    });
+    return BK_OK;
+}
+
 int32_t bk_cpu_unpack_t2(const uint8_t *qweight, const float *weight_scale, int64_t scale_rows, int64_t scale_columns,
-                         void *weight, int32_t weight_type, int64_t N, int64_t K, int64_t first_row, int64_t last_row,
-                         int64_t first_column, int64_t last_column, int32_t num_threads) {
+                         const uint8_t *multiplier, void *weight, int32_t weight_type, int64_t N, int64_t K,
+                         int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column,
+                         int32_t num_threads) {
     if (const char *text = check_shape(0, N, K, scale_rows, scale_columns, 1)) return fail(BK_INVALID_ARGUMENT, text);
+    if (const char *text = check_multiplier(multiplier, N, K, scale_rows, scale_columns)) {
+        return fail(BK_INVALID_ARGUMENT, text);
+    }
     if (!valid_type(weight_type)) return fail(BK_INVALID_ARGUMENT, "weight_type must be a bk_type");
     const int64_t R = (N + 3) / 4;
     if (first_row < 0 || first_row > last_row || last_row > R || first_column < 0 || first_column > last_column ||
@@ -159,7 +182,8 @@ int32_t bk_cpu_unpack_t2(const uint8_t *qweight, const float *weight_scale, int6
     const Kernels &kernels = selected_kernels();
     // The kernel only reads qweight; the struct serves packing too.
     const PackArgs args = {
-        weight, weight_type, weight_scale, scale_rows, groups(scale_columns), const_cast<uint8_t *>(qweight), N, K};
+        weight, weight_type, weight_scale, scale_rows, groups(scale_columns), const_cast<uint8_t *>(qweight), N, K,
+        multiplier};
     const Block block = {first_row, last_row, first_column, last_column};
     const int64_t rows = last_row - first_row;
     const int64_t work = 4 * rows * (last_column - first_column);

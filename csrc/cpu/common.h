@@ -47,6 +47,10 @@ inline int64_t size_of(int32_t type) { return type == BK_F32 ? 4 : 2; }
 // Returns what is wrong with the sizes, or null.
 const char *check_shape(int64_t M, int64_t N, int64_t K, int64_t scale_rows, int64_t scale_columns, int64_t multiple);
 
+// The same for scales of groups in two levels; null without multipliers.
+const char *check_multiplier(const uint8_t *multiplier, int64_t N, int64_t K, int64_t scale_rows,
+                             int64_t scale_columns);
+
 }  // namespace bitlab
 
 #endif

@@ -76,6 +76,11 @@ inline auto with_type(int32_t type, F &&f) {
     return f(F32{});
 }
 
+// Sums that may leave int32 on their way.
+inline void add_wrapping(int32_t &sum, int32_t value) {
+    sum = static_cast<int32_t>(static_cast<uint32_t>(sum) + static_cast<uint32_t>(value));
+}
+
 // An integer known at compile time, as an argument.
 template <int N>
 struct Constant {

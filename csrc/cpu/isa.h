@@ -39,7 +39,9 @@ struct LinearArgs {
     const uint8_t *qweight;
     const float *weight_scale;
     int64_t scale_rows;
-    bool grouped;  // weight_scale is [N, x.columns]
+    bool grouped;               // weight_scale is [N, x.columns]
+    const uint8_t *multiplier;  // [N, K / group], or null
+    int64_t group;              // columns of one: 64 or 128
     const void *bias;
     int32_t bias_type;
     void *y;
@@ -56,6 +58,13 @@ struct PackArgs {
     int64_t scale_rows, columns;  // columns: groups along K
     uint8_t *qweight;
     int64_t N, K;
+    const uint8_t *multiplier;  // [N, columns], or null: then weight_scale is [N]
+};
+
+// Where pack_groups() writes scales.
+struct GroupScales {
+    float *row;           // [N]
+    uint8_t *multiplier;  // [N, columns]
 };
 
 struct Block {
@@ -68,6 +77,13 @@ struct Scratch {
     int32_t acc[kMostTokens * kBlockOutputs];
     float totals[kMostTokens * kBlockOutputs];
 };
+
+// The absmean scale of `count` elements: bk_cpu_weight_scale says how.
+static inline float absmean(double sum, int64_t count) {
+    const float mean = static_cast<float>(sum / static_cast<double>(count));
+    if (!__builtin_isfinite(mean)) return __builtin_nanf("");
+    return mean < 1e-5f ? 1e-5f : mean;
+}
 
 struct Kernels {
     const char *name;
@@ -83,6 +99,8 @@ struct Kernels {
                             int32_t *sums, int64_t columns);
     // Rows of codes from which linear() takes them as panels; how many of them a panel holds.
     int64_t panel_from, panel_tokens;
+    // Whether linear() with multipliers wants the sum of the codes of each group, or of a whole token.
+    bool group_sums;
     // Lays rows of codes out as panels, `stride` columns each.
     void (*interleave)(const int8_t *codes, int64_t stride, int64_t rows, int8_t *panels);
     // The fused linear for packed rows [first, last); scratch may be null where there are no panels.
@@ -95,6 +113,8 @@ struct Kernels {
     double (*abs_sum)(const void *weight, int32_t type, int64_t offset, int64_t count);
     // Ternarizes packed rows [first, last).
     void (*pack)(const PackArgs &args, int64_t first, int64_t last);
+    // Estimates scales of groups in two levels for packed rows [first, last), and ternarizes them.
+    void (*pack_groups)(const PackArgs &args, const GroupScales &scales, int64_t first, int64_t last);
     // Unpacks rows [first, last) of a block into args.weight.
     void (*unpack)(const PackArgs &args, const Block &block, int64_t first, int64_t last);
 };

@@ -50,6 +50,21 @@ inline Sums multiply_add_i8(Sums sums, Bytes w, Bytes code) {
     return widen(sums, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(code, w)));
 }
 
+template <int L>
+inline void split_plain(Bytes w, int lane, Bytes lanes[L]) {
+    for (int i = 0; i < L; ++i) {
+        const Bytes shifted = lane + i == 0 ? w : _mm256_srl_epi16(w, _mm_cvtsi32_si128(2 * (lane + i)));
+        lanes[i] = _mm256_and_si256(shifted, _mm256_set1_epi8(0x03));
+    }
+}
+inline Part start_part(int32_t low) { return _mm256_zextsi128_si256(_mm_cvtsi32_si128(low & 0xFFFF)); }
+inline Part broadcast_part(int32_t low) { return _mm256_set1_epi32(low & 0xFFFF); }
+inline Part all_of(uint32_t multiplier) { return _mm256_set1_epi32(static_cast<int32_t>(multiplier)); }
+inline Sums widen_by(Sums sums, Part part, Part multipliers) {
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(part, multipliers));
+}
+
+#define BITLAB_WIDENED_GROUPS
 #include "loops.inl"
 
 bool supported() { return __builtin_cpu_supports("avx2"); }

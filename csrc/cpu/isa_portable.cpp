@@ -66,6 +66,25 @@ inline Sums multiply_add_i8(Sums sums, const Bytes &w, const Bytes &code) {
     return sums;
 }
 
+constexpr uint32_t kScaledOffset = 128;
+inline Part multiply_add_scaled(Part part, const Bytes &w, const Bytes &code) { return multiply_add(part, w, code); }
+inline Bytes table(const uint8_t *from) { return load(from); }
+inline Bytes choose(const Bytes &table, const Bytes &by) {
+    Bytes chosen;
+    for (int b = 0; b < kWidth; ++b) chosen.at[b] = table.at[by.at[b]];
+    return chosen;
+}
+inline Bytes low_half(const Bytes &w) {
+    Bytes half;
+    for (int b = 0; b < kWidth; ++b) half.at[b] = w.at[b] & 0x0F;
+    return half;
+}
+inline Bytes high_half(const Bytes &w) {
+    Bytes half;
+    for (int b = 0; b < kWidth; ++b) half.at[b] = w.at[b] >> 4;
+    return half;
+}
+
 #include "loops.inl"
 
 bool supported() { return true; }

@@ -157,12 +157,15 @@ bool valid_types(const bk_linear_args &call) {
     return valid_type(call.x_type) && valid_type(call.y_type) && (!call.bias || valid_type(call.bias_type));
 }
 
+// columns: sums of the codes of each token.
 LinearArgs linear_args(const bk_linear_args &call, const Workspace &parts, int64_t columns, int64_t planes) {
     return {{parts.codes, parts.panels, parts.scale, parts.sums, columns, planes},
             static_cast<const uint8_t *>(call.qweight),
             call.weight_scale,
             call.scale_rows,
-            call.scale_columns != 0,
+            call.scale_columns != 0 && !call.multiplier,
+            call.multiplier,
+            call.K / groups(call.scale_columns),
             call.bias,
             static_cast<int32_t>(call.bias_type),
             call.y,
@@ -177,11 +180,14 @@ int32_t linear_t2(const bk_linear_args &call, int64_t planes, bool per_tensor) {
     if (const char *text = check_shape(M, N, K, call.scale_rows, call.scale_columns, kPadK)) {
         return fail(BK_INVALID_ARGUMENT, text);
     }
+    if (const char *text = check_multiplier(call.multiplier, N, K, call.scale_rows, call.scale_columns)) {
+        return fail(BK_INVALID_ARGUMENT, text);
+    }
     if (!valid_types(call)) return fail(BK_INVALID_ARGUMENT, kWrongTypes);
     if (M == 0) return BK_OK;
-    const int64_t columns = groups(call.scale_columns);
     const auto limit = static_cast<int32_t>(call.num_threads);
     const Kernels &kernels = selected_kernels();
+    const int64_t columns = call.multiplier && !kernels.group_sums ? 1 : groups(call.scale_columns);
     const Workspace parts(kernels, call.workspace, M, K, planes, limit);
     const LinearArgs args = linear_args(call, parts, columns, planes);
     const QuantizeArgs quantize = {
@@ -213,7 +219,7 @@ int32_t bk_cpu_linear_i8_i8(const bk_linear_args *call) {
     if (const char *text = check_shape(M, N, K, call->scale_rows, call->scale_columns, 1)) {
         return fail(BK_INVALID_ARGUMENT, text);
     }
-    if (call->scale_rows != N || call->scale_columns != 0) {
+    if (call->scale_rows != N || call->scale_columns != 0 || call->multiplier) {
         return fail(BK_INVALID_ARGUMENT, "int8 weights must have a scale a row");
     }
     if (!valid_types(*call)) return fail(BK_INVALID_ARGUMENT, kWrongTypes);

@@ -17,11 +17,11 @@ inline double pow2(float exponent) {
     return value;
 }
 
-// The value of a token's digits, an integer of less than 2^48; acc holds their sums kBlockOutputs apart.
+// The value of a token's digits, an integer of less than 2^55, rounded once; acc holds their sums kBlockOutputs apart.
 inline double from_digits(const int32_t *acc) {
-    double value = 0.0;
-    for (int p = BK_FLOAT_PLANES - 1; p >= 0; --p) value = value * 256.0 + acc[p * kBlockOutputs];
-    return value;
+    int64_t value = 0;
+    for (int p = BK_FLOAT_PLANES - 1; p >= 0; --p) value = value * 256 + acc[p * kBlockOutputs];
+    return static_cast<double>(value);
 }
 
 // totals (+)= the sums of one group times its scale.
@@ -132,7 +132,32 @@ inline void write_block(const LinearArgs &args, const Place &place) {
     });
 }
 
+// The sums of all groups, exact: nothing is left of the groups.
+template <int64_t G>
+inline void multiply_groups(const LinearArgs &args, const Place &place, uint8_t *panel) {
+    const int32_t *sums = args.x.sums + place.m * args.x.columns;
+    for (int64_t m = 0; m < place.count; ++m) {
+        const uint32_t offset = kGroupSums ? 0 : kScaledOffset * static_cast<uint32_t>(sums[m]);
+        for (int64_t o = 0; o < kBlockOutputs; ++o) place.acc[m * kBlockOutputs + o] = static_cast<int32_t>(-offset);
+    }
+    const int64_t at = place.m * padded(args.K);
+    if (panel) {
+        add_group_panels<G>(args, place.row, place.rows, args.x.panels + at, sums, place.count, panel, place.acc);
+    } else {
+        add_group_rows<G>(args, place.row, place.rows, args.x.codes + at, sums, place.count, place.acc);
+    }
+}
+
 inline void linear_block(const LinearArgs &args, const Place &place, uint8_t *panel) {
+    if (args.multiplier) {
+        if (args.group == kGroup) {
+            multiply_groups<kGroup>(args, place, panel);
+        } else {
+            multiply_groups<2 * kGroup>(args, place, panel);
+        }
+        write_block(args, place);
+        return;
+    }
     const int64_t stride = padded(args.K);
     const int64_t width = args.K / args.x.columns;
     for (int64_t column = 0; column < args.x.columns; ++column) {

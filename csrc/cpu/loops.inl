@@ -5,9 +5,11 @@
 #include "activations.inl"
 #include "matmul.inl"
 
+#include "groups.inl"
+
 #include "linear.inl"
 #include "pack.inl"
 
-#define BITLAB_KERNELS(name, supported)                                                        \
-    {name,       supported, absmax,    quantize,    quantize_planes, kPanelFrom, kPanelTokens, \
-     interleave, linear,    linear_i8, has_invalid, abs_sum,         pack,       unpack}
+#define BITLAB_KERNELS(name, supported)                                                                      \
+    {name,       supported, absmax,    quantize,    quantize_planes, kPanelFrom, kPanelTokens, kGroupSums,   \
+     interleave, linear,    linear_i8, has_invalid, abs_sum,         pack,       pack_groups,  unpack}

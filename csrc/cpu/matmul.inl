@@ -31,6 +31,17 @@ constexpr int64_t kLine = 64;
 constexpr int64_t kCodesInL2 = 256 * 1024;
 constexpr int64_t kCodesInL1 = 32 * 1024;
 
+// Asks for the weights that T tokens will be multiplied with soon.
+template <int T>
+inline void ask_for_weights(const uint8_t *w, int64_t ahead) {
+    if constexpr (T == 1 && kPrefetchTwice) {
+        __builtin_prefetch(w + kPrefetchL2, 0, 2);
+        __builtin_prefetch(w + kPrefetchL1);
+    } else {
+        __builtin_prefetch(w + ahead, 0, kPrefetchTwice ? 2 : 3);
+    }
+}
+
 // One vector of a packed row: L lanes from `lane` on, times the codes of T tokens.
 template <int L, int T>
 inline void step(Bytes w, int lane, const int8_t *x, int64_t stride, Part part[T][L]) {
@@ -65,12 +76,7 @@ __attribute__((noinline)) void dot_lanes(const uint8_t *w, int lane, const int8_
         const int64_t end = whole - p < kSplitChunk * kWidth ? whole : p + kSplitChunk * kWidth;
         clear<L, T>(part);
         for (; p + kLine <= end; p += kLine) {
-            if constexpr (T == 1 && kPrefetchTwice) {
-                __builtin_prefetch(w + p + kPrefetchL2, 0, 2);
-                __builtin_prefetch(w + p + kPrefetchL1);
-            } else {
-                __builtin_prefetch(w + p + ahead, 0, kPrefetchTwice ? 2 : 3);
-            }
+            ask_for_weights<T>(w + p, ahead);
             for (int64_t u = 0; u < kLine; u += kWidth) step<L, T>(load(w + p + u), lane, x + p + u, stride, part);
         }
         for (; p < end; p += kWidth) step<L, T>(load(w + p), lane, x + p, stride, part);
@@ -125,11 +131,16 @@ inline void by_tokens(int64_t count, F &&f) {
     rest_of<kMost - 1>(count - m, m, f);
 }
 
+// In how many parts of K the codes of some tokens are taken, so that each stays in a cache.
+inline int64_t parts_in_cache(int64_t count, int64_t k) {
+    const int64_t cache = kCodesFromL1 && count <= kTokens ? kCodesInL1 : kCodesInL2;
+    return count > 1 ? (count * k + cache - 1) / cache : 1;
+}
+
 // acc[m][i][j] += the sums of packed rows w + j * K and codes of columns [0, k).
 inline void add_rows(const uint8_t *w, int64_t K, int64_t rows, const int8_t *x, int64_t stride, int64_t count,
                      int64_t k, int32_t *acc) {
-    const int64_t cache = kCodesFromL1 && count <= kTokens ? kCodesInL1 : kCodesInL2;
-    const int64_t parts = count > 1 ? (count * k + cache - 1) / cache : 1;
+    const int64_t parts = parts_in_cache(count, k);
     const int64_t width = padded((k + parts - 1) / parts);
     for (int64_t first = 0; first < k; first += width) {
         const int64_t size = k - first < width ? k - first : width;
@@ -155,31 +166,38 @@ void interleave(const int8_t *codes, int64_t stride, int64_t rows, int8_t *panel
     }
 }
 
+// `count` packed columns, up to 16, from p on of rows j to j + 3, zeros behind: quad[c / 4] has the bytes of four columns
+// of each row. Rows that are missing are row j again.
+inline void load_quads(const uint8_t *w, int64_t K, int64_t rows, int64_t j, int64_t p, int64_t count, U32x4 quad[4]) {
+    U32x4 row[4];
+    for (int64_t r = 0; r < 4; ++r) {
+        const uint8_t *from = w + (j + r < rows ? j + r : j) * K + p;
+        alignas(16) uint8_t bytes[16] = {};
+        if (count == 16) {
+            __builtin_memcpy(&row[r], from, 16);
+        } else {
+            __builtin_memcpy(bytes, from, static_cast<size_t>(count));
+            __builtin_memcpy(&row[r], bytes, 16);
+        }
+    }
+    const U32x4 low02 = __builtin_shufflevector(row[0], row[2], 0, 4, 1, 5);
+    const U32x4 low13 = __builtin_shufflevector(row[1], row[3], 0, 4, 1, 5);
+    const U32x4 high02 = __builtin_shufflevector(row[0], row[2], 2, 6, 3, 7);
+    const U32x4 high13 = __builtin_shufflevector(row[1], row[3], 2, 6, 3, 7);
+    quad[0] = __builtin_shufflevector(low02, low13, 0, 4, 1, 5);
+    quad[1] = __builtin_shufflevector(low02, low13, 2, 6, 3, 7);
+    quad[2] = __builtin_shufflevector(high02, high13, 0, 4, 1, 5);
+    quad[3] = __builtin_shufflevector(high02, high13, 2, 6, 3, 7);
+}
+
 // Unpacks `rows` packed rows of k columns: for row i * kBlock + j, in vectors of kRows rows and kPanelVectors of those
 // side by side, panel[vector / kPanelVectors][k / 4][vector % kPanelVectors][row][4], codes + 1.
 // Rows that are missing are left as they are; columns are filled up with zeros to a multiple of 16.
 inline void unpack_panel(const uint8_t *w, int64_t K, int64_t rows, int64_t k, int64_t quads, uint8_t *panel) {
     for (int64_t j = 0; j < rows; j += 4) {
         for (int64_t p = 0; p < k; p += 16) {
-            U32x4 row[4];
-            for (int64_t r = 0; r < 4; ++r) {
-                const uint8_t *from = w + (j + r < rows ? j + r : j) * K + p;
-                alignas(16) uint8_t bytes[16] = {};
-                if (p + 16 <= k) {
-                    __builtin_memcpy(&row[r], from, 16);
-                } else {
-                    __builtin_memcpy(bytes, from, static_cast<size_t>(k - p));
-                    __builtin_memcpy(&row[r], bytes, 16);
-                }
-            }
-            const U32x4 low02 = __builtin_shufflevector(row[0], row[2], 0, 4, 1, 5);
-            const U32x4 low13 = __builtin_shufflevector(row[1], row[3], 0, 4, 1, 5);
-            const U32x4 high02 = __builtin_shufflevector(row[0], row[2], 2, 6, 3, 7);
-            const U32x4 high13 = __builtin_shufflevector(row[1], row[3], 2, 6, 3, 7);
-            const U32x4 quad[4] = {__builtin_shufflevector(low02, low13, 0, 4, 1, 5),
-                                   __builtin_shufflevector(low02, low13, 2, 6, 3, 7),
-                                   __builtin_shufflevector(high02, high13, 0, 4, 1, 5),
-                                   __builtin_shufflevector(high02, high13, 2, 6, 3, 7)};
+            U32x4 quad[4];
+            load_quads(w, K, rows, j, p, k - p < 16 ? k - p : 16, quad);
             for (int i = 0; i < 4; ++i) {
                 const int64_t v = (i * kBlock + j) / kRows;
                 uint8_t *to =

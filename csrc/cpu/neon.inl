@@ -41,6 +41,13 @@ inline Sums widen(Sums sums, Part part) { return vaddq_s32(sums, part); }
 inline void reduce(const Sums sums[4], int32_t out[4]) {
     vst1q_s32(out, vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3])));
 }
+inline Bytes table(const uint8_t *from) { return vld1q_u8(from); }
+inline Bytes choose(Bytes table, Bytes by) { return vqtbl1q_u8(table, by); }
+inline Bytes low_half(Bytes w) { return vandq_u8(w, vdupq_n_u8(0x0F)); }
+inline Bytes high_half(Bytes w) { return vshrq_n_u8(w, 4); }
 inline Sums multiply_add_i8(Sums sums, Bytes w, Bytes code) {
     return vdotq_s32(sums, vreinterpretq_s8_u8(w), vreinterpretq_s8_u8(code));
 }
+// Scaled weights are signed: no offset.
+constexpr uint32_t kScaledOffset = 0;
+inline Part multiply_add_scaled(Part part, Bytes w, Bytes code) { return multiply_add_i8(part, w, code); }

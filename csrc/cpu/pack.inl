@@ -205,6 +205,57 @@ void pack(const PackArgs &args, int64_t first, int64_t last) {
     });
 }
 
+// clamp(round(scale / row), 1, 127); 1 for NaN.
+inline uint8_t multiplier_of(float scale, float row) {
+    const float ratio = scale / row;
+    if (!(ratio > 1.0f)) return 1;
+    // From here on at most 127 (1 + 2^-23): kRound rounds half to even.
+    return static_cast<uint8_t>(ratio + kRound - kRound);
+}
+
+void pack_groups(const PackArgs &args, const GroupScales &scales, int64_t first, int64_t last) {
+    with_type(args.type, [&](auto tag) {
+        using T = decltype(tag);
+        const int64_t R = (args.N + 3) / 4;
+        const int64_t width = args.K / args.columns;
+        const auto *weight = static_cast<const typename T::Storage *>(args.weight);
+        constexpr int64_t kMostGroups = BK_MAX_IN_FEATURES / kGroup;
+        typename T::Bits thresholds[kMostGroups][4];
+        for (int64_t r = first; r < last; ++r) {
+            const typename T::Storage *rows[4];
+            for (int i = 0; i < 4; ++i) {
+                const int64_t n = r + i * R;
+                rows[i] = weight + (n < args.N ? n : r) * args.K;
+                if (n >= args.N) {
+                    for (int64_t c = 0; c < args.columns; ++c) thresholds[c][i] = T::kInfinity + 1;
+                    continue;
+                }
+                float own[kMostGroups];
+                float most = 0.0f;
+                for (int64_t c = 0; c < args.columns; ++c) {
+                    own[c] = absmean(abs_sum(args.weight, args.type, n * args.K + c * width, width), width);
+                    most = own[c] <= most ? most : own[c];
+                    if (most != most) break;
+                }
+                const float row = most / 127.0f;
+                scales.row[n] = row;
+                for (int64_t c = 0; c < args.columns; ++c) {
+                    const uint8_t multiplier = row != row ? 1 : multiplier_of(own[c], row);
+                    scales.multiplier[n * args.columns + c] = multiplier;
+                    thresholds[c][i] = threshold<T>(1.0f / (static_cast<float>(multiplier) * row));
+                }
+            }
+            // The four rows are in the cache by now.
+            for (int64_t c = 0; c < args.columns; ++c) {
+                const typename T::Storage *const group[4] = {rows[0] + c * width, rows[1] + c * width,
+                                                             rows[2] + c * width, rows[3] + c * width};
+                pack_columns<T>(group, thresholds[c], width, args.qweight + r * args.K + c * width);
+            }
+        }
+        stream_end();
+    });
+}
+
 void unpack(const PackArgs &args, const Block &block, int64_t first, int64_t last) {
     with_type(args.type, [&](auto tag) {
         using T = decltype(tag);
@@ -218,14 +269,17 @@ void unpack(const PackArgs &args, const Block &block, int64_t first, int64_t las
                 const int64_t n = r + i * R;
                 if (n >= args.N) continue;
                 auto *out = weight + (i * (block.last_row - block.first_row) + r - block.first_row) * count;
-                const float *scales = args.weight_scale + (args.scale_rows == 1 ? 0 : n) * args.columns;
+                const uint8_t *multipliers = args.multiplier ? args.multiplier + n * args.columns : nullptr;
+                const float *scales =
+                    args.weight_scale + (args.scale_rows == 1 ? 0 : n) * (multipliers ? 1 : args.columns);
                 for (int64_t k = block.first_column; k < block.last_column;) {
                     const int64_t group_end = (k / width + 1) * width;
                     const int64_t end = group_end < block.last_column ? group_end : block.last_column;
-                    const float scale = scales[k / width];
+                    const float scale = scales[multipliers ? 0 : k / width];
+                    const int32_t factor = multipliers ? multipliers[k / width] : 1;
                     for (; k < end; ++k) {
                         const int32_t code = ((packed[k] >> (2 * i)) & 3) - 1;
-                        out[k - block.first_column] = T::store(static_cast<float>(code) * scale);
+                        out[k - block.first_column] = T::store(static_cast<float>(code * factor) * scale);
                     }
                 }
             }

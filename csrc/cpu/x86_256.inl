@@ -18,6 +18,9 @@ template <typename Vector>
 inline void in_order(Vector &vector) {
     asm volatile("" : "+x"(vector));
 }
+inline Bytes table(const uint8_t *from) {
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(from)));
+}
 inline Part zero_part() { return _mm256_setzero_si256(); }
 inline Sums zero_sums() { return _mm256_setzero_si256(); }
 inline Sums load_sums(const int32_t *from) { return load(from); }

@@ -24,6 +24,9 @@ template <typename Vector>
 inline void in_order(Vector &vector) {
     asm volatile("" : "+v"(vector));
 }
+inline Bytes table(const uint8_t *from) {
+    return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i *>(from)));
+}
 inline Part zero_part() { return _mm512_setzero_si512(); }
 inline Sums zero_sums() { return _mm512_setzero_si512(); }
 inline Sums load_sums(const int32_t *from) { return load(from); }

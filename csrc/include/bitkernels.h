@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define BK_ABI_VERSION 4
+#define BK_ABI_VERSION 5
 #define BK_API __attribute__((visibility("default")))
 
 /* Largest K: a sum of K products of the int8 code -128 and the byte 128 still fits int32. */
@@ -57,7 +57,7 @@ BK_API int32_t bk_cpu_select_isa(const char *name);
 
 /*
  * Returns the bytes of workspace that a linear or matmul call needs.
- *   scale_columns: K / group size for per-group weight scales, else 0.
+ *   scale_columns: K / G for scales of groups, else 0.
  *   planes:        1, or BK_FLOAT_PLANES for bk_cpu_linear_f32_t2.
  */
 BK_API int64_t bk_cpu_linear_workspace(int64_t M, int64_t K, int64_t scale_columns, int32_t planes,
@@ -69,6 +69,8 @@ BK_API int64_t bk_cpu_linear_workspace(int64_t M, int64_t K, int64_t scale_colum
  *
  *   qweight      uint8 [R, K], contiguous
  *   weight_scale float32: [1] (scale_rows 1, scale_columns 0), [N] (N, 0) or [N, K / G] (N, K / G; G a multiple of 64)
+ *   multiplier   uint8 [N, K / G], 0 to 127, or null. With it scales of groups are in two levels: G is 64 or 128,
+ *                scale_rows N, scale_columns K / G and weight_scale [N]
  *   bias         [N] of bias_type, or null
  *   per_tensor   1 if activations have one scale, else 0: one a token
  *   x            [M, K] of x_type, rows contiguous, x_stride elements from row to row
@@ -80,6 +82,7 @@ typedef struct {
     const void *qweight;
     const float *weight_scale;
     int64_t scale_rows, scale_columns;
+    const uint8_t *multiplier;
     const void *bias;
     int64_t bias_type, N, K, per_tensor;
     const void *x;
@@ -96,7 +99,8 @@ typedef struct {
  * Activations: m = max(max|x|, 1e-5) over the token, or over x if per_tensor; a = 127 / m;
  * x_q = clamp(round_half_even(x * a), -128, 127); x_scale = m / 127. A token (per_tensor: all) with NaN or infinity
  * gives NaN. Sums are exact int32. Per tensor and per channel: y = float(acc) * (x_scale * weight_scale[n]) + bias[n];
- * per group: y = (sum over ascending g of float(acc_g) * weight_scale[n, g]) * x_scale + bias[n]; every operation is
+ * with multipliers the same for acc = sum over g of multiplier[n, g] * acc_g, which is exact too;
+ * with a scale a group: y = (sum over ascending g of float(acc_g) * weight_scale[n, g]) * x_scale + bias[n]; every operation is
  * rounded in float32 and none is contracted; then one rounding to y's type.
  */
 BK_API int32_t bk_cpu_linear_i8_t2(const bk_linear_args *args);
@@ -107,7 +111,7 @@ BK_API int32_t bk_cpu_linear_i8_t2(const bk_linear_args *args);
  * Each token becomes integers of 31 bits, x_i = round_half_even(x * 2^(30 - e)) with 2^(e - 1) <= max|x| < 2^e, and
  * these four int8 digits of base 256, whose sums are exact: an element is changed only where its lowest bit is below
  * 2^(e - 30), so 16-bit activations within 2^19 of the token's largest are taken as they are. The sums of a token,
- * exact in int64, are scaled (and, per group, added) in float64, the bias is added in float64, and the result is
+ * exact in int64 with multipliers and without, are scaled (and, with a scale a group, added) in float64, the bias is added in float64, and the result is
  * rounded once to float32 and from there to y's type. It depends neither on num_threads nor on the instruction set.
  * A token with NaN or infinity gives NaN.
  *   planes of the workspace: BK_FLOAT_PLANES
@@ -165,16 +169,33 @@ BK_API int32_t bk_cpu_pack_t2(const void *weight, int32_t weight_type, const flo
                               int64_t scale_columns, uint8_t *qweight, int64_t N, int64_t K, int32_t num_threads);
 
 /*
- * Unpacks a block: codes times weight_scale, one float32 product, rounded to weight_type.
+ * Scales of groups in two levels, and packing, in one pass over the weight.
+ *
+ * With s[n, g] as bk_cpu_weight_scale gives it: weight_scale[n] = max over g of s[n, g] / 127; multiplier[n, g] =
+ * clamp(round_half_even(s[n, g] / weight_scale[n]), 1, 127); codes as bk_cpu_pack_t2 gives them for the float32 scales
+ * multiplier[n, g] * weight_scale[n]. A row with a NaN scale gets multipliers 1.
+ *
+ *   weight       [N, K] of weight_type, contiguous
+ *   weight_scale float32 [N]
+ *   multiplier   uint8 [N, columns]
  *   qweight      uint8 [R, K], contiguous
- *   weight_scale as bk_cpu_linear_i8_t2 takes it
+ *   columns      K / G, G 64 or 128
+ */
+BK_API int32_t bk_cpu_pack_groups_t2(const void *weight, int32_t weight_type, float *weight_scale, uint8_t *multiplier,
+                                     uint8_t *qweight, int64_t N, int64_t K, int64_t columns, int32_t num_threads);
+
+/*
+ * Unpacks a block: codes, times multipliers if there are any, times weight_scale, one float32 product, rounded to
+ * weight_type.
+ *   qweight      uint8 [R, K], contiguous
+ *   weight_scale, scale_rows, scale_columns, multiplier  as bk_cpu_linear_i8_t2 takes them
  *   weight       [4, last_row - first_row, last_column - first_column] of weight_type, contiguous: lane i holds the
  * rows i * R + first_row on; rows past N are left as they are. The whole matrix is rows [0, R), columns [0, K).
  */
 BK_API int32_t bk_cpu_unpack_t2(const uint8_t *qweight, const float *weight_scale, int64_t scale_rows,
-                                int64_t scale_columns, void *weight, int32_t weight_type, int64_t N, int64_t K,
-                                int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column,
-                                int32_t num_threads);
+                                int64_t scale_columns, const uint8_t *multiplier, void *weight, int32_t weight_type,
+                                int64_t N, int64_t K, int64_t first_row, int64_t last_row, int64_t first_column,
+                                int64_t last_column, int32_t num_threads);
 
 /*
  * Finds the first packed matrix in which any of the four codes of any byte is 3, which no writer produces. One call

@@ -1,0 +1,90 @@
+// Sums over groups whose scales are in two levels: the sum over groups g of multiplier[n, g] times the sum over k in g of
+// code[n, k] x[k], exact in int32; intermediate sums are taken modulo 2^32. Included by each ISA file inside its anonymous
+// namespace, between matmul.inl and linear.inl. What is done to a group is in groups_scaled.inl, or with
+// BITLAB_WIDENED_GROUPS in groups_widened.inl.
+
+constexpr int64_t kGroup = 64;  // groups are one or two of these
+// Columns whose tables are made at once: they stay in the L1 cache beside the codes.
+constexpr int64_t kTableColumns = 8192;
+
+// The multipliers of one packed row from a group on; of rows that are missing any will do.
+inline void multiplier_rows(const LinearArgs &args, int64_t row, int64_t group, const uint8_t *multipliers[4]) {
+    const int64_t R = (args.N + 3) / 4;
+    for (int i = 0; i < 4; ++i) {
+        const int64_t n = i * R + row < args.N ? i * R + row : row;
+        multipliers[i] = args.multiplier + n * (args.K / args.group) + group;
+    }
+}
+
+#ifdef BITLAB_WIDENED_GROUPS
+#include "groups_widened.inl"
+#else
+#include "groups_scaled.inl"
+#endif
+
+// acc[t][i * kBlock] += the sums of a packed row and T tokens over k columns, whole groups of G.
+template <int T, int64_t G>
+inline void dot_groups(const uint8_t *w, const int8_t *x, int64_t stride, int64_t k, int64_t ahead,
+                       const uint8_t *tables, const int32_t *starts, int64_t starts_stride, int32_t *acc) {
+    Sums sums[T][4];
+    for (int t = 0; t < T; ++t) {
+        for (int i = 0; i < 4; ++i) sums[t][i] = zero_sums();
+    }
+    if constexpr (4 * T <= kWholeSums) {
+        dot_groups_lanes<4, T, G>(w, 0, x, stride, k, ahead, tables, starts, starts_stride, sums);
+    } else {
+        dot_groups_lanes<2, T, G>(w, 0, x, stride, k, ahead, tables, starts, starts_stride, sums);
+        dot_groups_lanes<2, T, G>(w, 2, x, stride, k, 0, tables, starts, starts_stride, sums);
+    }
+    for (int t = 0; t < T; ++t) {
+        int32_t raw[4];
+        reduce(sums[t], raw);
+        for (int i = 0; i < 4; ++i) add_wrapping(acc[t * kBlockOutputs + i * kBlock], raw[i]);
+    }
+}
+
+// acc[m][i][j] += the sums of packed rows and `count` rows of codes x.
+template <int64_t G>
+inline void add_group_rows(const LinearArgs &args, int64_t row, int64_t rows, const int8_t *x, const int32_t *starts,
+                           int64_t count, int32_t *acc) {
+    const int64_t K = args.K, stride = padded(K);
+    const int64_t parts = parts_in_cache(count, K);
+    const int64_t part = ((K + parts - 1) / parts + G - 1) / G * G;
+    const int64_t width = part < kTableColumns ? part : kTableColumns;
+    alignas(64) uint8_t tables[kTableColumns / G * kTables];
+    for (int64_t first = 0; first < K; first += width) {
+        const int64_t size = K - first < width ? K - first : width;
+        const int64_t ahead = size == K ? kPrefetch : K;
+        for (int64_t j = 0; j < rows; ++j) {
+            const uint8_t *multipliers[4];
+            multiplier_rows(args, row + j, first / G, multipliers);
+            make_tables(multipliers, size / G, tables);
+            by_tokens<kTokens>(count, [&](int64_t m, auto tokens) {
+                dot_groups<decltype(tokens)::value, G>(args.qweight + (row + j) * K + first, x + m * stride + first,
+                                                       stride, size, ahead, tables,
+                                                       starts + m * args.x.columns + first / G, args.x.columns,
+                                                       acc + m * kBlockOutputs + j);
+            });
+        }
+    }
+}
+
+// The same; x are panels of codes.
+template <int64_t G>
+inline void add_group_panels(const LinearArgs &args, int64_t row, int64_t rows, const int8_t *x, const int32_t *starts,
+                             int64_t count, uint8_t *panel, int32_t *acc) {
+    PanelMultipliers multipliers = {};
+    for (int64_t first = 0; first < args.K; first += kPanelK) {
+        const int64_t size = args.K - first < kPanelK ? args.K - first : kPanelK;
+        const int64_t quads = size / 4;
+        unpack_group_panel<G>(args, row, rows, first, size, panel, multipliers);
+        for (int64_t v = 0; v < kBlockOutputs / kRows; v += kPanelVectors) {
+            by_tokens<kPanelTokens>(count, [&](int64_t m, auto tokens) {
+                tile_groups<kPanelVectors, decltype(tokens)::value, G>(
+                    panel + v * quads * kWidth, quads, x + m * padded(args.K) + first * kPanelTokens,
+                    starts + m * args.x.columns + first / G, args.x.columns, multipliers, v,
+                    acc + m * kBlockOutputs + v * kRows);
+            });
+        }
+    }
+}
