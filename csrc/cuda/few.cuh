@@ -80,13 +80,19 @@ BK_DEVICE void multiply_range(const MatmulParams &p, FewRows rows, const uint8_t
     }
 }
 
+// Blocks at once on a multiprocessor that ptxas is told of, or 0: without a word it gives int8 codes with multipliers
+// more registers than two blocks have.
+template <typename Math>
+constexpr int kFewBlocks = Math::kMultiplied && Math::kIsInteger ? 2 : 0;
+
 // kShares: the terms of groups go to `partial`, and no block has more than its share of them.
 template <typename Math, int kTiles, bool kGrouped, bool kShares>
-BK_KERNEL(kFewThreads)
+BK_KERNEL(kFewThreads, kFewBlocks<Math>)
 few_kernel(MatmulParams p) {
     using Sum = typename Math::Sum;
     // A group of 64 or 128 has no more blocks than two; shares have many warps at work, and no registers to spare.
-    constexpr int kDepth = kShares ? 1 : kGrouped && Math::kDepth > 2 ? 2 : Math::kDepth;
+    constexpr int kMost = kShares ? 1 : kGrouped ? 2 : kFewBlocks<Math> && kTiles > 1 ? 2 : Math::kDepth;
+    constexpr int kDepth = Math::kDepth < kMost ? Math::kDepth : kMost;
     constexpr int kTokens = 8 * kTiles;
     constexpr int kOutputs = Math::kLanes * kFewRows * kTokens;
     constexpr int kOwn = (kOutputs + kFewThreads - 1) / kFewThreads;
