@@ -185,7 +185,7 @@ def measure(bench: Bench, shape: str, tokens: int) -> list[Row]:
     out_features, in_features = (int(size) for size in shape.split("x"))
     x = torch.randn(tokens, in_features, device=bench.device, dtype=torch.bfloat16)
     latent = torch.randn(out_features, in_features, device=bench.device, dtype=torch.bfloat16)
-    qweight, scale = torch.ops.bitlab.pack_weight(latent, "per_tensor", 0)
+    qweight, scale = torch.ops.bitlab.pack_weight(latent, "per_tensor", 0)[:2]
     check(x[: min(tokens, 64)], qweight, scale, out_features)
 
     def layer(weight: Tensor) -> Call:
@@ -250,7 +250,7 @@ def quantizers(bench: Bench, shape: str, tokens: int, dtype: torch.dtype) -> lis
     out_features, in_features = (int(size) for size in shape.split("x"))
     x = torch.randn(tokens, in_features, device=bench.device, dtype=dtype)
     latent = torch.randn(out_features, in_features, device=bench.device, dtype=dtype)
-    qweight, scale = torch.ops.bitlab.pack_weight(latent, "per_tensor", 0)
+    qweight, scale = torch.ops.bitlab.pack_weight(latent, "per_tensor", 0)[:2]
     unpack = (out_features, torch.bfloat16)
     ops = torch.ops.bitlab
     raced: list[tuple[str, list[Tensor], Callable[..., object], Callable[..., object]]] = [

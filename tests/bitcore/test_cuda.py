@@ -88,7 +88,7 @@ def test_the_library_answers_without_a_gpu() -> None:
 
 
 def packed(out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference.pack_weight(torch.randn(out_features, in_features), "per_tensor", 0)
+    return reference.pack_weight(torch.randn(out_features, in_features), "per_tensor", 0)[:2]
 
 
 def test_tensors_on_two_devices_are_refused(host: HostKernels) -> None:

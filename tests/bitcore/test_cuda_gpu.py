@@ -22,29 +22,35 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
+@pytest.mark.parametrize(
+    "granularity", ["per_tensor", "per_channel", "per_group", "per_group_float32"]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear_equals_the_reference(
     gpu: torch.device, shape: tuple[int, int, int], dtype: torch.dtype, granularity: str
 ) -> None:
     tokens, out_features, in_features = shape
-    if granularity == "per_group" and in_features % 64:
+    if granularity.startswith("per_group") and in_features % 64:
         granularity = "per_channel"
     latent, x = torch.randn(out_features, in_features), torch.randn(tokens, in_features).to(dtype)
-    qweight, scale = torch.ops.bitlab.pack_weight(latent.to(gpu), granularity, 64)
-    expected_weight = reference.pack_weight(latent, granularity, 64)
-    assert torch.equal(qweight.cpu(), expected_weight[0])
-    assert torch.equal(scale.cpu(), expected_weight[1])
+    group_size = 64 if granularity.startswith("per_group") else None
+    packed = bitcore.ops.pack_weight(latent.to(gpu), granularity, group_size)
+    expected_weight = bitcore.ops.pack_weight(latent, granularity, group_size)
+    for ours, expected in zip(packed, expected_weight, strict=True):
+        assert torch.equal(ours.cpu(), expected)
+    multiplier = packed[2:]
     bias = torch.randn(out_features)
     for activation in ("int8_per_token", "int8_per_tensor"):
         end = (out_features, activation, torch.float32)
-        y = torch.ops.bitlab.linear(x.to(gpu), qweight, scale, bias.to(gpu), *end)
-        assert torch.equal(y.cpu(), reference.linear(x, *expected_weight, bias, *end))
-    y = torch.ops.bitlab.linear(
-        x.to(gpu), qweight, scale, bias.to(gpu), out_features, "float", torch.float32
+        y = torch.ops.bitlab.linear(x.to(gpu), *packed[:2], bias.to(gpu), *end, *multiplier)
+        expected = reference.linear(x, *expected_weight[:2], bias, *end, *expected_weight[2:])
+        assert torch.equal(y.cpu(), expected)
+    end = (out_features, "float", torch.float32)
+    y = torch.ops.bitlab.linear(x.to(gpu), *packed[:2], bias.to(gpu), *end, *multiplier)
+    weight = reference.unpack_weight(
+        *expected_weight[:2], out_features, torch.float64, *expected_weight[2:]
     )
-    weight = reference.unpack_weight(*expected_weight, out_features, torch.float64)
     bound = (x.double().abs() @ weight.abs().t()) * (in_features + 8) * 2.0**-22 + 1e-6
     assert bool(((y.cpu().double() - x.double() @ weight.t() - bias).abs() <= bound).all())
 
@@ -54,8 +60,10 @@ def test_the_reference_gives_the_same_bits_there(gpu: torch.device) -> None:
     found = reference.quantize_activation(x.to(gpu), False)
     for ours, expected in zip(found, reference.quantize_activation(x, False), strict=True):
         assert torch.equal(ours.cpu(), expected)
-    found = reference.pack_weight(x.to(gpu), "per_channel", 0)
-    for ours, expected in zip(found, reference.pack_weight(x, "per_channel", 0), strict=True):
+    found = reference.pack_weight(x.to(gpu), "per_group", 64)
+    for ours, expected in zip(found, reference.pack_weight(x, "per_group", 64), strict=True):
+        assert ours is not None
+        assert expected is not None
         assert torch.equal(ours.cpu(), expected)
 
 
@@ -70,7 +78,7 @@ def test_a_layer_moves_to_the_gpu_and_gives_the_same_bits(gpu: torch.device) -> 
 def test_calls_are_captured_in_a_graph(gpu: torch.device) -> None:
     x = torch.randn(1, 2560, device=gpu, dtype=torch.bfloat16)
     latent = torch.randn(6912, 2560, device=gpu)
-    qweight, scale = torch.ops.bitlab.pack_weight(latent, "per_tensor", 0)
+    qweight, scale = torch.ops.bitlab.pack_weight(latent, "per_tensor", 0)[:2]
     args = (qweight, scale, None, 6912, "int8_per_token", torch.bfloat16)
     torch.ops.bitlab.linear(x, *args)
     graph = torch.cuda.CUDAGraph()
@@ -85,7 +93,7 @@ def test_another_stream_and_every_device(gpu: torch.device) -> None:
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         x, latent = torch.randn(3, 192), torch.randn(64, 192)
-        expected = reference.pack_weight(latent, "per_tensor", 0)
+        expected = reference.pack_weight(latent, "per_tensor", 0)[:2]
         stream = torch.cuda.Stream(device)
         with torch.cuda.stream(stream):
             moved = [tensor.to(device) for tensor in (x, *expected)]
@@ -97,11 +105,12 @@ def test_another_stream_and_every_device(gpu: torch.device) -> None:
 
 def test_gradients_reach_the_input(gpu: torch.device) -> None:
     x = torch.randn(40, 320, device=gpu, requires_grad=True)
-    qweight, scale = torch.ops.bitlab.pack_weight(
+    qweight, scale, multiplier = bitcore.ops.pack_weight(
         torch.randn(130, 320, device=gpu), "per_group", 64
     )
-    bitcore.ops.linear(x, qweight, scale, None, 130, "int8_per_token").sum().backward()
-    weight = reference.unpack_weight(qweight, scale, 130, torch.float64)
+    y = bitcore.ops.linear(x, qweight, scale, None, 130, "int8_per_token", multiplier)
+    y.sum().backward()
+    weight = reference.unpack_weight(qweight, scale, 130, torch.float64, multiplier)
     assert x.grad is not None
     torch.testing.assert_close(x.grad.double(), weight.sum(0).expand(40, -1), rtol=1e-4, atol=1e-4)
 
@@ -131,7 +140,7 @@ def test_a_training_step_is_the_references(gpu: torch.device, tokens: int) -> No
 
 
 def test_tensors_on_two_devices_are_refused(gpu: torch.device) -> None:
-    packed = reference.pack_weight(torch.randn(64, 192), "per_tensor", 0)
+    packed = reference.pack_weight(torch.randn(64, 192), "per_tensor", 0)[:2]
     with pytest.raises(ArgumentError, match="all tensors must be on cuda:0, got one on cpu"):
         torch.ops.bitlab.linear(
             torch.randn(3, 192, device=gpu), *packed, None, 64, "int8_per_token", torch.float32

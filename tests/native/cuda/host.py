@@ -63,6 +63,12 @@ class HostKernels(CudaKernels):
     def __init__(self, library: ctypes.CDLL, multiprocessors: int = 4) -> None:
         self._library = library
         self.multiprocessors = multiprocessors
+        self.has_wgmma = False
+
+    def set_wgmma(self, has: bool) -> None:
+        """Plays a device that has wgmma, or one that has not."""
+        self.has_wgmma = has
+        self._library.bk_emulator_wgmma(int(has))
 
     def _count_multiprocessors(self, op: str, device: torch.device) -> int:
         return self.multiprocessors

@@ -128,6 +128,29 @@ void probe_kernel(ProbeParams p) {
         case 21:  // earlier kernels not waited for
             load_global(p.input + thread);
             break;
+        case 22:    // a sum that overflows
+        case 23: {  // right: one that may
+            int32_t sums[4] = {0x7FFFFFFF, 0, 0, 0};
+            const uint32_t ones[4] = {1, 1, 1, 1};
+            if (p.which == 22) {
+                mma_u8s8(sums, ones, 1, 1);
+            } else {
+                mma_u8s8_wrapping(sums, ones, 1, 1);
+            }
+            store_global(p.memory + thread, sums[0]);
+            break;
+        }
+        case 24:  // right: four bytes by cp.async, or zeros
+            copy_async_4(own, p.input + thread, thread % 2 ? 4 : 0);
+            commit_async();
+            wait_async<0>();
+            store_global(p.memory + thread, load_shared<int32_t>(own));
+            break;
+        case 25:  // not waited for
+            copy_async_4(own, p.input + thread, 4);
+            commit_async();
+            load_shared<int32_t>(own);
+            break;
         default:
             break;
     }

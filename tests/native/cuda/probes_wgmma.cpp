@@ -16,6 +16,7 @@ void wgmma_fault_kernel(WgmmaProbeParams p) {
     begin();
     const uint32_t own = 64u * static_cast<uint32_t>(thread_x());
     int32_t sums[32] = {};
+    if (p.which >= 15) sums[0] = 0x7FFFFFFF;
     uint32_t a[4] = {1, 1, 1, 1};
     for (uint32_t i = 0; i < 64; i += 16) {
         if (p.which != 8 || thread_x() != 4) store_shared(own + i, Bytes16{{1, 1, 1, 1}});
@@ -31,7 +32,11 @@ void wgmma_fault_kernel(WgmmaProbeParams p) {
     uint32_t at = 32;
     if (p.which == 5) at += 128;
     if (p.which == 6 && thread_x() < 64) at += 32;
-    wgmma_u8s8(sums, a, token_descriptor(at), true);
+    if (p.which == 16) {
+        wgmma_u8s8_wrapping(sums, a, token_descriptor(at), true);
+    } else {
+        wgmma_u8s8(sums, a, token_descriptor(at), true);
+    }
     if (p.which != 7) wgmma_commit();
     if (p.which == 9) a[2] = 0;
     if (p.which == 10) sums[3] = 0;

@@ -67,9 +67,9 @@ def pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]
         codes = torch.randint(-128, 128, (tokens, in_features), dtype=torch.int8)
         latent = torch.randn(out_features, in_features)
         weight = torch.randint(-127, 128, (out_features, in_features), dtype=torch.int8)
-        grouped = ["per_group"] if in_features % 64 == 0 else []
+        grouped = ["per_group_float32"] if in_features % 64 == 0 else []
         for granularity in ("per_tensor", "per_channel", *grouped):
-            packed, scale = reference.pack_weight(latent, granularity, 64)
+            packed, scale = reference.pack_weight(latent, granularity, 64)[:2]
 
             def layer(
                 activation: str,
@@ -126,7 +126,7 @@ def pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]
         )
     one, (packed, scale) = (
         torch.randn(1, 128),
-        reference.pack_weight(torch.randn(9, 128), "per_channel", 0),
+        reference.pack_weight(torch.randn(9, 128), "per_channel", 0)[:2],
     )
     yield lambda: kept(kernels, one, packed, scale, 9)
     yield lambda: ordered_shares(kernels, 3)
@@ -137,7 +137,9 @@ def group_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Ten
     """One token and few tokens with groups: one kernel, and shares of K whose terms are added."""
     for tokens, group, multiprocessors in ((1, 64, 1), (1, 128, 1), (1, 64, 132), (3, 64, 132)):
         in_features = 64 * 38
-        packed, scale = reference.pack_weight(torch.randn(70, in_features), "per_group", group)
+        packed, scale = reference.pack_weight(
+            torch.randn(70, in_features), "per_group_float32", group
+        )[:2]
         args = (torch.randn(tokens, in_features), packed, scale, None, 70, "int8_per_token")
 
         def layer(
@@ -173,7 +175,7 @@ def wgmma_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Ten
     ):
         x, bias = torch.randn(tokens, in_features), torch.randn(out_features)
         latent = torch.randn(out_features, in_features)
-        packed, scale = reference.pack_weight(latent, "per_channel", 0)
+        packed, scale = reference.pack_weight(latent, "per_channel", 0)[:2]
         codes = torch.randint(-128, 128, (tokens, in_features), dtype=torch.int8)
         yield lambda c=codes, q=packed, n=out_features, m=multiprocessors: (
             on_hopper(kernels, m, lambda k: k.matmul(c, q, n)),
@@ -186,7 +188,7 @@ def wgmma_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Ten
                 reference.linear(*a),
             )
     some = torch.randn(40, 192)
-    few, few_scale = reference.pack_weight(torch.randn(9, 192), "per_channel", 0)
+    few, few_scale = reference.pack_weight(torch.randn(9, 192), "per_channel", 0)[:2]
     yield lambda: (
         on_hopper(kernels, 4, lambda k: kept(k, some, few, few_scale, 9)[0]),
         kept(kernels, some, few, few_scale, 9)[1],
@@ -197,9 +199,9 @@ def float_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Ten
     """Calls whose sums are floats, and their float64 values."""
     for tokens, out_features, in_features in SHAPES[1:]:
         latent = torch.randn(out_features, in_features)
-        granularity = "per_group" if in_features % 64 == 0 else "per_channel"
+        granularity = "per_group_float32" if in_features % 64 == 0 else "per_channel"
         for kind in (granularity, "per_tensor"):
-            packed, scale = reference.pack_weight(latent, kind, 64)
+            packed, scale = reference.pack_weight(latent, kind, 64)[:2]
             weight = reference.unpack_weight(packed, scale, out_features, torch.float64)
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 x = torch.randn(tokens, in_features).to(dtype)

@@ -14,7 +14,7 @@ from tests.native.cuda.host import CONFLICTS, LAUNCHES, MMA, SHARED_LOADS, HostK
 from tests.native.cuda.quick_check import ordered_shares, tied_tokens, uneven_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-GRANULARITIES = ["per_tensor", "per_channel", "per_group"]
+GRANULARITIES = ["per_tensor", "per_channel", "per_group_float32"]
 # Few tokens of one and of two tiles, many tokens of narrow and of wide tiles; whole and cut tiles.
 SHAPES = [(1, 5, 64), (2, 67, 192), (9, 70, 128), (16, 33, 320), (17, 130, 192), (66, 129, 128)]
 
@@ -59,7 +59,8 @@ def make(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, out_features, in_features = shape
     x = torch.randn(tokens, in_features).to(dtype)
-    qweight, scale = reference.pack_weight(torch.randn(out_features, in_features), granularity, 64)
+    weight = torch.randn(out_features, in_features)
+    qweight, scale = reference.pack_weight(weight, granularity, 64)[:2]
     return x, qweight, scale
 
 
@@ -95,7 +96,7 @@ def test_quantization_of_long_tokens(host: HostKernels, K: int) -> None:  # noqa
             )
             assert torch.equal(ours[0], expected[0])
             assert torch.equal(ours[1], expected[1])
-    qweight, scale = reference.pack_weight(torch.randn(6, K), "per_tensor", 0)
+    qweight, scale = reference.pack_weight(torch.randn(6, K), "per_tensor", 0)[:2]
     args = (x[:1], qweight, scale, None, 6, "int8_per_token", torch.float32)
     assert torch.equal(host.linear(*args), reference.linear(*args))
 
@@ -120,7 +121,7 @@ def test_one_token_with_groups(host: HostKernels, group: int) -> None:
     for multiprocessors, N, columns in ((1, 70, 1), (4, 9, 5), (4, 515, 4), (132, 70, 23)):  # noqa: N806
         host.multiprocessors = multiprocessors
         x, weight = torch.randn(1, columns * group).half(), torch.randn(N, columns * group)
-        qweight, scale = reference.pack_weight(weight, "per_group", group)
+        qweight, scale = reference.pack_weight(weight, "per_group_float32", group)[:2]
         for activation in ("int8_per_token", "int8_per_tensor"):
             args = (x, qweight, scale, torch.randn(N), N, activation, torch.float32)
             before = host.count(LAUNCHES)
@@ -132,7 +133,7 @@ def test_one_token_with_groups(host: HostKernels, group: int) -> None:
 @pytest.mark.parametrize(("K", "launches"), [(28672, 1), (32000, 3)])
 def test_terms_of_groups_fill_the_shared_memory(host: HostKernels, K: int, launches: int) -> None:  # noqa: N803
     """The longest layer of a 70B model is one launch; past the end of 48 KiB it is more."""
-    x, qweight, scale = make((1, 6, K), "per_group", torch.bfloat16)
+    x, qweight, scale = make((1, 6, K), "per_group_float32", torch.bfloat16)
     args = (x, qweight, scale, None, 6, "int8_per_token", torch.float32)
     before = host.count(LAUNCHES)
     assert torch.equal(host.linear(*args), reference.linear(*args))
@@ -142,7 +143,7 @@ def test_terms_of_groups_fill_the_shared_memory(host: HostKernels, K: int, launc
 @pytest.mark.parametrize("tokens", [2, 9, 16])
 def test_groups_are_split_and_added_in_order(host: HostKernels, tokens: int) -> None:
     host.multiprocessors = 132
-    x, qweight, scale = make((tokens, 70, 64 * 43), "per_group", torch.bfloat16)
+    x, qweight, scale = make((tokens, 70, 64 * 43), "per_group_float32", torch.bfloat16)
     args = (x, qweight, scale, torch.randn(70), 70, "int8_per_token", torch.float32)
     for seed in (0, 1, 2):
         host._library.bk_emulator_order(seed)
@@ -157,7 +158,7 @@ def test_groups_are_split_and_added_in_order(host: HostKernels, tokens: int) -> 
 
 
 def test_special_values_pass_through(host: HostKernels) -> None:
-    qweight, _ = reference.pack_weight(torch.randn(64, 64), "per_channel", 0)
+    qweight, _ = reference.pack_weight(torch.randn(64, 64), "per_channel", 0)[:2]
     scale = torch.logspace(-30, 30, 64)
     for tokens in (1, 4, 20):
         x = torch.randn(tokens, 64)
@@ -196,7 +197,7 @@ def test_roundings_and_orders_that_random_numbers_do_not_show(host: HostKernels)
 
 def test_strided_and_misaligned_input(host: HostKernels) -> None:
     x = torch.randn(6, 200)
-    qweight, scale = reference.pack_weight(torch.randn(10, 64), "per_tensor", 0)
+    qweight, scale = reference.pack_weight(torch.randn(10, 64), "per_tensor", 0)[:2]
     for view in (x[:, 7:71], x[::2, :64], x.t()[:64].t(), x[:, :128:2], x[:1, 3:67]):
         for activation in ("int8_per_token", "float"):
             args = (view, qweight, scale, None, 10, activation, torch.float32)
@@ -224,7 +225,7 @@ def sum_bound(x: Tensor, weight: Tensor) -> Tensor:
 def test_unquantized_activations(
     host: HostKernels, shape: tuple[int, int, int], dtype: torch.dtype, granularity: str
 ) -> None:
-    if granularity == "per_group" and shape[2] % 64:
+    if granularity == "per_group_float32" and shape[2] % 64:
         granularity = "per_channel"
     x, qweight, scale = make(shape, granularity, dtype)
     bias = torch.randn(shape[1])
@@ -251,7 +252,7 @@ def test_float32_activations_keep_all_their_bits(host: HostKernels) -> None:
 def test_input_gradient(
     host: HostKernels, shape: tuple[int, int, int], dtype: torch.dtype, granularity: str
 ) -> None:
-    if granularity == "per_group" and shape[2] % 64:
+    if granularity == "per_group_float32" and shape[2] % 64:
         granularity = "per_channel"
     _, qweight, scale = make(shape, granularity, dtype)
     dy = torch.randn(shape[0], shape[1]).to(dtype)
@@ -280,11 +281,13 @@ def test_int8_weights(host: HostKernels, M: int, N: int, K: int) -> None:  # noq
 def test_packing_gives_the_bits_of_the_reference(
     host: HostKernels, shape: tuple[int, int], dtype: torch.dtype, granularity: str
 ) -> None:
-    if granularity == "per_group" and shape[1] % 64:
+    if granularity == "per_group_float32" and shape[1] % 64:
         granularity = "per_channel"
     weight = (torch.randn(shape) * 3).to(dtype)
     weight[0, 3] = 0.0
-    ours, expected = (kernels.pack_weight(weight, granularity, 64) for kernels in (host, reference))
+    ours, expected = (
+        kernels.pack_weight(weight, granularity, 64)[:2] for kernels in (host, reference)
+    )
     assert torch.equal(ours[0], expected[0])
     assert torch.equal(ours[1], expected[1])
     for out_dtype in DTYPES:
@@ -298,7 +301,9 @@ def test_packing_gives_the_bits_of_the_reference(
 def test_ties_of_weights_round_to_even(host: HostKernels) -> None:
     """Codes at exactly half a scale are 0."""
     weight = torch.tensor([[0.5, -0.5, 1.5, -1.5] * 16])
-    ours, expected = (kernels.pack_weight(weight, "per_tensor", 0) for kernels in (host, reference))
+    ours, expected = (
+        kernels.pack_weight(weight, "per_tensor", 0)[:2] for kernels in (host, reference)
+    )
     assert torch.equal(ours[0], expected[0])
     assert (reference.unpack_weight(*ours, 1, torch.float32)[0, :2] == 0).all()
 
