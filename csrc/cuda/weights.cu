@@ -65,23 +65,10 @@ int32_t bk_cuda_pack_t2(const void *weight, int32_t weight_type, const float *we
 int32_t bk_cuda_pack_groups_t2(const void *weight, int32_t weight_type, float *weight_scale, uint8_t *multiplier,
                                uint8_t *qweight, int64_t N, int64_t K, int64_t columns, void *stream) {
     const Shape shape = {"bk_cuda_pack_groups_t2", 0, N, K};
-    BK_CUDA_TRY(check_shape(shape, N, columns, 64));
     if (!multiplier) return fail(BK_CUDA_INVALID_ARGUMENT, "%s: multiplier must be given, got null", shape.op);
-    BK_CUDA_TRY(check_multiplier(shape, multiplier, columns));
-    BK_CUDA_TRY(check_tensor(shape, "weight", weight, weight_type));
-    BK_CUDA_TRY(check_tensor(shape, "weight_scale", weight_scale, BK_CUDA_F32));
-    const PackGroupsParams p = {weight,
-                                weight_type,
-                                weight_scale,
-                                multiplier,
-                                qweight,
-                                N,
-                                ceil_div(N, 4),
-                                static_cast<int32_t>(K),
-                                static_cast<int32_t>(columns),
-                                static_cast<int32_t>(K / columns),
-                                aligned(weight, K * size_of(weight_type), 16) && aligned(qweight, K, 8)};
-    return launched(shape, launch(pack_groups_kernel, Grid{p.rows, 1}, kWeightThreads,
+    PackGroupsParams p = {{}, weight_scale, multiplier};
+    BK_CUDA_TRY(pack_params(shape, weight, weight_type, weight_scale, N, columns, multiplier, qweight, p.pack));
+    return launched(shape, launch(pack_groups_kernel, Grid{p.pack.rows, 1}, kWeightThreads,
                                   pack_groups_shared_bytes(columns), stream, p));
 }
 

@@ -98,43 +98,44 @@ BK_DEVICE float scale_at(const PackParams &p, int64_t n, int32_t k) {
     return load_global(p.scale + (p.scale_rows == 1 ? 0 : n) * p.columns + k / p.width);
 }
 
-// Ternarizes eight columns of output `lane` of a packed row. Rounding half to even and clamping to -1..1 is a
-// comparison with one half; a NaN gives 0.
-BK_DEVICE void pack_eight(const float (&values)[8], float inverse, int lane, Bytes8 &packed) {
+// Ternarizes and packs eight columns, which are of one group, of a packed row; inverse_of gives 1 / the step of output
+// i of the four. Rounding half to even and clamping to -1..1 is a comparison with one half; a NaN gives 0.
+template <typename InverseOf>
+BK_DEVICE void pack_eight(const PackParams &p, int64_t row, int32_t k, const InverseOf &inverse_of) {
+    Bytes8 packed = {{0, 0}};
     BK_UNROLL
-    for (int j = 0; j < 8; ++j) {
-        const float ratio = multiply(values[j], inverse);
-        const uint32_t code = ratio > 0.5f ? 2 : ratio < -0.5f ? 0 : 1;
-        packed.word[j / 4] |= code << (8 * (j % 4) + 2 * lane);
+    for (int i = 0; i < 4; ++i) {
+        const int64_t n = row + i * p.rows;
+        float values[8] = {}, inverse = 0.0f;
+        if (n < p.N) {
+            const auto *weights = static_cast<const uint8_t *>(p.weight) + n * p.K * element_bytes(p.weight_type);
+            load_eight(weights, p.weight_type, k, p.K, p.vector, values);
+            inverse = inverse_of(i);
+        }
+        BK_UNROLL
+        for (int j = 0; j < 8; ++j) {
+            const float ratio = multiply(values[j], inverse);
+            const uint32_t code = ratio > 0.5f ? 2 : ratio < -0.5f ? 0 : 1;
+            packed.word[j / 4] |= code << (8 * (j % 4) + 2 * i);
+        }
+    }
+    uint8_t *to = p.qweight + row * p.K + k;
+    if (p.vector) {
+        store_global(reinterpret_cast<Bytes8 *>(to), packed);
+    } else {
+        BK_UNROLL
+        for (int j = 0; j < 8; ++j) {
+            if (k + j < p.K) store_global(to + j, static_cast<uint8_t>(packed.word[j / 4] >> (8 * (j % 4))));
+        }
     }
 }
 
-// A block takes one packed row, a thread eight of its columns at a time, which are of one group.
+// A block takes one packed row, a thread eight of its columns at a time.
 BK_KERNEL(kWeightThreads) pack_kernel(PackParams p) {
     begin();
     const int64_t row = block_x();
     for (int32_t k = thread_x() * 8; k < p.K; k += kWeightThreads * 8) {
-        Bytes8 packed = {{0, 0}};
-        BK_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const int64_t n = row + i * p.rows;
-            float values[8] = {}, inverse = 0.0f;
-            if (n < p.N) {
-                const auto *weights = static_cast<const uint8_t *>(p.weight) + n * p.K * element_bytes(p.weight_type);
-                load_eight(weights, p.weight_type, k, p.K, p.vector, values);
-                inverse = divide(1.0f, scale_at(p, n, k));
-            }
-            pack_eight(values, inverse, i, packed);
-        }
-        uint8_t *to = p.qweight + row * p.K + k;
-        if (p.vector) {
-            store_global(reinterpret_cast<Bytes8 *>(to), packed);
-        } else {
-            BK_UNROLL
-            for (int j = 0; j < 8; ++j) {
-                if (k + j < p.K) store_global(to + j, static_cast<uint8_t>(packed.word[j / 4] >> (8 * (j % 4))));
-            }
-        }
+        pack_eight(p, row, k, [&](int i) { return divide(1.0f, scale_at(p, row + i * p.rows, k)); });
     }
 }
 
@@ -173,17 +174,9 @@ BK_KERNEL(kWeightThreads) unpack_kernel(PackParams p) {
 }
 
 struct PackGroupsParams {
-    const void *weight;  // [N, K]
-    int32_t weight_type;
+    PackParams pack;
     float *scale;         // [N]
     uint8_t *multiplier;  // [N, columns]
-    uint8_t *qweight;
-    int64_t N;
-    int64_t rows;  // ceil(N / 4)
-    int32_t K;
-    int32_t columns;
-    int32_t width;  // K / columns
-    bool vector;    // as in PackParams
 };
 
 // Maxima of the warps, then a number for each output and group of a packed row: its scale, then 1 / its step.
@@ -195,18 +188,19 @@ inline uint32_t pack_groups_shared_bytes(int64_t columns) {
 
 // Absmean scales of groups in two levels, and packing. A block takes one packed row: its four outputs are read from
 // memory once for the scales of their groups, and again, from the caches, for the codes.
-BK_KERNEL(kWeightThreads, 4) pack_groups_kernel(PackGroupsParams p) {
+BK_KERNEL(kWeightThreads, 4) pack_groups_kernel(PackGroupsParams q) {
     begin();
+    const PackParams &p = q.pack;
     const int thread = thread_x();
     const int64_t row = block_x();
     const int parts = 4 * p.columns;
     // Output by output, so that a warp reads two groups side by side. Every lane takes part in the shuffles.
     for (int first = 0; first < parts; first += kWeightThreads / kChains) {
-        const int part = first + thread / kChains;
-        const int64_t n = row + (part < parts ? part / p.columns : 3) * p.rows;
+        const int part = first + thread / kChains < parts ? first + thread / kChains : parts - 1;
+        const int64_t n = row + part / p.columns * p.rows;
         const int64_t from = (n < p.N ? n : p.N - 1) * p.K + static_cast<int64_t>(part % p.columns) * p.width;
         const double total = sum_of_part(p.weight, p.weight_type, from, p.width);
-        if (thread % kChains == 0 && part < parts) {
+        if (thread % kChains == 0 && first + thread / kChains < parts) {
             store_shared(kGroupScales + 4u * static_cast<uint32_t>(part), scale_of(total, p.width));
         }
     }
@@ -225,36 +219,21 @@ BK_KERNEL(kWeightThreads, 4) pack_groups_kernel(PackGroupsParams p) {
         most = block_max(most, static_cast<uint32_t>(i) * 4 * kWeightThreads / kWarp, kWeightThreads);
         const bool finite = most < 0x7F800000;
         const float scale = finite ? divide(bits_float(most), 127.0f) : bits_float(0x7FC00000);
-        if (thread == 0) store_global(p.scale + n, scale);
+        if (thread == 0) store_global(q.scale + n, scale);
         for (int column = thread; column < p.columns; column += kWeightThreads) {
             const uint32_t at = scales + 4u * static_cast<uint32_t>(column);
             const int32_t ratio = finite ? round_even(divide(load_shared<float>(at), scale)) : 1;
             const int32_t m = ratio < 1 ? 1 : ratio > 127 ? 127 : ratio;
-            store_global(p.multiplier + n * p.columns + column, static_cast<uint8_t>(m));
+            store_global(q.multiplier + n * p.columns + column, static_cast<uint8_t>(m));
             store_shared(at, divide(1.0f, multiply(static_cast<float>(m), scale)));
         }
     }
     sync_block();
     for (int32_t k = thread * 8; k < p.K; k += kWeightThreads * 8) {
-        Bytes8 packed = {{0, 0}};
-        BK_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const int64_t n = row + i * p.rows;
-            float values[8] = {}, inverse = 0.0f;
-            if (n < p.N) {
-                const auto *weights = static_cast<const uint8_t *>(p.weight) + n * p.K * element_bytes(p.weight_type);
-                load_eight(weights, p.weight_type, k, p.K, p.vector, values);
-                inverse = load_shared<float>(kGroupScales + 4u * static_cast<uint32_t>(i * p.columns + k / p.width));
-            }
-            pack_eight(values, inverse, i, packed);
-        }
-        uint8_t *to = p.qweight + row * p.K + k;
-        if (p.vector) {
-            store_global(reinterpret_cast<Bytes8 *>(to), packed);
-        } else {
-            BK_UNROLL
-            for (int j = 0; j < 8; ++j) store_global(to + j, static_cast<uint8_t>(packed.word[j / 4] >> (8 * (j % 4))));
-        }
+        const auto column = static_cast<uint32_t>(k / p.width);
+        pack_eight(p, row, k, [&](int i) {
+            return load_shared<float>(kGroupScales + 4u * (static_cast<uint32_t>(i * p.columns) + column));
+        });
     }
 }
 

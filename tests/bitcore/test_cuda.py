@@ -76,7 +76,7 @@ def test_the_library_answers_without_a_gpu() -> None:
         return
     library = load_cuda_library()
     assert b"sm_80 sm_90a" in library.bk_cuda_architectures()
-    assert library.bk_cuda_linear_workspace(0, 16, 64, 64, 0, 132) > 16 * 64
+    assert library.bk_cuda_linear_workspace(0, 16, 64, 64, 0, 0, 132) > 16 * 64
     status = library.bk_cuda_quantize_i8(None, 0, 64, None, None, 1, 64, 0, None, None)
     assert status == 1
     assert b"x must be aligned to its elements" in library.bk_cuda_last_error()
@@ -121,6 +121,7 @@ def test_sizes_above_the_limits_are_refused(host: HostKernels) -> None:
             0,
             0,
             0,
+            0,
             tokens,
             out_features,
             in_features,
@@ -134,7 +135,7 @@ def test_sizes_above_the_limits_are_refused(host: HostKernels) -> None:
         assert f"got M {tokens}, N {out_features}, K {in_features}" in text
     scales = ((2, 0), (1, 1), (8, 3), (8, 2))
     for rows, columns in scales:
-        arguments = (0, 0, 64, 0, 0, rows, columns, 0, 0, 0, 0, 1, 8, 64, 0, 0, 1, 0)
+        arguments = (0, 0, 64, 0, 0, rows, columns, 0, 0, 0, 0, 0, 1, 8, 64, 0, 0, 1, 0)
         assert library.bk_cuda_linear_i8_t2(*arguments) == 1
         assert f"scales [{rows}, {columns}]" in library.bk_cuda_last_error().decode()
 
@@ -143,7 +144,7 @@ def test_misaligned_storage_is_refused(host: HostKernels) -> None:
     room = torch.zeros(4 * 64 + 4, dtype=torch.uint8)
     library, pointer = host._library, room.data_ptr() + 1
     y, workspace = torch.zeros(8), host._scratch(4096, room.device)
-    arguments = [pointer, 0, 64, 0, y.data_ptr(), 1, 0, 0, 0, y.data_ptr(), 0, 1, 8, 64, 0]
+    arguments = [pointer, 0, 64, 0, y.data_ptr(), 1, 0, 0, 0, 0, y.data_ptr(), 0, 1, 8, 64, 0]
     end = (workspace.data_ptr(), 1, 0)
     assert library.bk_cuda_linear_i8_t2(*arguments, *end) == 1
     assert b"x must be aligned to its elements" in library.bk_cuda_last_error()

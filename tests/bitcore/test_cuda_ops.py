@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitcore import ops, ops_int8, ops_qat, reference
+from bitcore import ops, ops_int8, ops_qat, ops_ternary, reference
 from bitcore.errors import ArgumentError, BackendError
 from bitcore.kernels import registry
 from bitcore.kernels.cuda import CudaKernels
@@ -23,7 +23,7 @@ from bitcore.prepared import PreparedLinear
 from tests.native.cuda.host import LAUNCHES, HostKernels
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
-N, K = 9, 64
+N, K = 9, 128
 # name: the tokens of the call, then its other tensors and arguments.
 Arguments = tuple[Tensor, list[Tensor], tuple[Any, ...]]
 Make = Callable[[int], Arguments]
@@ -31,6 +31,10 @@ Make = Callable[[int], Arguments]
 
 def packed() -> list[Tensor]:
     return list(reference.pack_weight(torch.randn(N, K), "per_channel", 0)[:2])
+
+
+def multiplier() -> Tensor:
+    return torch.randint(0, 128, (N, K // 64), dtype=torch.uint8)
 
 
 CALLS: dict[str, Make] = {
@@ -44,6 +48,12 @@ CALLS: dict[str, Make] = {
         torch.randn(m, K), packed(), (None, N, "int8_per_tensor", torch.float32)
     ),
     "linear float": lambda m: (torch.randn(m, K), packed(), (None, N, "float", torch.float32)),
+    "linear groups": lambda m: (
+        torch.randn(m, K), packed(), (None, N, "int8_per_token", torch.float32, multiplier())
+    ),
+    "linear float groups": lambda m: (
+        torch.randn(m, K), packed(), (None, N, "float", torch.float32, multiplier())
+    ),
     "linear bf16": lambda m: (
         torch.randn(m, K).bfloat16(), packed(), (None, N, "float", torch.float32)
     ),
@@ -52,19 +62,25 @@ CALLS: dict[str, Make] = {
         (None, torch.float32),
     ),
     "input_gradient": lambda m: (torch.randn(m, N), packed(), (N, torch.float32)),
+    "input_gradient groups": lambda m: (
+        torch.randn(m, N), packed(), (N, torch.float32, multiplier())
+    ),
 }  # fmt: skip
 # Those without tokens; M is their N.
 WEIGHT_CALLS: dict[str, Make] = {
     "pack_weight": lambda n: (torch.randn(n, K), [], ("per_tensor", 0)),
+    "pack_weight groups": lambda n: (torch.randn(n, K), [], ("per_group", 64)),
     "pack_codes": lambda n: (torch.randn(n, K), [torch.ones(1)], ()),
     "unpack_weight": lambda n: (*split(packed()), (N, torch.float32)),
+    "unpack_weight groups": lambda n: (*split(packed()), (N, torch.float32, multiplier())),
 }
 ALL = CALLS | WEIGHT_CALLS
 # The functions behind torch.ops.bitlab, which check before any backend is asked.
 OPS = {
-    "quantize_activation": ops._quantize_activation, "matmul": ops._matmul, "linear": ops._linear,
-    "linear_int8": ops_int8._linear_int8, "input_gradient": ops._input_gradient_op,
-    "pack_codes": ops_qat._pack_codes, "unpack_weight": ops._unpack_weight,
+    "quantize_activation": ops_ternary._quantize_activation, "matmul": ops_ternary._matmul,
+    "linear": ops_ternary.linear, "linear_int8": ops_int8._linear_int8,
+    "input_gradient": ops_ternary._input_gradient_op, "pack_codes": ops_qat._pack_codes,
+    "unpack_weight": ops_ternary._unpack_weight,
 }  # fmt: skip
 
 
@@ -77,8 +93,14 @@ def call(kernels: Any, name: str, count: int = 3) -> Any:
     return getattr(kernels, name.split()[0])(first, *rest, *arguments)
 
 
-def tensors_of(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else result
+def tensors_of(result: Tensor | tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    given = (result,) if isinstance(result, Tensor) else result
+    return tuple(one for one in given if one is not None)
+
+
+def changed(function: Callable[[Tensor], Tensor], given: Sequence[Any]) -> tuple[Any, ...]:
+    """Arguments of which the tensors are changed."""
+    return tuple(function(one) if isinstance(one, Tensor) else one for one in given)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -101,8 +123,9 @@ def test_strides_do_not_matter(host: HostKernels, name: str) -> None:
         return room[tuple(slice(None, None, 2) for _ in tensor.shape)].copy_(tensor)
 
     expected = method(first, *rest, *arguments)
-    found = method(spread(first), *map(spread, rest), *arguments)
-    turned = method(first.t().contiguous().t(), *map(spread, rest), *arguments)
+    rest, arguments = list(map(spread, rest)), changed(spread, arguments)
+    found = method(spread(first), *rest, *arguments)
+    turned = method(first.t().contiguous().t(), *rest, *arguments)
     for tensors in (found, turned):
         for ours, theirs in zip(tensors_of(tensors), tensors_of(expected), strict=True):
             assert torch.equal(ours, theirs)
@@ -115,7 +138,7 @@ def test_a_failed_launch_carries_the_shapes(
     monkeypatch.setattr(HostKernels, "_call", CudaKernels._call)
     host._library.bk_emulator_clear()
     op = re.escape(f"bitlab::{name.split()[0]}")
-    with pytest.raises(BackendError, match=rf"{op}: bk_cuda_\w+ \[M \d, N \d, K 64\]: .*outside"):
+    with pytest.raises(BackendError, match=rf"{op}: bk_cuda_\w+ \[M \d, N \d, K {K}\]: .*outside"):
         call(host, name)
 
 
@@ -138,6 +161,7 @@ def test_two_devices_are_refused(host: HostKernels, name: str) -> None:
         with FakeTensorMode():
             first, rest, arguments = ALL[name](3)
             first, rest = first.to(devices[0]), [tensor.to(devices[1]) for tensor in rest]
+            arguments = changed(lambda one, device=devices[1]: one.to(device), arguments)
             with pytest.raises(ArgumentError, match=rf"bitlab::{name}: .* on {devices[0]}, got"):
                 OPS[name](first, *rest, *arguments)
 
@@ -165,14 +189,18 @@ def test_a_prepared_layer_goes_past_the_dispatcher(
     host: HostKernels, monkeypatch: pytest.MonkeyPatch, activation: str
 ) -> None:
     monkeypatch.setitem(registry._chosen, "cpu", host)
-    qweight, scale = ops.pack_weight(torch.randn(N, K), "per_channel", None)
     inputs = [torch.randn(shape) for shape in ((K,), (0, K), (3, K), (2, 3, K))]
     inputs += [torch.randn(2, 3, 2 * K)[..., 4 : K + 4], torch.randn(K, 3).bfloat16().t()]
-    for bias in (None, torch.randn(N)):
-        constants = (qweight, scale, bias, N, activation)
+    weight = torch.randn(N, K)
+    for bias, granularity, group in (
+        (None, "per_channel", None),
+        (torch.randn(N), "per_group", 64),
+    ):
+        qweight, scale, *multiplier = ops.pack_weight(weight, granularity, group)
+        constants = (qweight, scale, bias, N, activation, *multiplier)
         prepared = PreparedLinear(*constants)
         for x in inputs:
-            expected = torch.ops.bitlab.linear(x, *constants, x.dtype)
+            expected = torch.ops.bitlab.linear(x, *constants[:5], x.dtype, *multiplier)
             with torch.no_grad(), monkeypatch.context() as patch:
                 patch.setattr(ops, "linear", None)
                 y = prepared(x)
@@ -189,20 +217,22 @@ def test_misaligned_storage_is_refused(host: HostKernels) -> None:
     shape, scratch = (3, N, K), (good, 4, None)
     library = host._library
     layouts: list[tuple[str, Callable[[dict[str, int]], tuple[Any, ...]], str]] = [
-        ("linear_i8_t2", lambda p: (p["x"], 0, K, good, p["weight_scale"], N, 0, p["bias"], 0,
-         p["y"], 0, *shape, 0, *scratch), "x weight_scale bias y"),
-        ("linear_float_t2", lambda p: (p["x"], 0, K, good, p["weight_scale"], N, 0, p["bias"], 0,
-         p["y"], 0, *shape, *scratch), "x weight_scale bias y"),
+        ("linear_i8_t2", lambda p: (p["x"], 0, K, good, p["weight_scale"], N, 0, None, p["bias"],
+         0, p["y"], 0, *shape, 0, *scratch), "x weight_scale bias y"),
+        ("linear_float_t2", lambda p: (p["x"], 0, K, good, p["weight_scale"], N, 2, good,
+         p["bias"], 0, p["y"], 0, *shape, *scratch), "x weight_scale bias y"),
         ("linear_i8_i8", lambda p: (p["x"], 0, K, good, p["weight_scale"], p["bias"], 0, p["y"],
          0, *shape, *scratch), "x weight_scale bias y"),
         ("quantize_i8", lambda p: (p["x"], 0, K, good, good, 3, K, 0, good, None), "x"),
-        ("input_gradient", lambda p: (p["dy"], 0, N, good, p["weight_scale"], N, 0, p["dx"], 0,
-         *shape, None), "dy weight_scale dx"),
+        ("input_gradient", lambda p: (p["dy"], 0, N, good, p["weight_scale"], N, 2, good, p["dx"],
+         0, *shape, None), "dy weight_scale dx"),
         ("weight_scale", lambda p: (p["weight"], 0, p["weight_scale"], N, 0, None, N, K, None),
          "weight weight_scale"),
         ("pack_t2", lambda p: (p["weight"], 0, p["weight_scale"], N, 0, good, N, K, None),
          "weight weight_scale"),
-        ("unpack_t2", lambda p: (good, p["weight_scale"], N, 0, p["weight"], 0, N, K, None),
+        ("pack_groups_t2", lambda p: (p["weight"], 0, p["weight_scale"], good, good, N, K, 2,
+         None), "weight weight_scale"),
+        ("unpack_t2", lambda p: (good, p["weight_scale"], N, 0, None, p["weight"], 0, N, K, None),
          "weight weight_scale"),
     ]  # fmt: skip
     before = host.count(LAUNCHES)
@@ -225,10 +255,11 @@ def test_sizes_above_the_limits_are_refused(host: HostKernels) -> None:
     library, sizes = host._library, (2**31, 2**17)
     for function, arguments in (
         ("quantize_i8", (0, 0, K, 0, 0, 1, 2**17, 0, 0, 0)),
-        ("input_gradient", (0, 0, N, 0, 0, 1, 0, 0, 0, 1, *sizes, 0)),
+        ("input_gradient", (0, 0, N, 0, 0, 1, 0, 0, 0, 0, 1, *sizes, 0)),
         ("weight_scale", (0, 0, 0, 1, 0, 0, *sizes, 0)),
         ("pack_t2", (0, 0, 0, 1, 0, 0, *sizes, 0)),
-        ("unpack_t2", (0, 0, 1, 0, 0, 0, *sizes, 0)),
+        ("pack_groups_t2", (0, 0, 0, 0, 0, *sizes, 2**11, 0)),
+        ("unpack_t2", (0, 0, 1, 0, 0, 0, 0, *sizes, 0)),
     ):
         assert getattr(library, f"bk_cuda_{function}")(*arguments) == 1
         assert wide in library.bk_cuda_last_error().decode()
@@ -265,7 +296,7 @@ def test_the_watch_sees_what_waits() -> None:
 def test_ops_never_wait(host: HostKernels, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(registry._chosen, "cpu", host)
     first, rest, arguments = ALL[name](3)
-    function = OPS.get(name.split()[0], ops._pack_weight)
+    function = OPS.get(name.split()[0], ops_ternary.pack_weight)
     with Watch() as watch:
         function(first, *rest, *arguments)
     assert not watch.names & WAITING

@@ -38,7 +38,9 @@ def step(x: Tensor, weight: Tensor, granularity: str, activation: str) -> list[T
     return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group_float32"])
+@pytest.mark.parametrize(
+    "granularity", ["per_tensor", "per_channel", "per_group", "per_group_float32"]
+)
 @pytest.mark.parametrize("activation", ["int8_per_token", "int8_per_tensor", "float"])
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_a_training_step_runs_the_kernels(
@@ -48,7 +50,8 @@ def test_a_training_step_runs_the_kernels(
     found = step(x, weight, granularity, activation)
     quantized = activation != "float"
     forward = ["linear_codes_i8_t2"] if quantized else ["linear_float_t2"]
-    assert called == ["weight_scale", "pack_t2", *forward, "input_gradient"]
+    packing = ["pack_groups_t2"] if granularity == "per_group" else ["weight_scale", "pack_t2"]
+    assert called == [*packing, *forward, "input_gradient"]
     with bitcore.use_backend("reference"):
         expected = step(x, weight, granularity, activation)
     assert len(found) == len(expected) == 4
