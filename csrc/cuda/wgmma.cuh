@@ -174,10 +174,11 @@ BK_DEVICE void multiply_half(uint32_t part, int half, bool is_first, uint32_t (&
                                                  32u * static_cast<uint32_t>(h));
         BK_UNROLL
         for (int lane = 0; lane < 4; ++lane) {
+            const bool onto = h == 1 || !is_first;
             if (kMultiplied) {
-                wgmma_u8s8_wrapping(sums[lane], a[h][lane], tokens, h == 1 || !is_first);
+                wgmma_u8s8_wrapping(sums[lane], a[h][lane], tokens, onto);
             } else {
-                wgmma_u8s8(sums[lane], a[h][lane], tokens, h == 1 || !is_first);
+                wgmma_u8s8(sums[lane], a[h][lane], tokens, onto);
             }
         }
     }

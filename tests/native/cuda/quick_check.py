@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -113,6 +114,7 @@ def pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]
             reference.linear_int8(x, w, b.abs(), b, torch.bfloat16),
         )
     yield from group_pairs(kernels)
+    yield from multiplied_pairs(kernels)
     yield from wgmma_pairs(kernels)
     ties, uneven = tied_tokens(), uneven_weight()
     yield lambda: (
@@ -151,6 +153,71 @@ def group_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Ten
             return ours, reference.linear(*args, torch.float32)
 
         yield layer
+
+
+def two_levels(out_features: int, in_features: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A packed weight whose groups have multipliers of 0 to 127."""
+    sizes = 10 ** (-2.5 * torch.rand(out_features, in_features // group))
+    latent = torch.randn(out_features, in_features) * sizes.repeat_interleave(group, 1)
+    qweight, scale, multiplier = reference.pack_weight(latent, "per_group", group)
+    assert multiplier is not None
+    multiplier[torch.rand(multiplier.shape) < 0.1] = 0
+    return qweight, scale, multiplier
+
+
+def multiplied_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+    """Groups in two levels: every kernel, shares of K, codes that are kept, packing."""
+    for tokens, out_features, in_features, group, multiprocessors, wgmma in (
+        (1, 70, 1408, 64, 4, False),
+        (1, 300, 1408, 128, 1, False),
+        (3, 9, 640, 64, 4, False),
+        (11, 70, 1408, 128, 4, False),
+        (5, 70, 2432, 64, 132, False),
+        (20, 130, 384, 64, 4, False),
+        (70, 70, 640, 128, 4, False),
+        (20, 70, 2432, 64, 132, False),
+        (40, 70, 1216, 64, 4, True),
+        (66, 314, 1280, 128, 1, True),
+        (40, 70, 2176, 64, 132, True),
+    ):
+        qweight, scale, multiplier = two_levels(out_features, in_features, group)
+        x, bias = torch.randn(tokens, in_features), torch.randn(out_features)
+        args = (x, qweight, scale, bias, out_features, "int8_per_token", torch.float32, multiplier)
+
+        def layer(
+            args: tuple[Any, ...] = args, count: int = multiprocessors, wgmma: bool = wgmma
+        ) -> tuple[Tensor, Tensor]:
+            kernels.set_wgmma(wgmma)
+            kernels.multiprocessors = count
+            ours = kernels.linear(*args)
+            kernels.multiprocessors = 4
+            kernels.set_wgmma(False)
+            return ours, reference.linear(*args)
+
+        yield layer
+    for out_features, in_features, group in ((70, 640, 64), (9, 384, 128), (5, 2432, 64)):
+        sizes = 10 ** (-3.5 * torch.rand(out_features, in_features // group))
+        latent = torch.randn(out_features, in_features) * sizes.repeat_interleave(group, 1)
+        latent[out_features // 2, 5] = float("nan") if out_features == 9 else 0.0
+
+        def packing(latent: Tensor = latent, group: int = group) -> tuple[Tensor, Tensor]:
+            found = [
+                kernel.pack_weight(latent, "per_group", group) for kernel in (kernels, reference)
+            ]
+            flat = [[one.flatten().float() for one in parts if one is not None] for parts in found]
+            ours, expected = (torch.cat(parts).nan_to_num(-7.0) for parts in flat)
+            return ours, expected
+
+        packed = two_levels(out_features, in_features, group)
+
+        def unpacking(
+            packed: tuple[Tensor, Tensor, Tensor] = packed, count: int = out_features
+        ) -> tuple[Tensor, Tensor]:
+            args = (*packed[:2], count, torch.float32, packed[2])
+            return kernels.unpack_weight(*args), reference.unpack_weight(*args)
+
+        yield packing
+        yield unpacking
 
 
 def on_hopper(
@@ -217,6 +284,24 @@ def float_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Ten
                     )
 
 
+def multiplied_float_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+    """The same with multipliers."""
+    for tokens, out_features, in_features, group in (
+        (5, 21, 384, 64),
+        (11, 70, 384, 128),
+        (20, 70, 320, 64),
+    ):
+        qweight, scale, multiplier = two_levels(out_features, in_features, group)
+        weight = reference.unpack_weight(qweight, scale, out_features, torch.float64, multiplier)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x = torch.randn(tokens, in_features).to(dtype)
+            args = (qweight, scale, None, out_features, "float", torch.float32, multiplier)
+            yield lambda x=x, a=args, w=weight: (kernels.linear(x, *a), x.double() @ w.t())
+        dy = torch.randn(tokens, out_features)
+        args = (qweight, scale, out_features, torch.float32, multiplier)
+        yield lambda dy=dy, a=args, w=weight: (kernels.input_gradient(dy, *a), dy.double() @ w)
+
+
 def first_failure(library: ctypes.CDLL) -> str | None:
     """Returns the first wrong result or what the emulator reports first; None if all is right."""
     torch.manual_seed(0)
@@ -232,7 +317,8 @@ def first_failure(library: ctypes.CDLL) -> str | None:
     kernels = HostKernels(library)
     library.bk_emulator_order(1)
     try:
-        for calls, exact in ((pairs(kernels), True), (float_pairs(kernels), False)):
+        floats = chain(float_pairs(kernels), multiplied_float_pairs(kernels))
+        for calls, exact in ((pairs(kernels), True), (floats, False)):
             for call in calls:
                 ours, expected = call()
                 if kernels.count(CONFLICTS):
