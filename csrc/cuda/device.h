@@ -30,6 +30,7 @@
 //   wgmma_commit(), wgmma_wait<N>()          close a group; wait until at most N groups are open
 //   wgmma_take(d)                            after the wait: D may be read
 //   fence_async_proxy()                      what this thread wrote to shared memory is seen by wgmma after a barrier
+//   opaque(value)                            the value, of which the compiler knows no more than that
 //   dot4_us(a, b, c)                         c + the dot product of four unsigned and four signed bytes
 //   fma_bf16x2, fma_f16x2                    packed a * b + c, rounded once
 //   multiply, add, divide                    one float32 operation, rounded to nearest even, never contracted

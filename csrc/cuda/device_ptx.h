@@ -178,6 +178,10 @@ BK_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta
 #define BK_HAS_WGMMA 0
 #endif
 
+BK_DEVICE uint32_t opaque(uint32_t value) {
+    asm("" : "+r"(value));
+    return value;
+}
 BK_DEVICE int32_t dot4_us(uint32_t a, uint32_t b, int32_t c) {
     int32_t d;
     asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));

@@ -12,7 +12,8 @@ left out, with a line that says so, where that is missing.
 several copies of its weights, which together have four times the size of the L2 cache (64 copies at
 most), so that weights come from memory as they do in a model. Sides take turns, replay by replay,
 between two events; a time is that of a replay divided by its calls, and the median is reported.
-BitLab's calls are whole layers: bf16 activations are quantized, outputs are bf16. The ceilings are
+BitLab's calls are whole layers: bf16 activations are quantized, outputs are bf16. Beside one scale
+a matrix there are groups of 128 and 64 inputs with a multiplier each. The ceilings are
 measured in the same run: a copy (bytes read plus bytes written) and a square matmul in bf16.
 
 **Quantizers**: BitLab's single-pass ops of a training step against torch.compile's fusion of the
@@ -45,7 +46,15 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from cuda_sides import Bench, Quantizer, Row, ceilings, measure, quantizers  # noqa: E402
+from cuda_sides import (  # noqa: E402
+    GROUPED,
+    Bench,
+    Quantizer,
+    Row,
+    ceilings,
+    measure,
+    quantizers,
+)
 
 # Outputs x inputs of the layers of BitNet 2B-4T, Llama 8B and Llama 70B, and a square.
 SHAPES = (
@@ -112,8 +121,10 @@ def targets(rows: list[Row], limits: dict[str, float], speeds: dict[str, float])
     """Compares the rows, and the tokens a second of `generate`, with what is asked of an H100."""
     found = {(row.shape, row.tokens, row.engine): row for row in rows}
 
-    def speedup(shape: str, tokens: int) -> float | None:
-        ours, peer = (found.get((shape, tokens, name)) for name in ("bitlab", "cublas bf16"))
+    def speedup(
+        shape: str, tokens: int, of: str = "bitlab", over: str = "cublas bf16"
+    ) -> float | None:
+        ours, peer = (found.get((shape, tokens, name)) for name in (of, over))
         return None if ours is None or peer is None else peer.us / ours.us
 
     listed = []
@@ -130,6 +141,11 @@ def targets(rows: list[Row], limits: dict[str, float], speeds: dict[str, float])
         for shape in ("8192x8192", "14336x4096"):
             name = f"M {tokens}, {shape}: {bound:g}x bf16"
             listed.append(Target(name, speedup(shape, tokens), bound))
+    for tokens, bound in ((1, 0.9), (4096, 0.85)):
+        for engine, group in GROUPED.items():
+            name = f"M {tokens}, 8192x8192, groups of {group}: {bound:g} of one scale's speed"
+            share = speedup("8192x8192", tokens, engine, "bitlab")
+            listed.append(Target(name, share, bound))
     own = speeds.get("bitlab int8")
     for peer, bound in (("dense bf16", 2.0), ("bitnet packed", 10.0)):
         ratio = None if own is None or peer not in speeds else own / speeds[peer]
@@ -144,17 +160,24 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def layer_table(rows: list[Row], limits: dict[str, float]) -> str:
-    """Returns the rows in Markdown, one line for both sides of a layer."""
+    """Returns the rows in Markdown, one line for all sides of a layer; of groups their speed as a
+    share of that of one scale.
+    """
     columns = ["shape", "M", "bitlab us", "bf16 us", "speed-up", "GB/s packed", "of copy", "TOP/s",
-               "of matmul"]  # fmt: skip
-    lines = [
-        [
-            ours.shape, str(ours.tokens), f"{ours.us:.2f}", f"{peer.us:.2f}",
-            f"{peer.us / ours.us:.2f}", f"{ours.gbs:.0f}", f"{ours.gbs / limits['copy_gbs']:.0%}",
-            f"{ours.tops:.1f}", f"{ours.tops / limits['bf16_tops']:.0%}",
-        ]
-        for ours, peer in zip(rows[::2], rows[1::2], strict=True)
-    ]  # fmt: skip
+               "of matmul", *(f"groups of {group}" for group in GROUPED.values())]  # fmt: skip
+    sides: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in rows:
+        sides.setdefault((row.shape, row.tokens), {})[row.engine] = row
+    lines = []
+    for (shape, tokens), engines in sides.items():
+        ours, peer = engines["bitlab"], engines["cublas bf16"]
+        grouped = [engines.get(engine) for engine in GROUPED]
+        lines.append([
+            shape, str(tokens), f"{ours.us:.2f}", f"{peer.us:.2f}", f"{peer.us / ours.us:.2f}",
+            f"{ours.gbs:.0f}", f"{ours.gbs / limits['copy_gbs']:.0%}", f"{ours.tops:.1f}",
+            f"{ours.tops / limits['bf16_tops']:.0%}",
+            *("-" if one is None else f"{ours.us / one.us:.2f}" for one in grouped),
+        ])  # fmt: skip
     return markdown(columns, lines)
 
 
@@ -259,8 +282,9 @@ def main() -> None:
     with bitcore.use_backend("cuda" if bench.device.type == "cuda" else "auto"):
         for shape in options.shapes:
             for tokens in options.tokens:
-                rows += measure(bench, shape, tokens)
-                print(layer_table(rows[-2:], limits).splitlines()[-1], flush=True)
+                measured = measure(bench, shape, tokens)
+                rows += measured
+                print(layer_table(measured, limits).splitlines()[-1], flush=True)
             for dtype in DTYPES if options.quick or shape in QUANTIZED else ():
                 few = 20 if options.quick else TRAINING_TOKENS
                 fused += quantizers(bench, shape, few, dtype)

@@ -17,6 +17,8 @@ from torch import Tensor
 Call = Callable[[], object]
 WARM_UP = 3
 MOST_COPIES = 64
+# Group sizes by engine: a scale a row, and a multiplier for every so many inputs.
+GROUPED = {"bitlab, groups of 128": 128, "bitlab, groups of 64": 64}
 # A kernel must be faster than torch.compile's by this much; else the simpler one is kept.
 WORTH = 1.1
 
@@ -45,11 +47,11 @@ class Row:
     Attributes:
         shape: Outputs x inputs.
         tokens: M.
-        engine: ``"bitlab"`` or ``"cublas bf16"``.
+        engine: ``"bitlab"`` (one scale a matrix), ``"cublas bf16"``, or one of `GROUPED`.
         us: Microseconds of one call, median.
         us_p10: Tenth percentile.
         us_p90: Ninetieth percentile.
-        gbs: Bytes of weights read a second, in 1e9.
+        gbs: Bytes of weights, and of groups' multipliers, read a second, in 1e9.
         tops: Multiplications and additions a second, in 1e12.
     """
 
@@ -167,7 +169,7 @@ def copies(bench: Bench, tensor: Tensor) -> list[Tensor]:
     return [tensor.clone() for _ in range(min(MOST_COPIES, max(2, -(-4 * bench.l2_bytes // size))))]
 
 
-def check(x: Tensor, qweight: Tensor, scale: Tensor, out_features: int) -> None:
+def check(x: Tensor, packed: tuple[Tensor, ...], out_features: int) -> None:
     """Compares the kernels with plain torch on this device, bit for bit, before they are timed.
 
     Raises:
@@ -175,7 +177,8 @@ def check(x: Tensor, qweight: Tensor, scale: Tensor, out_features: int) -> None:
     """
     from bitcore import reference
 
-    args = (x, qweight, scale, None, out_features, "int8_per_token", torch.float32)
+    qweight, scale, *multiplier = packed
+    args = (x, qweight, scale, None, out_features, "int8_per_token", torch.float32, *multiplier)
     if not torch.equal(torch.ops.bitlab.linear(*args), reference.linear(*args)):
         raise SystemExit(f"{out_features}x{x.shape[1]}, {x.shape[0]} tokens: a wrong result")
 
@@ -185,23 +188,30 @@ def measure(bench: Bench, shape: str, tokens: int) -> list[Row]:
     out_features, in_features = (int(size) for size in shape.split("x"))
     x = torch.randn(tokens, in_features, device=bench.device, dtype=torch.bfloat16)
     latent = torch.randn(out_features, in_features, device=bench.device, dtype=torch.bfloat16)
-    qweight, scale = torch.ops.bitlab.pack_weight(latent, "per_tensor", 0)[:2]
-    check(x[: min(tokens, 64)], qweight, scale, out_features)
+    from bitcore import ops
 
-    def layer(weight: Tensor) -> Call:
-        args = (x, weight, scale, None, out_features, "int8_per_token", torch.bfloat16)
-        return lambda: torch.ops.bitlab.linear(*args)
+    packed = {"bitlab": ops.pack_weight(latent, "per_tensor", None)}
+    for engine, group in GROUPED.items():
+        if in_features % group == 0:
+            packed[engine] = ops.pack_weight(latent, "per_group", group)
 
-    sides: dict[str, list[Call]] = {
-        "bitlab": [layer(weight) for weight in copies(bench, qweight)],
-        "cublas bf16": [
-            lambda w=w: torch.nn.functional.linear(x, w) for w in copies(bench, latent)
-        ],
-    }
+    def layer(qweight: Tensor, scale: Tensor, *multiplier: Tensor) -> Call:
+        args = (x, qweight, scale, None, out_features, "int8_per_token", torch.bfloat16)
+        return lambda: torch.ops.bitlab.linear(*args, *multiplier)
+
+    sides: dict[str, list[Call]] = {}
+    for engine, (qweight, *scales) in packed.items():
+        check(x[: min(tokens, 64)], (qweight, *scales), out_features)
+        rotated = copies(bench, qweight)
+        sides[engine] = [layer(one, *(scale.clone() for scale in scales)) for one in rotated]
+    sides["cublas bf16"] = [
+        lambda w=w: torch.nn.functional.linear(x, w) for w in copies(bench, latent)
+    ]
+    sizes = {engine: sum(one.nbytes for one in parts) for engine, parts in packed.items()}
     rows = []
     for engine, times in race(bench, sides).items():
         us, tenth = statistics.median(times), len(times) // 10
-        size = qweight.numel() if engine == "bitlab" else 2 * latent.numel()
+        size = sizes.get(engine, 2 * latent.numel())
         work = 2 * tokens * latent.numel()
         rows.append(
             Row(shape, tokens, engine, us, times[tenth], times[-1 - tenth], size / us / 1e3,

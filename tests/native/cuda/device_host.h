@@ -132,6 +132,7 @@ void wgmma_wait(BK_WHERE) {
 inline void wgmma_take(int32_t (&d)[32], BK_WHERE) { emulator::wgmma_take(d, BK_SITE); }
 inline void fence_async_proxy() { emulator::fence_async_proxy(); }
 
+inline uint32_t opaque(uint32_t value) { return value; }
 inline int32_t dot4_us(uint32_t a, uint32_t b, int32_t c) {
     for (int i = 0; i < 4; ++i) {
         c += static_cast<int32_t>((a >> (8 * i)) & 255) * static_cast<int8_t>((b >> (8 * i)) & 255);
