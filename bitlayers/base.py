@@ -3,7 +3,8 @@
 LATENT: ``weight`` is a float Parameter, in training the straight-through forward reads it, in eval
 mode packed weights derived from it are used. They are a cache, never part of the state dict, so
 that a latent layer saves and loads exactly like the float layer it came from. ``deploy()``, one
-way, makes it DEPLOYED: ``qweight`` and ``qweight_scale`` are the state, ``weight`` is a view.
+way, makes it DEPLOYED: ``qweight``, ``qweight_scale`` and with groups ``qweight_multiplier`` are
+the state, ``weight`` is a view.
 ``__getattr__`` serves ``qweight`` in eval mode: a property would hide the deployed Parameter.
 """
 
@@ -22,7 +23,7 @@ from bitlayers.checks import check_deployable, check_sizes, load_problem, log_de
 from bitlayers.deployment import Deployment, Registered
 from bitlayers.init import INIT_METHODS
 from bitlayers.quantized import cast_dtype
-from bitlayers.state import LayerState
+from bitlayers.state import LayerState, Packed
 from bitlayers.training import (
     Fingerprint,
     is_decoding,
@@ -32,7 +33,7 @@ from bitlayers.training import (
     reset_learned_scale,
 )
 
-_PACKED = ("qweight", "qweight_scale")
+_PACKED = ("qweight", "qweight_scale", "qweight_multiplier")
 
 
 class BitLayerBase(LayerState):
@@ -93,7 +94,7 @@ class BitLayerBase(LayerState):
         self.init_method = init_method
         self.latent_dtype = self.float_dtype = dtype or torch.get_default_dtype()
         self._is_deployed = False
-        self._cache: tuple[Fingerprint, Tensor, Tensor] | None = None
+        self._cache: tuple[Fingerprint, Packed] | None = None
         self._prepared: PreparedLinear | None = None
         if in_features is None or out_features is None:
             super().__init__()
@@ -132,8 +133,9 @@ class BitLayerBase(LayerState):
         """Called when the layer goes from training to eval."""
         raise NotImplementedError(f"{type(self).__name__} must define _on_enter_eval_mode()")
 
-    def _perform_deployment(self) -> tuple[Tensor, Tensor] | None:
-        """Returns ``(qweight, qweight_scale)``, which the base commits; or packs the layer itself,
+    def _perform_deployment(self) -> Packed | None:
+        """Returns ``(qweight, qweight_scale)``, with scales of groups in two levels also
+        ``qweight_multiplier``, which the base commits; or packs the layer itself,
         registers what its ``_eval_forward`` needs, and returns nothing.
         """
         raise NotImplementedError(f"{type(self).__name__} must define _perform_deployment()")
@@ -193,27 +195,30 @@ class BitLayerBase(LayerState):
         """Drops the packed weights of eval mode; see `bitlayers.training.Fingerprint`."""
         self._cache = self._prepared = None
 
-    def packed(self) -> tuple[Tensor, Tensor]:
-        """Returns ``(qweight, qweight_scale)``: the deployed state, else the eval cache."""
+    def packed(self) -> Packed:
+        """Returns ``(qweight, qweight_scale)``, with scales of groups in two levels also
+        ``qweight_multiplier``: the deployed state, else the eval cache.
+        """
         if self.packs_itself:
             return self.qweight, self.qweight_scale
         if self._is_deployed:
             # Not by attribute: nn.Module's look-up costs as much as a small layer.
             packed = self._parameters["qweight"], self._buffers["qweight_scale"]
-            return cast(tuple[Tensor, Tensor], packed)
+            multiplier = self._buffers.get("qweight_multiplier")
+            return cast(Packed, packed if multiplier is None else (*packed, multiplier))
         tensors = latent_tensors(self)
         if tensors is None:
             return self._pack()
         cache = self._cache
         if cache is not None and cache[0].matches(tensors):
-            return cache[1], cache[2]
+            return cache[1]
         # A cache made under inference_mode could not be saved for a later backward pass.
         with torch.inference_mode(False):
-            qweight, scale = self._pack()
-            self._cache = (Fingerprint(tensors), qweight, scale)
-        return qweight, scale
+            made = self._pack()
+            self._cache = (Fingerprint(tensors), made)
+        return made
 
-    def _pack(self) -> tuple[Tensor, Tensor]:
+    def _pack(self) -> Packed:
         return pack(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -223,7 +228,7 @@ class BitLayerBase(LayerState):
                 raise AttributeError(
                     f"{type(self).__name__} has no {name} in training mode; call eval() or deploy()"
                 )
-            if self._parameters.get("weight") is not None:
+            if self._parameters.get("weight") is not None and name in self.packed_tensors():
                 return self.packed()[_PACKED.index(name)]
         return super().__getattr__(name)
 
@@ -244,7 +249,7 @@ class BitLayerBase(LayerState):
         """Returns what `_perform_deployment` makes of the layer, which stays as it is.
 
         Raises:
-            LifecycleError: It returned anything but two tensors or None.
+            LifecycleError: It returned anything but two or three tensors or None.
         """
         before = Registered.of(self)
         try:
@@ -254,10 +259,11 @@ class BitLayerBase(LayerState):
             before.restore(self)
         if packed is None:
             return after
-        if not (isinstance(packed, tuple) and len(packed) == 2):
+        if not (isinstance(packed, tuple) and len(packed) in (2, 3)):
             raise LifecycleError(
                 f"{type(self).__name__}: _perform_deployment must return (qweight, qweight_scale), "
-                f"or nothing once the layer has packed itself, got {packed!r}"
+                "with multipliers these too, or nothing once the layer has packed itself, "
+                f"got {packed!r}"
             )
         return packed
 
@@ -271,12 +277,15 @@ class BitLayerBase(LayerState):
         self.packs_itself = self._is_deployed = True
         super().train(False)
 
-    def commit_packed(self, qweight: Tensor, qweight_scale: Tensor) -> None:
+    def commit_packed(
+        self, qweight: Tensor, qweight_scale: Tensor, qweight_multiplier: Tensor | None = None
+    ) -> None:
         """Makes the layer deployed with these packed tensors, which it keeps.
 
         Args:
             qweight: uint8 [ceil(N / 4), K].
             qweight_scale: float32 [1], [N] or [N, K / G].
+            qweight_multiplier: uint8 [N, K / G] beside a scale [N], or None.
         """
         weight = self._parameters.get("weight")
         if weight is not None:
@@ -287,6 +296,8 @@ class BitLayerBase(LayerState):
         self.register_parameter("learned_scale", None)
         self.register_parameter("qweight", nn.Parameter(qweight, requires_grad=False))
         self.register_buffer("qweight_scale", qweight_scale)
+        if qweight_multiplier is not None:
+            self.register_buffer("qweight_multiplier", qweight_multiplier)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self._is_deployed = True
@@ -332,10 +343,11 @@ class BitLayerBase(LayerState):
         layer = cls(
             in_features, out_features, bias, quant_config=quant_config, device="meta", dtype=dtype
         )
-        shape, scale_shape = layer.packed_shapes()
         layer.commit_packed(
-            torch.empty(shape, dtype=torch.uint8, device=device),
-            torch.empty(scale_shape, dtype=torch.float32, device=device),
+            *(
+                torch.empty(shape, dtype=kind, device=device)
+                for kind, shape in layer.packed_tensors().values()
+            )
         )
         if layer.bias is not None:
             layer.bias = nn.Parameter(torch.empty_like(layer.bias, device=device), False)
@@ -381,19 +393,3 @@ class BitLayerBase(LayerState):
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: everything but the cache."""
         return {**self.__dict__, "_cache": None, "_prepared": None}
-
-    def extra_repr(self) -> str:
-        """Returns what ``repr`` shows: sizes, state and scheme."""
-        config = self.quant_config
-        state = "deployed" if self._is_deployed else "latent"
-        sizes = ""
-        if hasattr(self, "in_features"):
-            sizes = (
-                f"in_features={self.in_features}, out_features={self.out_features}, "
-                f"bias={self.use_bias}, "
-            )
-        group = f", group_size={config.group_size}" if config.group_size else ""
-        return (
-            f"{sizes}{state}, weight={config.weight_granularity}{group}, "
-            f"activation={config.activation}"
-        )

@@ -9,6 +9,7 @@ from bitcore import ops
 from bitcore.prepared import PreparedLinear, is_preparable
 from bitlayers.base import BitLayerBase
 from bitlayers.registry import register_layer
+from bitlayers.state import Packed
 from bitlayers.training import mixed_linear, training_scales
 
 
@@ -24,7 +25,9 @@ class BitLinear(BitLayerBase, nn.Linear):
         weight: Latent weights [N, K]; once deployed a view of codes times scale.
         bias: [N], or None.
         qweight: uint8 [ceil(N / 4), K], in eval mode and once deployed.
-        qweight_scale: float32 [1], [N] or [N, K / G], in eval mode and once deployed.
+        qweight_scale: float32 [1] or [N] (with groups' float32 scales [N, K / G]), in eval mode and
+            once deployed.
+        qweight_multiplier: uint8 [N, K / G] with groups, in eval mode and once deployed.
 
     Source: BitNet b1.58, arXiv 2402.17764.
     """
@@ -33,20 +36,21 @@ class BitLinear(BitLayerBase, nn.Linear):
         if self.quant_strength < 1:
             return mixed_linear(self, x)
         config = self.quant_config
-        step, scale = training_scales(self)
+        step, scale, *multiplier = training_scales(self)
         return ops.qat_linear(
             x,
             self.weight,
             self.bias,
-            config.weight_granularity,
+            config.granularity,
             config.group_size,
             config.activation,
             step,
             scale,
+            *multiplier,
         )
 
     def _eval_forward(self, x: Tensor) -> Tensor:
-        qweight, scale = self.packed()
+        qweight, scale, *multiplier = self.packed()
         held = self._parameters
         # A pruned one is an attribute; as such any other would cost as much as a small layer.
         bias: Tensor | None = held["bias"] if "bias" in held else self.bias  # noqa: SIM401
@@ -55,11 +59,14 @@ class BitLinear(BitLayerBase, nn.Linear):
         trains = trains and torch.is_grad_enabled()
         alone = trains or torch.compiler.is_compiling()
         prepared = None if alone else self._prepared
-        if prepared is None or not prepared.holds(qweight, scale, bias):
-            if alone or not is_preparable(x, qweight, scale, bias):
+        if prepared is None or not prepared.holds(qweight, scale, bias, *multiplier):
+            if alone or not is_preparable(x, qweight, scale, bias, *multiplier):
                 bias = bias if trains or bias is None else bias.detach()
-                return ops.linear(x, qweight, scale, bias, self.out_features, self._activation)
-            prepared = PreparedLinear(qweight, scale, bias, self.out_features, self._activation)
+                rows, activation = self.out_features, self._activation
+                return ops.linear(x, qweight, scale, bias, rows, activation, *multiplier)
+            prepared = PreparedLinear(
+                qweight, scale, bias, self.out_features, self._activation, *multiplier
+            )
             self._prepared = prepared
         return prepared(x)
 
@@ -70,5 +77,5 @@ class BitLinear(BitLayerBase, nn.Linear):
         # Packed at first use: an eval() right before another train() costs nothing.
         self.invalidate_cache()
 
-    def _perform_deployment(self) -> tuple[Tensor, Tensor]:
+    def _perform_deployment(self) -> Packed:
         return self._pack()

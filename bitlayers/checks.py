@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitcore.checks import check_float, check_group_size, check_in_features
+from bitcore.checks import MOST_MULTIPLIER, check_float, check_group_size, check_in_features
 from bitcore.config import BitQuantConfig
 from bitcore.errors import ArgumentError, LifecycleError, NonFiniteError
 from bitcore.ops import has_invalid_code
@@ -28,7 +28,7 @@ def check_sizes(name: str, in_features: int, out_features: int, config: BitQuant
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ArgumentError(f"{name}: {argument} must be an int of at least 1, got {value!r}")
     check_in_features(name, in_features)
-    check_group_size(name, in_features, config.weight_granularity, config.group_size or 0)
+    check_group_size(name, in_features, config.granularity, config.group_size or 0)
 
 
 def check_deployable(layer: LayerState, name: str) -> None:
@@ -98,13 +98,32 @@ def load_problem(layer: LayerState, state_dict: Mapping[str, Any], prefix: str) 
             f"{prefix}weight is latent, but the layer is deployed; load it into a latent model "
             "and call deploy() again"
         )
-    for name in ("qweight", "qweight_scale"):
-        tensor, own = state_dict.get(prefix + name), getattr(layer, name)
-        if tensor is not None and tensor.dtype != own.dtype:
-            return f"{prefix}{name} must be {own.dtype}, got {tensor.dtype}"
+    for name, (dtype, _) in layer.packed_tensors().items():
+        tensor = state_dict.get(prefix + name)
+        if tensor is not None and tensor.dtype != dtype:
+            return f"{prefix}{name} must be {dtype}, got {tensor.dtype}"
+    multiplier = state_dict.get(prefix + "qweight_multiplier")
+    if multiplier is not None and not multiplier.is_meta:
+        problem = multiplier_problem(multiplier)
+        if problem is not None:
+            return f"{prefix}qweight_multiplier {problem}"
     qweight = state_dict.get(prefix + "qweight")
     if qweight is not None and not qweight.is_meta and has_invalid_code(qweight):
         return f"{prefix}qweight holds the invalid code 3; the data is damaged"
+    return None
+
+
+def multiplier_problem(multiplier: Tensor) -> str | None:
+    """Says what in multipliers, uint8 [N, K / G], no writer produces; waits for them on a GPU."""
+    most = int(multiplier.amax())
+    if most > MOST_MULTIPLIER:
+        return f"must hold multipliers of 0 to {MOST_MULTIPLIER}, got {most}; the data is damaged"
+    empty = (multiplier == 0).all(1).nonzero()
+    if len(empty):
+        return (
+            f"must hold a multiplier above 0 in every row, got none in row {int(empty[0])}; the "
+            "data is damaged"
+        )
     return None
 
 

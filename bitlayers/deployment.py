@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bitlayers.state import LayerState
+from bitlayers.state import LayerState, Packed
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -39,7 +39,7 @@ class Registered:
 
 
 # What deploying a layer takes: its packed tensors, or all that it registered itself.
-Deployment = tuple[Tensor, Tensor] | Registered
+Deployment = Packed | Registered
 
 
 def expect_own(

@@ -50,8 +50,9 @@ class QuantizedModule(nn.Module):
                 # In a graph a subclass that is made on the way has no place; what nobody uses of
                 # this is dropped from it.
                 return self.dequantized_weight(dtype)
-            scale = self._buffers["qweight_scale"]
-            return WeightView(self._parameters["qweight"], scale, self._weight_shape(), dtype)
+            qweight, scale = self._parameters["qweight"], self._buffers["qweight_scale"]
+            multiplier = self._buffers.get("qweight_multiplier")
+            return WeightView(qweight, scale, self._weight_shape(), dtype, multiplier=multiplier)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -14,6 +14,9 @@ from bitcore.config import BitQuantConfig
 from bitcore.errors import LifecycleError
 from bitlayers.quantized import QuantizedModule
 
+# What `packed` returns: qweight, its scale, and multipliers where there are any.
+Packed = tuple[Tensor, ...]
+
 
 class LayerState(QuantizedModule):
     """What `bitlayers.base.BitLayerBase` documents as its attributes, and what follows from them.
@@ -49,19 +52,32 @@ class LayerState(QuantizedModule):
         """Whether the layer has a bias."""
         return self.bias is not None
 
-    def packed(self) -> tuple[Tensor, Tensor]:
-        """Returns ``(qweight, qweight_scale)``."""
+    def packed(self) -> Packed:
+        """Returns ``(qweight, qweight_scale)``, with scales of groups in two levels also
+        ``qweight_multiplier``.
+        """
         raise NotImplementedError
 
-    def packed_shapes(self) -> tuple[tuple[int, int], tuple[int, ...]]:
-        """Returns the shapes of qweight and qweight_scale that the configuration asks for."""
-        rows, config = (self.out_features + 3) // 4, self.quant_config
-        scale: tuple[int, ...] = (1,)
-        if config.weight_granularity == "per_channel":
-            scale = (self.out_features,)
-        elif config.group_size is not None:
-            scale = (self.out_features, self.in_features // config.group_size)
-        return (rows, self.in_features), scale
+    def estimated_shape(self) -> tuple[int, ...]:
+        """Returns the shape of the scales that are estimated or learned: [1], [N] or [N, K / G]."""
+        config = self.quant_config
+        if config.group_size is not None:
+            return self.out_features, self.in_features // config.group_size
+        return (1,) if config.weight_granularity == "per_tensor" else (self.out_features,)
+
+    def packed_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Returns dtype and shape of each packed tensor that the configuration asks for, by name,
+        in the order of `packed`.
+        """
+        estimated = self.estimated_shape()
+        qweight = torch.uint8, ((self.out_features + 3) // 4, self.in_features)
+        if self.quant_config.granularity != "per_group":
+            return {"qweight": qweight, "qweight_scale": (torch.float32, estimated)}
+        return {
+            "qweight": qweight,
+            "qweight_scale": (torch.float32, estimated[:1]),
+            "qweight_multiplier": (torch.uint8, estimated),
+        }
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Returns codes times scale, [N, K]: exactly what the deployed layer multiplies with.
@@ -74,8 +90,9 @@ class LayerState(QuantizedModule):
                 f"{type(self).__name__}: dequantized_weight must be asked of packed ternary "
                 "weights, got a layer that did its own packing"
             )
-        qweight, scale = self.packed()
-        return ops.unpack_weight(qweight, scale, self.out_features, dtype or torch.float32)
+        qweight, scale, *multiplier = self.packed()
+        dtype = dtype or torch.float32
+        return ops.unpack_weight(qweight, scale, self.out_features, dtype, *multiplier)
 
     def _float_dtype(self) -> torch.dtype:
         return self.float_dtype
@@ -110,3 +127,19 @@ class LayerState(QuantizedModule):
             yield
         finally:
             del self.__dict__["_registers"]
+
+    def extra_repr(self) -> str:
+        """Returns what ``repr`` shows: sizes, state and scheme."""
+        config = self.quant_config
+        state = "deployed" if self._is_deployed else "latent"
+        sizes = ""
+        if hasattr(self, "in_features"):
+            sizes = (
+                f"in_features={self.in_features}, out_features={self.out_features}, "
+                f"bias={self.use_bias}, "
+            )
+        group = f", group_size={config.group_size}" if config.group_size else ""
+        return (
+            f"{sizes}{state}, weight={config.weight_granularity}{group}, "
+            f"activation={config.activation}"
+        )

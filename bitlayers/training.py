@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from bitcore import estimators, ops
 from bitcore.errors import ArgumentError, NonFiniteError
 from bitcore.plain import is_watched
-from bitlayers.state import LayerState
+from bitlayers.state import LayerState, Packed
 
 
 def is_learned(layer: LayerState) -> bool:
@@ -24,7 +24,7 @@ def make_learned_scale(layer: LayerState) -> None:
     scale = None
     if is_learned(layer):
         weight = layer.weight
-        data = torch.empty(layer.packed_shapes()[1], dtype=torch.float32, device=weight.device)
+        data = torch.empty(layer.estimated_shape(), dtype=torch.float32, device=weight.device)
         scale = nn.Parameter(data, requires_grad=weight.requires_grad)
     layer.register_parameter("learned_scale", scale)
     reset_learned_scale(layer)
@@ -36,14 +36,18 @@ def reset_learned_scale(layer: LayerState) -> None:
     scale, config = layer.learned_scale, layer.quant_config
     if scale is None or scale.is_meta or layer.weight.is_meta:
         return
-    step, _ = ops.estimate(
-        layer.weight, config.weight_quantizer, config.weight_granularity, config.group_size
-    )
+    # As it is before it is brought to two levels.
+    step = ops.estimate(
+        layer.weight,
+        config.weight_quantizer,
+        "per_group_float32" if config.group_size else config.granularity,
+        config.group_size,
+    )[0]
     scale.copy_(step)
 
 
-def training_scales(layer: LayerState) -> tuple[Tensor | None, Tensor | None]:
-    """Returns step and scale as `bitcore.ops.qat_linear` takes them."""
+def training_scales(layer: LayerState) -> tuple[Tensor | None, ...]:
+    """Returns step, scale and multipliers as `bitcore.ops.qat_linear` takes them."""
     config = layer.quant_config
     if config.weight_quantizer == "absmean":
         return None, None
@@ -51,7 +55,7 @@ def training_scales(layer: LayerState) -> tuple[Tensor | None, Tensor | None]:
         # FSDP's mixed precision rounds parameters for a forward pass.
         return None, layer.learned_scale.float()
     return ops.estimate(
-        layer.weight, config.weight_quantizer, config.weight_granularity, config.group_size
+        layer.weight, config.weight_quantizer, config.granularity, config.group_size
     )
 
 
@@ -115,15 +119,16 @@ def latent_tensors(layer: LayerState) -> list[Tensor] | None:
 
 
 @torch.no_grad()
-def pack(layer: LayerState) -> tuple[Tensor, Tensor]:
-    """Packs a latent weight by the layer's estimator: qweight and its scale."""
+def pack(layer: LayerState) -> Packed:
+    """Packs a latent weight by the layer's estimator: qweight, its scale, and multipliers."""
     config = layer.quant_config
-    step, scale = training_scales(layer)
+    step, scale, *multiplier = training_scales(layer)
     if scale is None:
-        return ops.pack_weight(layer.weight, config.weight_granularity, config.group_size)
+        return ops.pack_weight(layer.weight, config.granularity, config.group_size)
     if step is None:
-        step = scale = estimators.learned_step(scale.detach())
-    return ops.pack_codes(layer.weight, step), scale
+        step, scale, *multiplier = estimators.learned_scales(scale.detach(), config.granularity)
+    given = [one for one in multiplier if one is not None]
+    return ops.pack_codes(layer.weight, step), scale, *given
 
 
 def check_learned_scale(layer: LayerState, name: str) -> None:
@@ -158,11 +163,14 @@ def mixed_linear(layer: LayerState, x: Tensor) -> Tensor:
     strength, dtype = layer.quant_strength, ops.output_dtype(x)
     activation, weight = layer.quant_config.activation, layer.weight
     if strength > 0 and layer.learned_scale is not None:
-        quantized = estimators.learned_weight(weight, layer.learned_scale.float())
+        scale = layer.learned_scale.float()
+        quantized = estimators.learned_weight(weight, scale, layer.quant_config.granularity)
         weight = weight + strength * (quantized - weight)
     elif strength > 0:
         with torch.no_grad():
-            quantized = ops.unpack_weight(*pack(layer), layer.out_features, torch.float32)
+            qweight, scale, *multiplier = pack(layer)
+            rows = layer.out_features
+            quantized = ops.unpack_weight(qweight, scale, rows, torch.float32, *multiplier)
             difference = strength * (quantized - weight)
         weight = weight + difference
     if strength > 0 and activation != "float":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from typing import TypedDict
@@ -59,8 +60,9 @@ def estimate_memory_usage(layer: BitLayerBase) -> MemoryUsage:
     bias = _bytes(layer.bias)
     dtype = layer.latent_dtype if layer.is_deployed else layer.weight.dtype
     original = layer.out_features * layer.in_features * dtype.itemsize + bias
-    shape, scale_shape = layer.packed_shapes()
-    quantized = shape[0] * shape[1] + 4 * torch.Size(scale_shape).numel() + bias
+    quantized = bias + sum(
+        dtype.itemsize * math.prod(shape) for dtype, shape in layer.packed_tensors().values()
+    )
     return {"original": original, "quantized": quantized, "savings": 1 - quantized / original}
 
 

@@ -45,12 +45,14 @@ class WeightView(Tensor):
         shape: ``(N, K)``.
         dtype: What it is read in.
         transposed: Whether the view is [K, N].
+        multiplier: uint8 [N, K / G] beside a scale [N], or None.
     """
 
     # transformers initializes what a file lacks; there is nothing to initialize here.
     _is_hf_initialized = True
     _qweight: Tensor
     _scale: Tensor
+    _multiplier: Tensor | None
     _rows: int
     _transposed: bool
 
@@ -62,6 +64,7 @@ class WeightView(Tensor):
         shape: tuple[int, int],
         dtype: torch.dtype,
         transposed: bool = False,
+        multiplier: Tensor | None = None,
     ) -> WeightView:
         """Makes the view; nothing is computed."""
         size, strides = tuple(shape), (shape[1], 1)
@@ -71,7 +74,7 @@ class WeightView(Tensor):
             cls, size, strides=strides, dtype=dtype, device=qweight.device, requires_grad=False
         )
         view._qweight, view._scale = qweight.detach(), scale
-        view._rows, view._transposed = shape[0], transposed
+        view._rows, view._transposed, view._multiplier = shape[0], transposed, multiplier
         return view
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -80,7 +83,9 @@ class WeightView(Tensor):
     def dequantized(self) -> Tensor:
         """Returns codes times scale as a plain tensor of the view's shape and dtype."""
         if self._qweight.dtype == torch.uint8:
-            weight = ops.unpack_weight(self._qweight, self._scale, self._rows, self.dtype)
+            weight = ops.unpack_weight(
+                self._qweight, self._scale, self._rows, self.dtype, self._multiplier
+            )
         else:
             weight = dequantize_rows_int8(self._qweight, self._scale, self.dtype)
         return weight.t() if self._transposed else weight
@@ -88,7 +93,9 @@ class WeightView(Tensor):
     def transposed(self) -> WeightView:
         """Returns the view of the transpose."""
         shape = (self._rows, self._qweight.shape[1])
-        return WeightView(self._qweight, self._scale, shape, self.dtype, not self._transposed)
+        return WeightView(
+            self._qweight, self._scale, shape, self.dtype, not self._transposed, self._multiplier
+        )
 
     def _multiplied(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """Returns ``x @ W.T + bias`` from packed weights; None where torch has to do it.
@@ -105,7 +112,9 @@ class WeightView(Tensor):
             or (bias is not None and bias.requires_grad)
         ):
             return None
-        return ops.linear(x, self._qweight, self._scale, bias, self._rows, "float")
+        return ops.linear(
+            x, self._qweight, self._scale, bias, self._rows, "float", self._multiplier
+        )
 
     @classmethod
     def __torch_function__(

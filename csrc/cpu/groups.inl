@@ -4,8 +4,11 @@
 // BITLAB_WIDENED_GROUPS in groups_widened.inl.
 
 constexpr int64_t kGroup = 64;  // groups are one or two of these
-// Columns whose tables are made at once: they stay in the L1 cache beside the codes.
-constexpr int64_t kTableColumns = 8192;
+// Columns of a packed row whose words are made at once: they stay in the L1 cache beside the codes.
+constexpr int64_t kTableColumns = 16384;
+constexpr int64_t kTableGroups = kTableColumns / kGroup;
+// Rows ahead whose multipliers are asked for: few bytes of each of four rows, which no prefetcher of a CPU follows.
+constexpr int64_t kMultipliersAhead = 2;
 
 // The multipliers of one packed row from a group on; of rows that are missing any will do.
 inline void multiplier_rows(const LinearArgs &args, int64_t row, int64_t group, const uint8_t *multipliers[4]) {
@@ -25,16 +28,16 @@ inline void multiplier_rows(const LinearArgs &args, int64_t row, int64_t group, 
 // acc[t][i * kBlock] += the sums of a packed row and T tokens over k columns, whole groups of G.
 template <int T, int64_t G>
 inline void dot_groups(const uint8_t *w, const int8_t *x, int64_t stride, int64_t k, int64_t ahead,
-                       const uint8_t *tables, const int32_t *starts, int64_t starts_stride, int32_t *acc) {
+                       const uint32_t *words, const int32_t *starts, int64_t starts_stride, int32_t *acc) {
     Sums sums[T][4];
     for (int t = 0; t < T; ++t) {
         for (int i = 0; i < 4; ++i) sums[t][i] = zero_sums();
     }
     if constexpr (4 * T <= kWholeSums) {
-        dot_groups_lanes<4, T, G>(w, 0, x, stride, k, ahead, tables, starts, starts_stride, sums);
+        dot_groups_lanes<4, T, 0, G>(w, x, stride, k, ahead, words, starts, starts_stride, sums);
     } else {
-        dot_groups_lanes<2, T, G>(w, 0, x, stride, k, ahead, tables, starts, starts_stride, sums);
-        dot_groups_lanes<2, T, G>(w, 2, x, stride, k, 0, tables, starts, starts_stride, sums);
+        dot_groups_lanes<2, T, 0, G>(w, x, stride, k, ahead, words, starts, starts_stride, sums);
+        dot_groups_lanes<2, T, 2, G>(w, x, stride, k, 0, words, starts, starts_stride, sums);
     }
     for (int t = 0; t < T; ++t) {
         int32_t raw[4];
@@ -51,17 +54,22 @@ inline void add_group_rows(const LinearArgs &args, int64_t row, int64_t rows, co
     const int64_t parts = parts_in_cache(count, K);
     const int64_t part = ((K + parts - 1) / parts + G - 1) / G * G;
     const int64_t width = part < kTableColumns ? part : kTableColumns;
-    alignas(64) uint8_t tables[kTableColumns / G * kTables];
+    alignas(64) uint32_t words[4 * kTableGroups];
     for (int64_t first = 0; first < K; first += width) {
         const int64_t size = K - first < width ? K - first : width;
         const int64_t ahead = size == K ? kPrefetch : K;
         for (int64_t j = 0; j < rows; ++j) {
             const uint8_t *multipliers[4];
             multiplier_rows(args, row + j, first / G, multipliers);
-            make_tables(multipliers, size / G, tables);
+            for (const uint8_t *own : multipliers) {
+                for (int64_t b = 0; b < size / G; b += kLine) __builtin_prefetch(own + kMultipliersAhead * (K / G) + b);
+            }
+            for (int i = 0; i < 4; ++i) {
+                each_word(multipliers[i], size / G, words + i * kTableGroups, [](auto m) { return word_of(m); });
+            }
             by_tokens<kTokens>(count, [&](int64_t m, auto tokens) {
                 dot_groups<decltype(tokens)::value, G>(args.qweight + (row + j) * K + first, x + m * stride + first,
-                                                       stride, size, ahead, tables,
+                                                       stride, size, ahead, words,
                                                        starts + m * args.x.columns + first / G, args.x.columns,
                                                        acc + m * kBlockOutputs + j);
             });

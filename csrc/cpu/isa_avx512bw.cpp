@@ -43,10 +43,10 @@ inline Sums multiply_add_i8(Sums sums, Bytes w, Bytes code) {
     return widen(sums, _mm512_maddubs_epi16(_mm512_abs_epi8(w), negative));
 }
 
-template <int L>
-inline void split_plain(Bytes w, int lane, Bytes lanes[L]) {
+template <int L, int kLane>
+inline void split_plain(Bytes w, Bytes lanes[L]) {
     for (int i = 0; i < L; ++i) {
-        const Bytes shifted = lane + i == 0 ? w : _mm512_srl_epi16(w, _mm_cvtsi32_si128(2 * (lane + i)));
+        const Bytes shifted = kLane + i == 0 ? w : _mm512_srli_epi16(w, 2 * (kLane + i));
         lanes[i] = _mm512_and_si512(shifted, _mm512_set1_epi8(0x03));
     }
 }

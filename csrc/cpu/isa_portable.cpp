@@ -39,6 +39,11 @@ inline Bytes broadcast(const int8_t *four) {
 }
 template <typename Vector>
 inline void in_order(Vector &) {}
+// to[i] = f(from[i]) for `count` bytes.
+template <typename F>
+inline void each_word(const uint8_t *from, int64_t count, uint32_t *to, F &&f) {
+    for (int64_t i = 0; i < count; ++i) to[i] = f(uint32_t{from[i]});
+}
 inline Part zero_part() { return Part{}; }
 inline Sums zero_sums() { return Sums{}; }
 inline Sums load_sums(const int32_t *from) {
@@ -68,21 +73,21 @@ inline Sums multiply_add_i8(Sums sums, const Bytes &w, const Bytes &code) {
 
 constexpr uint32_t kScaledOffset = 128;
 inline Part multiply_add_scaled(Part part, const Bytes &w, const Bytes &code) { return multiply_add(part, w, code); }
-inline Bytes table(const uint8_t *from) { return load(from); }
+inline Bytes table(uint32_t bytes) {
+    Bytes repeated;
+    for (int b = 0; b < kWidth; b += 4) __builtin_memcpy(repeated.at + b, &bytes, 4);
+    return repeated;
+}
 inline Bytes choose(const Bytes &table, const Bytes &by) {
     Bytes chosen;
     for (int b = 0; b < kWidth; ++b) chosen.at[b] = table.at[by.at[b]];
     return chosen;
 }
-inline Bytes low_half(const Bytes &w) {
-    Bytes half;
-    for (int b = 0; b < kWidth; ++b) half.at[b] = w.at[b] & 0x0F;
-    return half;
-}
-inline Bytes high_half(const Bytes &w) {
-    Bytes half;
-    for (int b = 0; b < kWidth; ++b) half.at[b] = w.at[b] >> 4;
-    return half;
+template <int kShift>
+inline Bytes shifted(const Bytes &w) {
+    Bytes codes;
+    for (int b = 0; b < kWidth; ++b) codes.at[b] = w.at[b] >> kShift & 0x0F;
+    return codes;
 }
 
 #include "loops.inl"

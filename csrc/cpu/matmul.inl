@@ -211,28 +211,32 @@ inline void unpack_panel(const uint8_t *w, int64_t K, int64_t rows, int64_t k, i
     }
 }
 
-// One quad of columns: V vectors of panel rows times the codes of T tokens.
-template <int V, int T>
+// One quad of columns: V vectors of panel rows, of codes or of scaled weights, times the codes of T tokens.
+template <int V, int T, bool kIsScaled>
 inline void tile_step(const uint8_t *panel, const int8_t *x, Part part[T][V]) {
     Bytes w[V];
     for (int v = 0; v < V; ++v) w[v] = load(panel + v * kWidth);
     for (int t = 0; t < T; ++t) {
         const Bytes code = broadcast(x + 4 * t);
         for (int v = 0; v < V; ++v) {
-            part[t][v] = multiply_add(part[t][v], w[v], code);
+            if constexpr (kIsScaled) {
+                part[t][v] = multiply_add_scaled(part[t][v], w[v], code);
+            } else {
+                part[t][v] = multiply_add(part[t][v], w[v], code);
+            }
             in_order(part[t][v]);
         }
     }
 }
 
 // acc[t][v * kRows ...] += the sums of V vectors of panel rows and T tokens over `quads` times 4 columns.
-template <int V, int T>
+template <int V, int T, bool kIsScaled = false>
 __attribute__((noinline)) void tile(const uint8_t *panel, int64_t quads, const int8_t *x, int32_t *acc) {
     for (int64_t q = 0; q < quads;) {
         const int64_t end = quads - q < kPanelChunk ? quads : q + kPanelChunk;
         Part part[T][V];
         clear<V, T>(part);
-        for (; q < end; ++q) tile_step<V, T>(panel + q * kStep, x + q * 4 * kPanelTokens, part);
+        for (; q < end; ++q) tile_step<V, T, kIsScaled>(panel + q * kStep, x + q * 4 * kPanelTokens, part);
         for (int t = 0; t < T; ++t) {
             for (int v = 0; v < V; ++v) {
                 int32_t *to = acc + t * kBlockOutputs + v * kRows;

@@ -18,8 +18,10 @@ template <typename Vector>
 inline void in_order(Vector &vector) {
     asm volatile("" : "+x"(vector));
 }
-inline Bytes table(const uint8_t *from) {
-    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(from)));
+// to[i] = f(from[i]) for `count` bytes.
+template <typename F>
+inline void each_word(const uint8_t *from, int64_t count, uint32_t *to, F &&f) {
+    for (int64_t i = 0; i < count; ++i) to[i] = f(uint32_t{from[i]});
 }
 inline Part zero_part() { return _mm256_setzero_si256(); }
 inline Sums zero_sums() { return _mm256_setzero_si256(); }
