@@ -172,7 +172,9 @@ class CudaKernels:
         )  # fmt: skip
         return self._pack(op, weight, scale), scale, None
 
-    def _pack_groups(self, op: str, weight: Tensor, group_size: int) -> tuple[Tensor, ...]:
+    def _pack_groups(
+        self, op: str, weight: Tensor, group_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Scales of groups in two levels: qweight, scale [N] and multiplier [N, K / G]."""
         out_features, in_features = weight.shape
         columns, device = in_features // group_size, weight.device
@@ -374,6 +376,7 @@ class CudaKernels:
         dx = torch.empty((*dy.shape[:-1], in_features), dtype=dtype, device=dy.device)
         self._call(
             op, "input_gradient", (dx,), tokens, TYPE_CODES[dy.dtype], stride,
-            qweight.contiguous(), *_scales(weight_scale, multiplier), dx, TYPE_CODES[dtype], count, out_features, in_features,
+            qweight.contiguous(), *_scales(weight_scale, multiplier), dx, TYPE_CODES[dtype],
+            count, out_features, in_features,
         )  # fmt: skip
         return dx

@@ -15,6 +15,7 @@ constexpr int kQuantizeThreads = 512;
 constexpr int kHeldSteps = 2;
 constexpr uint32_t kInfinityBits = 0x7F800000;
 constexpr int kMaxMaxima = 1024;
+static_assert(kPlaceThreads == kQuantizeThreads, "blocks of quantize_kernel place multipliers");
 
 struct QuantizeParams {
     const void *x;

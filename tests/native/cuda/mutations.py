@@ -294,7 +294,6 @@ MUTATIONS = [
         ("scale of half the range", "divide(bits_float(most), 127.0f)", "divide(bits_float(most), 63.0f)"),
         ("step of one level", "divide(1.0f, multiply(static_cast<float>(m), scale))", "divide(1.0f, load_shared<float>(at))"),
         ("step of another output", "(static_cast<uint32_t>(i * p.columns) + column)", "column"),
-        ("NaN rows with multipliers", "finite ? round_even", "true ? round_even"),
         ("scale of another group", "static_cast<int64_t>(part % p.columns) * p.width", "static_cast<int64_t>((part + 1) % p.columns) * p.width"),
         ("groups past the end summed", "(n < p.N ? n : p.N - 1) * p.K", "n * p.K"),
         ("unpacked without multipliers", "static_cast<float>(code * m)", "static_cast<float>(code)"),
