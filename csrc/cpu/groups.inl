@@ -6,7 +6,6 @@
 constexpr int64_t kGroup = 64;  // groups are one or two of these
 // Columns of a packed row whose words are made at once: they stay in the L1 cache beside the codes.
 constexpr int64_t kTableColumns = 16384;
-constexpr int64_t kTableGroups = kTableColumns / kGroup;
 // Rows ahead whose multipliers are asked for: few bytes of each of four rows, which no prefetcher of a CPU follows.
 constexpr int64_t kMultipliersAhead = 2;
 
@@ -24,6 +23,44 @@ inline void multiplier_rows(const LinearArgs &args, int64_t row, int64_t group, 
 #else
 #include "groups_scaled.inl"
 #endif
+
+// fours[g / 4] = the bytes g of the four lanes, one group after the other.
+inline void interleave_bytes(const U8x16 lane[4], U8x16 fours[4]) {
+#define BITLAB_HALF(a, b, at)                                                                                    \
+    __builtin_shufflevector(a, b, at, 16 + at, at + 1, 17 + at, at + 2, 18 + at, at + 3, 19 + at, at + 4, 20 + at, \
+                            at + 5, 21 + at, at + 6, 22 + at, at + 7, 23 + at)
+    typedef uint16_t U16x8 __attribute__((vector_size(16)));
+    const auto low01 = reinterpret_cast<U16x8>(BITLAB_HALF(lane[0], lane[1], 0));
+    const auto high01 = reinterpret_cast<U16x8>(BITLAB_HALF(lane[0], lane[1], 8));
+    const auto low23 = reinterpret_cast<U16x8>(BITLAB_HALF(lane[2], lane[3], 0));
+    const auto high23 = reinterpret_cast<U16x8>(BITLAB_HALF(lane[2], lane[3], 8));
+#undef BITLAB_HALF
+    fours[0] = reinterpret_cast<U8x16>(__builtin_shufflevector(low01, low23, 0, 8, 1, 9, 2, 10, 3, 11));
+    fours[1] = reinterpret_cast<U8x16>(__builtin_shufflevector(low01, low23, 4, 12, 5, 13, 6, 14, 7, 15));
+    fours[2] = reinterpret_cast<U8x16>(__builtin_shufflevector(high01, high23, 0, 8, 1, 9, 2, 10, 3, 11));
+    fours[3] = reinterpret_cast<U8x16>(__builtin_shufflevector(high01, high23, 4, 12, 5, 13, 6, 14, 7, 15));
+}
+
+// words[g][i] = word_of(multipliers[i][g]); `words` has room for a multiple of 16 groups.
+inline void make_words(const uint8_t *const multipliers[4], int64_t count, uint32_t *words) {
+    int64_t g = 0;
+    for (; g + 16 <= count || (kMaskedBytes && g < count); g += 16) {
+        const int64_t left = count - g;
+        const U8x16 lane[4] = {sixteen(multipliers[0] + g, left), sixteen(multipliers[1] + g, left),
+                               sixteen(multipliers[2] + g, left), sixteen(multipliers[3] + g, left)};
+        // The bytes of four groups each, those of a group together.
+        U8x16 fours[4];
+        interleave_bytes(lane, fours);
+        const auto *bytes = reinterpret_cast<const uint8_t *>(fours);
+        for (int b = 0; b < 64; b += kRows) {
+            const Words made = word_of(widened(bytes + b));
+            __builtin_memcpy(words + g * 4 + b, &made, sizeof(made));
+        }
+    }
+    for (; g < count; ++g) {
+        for (int i = 0; i < 4; ++i) words[g * 4 + i] = word_of(uint32_t{multipliers[i][g]});
+    }
+}
 
 // acc[t][i * kBlock] += the sums of a packed row and T tokens over k columns, whole groups of G.
 template <int T, int64_t G>
@@ -54,7 +91,7 @@ inline void add_group_rows(const LinearArgs &args, int64_t row, int64_t rows, co
     const int64_t parts = parts_in_cache(count, K);
     const int64_t part = ((K + parts - 1) / parts + G - 1) / G * G;
     const int64_t width = part < kTableColumns ? part : kTableColumns;
-    alignas(64) uint32_t words[4 * kTableGroups];
+    alignas(64) uint32_t words[kTableColumns / kGroup * 4];
     for (int64_t first = 0; first < K; first += width) {
         const int64_t size = K - first < width ? K - first : width;
         const int64_t ahead = size == K ? kPrefetch : K;
@@ -64,9 +101,7 @@ inline void add_group_rows(const LinearArgs &args, int64_t row, int64_t rows, co
             for (const uint8_t *own : multipliers) {
                 for (int64_t b = 0; b < size / G; b += kLine) __builtin_prefetch(own + kMultipliersAhead * (K / G) + b);
             }
-            for (int i = 0; i < 4; ++i) {
-                each_word(multipliers[i], size / G, words + i * kTableGroups, [](auto m) { return word_of(m); });
-            }
+            make_words(multipliers, size / G, words);
             by_tokens<kTokens>(count, [&](int64_t m, auto tokens) {
                 dot_groups<decltype(tokens)::value, G>(args.qweight + (row + j) * K + first, x + m * stride + first,
                                                        stride, size, ahead, words,

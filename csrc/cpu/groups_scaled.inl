@@ -3,9 +3,8 @@
 // products of bytes up in int32. Included after matmul.inl and
 //
 //     kScaledOffset, multiply_add_scaled(part, w, code)
-//     table(bytes)           a vector of four bytes repeated
-//     choose(table, by)      for each byte the one of the table that its low four bits name; the others are zero
-//     shifted<kShift>(w)     each byte shifted right, but for its low four bits cleared
+//     table(words)               16 bytes, repeated
+//     choose<kLane>(table, w)    for each byte that of the table's word kLane which the two bits of this lane name
 
 constexpr bool kGroupSums = false;
 
@@ -17,8 +16,8 @@ inline Word word_of(Word multiplier) {
 
 // The scaled bytes of L lanes from kLane on.
 template <int L, int kLane>
-inline void scale_split(Bytes w, const uint32_t *words, Bytes lanes[L]) {
-    lanes[0] = choose(table(words[kLane * kTableGroups]), shifted<2 * kLane>(w));
+inline void scale_split(Bytes w, Bytes words, Bytes lanes[L]) {
+    lanes[0] = choose<kLane>(words, w);
     if constexpr (L > 1) scale_split<L - 1, kLane + 1>(w, words, lanes + 1);
 }
 
@@ -26,7 +25,8 @@ inline void scale_split(Bytes w, const uint32_t *words, Bytes lanes[L]) {
 template <int L, int T, int kLane>
 inline void scaled_step(Bytes w, const uint32_t *words, const int8_t *x, int64_t stride, Part part[T][L]) {
     Bytes lanes[L];
-    scale_split<L, kLane>(w, words, lanes);
+    in_order(w);
+    scale_split<L, kLane>(w, table(words), lanes);
     for (int t = 0; t < T; ++t) {
         Bytes code = load(x + t * stride);
         in_order(code);
@@ -41,7 +41,7 @@ __attribute__((noinline)) void dot_groups_lanes(const uint8_t *w, const int8_t *
                                                 Sums sums[T][4]) {
     Part part[T][L];
     clear<L, T>(part);
-    for (int64_t p = 0; p < k; ++words) {
+    for (int64_t p = 0; p < k; words += 4) {
         for (const int64_t end = p + G; p < end; p += kWidth) {
             if (p % kLine == 0) ask_for_weights<T>(w + p, ahead);
             scaled_step<L, T, kLane>(load(w + p), words, x + p, stride, part);
@@ -70,7 +70,10 @@ inline void unpack_group_panel(const LinearArgs &args, int64_t row, int64_t rows
         for (int64_t group = 0; group < k; group += G) {
             U16x8 factor[4], added[4];
             for (int i = 0; i < 4; ++i) {
-                for (int e = 0; e < 8; ++e) factor[i][e] = multipliers[e / 2][i][group / G];
+                const int64_t g = group / G;
+                const uint16_t m[4] = {multipliers[0][i][g], multipliers[1][i][g], multipliers[2][i][g],
+                                       multipliers[3][i][g]};
+                factor[i] = U16x8{m[0], m[0], m[1], m[1], m[2], m[2], m[3], m[3]};
                 // Bytes (code + 1) m, minus m: with 128 more in each, none carries into the next or borrows from it.
                 added[i] = 0x8080 - factor[i] * 0x0101;
             }

@@ -36,7 +36,7 @@ template <int L, int T, int kLane, int64_t G>
 __attribute__((noinline)) void dot_groups_lanes(const uint8_t *w, const int8_t *x, int64_t stride, int64_t k,
                                                 int64_t ahead, const uint32_t *words, const int32_t *starts,
                                                 int64_t starts_stride, Sums sums[T][4]) {
-    for (int64_t p = 0; p < k; ++words, ++starts) {
+    for (int64_t p = 0; p < k; words += 4, ++starts) {
         Part part[T][L];
         for (int t = 0; t < T; ++t) {
             const Part start = start_part(-starts[t * starts_stride]);
@@ -47,7 +47,7 @@ __attribute__((noinline)) void dot_groups_lanes(const uint8_t *w, const int8_t *
             plain_step<L, T, kLane>(load(w + p), x + p, stride, part);
         }
         for (int i = 0; i < L; ++i) {
-            const Part multiplier = all_of(words[(kLane + i) * kTableGroups]);
+            const Part multiplier = all_of(words[kLane + i]);
             for (int t = 0; t < T; ++t) sums[t][kLane + i] = widen_by(sums[t][kLane + i], part[t][i], multiplier);
         }
     }

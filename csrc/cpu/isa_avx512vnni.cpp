@@ -38,11 +38,15 @@ inline Part multiply_add_scaled(Part part, Bytes w, Bytes code) {
     asm("vpdpbusd %[code], %[w], %[part]" : [part] "+v"(part) : [w] "v"(w), [code] "v"(code));
     return part;
 }
-inline Bytes table(uint32_t bytes) { return _mm512_set1_epi32(static_cast<int32_t>(bytes)); }
-inline Bytes choose(Bytes table, Bytes by) { return _mm512_shuffle_epi8(table, by); }
-template <int kShift>
-inline Bytes shifted(Bytes w) {
-    return _mm512_and_si512(kShift == 0 ? w : _mm512_srli_epi16(w, kShift), _mm512_set1_epi8(0x0F));
+inline Bytes table(const uint32_t *words) {
+    return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i *>(words)));
+}
+template <int kLane>
+inline Bytes choose(Bytes table, Bytes w) {
+    const Bytes shifted = kLane == 0 ? w : _mm512_srli_epi16(w, 2 * kLane);
+    // shifted & 3 | 4 kLane
+    const Bytes at = _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi8(3), _mm512_set1_epi8(4 * kLane), 0xEA);
+    return _mm512_shuffle_epi8(table, at);
 }
 
 #include "loops.inl"

@@ -39,11 +39,15 @@ inline Bytes broadcast(const int8_t *four) {
 }
 template <typename Vector>
 inline void in_order(Vector &) {}
-// to[i] = f(from[i]) for `count` bytes.
-template <typename F>
-inline void each_word(const uint8_t *from, int64_t count, uint32_t *to, F &&f) {
-    for (int64_t i = 0; i < count; ++i) to[i] = f(uint32_t{from[i]});
+constexpr bool kMaskedBytes = false;
+inline U8x16 sixteen(const uint8_t *from, int64_t) {
+    U8x16 bytes;
+    __builtin_memcpy(&bytes, from, 16);
+    return bytes;
 }
+// kRows bytes as words.
+typedef uint32_t Words __attribute__((vector_size(kRows * 4)));
+inline Words widened(const uint8_t *from) { return Words{from[0], from[1], from[2], from[3]}; }
 inline Part zero_part() { return Part{}; }
 inline Sums zero_sums() { return Sums{}; }
 inline Sums load_sums(const int32_t *from) {
@@ -73,21 +77,12 @@ inline Sums multiply_add_i8(Sums sums, const Bytes &w, const Bytes &code) {
 
 constexpr uint32_t kScaledOffset = 128;
 inline Part multiply_add_scaled(Part part, const Bytes &w, const Bytes &code) { return multiply_add(part, w, code); }
-inline Bytes table(uint32_t bytes) {
-    Bytes repeated;
-    for (int b = 0; b < kWidth; b += 4) __builtin_memcpy(repeated.at + b, &bytes, 4);
-    return repeated;
-}
-inline Bytes choose(const Bytes &table, const Bytes &by) {
+inline Bytes table(const uint32_t *words) { return load(words); }
+template <int kLane>
+inline Bytes choose(const Bytes &table, const Bytes &w) {
     Bytes chosen;
-    for (int b = 0; b < kWidth; ++b) chosen.at[b] = table.at[by.at[b]];
+    for (int b = 0; b < kWidth; ++b) chosen.at[b] = table.at[4 * kLane + (w.at[b] >> (2 * kLane) & 3)];
     return chosen;
-}
-template <int kShift>
-inline Bytes shifted(const Bytes &w) {
-    Bytes codes;
-    for (int b = 0; b < kWidth; ++b) codes.at[b] = w.at[b] >> kShift & 0x0F;
-    return codes;
 }
 
 #include "loops.inl"

@@ -31,11 +31,15 @@ template <typename Vector>
 inline void in_order(Vector &vector) {
     asm volatile("" : "+w"(vector));
 }
-// to[i] = f(from[i]) for `count` bytes.
-template <typename F>
-inline void each_word(const uint8_t *from, int64_t count, uint32_t *to, F &&f) {
-    for (int64_t i = 0; i < count; ++i) to[i] = f(uint32_t{from[i]});
+constexpr bool kMaskedBytes = false;
+inline U8x16 sixteen(const uint8_t *from, int64_t) {
+    U8x16 bytes;
+    __builtin_memcpy(&bytes, from, 16);
+    return bytes;
 }
+// kRows bytes as words.
+typedef uint32_t Words __attribute__((vector_size(kRows * 4)));
+inline Words widened(const uint8_t *from) { return Words{from[0], from[1], from[2], from[3]}; }
 inline Part zero_part() { return vdupq_n_s32(0); }
 inline Sums zero_sums() { return vdupq_n_s32(0); }
 inline Sums load_sums(const int32_t *from) { return vld1q_s32(from); }
@@ -46,11 +50,11 @@ inline Sums widen(Sums sums, Part part) { return vaddq_s32(sums, part); }
 inline void reduce(const Sums sums[4], int32_t out[4]) {
     vst1q_s32(out, vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3])));
 }
-inline Bytes table(uint32_t bytes) { return vreinterpretq_u8_u32(vdupq_n_u32(bytes)); }
-inline Bytes choose(Bytes table, Bytes by) { return vqtbl1q_u8(table, by); }
-template <int kShift>
-inline Bytes shifted(Bytes w) {
-    return vandq_u8(kShift == 0 ? w : vshrq_n_u8(w, kShift == 0 ? 1 : kShift), vdupq_n_u8(0x0F));
+inline Bytes table(const uint32_t *words) { return vreinterpretq_u8_u32(vld1q_u32(words)); }
+template <int kLane>
+inline Bytes choose(Bytes table, Bytes w) {
+    const Bytes at = vandq_u8(kLane == 0 ? w : vshrq_n_u8(w, kLane == 0 ? 1 : 2 * kLane), vdupq_n_u8(3));
+    return vqtbl1q_u8(table, vorrq_u8(at, vdupq_n_u8(4 * kLane)));
 }
 inline Sums multiply_add_i8(Sums sums, Bytes w, Bytes code) {
     return vdotq_s32(sums, vreinterpretq_s8_u8(w), vreinterpretq_s8_u8(code));

@@ -18,10 +18,16 @@ template <typename Vector>
 inline void in_order(Vector &vector) {
     asm volatile("" : "+x"(vector));
 }
-// to[i] = f(from[i]) for `count` bytes.
-template <typename F>
-inline void each_word(const uint8_t *from, int64_t count, uint32_t *to, F &&f) {
-    for (int64_t i = 0; i < count; ++i) to[i] = f(uint32_t{from[i]});
+constexpr bool kMaskedBytes = false;
+inline U8x16 sixteen(const uint8_t *from, int64_t) {
+    U8x16 bytes;
+    __builtin_memcpy(&bytes, from, 16);
+    return bytes;
+}
+// kRows bytes as words.
+typedef uint32_t Words __attribute__((vector_size(kRows * 4)));
+inline Words widened(const uint8_t *from) {
+    return reinterpret_cast<Words>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from))));
 }
 inline Part zero_part() { return _mm256_setzero_si256(); }
 inline Sums zero_sums() { return _mm256_setzero_si256(); }
