@@ -45,9 +45,11 @@ inline U8x16 sixteen(const uint8_t *from, int64_t) {
     __builtin_memcpy(&bytes, from, 16);
     return bytes;
 }
-// kRows bytes as words.
-typedef uint32_t Words __attribute__((vector_size(kRows * 4)));
-inline Words widened(const uint8_t *from) { return Words{from[0], from[1], from[2], from[3]}; }
+inline U8x16 permuted(U8x16 bytes, U8x16 by) {
+    U8x16 chosen;
+    for (int b = 0; b < 16; ++b) chosen[b] = by[b] & 0x80 ? 0 : bytes[by[b] & 0x0F];
+    return chosen;
+}
 inline Part zero_part() { return Part{}; }
 inline Sums zero_sums() { return Sums{}; }
 inline Sums load_sums(const int32_t *from) {
@@ -77,12 +79,17 @@ inline Sums multiply_add_i8(Sums sums, const Bytes &w, const Bytes &code) {
 
 constexpr uint32_t kScaledOffset = 128;
 inline Part multiply_add_scaled(Part part, const Bytes &w, const Bytes &code) { return multiply_add(part, w, code); }
-inline Bytes table(const uint32_t *words) { return load(words); }
-template <int kLane>
-inline Bytes choose(const Bytes &table, const Bytes &w) {
-    Bytes chosen;
-    for (int b = 0; b < kWidth; ++b) chosen.at[b] = table.at[4 * kLane + (w.at[b] >> (2 * kLane) & 3)];
-    return chosen;
+inline Bytes table(const U8x16 *bytes) { return load(bytes); }
+template <uint8_t kMask, uint8_t kFlip>
+inline Bytes look_up(const Bytes &table, const Bytes &w) {
+    Bytes found;
+    for (int b = 0; b < kWidth; ++b) found.at[b] = table.at[(w.at[b] & kMask) ^ kFlip];
+    return found;
+}
+inline Bytes high_half(const Bytes &w) {
+    Bytes half;
+    for (int b = 0; b < kWidth; ++b) half.at[b] = w.at[b] >> 4;
+    return half;
 }
 
 #include "loops.inl"

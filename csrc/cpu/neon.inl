@@ -37,9 +37,9 @@ inline U8x16 sixteen(const uint8_t *from, int64_t) {
     __builtin_memcpy(&bytes, from, 16);
     return bytes;
 }
-// kRows bytes as words.
-typedef uint32_t Words __attribute__((vector_size(kRows * 4)));
-inline Words widened(const uint8_t *from) { return Words{from[0], from[1], from[2], from[3]}; }
+inline U8x16 permuted(U8x16 bytes, U8x16 by) {
+    return reinterpret_cast<U8x16>(vqtbl1q_u8(reinterpret_cast<uint8x16_t>(bytes), reinterpret_cast<uint8x16_t>(by)));
+}
 inline Part zero_part() { return vdupq_n_s32(0); }
 inline Sums zero_sums() { return vdupq_n_s32(0); }
 inline Sums load_sums(const int32_t *from) { return vld1q_s32(from); }
@@ -50,12 +50,12 @@ inline Sums widen(Sums sums, Part part) { return vaddq_s32(sums, part); }
 inline void reduce(const Sums sums[4], int32_t out[4]) {
     vst1q_s32(out, vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3])));
 }
-inline Bytes table(const uint32_t *words) { return vreinterpretq_u8_u32(vld1q_u32(words)); }
-template <int kLane>
-inline Bytes choose(Bytes table, Bytes w) {
-    const Bytes at = vandq_u8(kLane == 0 ? w : vshrq_n_u8(w, kLane == 0 ? 1 : 2 * kLane), vdupq_n_u8(3));
-    return vqtbl1q_u8(table, vorrq_u8(at, vdupq_n_u8(4 * kLane)));
+inline Bytes table(const U8x16 *bytes) { return vld1q_u8(reinterpret_cast<const uint8_t *>(bytes)); }
+template <uint8_t kMask, uint8_t kFlip>
+inline Bytes look_up(Bytes table, Bytes w) {
+    return vqtbl1q_u8(table, veorq_u8(vandq_u8(w, vdupq_n_u8(kMask)), vdupq_n_u8(kFlip)));
 }
+inline Bytes high_half(Bytes w) { return vshrq_n_u8(w, 4); }
 inline Sums multiply_add_i8(Sums sums, Bytes w, Bytes code) {
     return vdotq_s32(sums, vreinterpretq_s8_u8(w), vreinterpretq_s8_u8(code));
 }

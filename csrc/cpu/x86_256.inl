@@ -24,10 +24,8 @@ inline U8x16 sixteen(const uint8_t *from, int64_t) {
     __builtin_memcpy(&bytes, from, 16);
     return bytes;
 }
-// kRows bytes as words.
-typedef uint32_t Words __attribute__((vector_size(kRows * 4)));
-inline Words widened(const uint8_t *from) {
-    return reinterpret_cast<Words>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from))));
+inline U8x16 permuted(U8x16 bytes, U8x16 by) {
+    return reinterpret_cast<U8x16>(_mm_shuffle_epi8(reinterpret_cast<__m128i>(bytes), reinterpret_cast<__m128i>(by)));
 }
 inline Part zero_part() { return _mm256_setzero_si256(); }
 inline Sums zero_sums() { return _mm256_setzero_si256(); }

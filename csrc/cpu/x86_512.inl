@@ -30,10 +30,8 @@ inline U8x16 sixteen(const uint8_t *from, int64_t count) {
     const auto there = static_cast<__mmask64>(count < 16 ? (1u << count) - 1 : 0xFFFFu);
     return reinterpret_cast<U8x16>(_mm512_castsi512_si128(_mm512_maskz_loadu_epi8(there, from)));
 }
-// kRows bytes as words.
-typedef uint32_t Words __attribute__((vector_size(kRows * 4)));
-inline Words widened(const uint8_t *from) {
-    return reinterpret_cast<Words>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))));
+inline U8x16 permuted(U8x16 bytes, U8x16 by) {
+    return reinterpret_cast<U8x16>(_mm_shuffle_epi8(reinterpret_cast<__m128i>(bytes), reinterpret_cast<__m128i>(by)));
 }
 inline Part zero_part() { return _mm512_setzero_si512(); }
 inline Sums zero_sums() { return _mm512_setzero_si512(); }
