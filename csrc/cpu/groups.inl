@@ -4,9 +4,8 @@
 // BITLAB_WIDENED_GROUPS in groups_widened.inl.
 
 constexpr int64_t kGroup = 64;  // groups are one or two of these
-// Columns of a packed row whose words are made at once: they stay in the L1 cache beside the codes.
+// Columns of a packed row whose tables are made at once: they stay in the L1 cache beside the codes.
 constexpr int64_t kTableColumns = 16384;
-constexpr int64_t kTableGroups = kTableColumns / kGroup;
 // Rows ahead whose multipliers are asked for: few bytes of each of four rows, which no prefetcher of a CPU follows.
 constexpr int64_t kMultipliersAhead = 2;
 
@@ -19,6 +18,36 @@ inline void multiplier_rows(const LinearArgs &args, int64_t row, int64_t group, 
     }
 }
 
+// fours[g / 4] = the bytes g of the four lanes, one group after the other.
+inline void interleave_bytes(const U8x16 lane[4], U8x16 fours[4]) {
+#define BITLAB_HALF(a, b, at)                                                                                    \
+    __builtin_shufflevector(a, b, at, 16 + at, at + 1, 17 + at, at + 2, 18 + at, at + 3, 19 + at, at + 4, 20 + at, \
+                            at + 5, 21 + at, at + 6, 22 + at, at + 7, 23 + at)
+    typedef uint16_t U16x8 __attribute__((vector_size(16)));
+    const auto low01 = reinterpret_cast<U16x8>(BITLAB_HALF(lane[0], lane[1], 0));
+    const auto high01 = reinterpret_cast<U16x8>(BITLAB_HALF(lane[0], lane[1], 8));
+    const auto low23 = reinterpret_cast<U16x8>(BITLAB_HALF(lane[2], lane[3], 0));
+    const auto high23 = reinterpret_cast<U16x8>(BITLAB_HALF(lane[2], lane[3], 8));
+#undef BITLAB_HALF
+    fours[0] = reinterpret_cast<U8x16>(__builtin_shufflevector(low01, low23, 0, 8, 1, 9, 2, 10, 3, 11));
+    fours[1] = reinterpret_cast<U8x16>(__builtin_shufflevector(low01, low23, 4, 12, 5, 13, 6, 14, 7, 15));
+    fours[2] = reinterpret_cast<U8x16>(__builtin_shufflevector(high01, high23, 0, 8, 1, 9, 2, 10, 3, 11));
+    fours[3] = reinterpret_cast<U8x16>(__builtin_shufflevector(high01, high23, 4, 12, 5, 13, 6, 14, 7, 15));
+}
+
+// Calls f(g, fours, at) for each group: the bytes of its four multipliers are the ones of `fours` from `at` on.
+template <typename F>
+inline void for_groups(const uint8_t *const multipliers[4], int64_t count, F &&f) {
+    for (int64_t first = 0; first < count; first += 16) {
+        const int64_t left = count - first;
+        U8x16 lane[4], fours[4];
+        for (int i = 0; i < 4; ++i) lane[i] = sixteen(multipliers[i] + first, left);
+        interleave_bytes(lane, fours);
+        const int64_t size = left < 16 ? left : 16;
+        for (int64_t g = 0; g < size; ++g) f(first + g, fours[g / 4], static_cast<uint8_t>(g % 4 * 4));
+    }
+}
+
 #ifdef BITLAB_WIDENED_GROUPS
 #include "groups_widened.inl"
 #else
@@ -28,16 +57,16 @@ inline void multiplier_rows(const LinearArgs &args, int64_t row, int64_t group, 
 // acc[t][i * kBlock] += the sums of a packed row and T tokens over k columns, whole groups of G.
 template <int T, int64_t G>
 inline void dot_groups(const uint8_t *w, const int8_t *x, int64_t stride, int64_t k, int64_t ahead,
-                       const uint32_t *words, const int32_t *starts, int64_t starts_stride, int32_t *acc) {
+                       const U8x16 *tables, const int32_t *starts, int64_t starts_stride, int32_t *acc) {
     Sums sums[T][4];
     for (int t = 0; t < T; ++t) {
         for (int i = 0; i < 4; ++i) sums[t][i] = zero_sums();
     }
     if constexpr (4 * T <= kWholeSums) {
-        dot_groups_lanes<4, T, 0, G>(w, x, stride, k, ahead, words, starts, starts_stride, sums);
+        dot_groups_lanes<4, T, 0, G>(w, x, stride, k, ahead, tables, starts, starts_stride, sums);
     } else {
-        dot_groups_lanes<2, T, 0, G>(w, x, stride, k, ahead, words, starts, starts_stride, sums);
-        dot_groups_lanes<2, T, 2, G>(w, x, stride, k, 0, words, starts, starts_stride, sums);
+        dot_groups_lanes<2, T, 0, G>(w, x, stride, k, ahead, tables, starts, starts_stride, sums);
+        dot_groups_lanes<2, T, 2, G>(w, x, stride, k, 0, tables, starts, starts_stride, sums);
     }
     for (int t = 0; t < T; ++t) {
         int32_t raw[4];
@@ -54,7 +83,7 @@ inline void add_group_rows(const LinearArgs &args, int64_t row, int64_t rows, co
     const int64_t parts = parts_in_cache(count, K);
     const int64_t part = ((K + parts - 1) / parts + G - 1) / G * G;
     const int64_t width = part < kTableColumns ? part : kTableColumns;
-    alignas(64) uint32_t words[4 * kTableGroups];
+    U8x16 tables[kTableColumns / kGroup];
     for (int64_t first = 0; first < K; first += width) {
         const int64_t size = K - first < width ? K - first : width;
         const int64_t ahead = size == K ? kPrefetch : K;
@@ -64,12 +93,10 @@ inline void add_group_rows(const LinearArgs &args, int64_t row, int64_t rows, co
             for (const uint8_t *own : multipliers) {
                 for (int64_t b = 0; b < size / G; b += kLine) __builtin_prefetch(own + kMultipliersAhead * (K / G) + b);
             }
-            for (int i = 0; i < 4; ++i) {
-                each_word(multipliers[i], size / G, words + i * kTableGroups, [](auto m) { return word_of(m); });
-            }
+            make_tables(multipliers, size / G, tables);
             by_tokens<kTokens>(count, [&](int64_t m, auto tokens) {
                 dot_groups<decltype(tokens)::value, G>(args.qweight + (row + j) * K + first, x + m * stride + first,
-                                                       stride, size, ahead, words,
+                                                       stride, size, ahead, tables,
                                                        starts + m * args.x.columns + first / G, args.x.columns,
                                                        acc + m * kBlockOutputs + j);
             });

@@ -3,30 +3,44 @@
 // products of bytes up in int32. Included after matmul.inl and
 //
 //     kScaledOffset, multiply_add_scaled(part, w, code)
-//     table(bytes)           a vector of four bytes repeated
-//     choose(table, by)      for each byte the one of the table that its low four bits name; the others are zero
-//     shifted<kShift>(w)     each byte shifted right, but for its low four bits cleared
+//     permuted(bytes, by)    16 bytes: for each the one that the low four bits name, or 0 where the high bit is set
+//     table(bytes)           16 bytes, repeated
+//     look_up<kMask, kFlip>(table, w)    for each byte the one of the table at (w & kMask) ^ kFlip
 
 constexpr bool kGroupSums = false;
 
-// The scaled bytes by the two bits of a code + 1: 128 - m, 128, 128 + m, 128, of which none carries into the next.
-template <typename Word>
-inline Word word_of(Word multiplier) {
-    return (0x80808080u + (multiplier << 16) - multiplier) ^ (kScaledOffset * 0x01010101u) ^ 0x80808080u;
+// The table of a group holds the scaled bytes of its four lanes where the bits of a lane, as they stand in a half byte,
+// find them after one more exclusive or. In a square of four by four places by their high and low two bits, codes + 1 in
+// the low bits name places of a row, those in the high bits of a column; there is no code + 1 of 3, so that rows 0 and 3
+// and columns 3 and 0 have a place less in turn and share none.
+constexpr uint8_t kTableMask[4] = {0x03, 0x0C, 0x03, 0x0C};
+constexpr uint8_t kTableFlip[4] = {0x00, 0x03, 0x0F, 0x0C};
+
+// tables[g] is the table of group g, of 16 bytes; `multipliers` may be read up to a multiple of 16 if kMaskedBytes.
+inline void make_tables(const uint8_t *const multipliers[4], int64_t count, U8x16 *tables) {
+    for_groups(multipliers, count, [&](int64_t g, const U8x16 &four, uint8_t at) {
+        constexpr uint8_t n = 0x80;
+        // Which lane's multiplier is added to 128 there, or taken off.
+        constexpr U8x16 plus = {n, n, 0, n, 3, n, n, n, n, n, n, 1, n, 2, n, n};
+        constexpr U8x16 minus = {0, n, n, 1, n, n, n, n, n, n, n, n, 3, n, n, 2};
+        constexpr auto offset = static_cast<uint8_t>(kScaledOffset);
+        tables[g] = permuted(four, plus + at) - permuted(four, minus + at) + offset;
+    });
 }
 
 // The scaled bytes of L lanes from kLane on.
 template <int L, int kLane>
-inline void scale_split(Bytes w, const uint32_t *words, Bytes lanes[L]) {
-    lanes[0] = choose(table(words[kLane * kTableGroups]), shifted<2 * kLane>(w));
-    if constexpr (L > 1) scale_split<L - 1, kLane + 1>(w, words, lanes + 1);
+inline void scale_split(Bytes w, Bytes table, Bytes lanes[L]) {
+    lanes[0] = look_up<kTableMask[kLane], kTableFlip[kLane]>(table, kLane < 2 ? w : high_half(w));
+    if constexpr (L > 1) scale_split<L - 1, kLane + 1>(w, table, lanes + 1);
 }
 
 // As step(), for scaled bytes.
 template <int L, int T, int kLane>
-inline void scaled_step(Bytes w, const uint32_t *words, const int8_t *x, int64_t stride, Part part[T][L]) {
+inline void scaled_step(Bytes w, const U8x16 *tables, const int8_t *x, int64_t stride, Part part[T][L]) {
     Bytes lanes[L];
-    scale_split<L, kLane>(w, words, lanes);
+    in_order(w);
+    scale_split<L, kLane>(w, table(tables), lanes);
     for (int t = 0; t < T; ++t) {
         Bytes code = load(x + t * stride);
         in_order(code);
@@ -37,14 +51,14 @@ inline void scaled_step(Bytes w, const uint32_t *words, const int8_t *x, int64_t
 // sums[t][lane + i] += the sums of L lanes of a packed row and T tokens over k columns, whole groups of G.
 template <int L, int T, int kLane, int64_t G>
 __attribute__((noinline)) void dot_groups_lanes(const uint8_t *w, const int8_t *x, int64_t stride, int64_t k,
-                                                int64_t ahead, const uint32_t *words, const int32_t *, int64_t,
+                                                int64_t ahead, const U8x16 *tables, const int32_t *, int64_t,
                                                 Sums sums[T][4]) {
     Part part[T][L];
     clear<L, T>(part);
-    for (int64_t p = 0; p < k; ++words) {
+    for (int64_t p = 0; p < k; ++tables) {
         for (const int64_t end = p + G; p < end; p += kWidth) {
             if (p % kLine == 0) ask_for_weights<T>(w + p, ahead);
-            scaled_step<L, T, kLane>(load(w + p), words, x + p, stride, part);
+            scaled_step<L, T, kLane>(load(w + p), tables, x + p, stride, part);
         }
     }
     for (int t = 0; t < T; ++t) {
@@ -52,7 +66,7 @@ __attribute__((noinline)) void dot_groups_lanes(const uint8_t *w, const int8_t *
     }
 }
 
-// What of the multipliers add_group_panel() needs beside the panel: nothing.
+// What of the multipliers tile_groups() needs beside the panel: nothing.
 struct PanelMultipliers {};
 
 // unpack_panel() for whole groups, with scaled bytes.
@@ -70,7 +84,10 @@ inline void unpack_group_panel(const LinearArgs &args, int64_t row, int64_t rows
         for (int64_t group = 0; group < k; group += G) {
             U16x8 factor[4], added[4];
             for (int i = 0; i < 4; ++i) {
-                for (int e = 0; e < 8; ++e) factor[i][e] = multipliers[e / 2][i][group / G];
+                const int64_t g = group / G;
+                const uint16_t m[4] = {multipliers[0][i][g], multipliers[1][i][g], multipliers[2][i][g],
+                                       multipliers[3][i][g]};
+                factor[i] = U16x8{m[0], m[0], m[1], m[1], m[2], m[2], m[3], m[3]};
                 // Bytes (code + 1) m, minus m: with 128 more in each, none carries into the next or borrows from it.
                 added[i] = 0x8080 - factor[i] * 0x0101;
             }

@@ -13,9 +13,16 @@ constexpr bool kGroupSums = true;
 // minus a sum of codes comes off with the group that it is of.
 constexpr uint32_t kScaledOffset = 0;
 
-template <typename Word>
-inline Word word_of(Word multiplier) {
-    return multiplier | multiplier << 16;
+// The table of a group: m | m << 16 of each lane.
+inline uint32_t word_of(uint8_t multiplier) { return multiplier * 0x10001u; }
+
+inline void make_tables(const uint8_t *const multipliers[4], int64_t count, U8x16 *tables) {
+    for_groups(multipliers, count, [&](int64_t g, const U8x16 &four, uint8_t at) {
+        // Two bytes of a multiplier of 16 bits, twice.
+        constexpr uint8_t n = 0x80;
+        constexpr U8x16 by = {0, n, 0, n, 1, n, 1, n, 2, n, 2, n, 3, n, 3, n};
+        tables[g] = permuted(four, by + at);
+    });
 }
 
 // As step(), for codes that are not shifted.
@@ -34,9 +41,9 @@ inline void plain_step(Bytes w, const int8_t *x, int64_t stride, Part part[T][L]
 // the sums of the codes of x, `starts_stride` apart from token to token.
 template <int L, int T, int kLane, int64_t G>
 __attribute__((noinline)) void dot_groups_lanes(const uint8_t *w, const int8_t *x, int64_t stride, int64_t k,
-                                                int64_t ahead, const uint32_t *words, const int32_t *starts,
+                                                int64_t ahead, const U8x16 *tables, const int32_t *starts,
                                                 int64_t starts_stride, Sums sums[T][4]) {
-    for (int64_t p = 0; p < k; ++words, ++starts) {
+    for (int64_t p = 0; p < k; ++tables, ++starts) {
         Part part[T][L];
         for (int t = 0; t < T; ++t) {
             const Part start = start_part(-starts[t * starts_stride]);
@@ -47,7 +54,7 @@ __attribute__((noinline)) void dot_groups_lanes(const uint8_t *w, const int8_t *
             plain_step<L, T, kLane>(load(w + p), x + p, stride, part);
         }
         for (int i = 0; i < L; ++i) {
-            const Part multiplier = all_of(words[(kLane + i) * kTableGroups]);
+            const Part multiplier = all_of(reinterpret_cast<const U32x4 &>(*tables)[kLane + i]);
             for (int t = 0; t < T; ++t) sums[t][kLane + i] = widen_by(sums[t][kLane + i], part[t][i], multiplier);
         }
     }
@@ -66,7 +73,7 @@ inline void unpack_group_panel(const LinearArgs &args, int64_t row, int64_t rows
         const uint8_t *multipliers[4];
         multiplier_rows(args, row + j, first / G, multipliers);
         for (int64_t g = 0; g < k / G; ++g) {
-            for (int i = 0; i < 4; ++i) out.at[g][i * kBlock + j] = word_of(uint32_t{multipliers[i][g]});
+            for (int i = 0; i < 4; ++i) out.at[g][i * kBlock + j] = word_of(multipliers[i][g]);
         }
     }
 }

@@ -22,6 +22,8 @@ constexpr int64_t kMostDirect = 48;
 // Rows of codes that stand side by side in a panel, at most.
 constexpr int64_t kMostPanelTokens = 8;
 
+typedef uint8_t U8x16 __attribute__((vector_size(16)));
+
 constexpr int64_t padded(int64_t K) { return (K + kPadK - 1) / kPadK * kPadK; }
 
 // Rows of codes are tokens, or with planes == BK_FLOAT_PLANES the digits of one token after the other, lowest first.

@@ -38,12 +38,18 @@ inline Part multiply_add_scaled(Part part, Bytes w, Bytes code) {
     asm("vpdpbusd %[code], %[w], %[part]" : [part] "+v"(part) : [w] "v"(w), [code] "v"(code));
     return part;
 }
-inline Bytes table(uint32_t bytes) { return _mm512_set1_epi32(static_cast<int32_t>(bytes)); }
-inline Bytes choose(Bytes table, Bytes by) { return _mm512_shuffle_epi8(table, by); }
-template <int kShift>
-inline Bytes shifted(Bytes w) {
-    return _mm512_and_si512(kShift == 0 ? w : _mm512_srli_epi16(w, kShift), _mm512_set1_epi8(0x0F));
+inline Bytes table(const U8x16 *bytes) {
+    return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i *>(bytes)));
 }
+template <uint8_t kMask, uint8_t kFlip>
+inline Bytes look_up(Bytes table, Bytes w) {
+    const Bytes mask = _mm512_set1_epi8(kMask), flip = _mm512_set1_epi8(kFlip);
+    // (w & mask) ^ flip
+    constexpr int kAndXor = 0x6A;
+    const Bytes at = kFlip == 0 ? _mm512_and_si512(w, mask) : _mm512_ternarylogic_epi32(w, mask, flip, kAndXor);
+    return _mm512_shuffle_epi8(table, at);
+}
+inline Bytes high_half(Bytes w) { return _mm512_srli_epi16(w, 4); }
 
 #include "loops.inl"
 

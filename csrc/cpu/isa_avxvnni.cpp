@@ -38,12 +38,15 @@ inline Part multiply_add_scaled(Part part, Bytes w, Bytes code) {
     asm("%{vex%} vpdpbusd %[code], %[w], %[part]" : [part] "+x"(part) : [w] "x"(w), [code] "x"(code));
     return part;
 }
-inline Bytes table(uint32_t bytes) { return _mm256_set1_epi32(static_cast<int32_t>(bytes)); }
-inline Bytes choose(Bytes table, Bytes by) { return _mm256_shuffle_epi8(table, by); }
-template <int kShift>
-inline Bytes shifted(Bytes w) {
-    return _mm256_and_si256(kShift == 0 ? w : _mm256_srli_epi16(w, kShift), _mm256_set1_epi8(0x0F));
+inline Bytes table(const U8x16 *bytes) {
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(bytes)));
 }
+template <uint8_t kMask, uint8_t kFlip>
+inline Bytes look_up(Bytes table, Bytes w) {
+    const Bytes at = _mm256_and_si256(w, _mm256_set1_epi8(kMask));
+    return _mm256_shuffle_epi8(table, kFlip == 0 ? at : _mm256_xor_si256(at, _mm256_set1_epi8(kFlip)));
+}
+inline Bytes high_half(Bytes w) { return _mm256_srli_epi16(w, 4); }
 
 #include "loops.inl"
 

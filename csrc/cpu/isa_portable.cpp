@@ -39,10 +39,16 @@ inline Bytes broadcast(const int8_t *four) {
 }
 template <typename Vector>
 inline void in_order(Vector &) {}
-// to[i] = f(from[i]) for `count` bytes.
-template <typename F>
-inline void each_word(const uint8_t *from, int64_t count, uint32_t *to, F &&f) {
-    for (int64_t i = 0; i < count; ++i) to[i] = f(uint32_t{from[i]});
+constexpr bool kMaskedBytes = false;
+inline U8x16 sixteen(const uint8_t *from, int64_t) {
+    U8x16 bytes;
+    __builtin_memcpy(&bytes, from, 16);
+    return bytes;
+}
+inline U8x16 permuted(U8x16 bytes, U8x16 by) {
+    U8x16 chosen;
+    for (int b = 0; b < 16; ++b) chosen[b] = by[b] & 0x80 ? 0 : bytes[by[b] & 0x0F];
+    return chosen;
 }
 inline Part zero_part() { return Part{}; }
 inline Sums zero_sums() { return Sums{}; }
@@ -73,21 +79,17 @@ inline Sums multiply_add_i8(Sums sums, const Bytes &w, const Bytes &code) {
 
 constexpr uint32_t kScaledOffset = 128;
 inline Part multiply_add_scaled(Part part, const Bytes &w, const Bytes &code) { return multiply_add(part, w, code); }
-inline Bytes table(uint32_t bytes) {
-    Bytes repeated;
-    for (int b = 0; b < kWidth; b += 4) __builtin_memcpy(repeated.at + b, &bytes, 4);
-    return repeated;
+inline Bytes table(const U8x16 *bytes) { return load(bytes); }
+template <uint8_t kMask, uint8_t kFlip>
+inline Bytes look_up(const Bytes &table, const Bytes &w) {
+    Bytes found;
+    for (int b = 0; b < kWidth; ++b) found.at[b] = table.at[(w.at[b] & kMask) ^ kFlip];
+    return found;
 }
-inline Bytes choose(const Bytes &table, const Bytes &by) {
-    Bytes chosen;
-    for (int b = 0; b < kWidth; ++b) chosen.at[b] = table.at[by.at[b]];
-    return chosen;
-}
-template <int kShift>
-inline Bytes shifted(const Bytes &w) {
-    Bytes codes;
-    for (int b = 0; b < kWidth; ++b) codes.at[b] = w.at[b] >> kShift & 0x0F;
-    return codes;
+inline Bytes high_half(const Bytes &w) {
+    Bytes half;
+    for (int b = 0; b < kWidth; ++b) half.at[b] = w.at[b] >> 4;
+    return half;
 }
 
 #include "loops.inl"

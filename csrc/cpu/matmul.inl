@@ -17,7 +17,6 @@
 // come apart by masks, and memory is read strictly in sequence. tile() reads a panel: a block of columns of 64 rows,
 // unpacked once into the L1 cache with four columns of one row side by side, which all tokens then share.
 
-typedef uint8_t U8x16 __attribute__((vector_size(16)));
 typedef uint32_t U32x4 __attribute__((vector_size(16)));
 
 // One step of 16 columns may be read past a row's end only if it is in the codes, never in the weights.

@@ -31,10 +31,14 @@ template <typename Vector>
 inline void in_order(Vector &vector) {
     asm volatile("" : "+w"(vector));
 }
-// to[i] = f(from[i]) for `count` bytes.
-template <typename F>
-inline void each_word(const uint8_t *from, int64_t count, uint32_t *to, F &&f) {
-    for (int64_t i = 0; i < count; ++i) to[i] = f(uint32_t{from[i]});
+constexpr bool kMaskedBytes = false;
+inline U8x16 sixteen(const uint8_t *from, int64_t) {
+    U8x16 bytes;
+    __builtin_memcpy(&bytes, from, 16);
+    return bytes;
+}
+inline U8x16 permuted(U8x16 bytes, U8x16 by) {
+    return reinterpret_cast<U8x16>(vqtbl1q_u8(reinterpret_cast<uint8x16_t>(bytes), reinterpret_cast<uint8x16_t>(by)));
 }
 inline Part zero_part() { return vdupq_n_s32(0); }
 inline Sums zero_sums() { return vdupq_n_s32(0); }
@@ -46,12 +50,12 @@ inline Sums widen(Sums sums, Part part) { return vaddq_s32(sums, part); }
 inline void reduce(const Sums sums[4], int32_t out[4]) {
     vst1q_s32(out, vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3])));
 }
-inline Bytes table(uint32_t bytes) { return vreinterpretq_u8_u32(vdupq_n_u32(bytes)); }
-inline Bytes choose(Bytes table, Bytes by) { return vqtbl1q_u8(table, by); }
-template <int kShift>
-inline Bytes shifted(Bytes w) {
-    return vandq_u8(kShift == 0 ? w : vshrq_n_u8(w, kShift == 0 ? 1 : kShift), vdupq_n_u8(0x0F));
+inline Bytes table(const U8x16 *bytes) { return vld1q_u8(reinterpret_cast<const uint8_t *>(bytes)); }
+template <uint8_t kMask, uint8_t kFlip>
+inline Bytes look_up(Bytes table, Bytes w) {
+    return vqtbl1q_u8(table, veorq_u8(vandq_u8(w, vdupq_n_u8(kMask)), vdupq_n_u8(kFlip)));
 }
+inline Bytes high_half(Bytes w) { return vshrq_n_u8(w, 4); }
 inline Sums multiply_add_i8(Sums sums, Bytes w, Bytes code) {
     return vdotq_s32(sums, vreinterpretq_s8_u8(w), vreinterpretq_s8_u8(code));
 }

@@ -18,10 +18,14 @@ template <typename Vector>
 inline void in_order(Vector &vector) {
     asm volatile("" : "+x"(vector));
 }
-// to[i] = f(from[i]) for `count` bytes.
-template <typename F>
-inline void each_word(const uint8_t *from, int64_t count, uint32_t *to, F &&f) {
-    for (int64_t i = 0; i < count; ++i) to[i] = f(uint32_t{from[i]});
+constexpr bool kMaskedBytes = false;
+inline U8x16 sixteen(const uint8_t *from, int64_t) {
+    U8x16 bytes;
+    __builtin_memcpy(&bytes, from, 16);
+    return bytes;
+}
+inline U8x16 permuted(U8x16 bytes, U8x16 by) {
+    return reinterpret_cast<U8x16>(_mm_shuffle_epi8(reinterpret_cast<__m128i>(bytes), reinterpret_cast<__m128i>(by)));
 }
 inline Part zero_part() { return _mm256_setzero_si256(); }
 inline Sums zero_sums() { return _mm256_setzero_si256(); }

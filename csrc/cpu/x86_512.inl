@@ -24,16 +24,14 @@ template <typename Vector>
 inline void in_order(Vector &vector) {
     asm volatile("" : "+v"(vector));
 }
-// to[i] = f(from[i]) for `count` bytes; `to` has room for a multiple of 16.
-template <typename F>
-inline void each_word(const uint8_t *from, int64_t count, uint32_t *to, F &&f) {
-    typedef uint32_t Words __attribute__((vector_size(64)));
-    for (int64_t i = 0; i < count; i += 16) {
-        const auto there = static_cast<__mmask64>(count - i < 16 ? (1u << (count - i)) - 1 : 0xFFFFu);
-        const __m128i bytes = _mm512_castsi512_si128(_mm512_maskz_loadu_epi8(there, from + i));
-        const Words words = f(reinterpret_cast<Words>(_mm512_cvtepu8_epi32(bytes)));
-        __builtin_memcpy(to + i, &words, 64);
-    }
+// Sixteen bytes, zeros after the first `count`, which alone are read.
+constexpr bool kMaskedBytes = true;
+inline U8x16 sixteen(const uint8_t *from, int64_t count) {
+    const auto there = static_cast<__mmask64>(count < 16 ? (1u << count) - 1 : 0xFFFFu);
+    return reinterpret_cast<U8x16>(_mm512_castsi512_si128(_mm512_maskz_loadu_epi8(there, from)));
+}
+inline U8x16 permuted(U8x16 bytes, U8x16 by) {
+    return reinterpret_cast<U8x16>(_mm_shuffle_epi8(reinterpret_cast<__m128i>(bytes), reinterpret_cast<__m128i>(by)));
 }
 inline Part zero_part() { return _mm512_setzero_si512(); }
 inline Sums zero_sums() { return _mm512_setzero_si512(); }
