@@ -6,6 +6,7 @@
 constexpr int64_t kGroup = 64;  // groups are one or two of these
 // Columns of a packed row whose tables are made at once: they stay in the L1 cache beside the codes.
 constexpr int64_t kTableColumns = 16384;
+constexpr int64_t kTableGroups = kTableColumns / kGroup;
 // Rows ahead whose multipliers are asked for: few bytes of each of four rows, which no prefetcher of a CPU follows.
 constexpr int64_t kMultipliersAhead = 2;
 
@@ -54,21 +55,19 @@ inline void for_groups(const uint8_t *const multipliers[4], int64_t count, F &&f
 #include "groups_scaled.inl"
 #endif
 
-// acc[t][i * kBlock] += the sums of a packed row and T tokens over k columns, whole groups of G.
+// acc[t][i * kBlock] += the sums of a packed row and T tokens, from the m-th on, over k columns, whole groups of G.
 template <int T, int64_t G>
 inline void dot_groups(const uint8_t *w, const int8_t *x, int64_t stride, int64_t k, int64_t ahead,
-                       const U8x16 *tables, const int32_t *starts, int64_t starts_stride, int32_t *acc) {
+                       const RowTables &tables, const TokenSums &tokens, int64_t m, int32_t *acc) {
     Sums sums[T][4];
-    for (int t = 0; t < T; ++t) {
-        for (int i = 0; i < 4; ++i) sums[t][i] = zero_sums();
-    }
-    if constexpr (4 * T <= kWholeSums) {
-        dot_groups_lanes<4, T, 0, G>(w, x, stride, k, ahead, tables, starts, starts_stride, sums);
+    if constexpr (4 * T <= kGroupWholeSums) {
+        dot_groups_lanes<4, T, 0, G>(w, x, stride, k, ahead, tables.at, sums);
     } else {
-        dot_groups_lanes<2, T, 0, G>(w, x, stride, k, ahead, tables, starts, starts_stride, sums);
-        dot_groups_lanes<2, T, 2, G>(w, x, stride, k, 0, tables, starts, starts_stride, sums);
+        dot_groups_lanes<2, T, 0, G>(w, x, stride, k, ahead, tables.at, sums);
+        dot_groups_lanes<2, T, 2, G>(w, x, stride, k, 0, tables.at, sums);
     }
     for (int t = 0; t < T; ++t) {
+        finish_groups(sums[t], tables, tokens, m + t);
         int32_t raw[4];
         reduce(sums[t], raw);
         for (int i = 0; i < 4; ++i) add_wrapping(acc[t * kBlockOutputs + i * kBlock], raw[i]);
@@ -83,21 +82,22 @@ inline void add_group_rows(const LinearArgs &args, int64_t row, int64_t rows, co
     const int64_t parts = parts_in_cache(count, K);
     const int64_t part = ((K + parts - 1) / parts + G - 1) / G * G;
     const int64_t width = part < kTableColumns ? part : kTableColumns;
-    U8x16 tables[kTableColumns / kGroup];
+    RowTables tables;
+    TokenSums sums;
     for (int64_t first = 0; first < K; first += width) {
         const int64_t size = K - first < width ? K - first : width;
         const int64_t ahead = size == K ? kPrefetch : K;
+        sums.set(starts + first / G, args.x.columns, count, size / G);
         for (int64_t j = 0; j < rows; ++j) {
             const uint8_t *multipliers[4];
             multiplier_rows(args, row + j, first / G, multipliers);
             for (const uint8_t *own : multipliers) {
                 for (int64_t b = 0; b < size / G; b += kLine) __builtin_prefetch(own + kMultipliersAhead * (K / G) + b);
             }
-            make_tables(multipliers, size / G, tables);
-            by_tokens<kTokens>(count, [&](int64_t m, auto tokens) {
+            tables.set(multipliers, size / G);
+            by_tokens<kGroupTokens>(count, [&](int64_t m, auto tokens) {
                 dot_groups<decltype(tokens)::value, G>(args.qweight + (row + j) * K + first, x + m * stride + first,
-                                                       stride, size, ahead, tables,
-                                                       starts + m * args.x.columns + first / G, args.x.columns,
+                                                       stride, size, ahead, tables, sums, m,
                                                        acc + m * kBlockOutputs + j);
             });
         }

@@ -8,6 +8,8 @@
 //     look_up<kMask, kFlip>(table, w)    for each byte the one of the table at (w & kMask) ^ kFlip
 
 constexpr bool kGroupSums = false;
+constexpr int kGroupWholeSums = kWholeSums;
+constexpr int kGroupTokens = kTokens;
 
 // The table of a group holds the scaled bytes of its four lanes where the bits of a lane, as they stand in a half byte,
 // find them after one more exclusive or. In a square of four by four places by their high and low two bits, codes + 1 in
@@ -16,17 +18,27 @@ constexpr bool kGroupSums = false;
 constexpr uint8_t kTableMask[4] = {0x03, 0x0C, 0x03, 0x0C};
 constexpr uint8_t kTableFlip[4] = {0x00, 0x03, 0x0F, 0x0C};
 
-// tables[g] is the table of group g, of 16 bytes; `multipliers` may be read up to a multiple of 16 if kMaskedBytes.
-inline void make_tables(const uint8_t *const multipliers[4], int64_t count, U8x16 *tables) {
-    for_groups(multipliers, count, [&](int64_t g, const U8x16 &four, uint8_t at) {
-        constexpr uint8_t n = 0x80;
-        // Which lane's multiplier is added to 128 there, or taken off.
-        constexpr U8x16 plus = {n, n, 0, n, 3, n, n, n, n, n, n, 1, n, 2, n, n};
-        constexpr U8x16 minus = {0, n, n, 1, n, n, n, n, n, n, n, n, 3, n, n, 2};
-        constexpr auto offset = static_cast<uint8_t>(kScaledOffset);
-        tables[g] = permuted(four, plus + at) - permuted(four, minus + at) + offset;
-    });
-}
+// What the groups of a packed row are multiplied with.
+struct RowTables {
+    U8x16 at[kTableGroups];
+
+    void set(const uint8_t *const multipliers[4], int64_t count) {
+        for_groups(multipliers, count, [&](int64_t g, const U8x16 &four, uint8_t first) {
+            constexpr uint8_t n = 0x80;
+            // Which lane's multiplier is added to 128 there, or taken off.
+            constexpr U8x16 plus = {n, n, 0, n, 3, n, n, n, n, n, n, 1, n, 2, n, n};
+            constexpr U8x16 minus = {0, n, n, 1, n, n, n, n, n, n, n, n, 3, n, n, 2};
+            constexpr auto offset = static_cast<uint8_t>(kScaledOffset);
+            at[g] = permuted(four, plus + first) - permuted(four, minus + first) + offset;
+        });
+    }
+};
+
+// What of the sums of codes is needed beside the offset: nothing.
+struct TokenSums {
+    void set(const int32_t *, int64_t, int64_t, int64_t) {}
+};
+inline void finish_groups(Sums (&)[4], const RowTables &, const TokenSums &, int64_t) {}
 
 // The scaled bytes of L lanes from kLane on.
 template <int L, int kLane>
@@ -48,11 +60,10 @@ inline void scaled_step(Bytes w, const U8x16 *tables, const int8_t *x, int64_t s
     }
 }
 
-// sums[t][lane + i] += the sums of L lanes of a packed row and T tokens over k columns, whole groups of G.
+// sums[t][kLane + i] = the sums of L lanes of a packed row and T tokens over k columns, whole groups of G.
 template <int L, int T, int kLane, int64_t G>
 __attribute__((noinline)) void dot_groups_lanes(const uint8_t *w, const int8_t *x, int64_t stride, int64_t k,
-                                                int64_t ahead, const U8x16 *tables, const int32_t *, int64_t,
-                                                Sums sums[T][4]) {
+                                                int64_t ahead, const U8x16 *tables, Sums sums[T][4]) {
     Part part[T][L];
     clear<L, T>(part);
     for (int64_t p = 0; p < k; ++tables) {
@@ -62,7 +73,7 @@ __attribute__((noinline)) void dot_groups_lanes(const uint8_t *w, const int8_t *
         }
     }
     for (int t = 0; t < T; ++t) {
-        for (int i = 0; i < L; ++i) sums[t][kLane + i] = widen(sums[t][kLane + i], part[t][i]);
+        for (int i = 0; i < L; ++i) sums[t][kLane + i] = widen(zero_sums(), part[t][i]);
     }
 }
 

@@ -50,20 +50,21 @@ inline Sums multiply_add_i8(Sums sums, Bytes w, Bytes code) {
     return widen(sums, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(code, w)));
 }
 
-template <int L, int kLane>
-inline void split_plain(Bytes w, Bytes lanes[L]) {
-    for (int i = 0; i < L; ++i) {
-        const Bytes shifted = kLane + i == 0 ? w : _mm256_srli_epi16(w, 2 * (kLane + i));
-        lanes[i] = _mm256_and_si256(shifted, _mm256_set1_epi8(0x03));
-    }
+inline Part multiply(Bytes w, Bytes code) { return _mm256_maddubs_epi16(w, code); }
+inline Sums subtract(Sums from, Sums sums) { return _mm256_sub_epi32(from, sums); }
+template <int kBits>
+inline Sums shift_right(Sums sums) {
+    return _mm256_srai_epi32(sums, kBits);
 }
-inline Part start_part(int32_t low) { return _mm256_zextsi128_si256(_mm_cvtsi32_si128(low & 0xFFFF)); }
 inline Part broadcast_part(int32_t low) { return _mm256_set1_epi32(low & 0xFFFF); }
 inline Part all_of(uint32_t multiplier) { return _mm256_set1_epi32(static_cast<int32_t>(multiplier)); }
 inline Sums widen_by(Sums sums, Part part, Part multipliers) {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(part, multipliers));
 }
 
+// 8 parts and 8 sums, of which some spill.
+constexpr int kGroupWholeSums = 4;
+constexpr int kGroupTokens = 4;
 #define BITLAB_WIDENED_GROUPS
 #include "loops.inl"
 

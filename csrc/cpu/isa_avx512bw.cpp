@@ -43,20 +43,21 @@ inline Sums multiply_add_i8(Sums sums, Bytes w, Bytes code) {
     return widen(sums, _mm512_maddubs_epi16(_mm512_abs_epi8(w), negative));
 }
 
-template <int L, int kLane>
-inline void split_plain(Bytes w, Bytes lanes[L]) {
-    for (int i = 0; i < L; ++i) {
-        const Bytes shifted = kLane + i == 0 ? w : _mm512_srli_epi16(w, 2 * (kLane + i));
-        lanes[i] = _mm512_and_si512(shifted, _mm512_set1_epi8(0x03));
-    }
+inline Part multiply(Bytes w, Bytes code) { return _mm512_maddubs_epi16(w, code); }
+inline Sums subtract(Sums from, Sums sums) { return _mm512_sub_epi32(from, sums); }
+template <int kBits>
+inline Sums shift_right(Sums sums) {
+    return _mm512_srai_epi32(sums, kBits);
 }
-inline Part start_part(int32_t low) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(low & 0xFFFF)); }
 inline Part broadcast_part(int32_t low) { return _mm512_set1_epi32(low & 0xFFFF); }
 inline Part all_of(uint32_t multiplier) { return _mm512_set1_epi32(static_cast<int32_t>(multiplier)); }
 inline Sums widen_by(Sums sums, Part part, Part multipliers) {
     return _mm512_add_epi32(sums, _mm512_madd_epi16(part, multipliers));
 }
 
+// 12 parts and 12 sums, 2 lanes and 2 masks, the codes, a product.
+constexpr int kGroupWholeSums = 8;
+constexpr int kGroupTokens = 6;
 #define BITLAB_WIDENED_GROUPS
 #include "loops.inl"
 
