@@ -16,6 +16,8 @@ from ggml_peer import BLOCK, Ggml, GgmlLinear
 from torch import Tensor, nn
 
 from bitcore import ops
+from bitcore.checks import MOST_MULTIPLIER
+from bitcore.config import BitQuantConfig
 from bitcore.kernels import kernels_for
 from bitlayers.bitlinear import BitLinear
 
@@ -23,6 +25,26 @@ NAMES = (
     "bitlab", "bitlab bf16", "bitlab native", "torch f32", "torch bf16", "torch int8",
     "torch dynamic", "transformers", "ggml TQ2_0",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """A scheme of scales, for what BitLab is timed with beside one scale for the matrix.
+
+    Attributes:
+        title: As in the tables.
+        packing: How the ops call it, and its group size.
+    """
+
+    title: str
+    packing: tuple[str, int]
+
+
+GRANULARITIES = {
+    "per_channel": Granularity("per channel", ("per_channel", 0)),
+    "128": Granularity("groups of 128", ("per_group", 128)),
+    "64": Granularity("groups of 64", ("per_group", 64)),
+}
 DEFAULT = tuple(name for name in NAMES if name != "torch dynamic")
 # Relative to the largest output; int8 activations and 16-bit weights stay well below.
 TOLERANCE = 0.05
@@ -65,6 +87,16 @@ class Weight:
         self.codes = ops.unpack_weight(
             self.layer.qweight, torch.ones(1), out_features, torch.float32
         ).to(torch.int8)
+
+    def packed(self, granularity: str) -> tuple[Tensor, ...]:
+        """Returns the same product's packed tensors with other scales, all equal."""
+        rows, columns = self.codes.shape
+        _, group_size = GRANULARITIES[granularity].packing
+        qweight = self.layer.qweight.detach()
+        if not group_size:
+            return qweight, torch.full((rows,), self.scale)
+        multiplier = torch.full((rows, columns // group_size), MOST_MULTIPLIER, dtype=torch.uint8)
+        return qweight, torch.full((rows,), self.scale / MOST_MULTIPLIER), multiplier
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Returns codes times scale."""
@@ -122,6 +154,17 @@ def _bitlab(weight: Weight, cold: int, name: str, isa: str, label: str) -> Engin
     return Engine(label, size, _applied(functions, dtype), isa=isa)
 
 
+def _scaled(weight: Weight, cold: int, granularity: str, isa: str, label: str) -> Engine:
+    """BitLab's layer with other scales than one for the matrix."""
+    name, group_size = GRANULARITIES[granularity].packing
+    rows, columns = weight.codes.shape
+    config = BitQuantConfig(weight_granularity=name, group_size=group_size or None)
+    layer = BitLinear.packed_skeleton(columns, rows, False, config)
+    layer.commit_packed(*weight.packed(granularity))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in layer.packed())
+    return Engine(label, size, _applied(list(_modules(layer, size, cold)), torch.float32), isa=isa)
+
+
 def _dense(weight: Weight, cold: int, name: str) -> Engine:
     dtype = torch.bfloat16 if name == "torch bf16" else torch.float32
     rows, columns = weight.codes.shape
@@ -168,13 +211,19 @@ def _ggml(weight: Weight, cold: int, name: str, ggml: Ggml) -> Engine:
 
 
 def build(
-    weight: Weight, names: list[str], isas: list[str], cold: int, ggml: Ggml | None
+    weight: Weight,
+    names: list[str],
+    granularities: list[str],
+    isas: list[str],
+    cold: int,
+    ggml: Ggml | None,
 ) -> list[Engine]:
     """Returns the engines of these names that can run here.
 
     Args:
         weight: What they multiply with.
         names: Of `NAMES`.
+        granularities: Of `GRANULARITIES`: further engines of BitLab.
         isas: The instruction set of BitLab's engines, and further ones for `bitlab` only.
         cold: Bytes of distinct weights that each engine rotates over.
         ggml: The library, or None where it is not installed.
@@ -194,8 +243,14 @@ def build(
             engines.append(makers[name](weight, cold, name))
         elif ggml is not None:
             engines.append(_ggml(weight, cold, name, ggml))
+    for name in granularities:
+        title = GRANULARITIES[name].title
+        engines.append(_scaled(weight, cold, name, isas[0], f"bitlab {title}"))
     for isa in isas[1:]:
         engines.append(_bitlab(weight, cold, "bitlab", isa, f"bitlab [{isa}]"))
+        for name in granularities:
+            title = GRANULARITIES[name].title
+            engines.append(_scaled(weight, cold, name, isa, f"bitlab {title} [{isa}]"))
     return engines
 
 

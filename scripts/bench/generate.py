@@ -55,6 +55,8 @@ QUICK = {
 ENGINES: dict[str, tuple[str, str, str, dict[str, str]]] = {
     "bitlab int8": ("bitlab-int8", "bitlab", "dense", {"head": "int8"}),
     "bitlab keep": ("bitlab-keep", "bitlab", "dense", {"head": "keep"}),
+    "groups int8": ("bitlab-groups-int8", "bitlab", "dense", {"head": "int8", "group_size": "64"}),
+    "groups keep": ("bitlab-groups-keep", "bitlab", "dense", {"head": "keep", "group_size": "64"}),
     "dense bf16": ("dense", "dense", "", {}),
     "bitnet packed": ("bitnet", "bitnet", "bitlab-keep", {}),
 }
@@ -232,6 +234,13 @@ def find_targets(results: list[Result]) -> list[Target]:
     for name, one in (("int8 head", int8), ("head kept", keep)):
         prompt = figure(one, "prompt_tok_s")
         targets.append(Target(f"prompt, {name}: 120 tok/s", prompt, 120, True, " tok/s"))
+    for head, one in (("int8", int8), ("keep", keep)):
+        grouped = found.get(f"groups {head}")
+        ratio = None
+        if grouped is not None and one is not None:
+            ratio = grouped["decode_tok_s"] / one["decode_tok_s"]
+        title = f"decode, groups of 64, head {head}: 0.87 of one scale a matrix"
+        targets.append(Target(title, ratio, 0.87, True, "x"))
     above = figure(int8, "above_bytes", 1e9)
     name = "peak memory, int8 head: at most 0.2 GB above file + imports"
     targets.append(Target(name, above, 0.2, False, " GB"))

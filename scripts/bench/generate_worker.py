@@ -39,7 +39,9 @@ def build_bitlab(request: Request, target: Path) -> None:
     """Packs the dense model while it loads, and saves it deployed."""
     from bitlab_hf import BitLabConfig, save
 
-    config = BitLabConfig(mode="infer", head=request["head"])
+    size = request.get("group_size")
+    groups = {"weight_granularity": "per_group", "group_size": int(size)} if size else {}
+    config = BitLabConfig(mode="infer", head=request["head"], **groups)
     model = AutoModelForCausalLM.from_pretrained(request["source"], quantization_config=config)
     save(model, target)
 

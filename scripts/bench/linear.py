@@ -3,6 +3,7 @@
     python scripts/bench/linear.py                     # all shapes, every thread count: minutes
     python scripts/bench/linear.py --shapes 6912x2560 --tokens 1 8 --threads 2
     python scripts/bench/linear.py --isa all           # each instruction set of this CPU too
+    python scripts/bench/linear.py --granularity all   # BitLab alone: what groups of scales cost
 
 Engines take turns call by call, each on distinct copies of its weights that no cache can keep;
 reading from DRAM and multiplying int8 take their turns too, and are what the shares are of. All
@@ -15,21 +16,30 @@ from __future__ import annotations
 import argparse
 import warnings
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Disturbance, Grid, Probe, Target, close, header, pyplot
-from engines import DEFAULT, NAMES, Engine, Weight, build, build_head, check
+from common import Disturbance, Probe, close, header, pyplot
+from engines import DEFAULT, GRANULARITIES, NAMES, Engine, Weight, build, build_head, check
 from ggml_peer import BLOCK, Ggml
+from linear_report import (
+    Row,
+    Shape,
+    draw,
+    find_targets,
+    long_grid,
+    pack_grid,
+    threads_text,
+    wide_grids,
+)
 from rich.console import Console
 from rich.progress import Progress
 
 from bitcore.kernels import kernels_for
-from bitlab_hf.cli.timing import Contender, Timing, last_level_cache, race
+from bitlab_hf.cli.timing import Contender, last_level_cache, race
 
-Shape = tuple[int, int]
-Row = dict[str, Any]
 MEGABYTE = 1_000_000
 
 
@@ -42,6 +52,7 @@ class Preset:
     head: Shape
     packing: Shape
     tokens: tuple[int, ...]
+    group_tokens: tuple[int, ...]
     cold: int
     seconds: float
 
@@ -56,10 +67,13 @@ FULL = Preset(
     head=(128256, 2560),
     packing=(6912, 2560),
     tokens=(1, 4, 8, 16, 32, 128, 512),
+    group_tokens=(1, 4, 8, 16, 20, 24, 64, 256, 512),
     cold=450 * MEGABYTE,
     seconds=0.4,
 )  # fmt: skip
-QUICK = Preset(((64, 256),), ((64, 256),), (512, 256), (64, 256), (1, 8, 512), MEGABYTE, 0.01)
+QUICK = Preset(
+    ((64, 256),), ((64, 256),), (512, 256), (64, 256), (1, 8, 512), (1, 8, 64), MEGABYTE, 0.01
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -72,7 +86,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, metavar="M")
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, cores}))
     parser.add_argument("--isa", default="auto", help="auto, a name, or all")
-    parser.add_argument("--engines", nargs="+", choices=NAMES, default=list(DEFAULT))
+    parser.add_argument("--engines", nargs="+", choices=NAMES)
+    parser.add_argument(
+        "--granularity",
+        nargs="+",
+        choices=("per_tensor", *GRANULARITIES, "all"),
+        default=["per_tensor"],
+        help="scales of further engines of BitLab beside one for the matrix",
+    )
     parser.add_argument("--cold-mb", type=float, help="distinct weights of an engine")
     parser.add_argument("--seconds", type=float, help="time of an engine in one cell")
     parser.add_argument("--limit", type=float, default=3, help="seconds: slower calls run once")
@@ -85,8 +106,12 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     preset = QUICK if arguments.quick else FULL
     arguments.preset = preset
-    arguments.shapes = arguments.shapes or list(preset.shapes)
-    arguments.tokens = arguments.tokens or list(preset.tokens)
+    chosen = [name for name in GRANULARITIES if {name, "all"} & set(arguments.granularity)]
+    arguments.granularity = chosen
+    arguments.engines = arguments.engines or (["bitlab"] if chosen else list(DEFAULT))
+    arguments.shapes = arguments.shapes or list(preset.targets if chosen else preset.shapes)
+    arguments.tokens = arguments.tokens or list(preset.group_tokens if chosen else preset.tokens)
+    arguments.no_head |= bool(chosen)
     arguments.seconds = arguments.seconds or preset.seconds
     cold = preset.cold if arguments.quick else max(preset.cold, 4 * last_level_cache())
     arguments.cold = int(arguments.cold_mb * MEGABYTE) if arguments.cold_mb else cold
@@ -99,10 +124,6 @@ def _shape(text: str) -> Shape:
     if rows % 4 or columns % BLOCK:
         raise argparse.ArgumentTypeError(f"N must be a multiple of 4 and K of {BLOCK}: {text}")
     return rows, columns
-
-
-def _threads(count: int) -> str:
-    return f"{count} thread" if count == 1 else f"{count} threads"
 
 
 def measure(engines: list[Engine], shape: Shape, m: int, probe: Probe, options: Any) -> list[Row]:
@@ -145,145 +166,29 @@ def pack_rows(shape: Shape, probe: Probe, options: Any) -> list[Row]:
         weight = torch.randn(shape).to(dtype)
         size = weight.numel() * weight.element_size()
         copies = [weight, *(weight.clone() for _ in range(-(-options.cold // size) - 1))]
-        times = race(
-            [
-                Contender("pack", [lambda w=w: _pack(w) for w in copies]),
-                Contender("read", [probe.reads(w) for w in copies]),
-            ],
-            options.seconds,
-            options.limit,
-        )
-        rows.append(
-            {
-                "threads": torch.get_num_threads(),
-                "n": shape[0],
-                "k": shape[1],
-                "dtype": str(dtype).removeprefix("torch."),
-                "pack_us": asdict(times["pack"]),
-                "read_us": asdict(times["read"]),
-                "ratio": times["pack"].p50 / times["read"].p50,
-            }
-        )
-    return rows
-
-
-def _pack(weight: torch.Tensor) -> object:
-    return torch.ops.bitlab.pack_weight(weight, "per_tensor", 0)
-
-
-def long_grid(title: str, rows: list[Row]) -> Grid:
-    """Returns every figure of some cells."""
-    columns = ["M", "engine", "µs p50", "p10-p90", "GB/s", "of DRAM", "GMAC/s", "of peak"]
-    grid = Grid(title, columns, left=2)
-    for row in rows:
-        timing = Timing(**row["us"])
-        share = "-" if row["peak_share"] is None else f"{row['peak_share']:.0%}"
-        grid.rows.append(
-            [
-                str(row["m"]), row["engine"], f"{timing.p50:.0f}",
-                f"{timing.p10:.0f}-{timing.p90:.0f}", f"{row['gbs']:.1f}",
-                f"{row['dram_share']:.0%}", f"{row['gmacs']:.0f}", share,
-            ]
-        )  # fmt: skip
-    return grid
-
-
-def wide_grids(rows: list[Row]) -> list[Grid]:
-    """Returns a table for each thread count and shape: µs of the engines by tokens."""
-    grids = []
-    for threads, n, k in dict.fromkeys((row["threads"], row["n"], row["k"]) for row in rows):
-        cells = [row for row in rows if (row["threads"], row["n"], row["k"]) == (threads, n, k)]
-        tokens = list(dict.fromkeys(row["m"] for row in cells))
-        columns = ["engine", *(f"M={m}" for m in tokens)]
-        grid = Grid(f"{n}x{k} (N x K), {_threads(threads)}, µs", columns)
-        for engine in dict.fromkeys(row["engine"] for row in cells):
-            times = {row["m"]: row["us"]["p50"] for row in cells if row["engine"] == engine}
-            grid.rows.append([engine, *(f"{times[m]:.0f}" if m in times else "-" for m in tokens)])
-        grids.append(grid)
-    return grids
-
-
-def pack_grid(rows: list[Row]) -> Grid:
-    """Returns the table of packing times."""
-    grid = Grid("Packing, µs", ["weight", "threads", "pack", "read once", "ratio"])
-    for row in rows:
-        name = f"{row['n']}x{row['k']} {row['dtype']}"
-        pack, read = row["pack_us"]["p50"], row["read_us"]["p50"]
-        grid.rows.append(
-            [name, str(row["threads"]), f"{pack:.0f}", f"{read:.0f}", f"{row['ratio']:.2f}"]
-        )
-    return grid
-
-
-def find_targets(rows: list[Row], packing: list[Row], preset: Preset, threads: int) -> list[Target]:
-    """Returns the closing table's lines, computed from the run's figures."""
-
-    def cell(shape: Shape, m: int, engine: str) -> Row | None:
-        wanted = (threads, *shape, m, engine)
-        names = ("threads", "n", "k", "m", "engine")
-        return next((row for row in rows if tuple(row[key] for key in names) == wanted), None)
-
-    def ratio(above: Row | None, below: Row | None) -> float | None:
-        if above is None or below is None:
-            return None
-        return float(above["us"]["p50"] / below["us"]["p50"])
-
-    targets = []
-    for shape in preset.targets:
-        one, eight, many = (cell(shape, m, "bitlab") for m in (1, 8, 512))
-        name = f"{shape[0]}x{shape[1]}"
-        share = None if one is None else 100 * one["dram_share"]
-        ggml, dense = cell(shape, 1, "ggml TQ2_0"), cell(shape, 1, "torch bf16")
-        int8 = cell(shape, 512, "torch int8")
-        targets += [
-            Target(f"{name} M=1: share of DRAM reading, 80 %", share, 80, True, " %"),
-            Target(f"{name} M=1: 1.8x ggml TQ2_0", ratio(ggml, one), 1.8, True, "x"),
-            Target(f"{name} M=1: 10x torch bf16", ratio(dense, one), 10, True, "x"),
-            Target(f"{name} M=8: at most 2x M=1", ratio(eight, one), 2, False, "x"),
-            Target(f"{name} M=512: at most torch int8's time", ratio(many, int8), 1, False, "x"),
+        schemes = {"per tensor": ("per_tensor", 0)}
+        for name in options.granularity:
+            schemes[GRANULARITIES[name].title] = GRANULARITIES[name].packing
+        packers = [
+            Contender(title, [partial(torch.ops.bitlab.pack_weight, w, *one) for w in copies])
+            for title, one in schemes.items()
         ]
-    for dtype in ("float32", "bfloat16"):
-        found = [r["ratio"] for r in packing if (r["dtype"], r["threads"]) == (dtype, threads)]
-        name = f"packing {dtype}: at most 2.5x reading it once"
-        targets.append(Target(name, found[0] if found else None, 2.5, False, "x"))
-    return targets
-
-
-def draw(rows: list[Row], preset: Preset, threads: int, path: Path) -> None:
-    """Draws the shares of DRAM at one token, and GMAC/s over the tokens of the first target."""
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    rows = [row for row in rows if row["threads"] == threads]
-    engines = list(dict.fromkeys(row["engine"] for row in rows))
-    least = min(row["m"] for row in rows)
-    shapes = list(dict.fromkeys((row["n"], row["k"]) for row in rows))
-    width = 0.8 / len(engines)
-    for index, engine in enumerate(engines):
-        times = {
-            (row["n"], row["k"]): row["us"]["p50"]
-            for row in rows
-            if (row["engine"], row["m"]) == (engine, least)
-        }
-        places = [place + index * width for place in range(len(shapes))]
-        left.bar(places, [times.get(one, 0) for one in shapes], width, label=engine)
-    left.set_yscale("log")
-    left.set_xticks([place + 0.4 for place in range(len(shapes))])
-    left.set_xticklabels([f"{n}x{k}" for n, k in shapes], rotation=30)
-    left.set(title=f"M = {least}, cold weights, {_threads(threads)}", ylabel="µs (log)")
-    left.legend(fontsize="small")
-    shape = next((one for one in preset.targets if one in shapes), shapes[0])
-    curves = [row for row in rows if (row["n"], row["k"]) == shape]
-    for engine in engines:
-        points = [(row["m"], row["gmacs"]) for row in curves if row["engine"] == engine]
-        right.plot(*zip(*points, strict=True), marker="o", label=engine)
-    peaks = [row["peak_gmacs"] for row in curves]
-    right.axhline(sum(peaks) / len(peaks), color="black", linestyle="--", label="int8 peak")
-    right.set_xscale("log", base=2)
-    right.set_yscale("log")
-    right.set(title=f"{shape[0]}x{shape[1]} (N x K)", xlabel="M", ylabel="GMAC/s (log)")
-    right.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+        read = Contender("read", [probe.reads(w) for w in copies])
+        times = race([*packers, read], options.seconds, options.limit)
+        for title in schemes:
+            rows.append(
+                {
+                    "threads": torch.get_num_threads(),
+                    "n": shape[0],
+                    "k": shape[1],
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "scales": title,
+                    "pack_us": asdict(times[title]),
+                    "read_us": asdict(times["read"]),
+                    "ratio": times[title].p50 / times["read"].p50,
+                }
+            )
+    return rows
 
 
 @torch.no_grad()
@@ -308,7 +213,7 @@ def main() -> None:
     probe = Probe(max(options.cold, 8 * 4096))
     result |= {
         "isa": isas, "cold_bytes": options.cold, "multiply_probe": probe.multiply_name,
-        "not_installed": absent, "quick": options.quick,
+        "not_installed": absent, "quick": options.quick, "granularity": options.granularity,
     }  # fmt: skip
     for name in absent:
         console.print(f"{name}: not installed (pip install llama-cpp-python)")
@@ -320,12 +225,14 @@ def main() -> None:
         task = progress.add_task("measuring", total=groups)
         for shape in options.shapes:
             progress.update(task, description=f"{shape[0]}x{shape[1]}")
-            engines = build(Weight(*shape), options.engines, isas, options.cold, ggml)
+            engines = build(
+                Weight(*shape), options.engines, options.granularity, isas, options.cold, ggml
+            )
             check(engines, torch.randn(2, shape[1]))
             for threads in options.threads:
                 torch.set_num_threads(threads)
                 found = measure_all(engines, shape, probe, options)
-                title = f"{shape[0]}x{shape[1]} (N x K), {_threads(threads)}, {isas[0]}"
+                title = f"{shape[0]}x{shape[1]} (N x K), {threads_text(threads)}, {isas[0]}"
                 long_grid(title, found).show(console)
                 rows += found
                 progress.advance(task)
@@ -348,7 +255,7 @@ def main() -> None:
     if head:
         name = f"Output head {head[0]['n']}x{head[0]['k']}, one token"
         grids += [
-            long_grid(f"{name}, {_threads(t)}", [row for row in head if row["threads"] == t])
+            long_grid(f"{name}, {threads_text(t)}", [row for row in head if row["threads"] == t])
             for t in options.threads
         ]
     if packing:
@@ -357,10 +264,10 @@ def main() -> None:
         grid.show(console)
     result |= {"rows": rows, "head": head, "packing": packing}
     threads = max(options.threads)
-    targets = find_targets(rows, packing, options.preset, threads)
+    targets = find_targets(rows, packing, options.preset.targets, threads)
     close(console, result, grids, targets, disturbance, options.json)
     if not options.no_png:
-        draw(rows, options.preset, threads, options.png)
+        draw(rows, options.preset.targets, threads, options.png)
     console.print(f"Results: {options.json}", highlight=False)
 
 

@@ -71,17 +71,35 @@ def test_linear(tmp_path: Path) -> None:
     assert_targets(result, output)
 
 
+def test_linear_with_all_granularities(tmp_path: Path) -> None:
+    options = ("--threads", "1", "--granularity", "all")
+    result, output = run("bench/linear.py", tmp_path, *options)
+    titles = ("per channel", "groups of 128", "groups of 64")
+    assert {row["engine"] for row in result["rows"]} == {
+        "bitlab", *(f"bitlab {title}" for title in titles)
+    }  # fmt: skip
+    n, k = result["rows"][0]["n"], result["rows"][0]["k"]
+    sizes = {row["engine"]: row["weight_bytes"] for row in result["rows"]}
+    assert sizes["bitlab groups of 64"] == n * k // 4 + 4 * n + n * k // 64
+    assert sizes["bitlab groups of 128"] == n * k // 4 + 4 * n + n * k // 128
+    assert {row["scales"] for row in result["packing"]} == {"per tensor", *titles}
+    one = {row["engine"]: row["us"]["p50"] for row in result["rows"] if row["m"] == 1}
+    asked = next(target for target in result["targets"] if "M=1: groups of 64" in target["name"])
+    assert asked["measured"] == pytest.approx(one["bitlab groups of 64"] / one["bitlab"])
+    assert_targets(result, output)
+
+
 @pytest.mark.ci
 def test_generate(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    engines = ("bitlab int8", "bitlab keep", "dense bf16", "bitnet packed")
+    engines = ("bitlab int8", "bitlab keep", "groups keep", "dense bf16", "bitnet packed")
     options = ("--threads", "1", "--work", str(work), "--engines", *engines)
     result, output = run("bench/generate.py", tmp_path, *options)
     found = {one["engine"]: one for one in result["engines"]}
     assert tuple(found) == engines
     layers = [one["layer"] for one in found.values()]
-    assert layers == ["BitLinear", "BitLinear", "Linear", "BitLinear"]
-    assert [one["head"] for one in found.values()] == ["Int8Linear", "Linear", "Linear", "Linear"]
+    assert layers == ["BitLinear", "BitLinear", "BitLinear", "Linear", "BitLinear"]
+    assert [one["head"] for one in found.values()] == ["Int8Linear", *["Linear"] * 4]
     int8, keep, *_ = found.values()
     assert int8["file_bytes"] < keep["file_bytes"]
     for name, one in found.items():
@@ -94,8 +112,11 @@ def test_generate(tmp_path: Path) -> None:
         assert len(one["runs"]) == result["rounds"]
     assert found["bitlab keep"]["file_bytes"] < found["dense bf16"]["file_bytes"]
     assert {path.name for path in work.iterdir()} == {
-        "dense", "bitlab-int8", "bitlab-keep", "bitnet",
+        "dense", "bitlab-int8", "bitlab-keep", "bitlab-groups-keep", "bitnet",
     }  # fmt: skip
+    groups = next(one for one in result["targets"] if "groups of 64, head keep" in one["name"])
+    speeds = found["groups keep"]["decode_tok_s"], found["bitlab keep"]["decode_tok_s"]
+    assert groups["measured"] == pytest.approx(speeds[0] / speeds[1])
     assert_targets(result, output)
 
 
