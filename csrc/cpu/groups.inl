@@ -1,7 +1,8 @@
-// Sums over groups whose scales are in two levels: the sum over groups g of multiplier[n, g] times the sum over k in g of
-// code[n, k] x[k], exact in int32; intermediate sums are taken modulo 2^32. Included by each ISA file inside its anonymous
-// namespace, between matmul.inl and linear.inl. What is done to a group is in groups_scaled.inl, or with
-// BITLAB_WIDENED_GROUPS in groups_widened.inl.
+// Sums over groups whose scales are in two levels: the sum over groups g of multiplier[n, g] times the sum over k in g
+// of code[n, k] x[k], exact in int32; intermediate sums are taken modulo 2^32. Included by each ISA file inside its
+// anonymous namespace, between matmul.inl and linear.inl. What is done to a group is in groups_scaled.inl, or with
+// BITLAB_WIDENED_GROUPS in groups_widened.inl. An ISA file provides sixteen(from, count): bytes, zeros after the first
+// `count`, which alone are read.
 
 constexpr int64_t kGroup = 64;  // groups are one or two of these
 // Columns of a packed row whose tables are made at once: they stay in the L1 cache beside the codes.
@@ -21,7 +22,7 @@ inline void multiplier_rows(const LinearArgs &args, int64_t row, int64_t group, 
 
 // fours[g / 4] = the bytes g of the four lanes, one group after the other.
 inline void interleave_bytes(const U8x16 lane[4], U8x16 fours[4]) {
-#define BITLAB_HALF(a, b, at)                                                                                    \
+#define BITLAB_HALF(a, b, at)                                                                                      \
     __builtin_shufflevector(a, b, at, 16 + at, at + 1, 17 + at, at + 2, 18 + at, at + 3, 19 + at, at + 4, 20 + at, \
                             at + 5, 21 + at, at + 6, 22 + at, at + 7, 23 + at)
     typedef uint16_t U16x8 __attribute__((vector_size(16)));

@@ -12,9 +12,9 @@ constexpr int kGroupWholeSums = kWholeSums;
 constexpr int kGroupTokens = kTokens;
 
 // The table of a group holds the scaled bytes of its four lanes where the bits of a lane, as they stand in a half byte,
-// find them after one more exclusive or. In a square of four by four places by their high and low two bits, codes + 1 in
-// the low bits name places of a row, those in the high bits of a column; there is no code + 1 of 3, so that rows 0 and 3
-// and columns 3 and 0 have a place less in turn and share none.
+// find them after one more exclusive or. In a square of four by four places by their high and low two bits, codes + 1
+// in the low bits name places of a row, those in the high bits of a column; there is no code + 1 of 3, so that rows 0
+// and 3 and columns 3 and 0 have a place less in turn and share none.
 constexpr uint8_t kTableMask[4] = {0x03, 0x0C, 0x03, 0x0C};
 constexpr uint8_t kTableFlip[4] = {0x00, 0x03, 0x0F, 0x0C};
 
@@ -122,7 +122,7 @@ inline void unpack_group_panel(const LinearArgs &args, int64_t row, int64_t rows
 
 // acc[t][v * kRows ...] += the sums of V vectors of panel rows and T tokens over `quads` times 4 columns.
 template <int V, int T, int64_t G>
-inline void tile_groups(const uint8_t *panel, int64_t quads, const int8_t *x, const int32_t *,
-                                           int64_t, const PanelMultipliers &, int64_t, int32_t *acc) {
+inline void tile_groups(const uint8_t *panel, int64_t quads, const int8_t *x, const int32_t *, int64_t,
+                        const PanelMultipliers &, int64_t, int32_t *acc) {
     tile<V, T, true>(panel, quads, x, acc);
 }

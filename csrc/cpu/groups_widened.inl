@@ -61,7 +61,8 @@ inline void first_step(Bytes w, int lane, const int8_t *x, int64_t stride, Part 
 }
 
 // sums[t][kLane + i] = the sums of L lanes of a packed row and T tokens over k columns, whole groups of G, of codes + 1
-// and shifted as split() leaves them: a place of the vector is 2^17 K / 8 at most. finish_groups() makes it right.
+// and shifted as split() leaves them; finish_groups() makes them right. A place of the vector takes K / kRows columns:
+// at most 127 * 2 * 4 * 128 K / 8, less than 2^31.
 template <int L, int T, int kLane, int64_t G>
 __attribute__((noinline)) void dot_groups_lanes(const uint8_t *w, const int8_t *x, int64_t stride, int64_t k,
                                                 int64_t ahead, const U8x16 *tables, Sums sums[T][4]) {

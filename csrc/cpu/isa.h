@@ -24,6 +24,17 @@ constexpr int64_t kMostPanelTokens = 8;
 
 typedef uint8_t U8x16 __attribute__((vector_size(16)));
 
+// Sixteen bytes, zeros after the first `count`, which alone are read.
+static inline U8x16 copied_16(const uint8_t *from, int64_t count) {
+    U8x16 bytes = {};
+    if (count >= 16) {
+        __builtin_memcpy(&bytes, from, 16);
+    } else {
+        for (int64_t i = 0; i < count; ++i) bytes[i] = from[i];
+    }
+    return bytes;
+}
+
 constexpr int64_t padded(int64_t K) { return (K + kPadK - 1) / kPadK * kPadK; }
 
 // Rows of codes are tokens, or with planes == BK_FLOAT_PLANES the digits of one token after the other, lowest first.

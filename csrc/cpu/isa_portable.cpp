@@ -39,12 +39,7 @@ inline Bytes broadcast(const int8_t *four) {
 }
 template <typename Vector>
 inline void in_order(Vector &) {}
-constexpr bool kMaskedBytes = false;
-inline U8x16 sixteen(const uint8_t *from, int64_t) {
-    U8x16 bytes;
-    __builtin_memcpy(&bytes, from, 16);
-    return bytes;
-}
+inline U8x16 sixteen(const uint8_t *from, int64_t count) { return copied_16(from, count); }
 inline U8x16 permuted(U8x16 bytes, U8x16 by) {
     U8x16 chosen;
     for (int b = 0; b < 16; ++b) chosen[b] = by[b] & 0x80 ? 0 : bytes[by[b] & 0x0F];

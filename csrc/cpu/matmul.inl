@@ -165,8 +165,8 @@ void interleave(const int8_t *codes, int64_t stride, int64_t rows, int8_t *panel
     }
 }
 
-// `count` packed columns, up to 16, from p on of rows j to j + 3, zeros behind: quad[c / 4] has the bytes of four columns
-// of each row. Rows that are missing are row j again.
+// `count` packed columns, up to 16, from p on of rows j to j + 3, zeros behind: quad[c / 4] has the bytes of four
+// columns of each row. Rows that are missing are row j again.
 inline void load_quads(const uint8_t *w, int64_t K, int64_t rows, int64_t j, int64_t p, int64_t count, U32x4 quad[4]) {
     U32x4 row[4];
     for (int64_t r = 0; r < 4; ++r) {

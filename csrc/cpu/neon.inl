@@ -31,12 +31,7 @@ template <typename Vector>
 inline void in_order(Vector &vector) {
     asm volatile("" : "+w"(vector));
 }
-constexpr bool kMaskedBytes = false;
-inline U8x16 sixteen(const uint8_t *from, int64_t) {
-    U8x16 bytes;
-    __builtin_memcpy(&bytes, from, 16);
-    return bytes;
-}
+inline U8x16 sixteen(const uint8_t *from, int64_t count) { return copied_16(from, count); }
 inline U8x16 permuted(U8x16 bytes, U8x16 by) {
     return reinterpret_cast<U8x16>(vqtbl1q_u8(reinterpret_cast<uint8x16_t>(bytes), reinterpret_cast<uint8x16_t>(by)));
 }

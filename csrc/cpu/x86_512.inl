@@ -24,8 +24,6 @@ template <typename Vector>
 inline void in_order(Vector &vector) {
     asm volatile("" : "+v"(vector));
 }
-// Sixteen bytes, zeros after the first `count`, which alone are read.
-constexpr bool kMaskedBytes = true;
 inline U8x16 sixteen(const uint8_t *from, int64_t count) {
     const auto there = static_cast<__mmask64>(count < 16 ? (1u << count) - 1 : 0xFFFFu);
     return reinterpret_cast<U8x16>(_mm512_castsi512_si128(_mm512_maskz_loadu_epi8(there, from)));
