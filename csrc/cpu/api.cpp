@@ -144,7 +144,8 @@ int32_t bk_cpu_pack_t2(const void *weight, int32_t weight_type, const float *wei
     if (const char *text = check_shape(0, N, K, scale_rows, scale_columns, 1)) return fail(BK_INVALID_ARGUMENT, text);
     if (!valid_type(weight_type)) return fail(BK_INVALID_ARGUMENT, "weight_type must be a bk_type");
     const Kernels &kernels = selected_kernels();
-    const PackArgs args = {weight, weight_type, weight_scale, scale_rows, groups(scale_columns), qweight, N, K, nullptr};
+    const PackArgs args = {weight, weight_type, weight_scale, scale_rows, groups(scale_columns), qweight,
+                           N,      K,           nullptr};
     const int64_t R = (N + 3) / 4;
     parallel(R, threads_for(N * K, kElementsPerThread, R, num_threads),
              [&](int64_t first, int64_t last) { kernels.pack(args, first, last); });
@@ -159,9 +160,8 @@ int32_t bk_cpu_pack_groups_t2(const void *weight, int32_t weight_type, float *we
     const Kernels &kernels = selected_kernels();
     const PackArgs args = {weight, weight_type, nullptr, N, columns, qweight, N, K, nullptr};
     const int64_t R = (N + 3) / 4;
-    parallel(R, threads_for(N * K, kElementsPerThread, R, num_threads), [&](int64_t first, int64_t last) {
-        kernels.pack_groups(args, {weight_scale, multiplier}, first, last);
-    });
+    parallel(R, threads_for(N * K, kElementsPerThread, R, num_threads),
+             [&](int64_t first, int64_t last) { kernels.pack_groups(args, {weight_scale, multiplier}, first, last); });
     return BK_OK;
 }
 
@@ -182,8 +182,8 @@ int32_t bk_cpu_unpack_t2(const uint8_t *qweight, const float *weight_scale, int6
     const Kernels &kernels = selected_kernels();
     // The kernel only reads qweight; the struct serves packing too.
     const PackArgs args = {
-        weight, weight_type, weight_scale, scale_rows, groups(scale_columns), const_cast<uint8_t *>(qweight), N, K,
-        multiplier};
+        weight, weight_type, weight_scale, scale_rows, groups(scale_columns), const_cast<uint8_t *>(qweight),
+        N,      K,           multiplier};
     const Block block = {first_row, last_row, first_column, last_column};
     const int64_t rows = last_row - first_row;
     const int64_t work = 4 * rows * (last_column - first_column);

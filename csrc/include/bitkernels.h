@@ -100,8 +100,8 @@ typedef struct {
  * x_q = clamp(round_half_even(x * a), -128, 127); x_scale = m / 127. A token (per_tensor: all) with NaN or infinity
  * gives NaN. Sums are exact int32. Per tensor and per channel: y = float(acc) * (x_scale * weight_scale[n]) + bias[n];
  * with multipliers the same for acc = sum over g of multiplier[n, g] * acc_g, which is exact too;
- * with a scale a group: y = (sum over ascending g of float(acc_g) * weight_scale[n, g]) * x_scale + bias[n]; every operation is
- * rounded in float32 and none is contracted; then one rounding to y's type.
+ * with a scale a group: y = (sum over ascending g of float(acc_g) * weight_scale[n, g]) * x_scale + bias[n]; every
+ * operation is rounded in float32 and none is contracted; then one rounding to y's type.
  */
 BK_API int32_t bk_cpu_linear_i8_t2(const bk_linear_args *args);
 
@@ -111,10 +111,10 @@ BK_API int32_t bk_cpu_linear_i8_t2(const bk_linear_args *args);
  * Each token becomes integers of 31 bits, x_i = round_half_even(x * 2^(30 - e)) with 2^(e - 1) <= max|x| < 2^e, and
  * these four int8 digits of base 256, whose sums are exact: an element is changed only where its lowest bit is below
  * 2^(e - 30), so 16-bit activations within 2^19 of the token's largest are taken as they are. The sums of a token,
- * exact in int64 with multipliers and without, are scaled (and, with a scale a group, added) in float64, the bias is added in float64, and the result is
- * rounded once to float32 and from there to y's type. It depends neither on num_threads nor on the instruction set.
- * A token with NaN or infinity gives NaN.
- *   planes of the workspace: BK_FLOAT_PLANES
+ * exact in int64 with multipliers and without, are scaled (and, with a scale a group, added) in float64, the bias is
+ * added in float64, and the result is rounded once to float32 and from there to y's type. It depends neither on
+ * num_threads nor on the instruction set. A token with NaN or infinity gives NaN. planes of the workspace:
+ * BK_FLOAT_PLANES
  */
 BK_API int32_t bk_cpu_linear_f32_t2(const bk_linear_args *args);
 
