@@ -9,6 +9,7 @@
 
 #include "linear.inl"
 #include "pack.inl"
+#include "pack_groups.inl"
 
 #define BITLAB_KERNELS(name, supported)                                                                    \
     {name,       supported, absmax,    quantize,    quantize_planes, kPanelFrom, kPanelTokens, kGroupSums, \

@@ -122,8 +122,8 @@ inline typename T::Bits threshold(float inverse) {
     return low;
 }
 
-// One byte of codes for each of `count` columns of four rows.
-template <typename T>
+// One byte of codes for each of `count` columns of four rows; kAsks: they are not in a cache yet.
+template <typename T, bool kAsks>
 inline void pack_columns(const typename T::Storage *const rows[4], const typename T::Bits thresholds[4], int64_t count,
                          uint8_t *out) {
     using Bits = typename T::Bits;
@@ -145,7 +145,7 @@ inline void pack_columns(const typename T::Storage *const rows[4], const typenam
     };
     int64_t k = 0;
     for (; k + kColumns <= count; k += kColumns) {
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; kAsks && i < 4; ++i) {
             constexpr int64_t kLineColumns = kLine / sizeof(Bits);
             for (int64_t line = 0; line < kColumns; line += kLineColumns) ask_ahead(rows[i] + k + line);
         }
@@ -195,61 +195,10 @@ void pack(const PackArgs &args, int64_t first, int64_t last) {
                     }
                 }
                 uint8_t *packed = args.qweight + r * args.K + c * width;
-                pack_columns<T>(rows, thresholds, width, packed);
+                pack_columns<T, true>(rows, thresholds, width, packed);
                 for (int i = 0; i < 4; ++i) {
                     if (negative[i]) negate_row(packed, width, i);
                 }
-            }
-        }
-        stream_end();
-    });
-}
-
-// clamp(round(scale / row), 1, 127); 1 for NaN.
-inline uint8_t multiplier_of(float scale, float row) {
-    const float ratio = scale / row;
-    if (!(ratio > 1.0f)) return 1;
-    // From here on at most 127 (1 + 2^-23): kRound rounds half to even.
-    return static_cast<uint8_t>(ratio + kRound - kRound);
-}
-
-void pack_groups(const PackArgs &args, const GroupScales &scales, int64_t first, int64_t last) {
-    with_type(args.type, [&](auto tag) {
-        using T = decltype(tag);
-        const int64_t R = (args.N + 3) / 4;
-        const int64_t width = args.K / args.columns;
-        const auto *weight = static_cast<const typename T::Storage *>(args.weight);
-        constexpr int64_t kMostGroups = BK_MAX_IN_FEATURES / kGroup;
-        typename T::Bits thresholds[kMostGroups][4];
-        for (int64_t r = first; r < last; ++r) {
-            const typename T::Storage *rows[4];
-            for (int i = 0; i < 4; ++i) {
-                const int64_t n = r + i * R;
-                rows[i] = weight + (n < args.N ? n : r) * args.K;
-                if (n >= args.N) {
-                    for (int64_t c = 0; c < args.columns; ++c) thresholds[c][i] = T::kInfinity + 1;
-                    continue;
-                }
-                float own[kMostGroups];
-                float most = 0.0f;
-                for (int64_t c = 0; c < args.columns; ++c) {
-                    own[c] = absmean(abs_sum(args.weight, args.type, n * args.K + c * width, width), width);
-                    most = own[c] <= most ? most : own[c];
-                    if (most != most) break;
-                }
-                const float row = most / 127.0f;
-                scales.row[n] = row;
-                for (int64_t c = 0; c < args.columns; ++c) {
-                    const uint8_t multiplier = row != row ? 1 : multiplier_of(own[c], row);
-                    scales.multiplier[n * args.columns + c] = multiplier;
-                    thresholds[c][i] = threshold<T>(1.0f / (static_cast<float>(multiplier) * row));
-                }
-            }
-            // The four rows are in the cache by now.
-            for (int64_t c = 0; c < args.columns; ++c) {
-                const typename T::Storage *const group[4] = {rows[0] + c * width, rows[1] + c * width,
-                                                             rows[2] + c * width, rows[3] + c * width};
-                pack_columns<T>(group, thresholds[c], width, args.qweight + r * args.K + c * width);
             }
         }
         stream_end();

@@ -17,6 +17,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "activation_granularity": "per_token",
         "weight_granularity": "per_tensor",
         "group_size": None,
+        "group_scale_dtype": None,
         "weight_quantizer": "absmean",
     }
 
@@ -45,6 +46,21 @@ def test_group_size_belongs_to_per_group() -> None:
         BitQuantConfig(group_size=64)
 
 
+def test_scales_of_groups_are_in_two_levels_unless_asked_for_as_floats() -> None:
+    for group_size in (64, 128):
+        config = BitQuantConfig(weight_granularity="per_group", group_size=group_size)
+        assert (config.group_scale_dtype, config.granularity) == ("uint8", "per_group")
+        assert config == dataclasses.replace(config, group_scale_dtype="uint8")
+        older = dataclasses.replace(config, group_scale_dtype="float32")
+        assert older.granularity == "per_group_float32"
+        assert older != config
+    for granularity in ("per_tensor", "per_channel"):
+        config = BitQuantConfig(weight_granularity=granularity)
+        assert (config.group_scale_dtype, config.granularity) == (None, granularity)
+        with pytest.raises(ConfigError, match="group_scale_dtype must be None with"):
+            BitQuantConfig(weight_granularity=granularity, group_scale_dtype="uint8")
+
+
 def test_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         BitQuantConfig().activation_dtype = "float32"  # type: ignore[misc]
@@ -54,15 +70,24 @@ def test_frozen() -> None:
     st.sampled_from(ALLOWED["activation_dtype"]),
     st.sampled_from(ALLOWED["activation_granularity"]),
     st.sampled_from(
-        [("per_tensor", None), ("per_channel", None), ("per_group", 64), ("per_group", 128)]
+        [
+            ("per_tensor", None, None),
+            ("per_channel", None, None),
+            ("per_group", 64, None),
+            ("per_group", 64, "float32"),
+            ("per_group", 128, "uint8"),
+        ]
     ),
 )
-def test_round_trip(dtype: str, granularity: str, weights: tuple[str, int | None]) -> None:
+def test_round_trip(
+    dtype: str, granularity: str, weights: tuple[str, int | None, str | None]
+) -> None:
     config = BitQuantConfig(
         activation_dtype=dtype,
         activation_granularity=granularity,
         weight_granularity=weights[0],
         group_size=weights[1],
+        group_scale_dtype=weights[2],
     )
     assert BitQuantConfig.from_dict(config.to_dict()) == config
 

@@ -1,13 +1,24 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import pytest
 import torch
+from torch import Tensor
 
-from bitcore import quantize, reference
+from bitcore import quantize, reference, unpack_ternary
 from tests.conftest import native_kernels
 
-GRANULARITIES = [("per_tensor", 0), ("per_channel", 0), ("per_group", 64)]
+GRANULARITIES = [
+    ("per_tensor", 0),
+    ("per_channel", 0),
+    ("per_group", 64),
+    ("per_group", 128),
+    ("per_group_float32", 64),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAN = float("nan")
 
 
 def test_weight_scale_against_float64() -> None:
@@ -17,6 +28,7 @@ def test_weight_scale_against_float64() -> None:
         ("per_tensor", exact.mean().view(1)),
         ("per_channel", exact.mean(1)),
         ("per_group", exact.view(37, 3, 64).mean(2)),
+        ("per_group_float32", exact.view(37, 3, 64).mean(2)),
     ):
         scale = quantize.weight_scale(weight, granularity, 64)
         assert torch.equal(scale, expected.float())
@@ -41,15 +53,22 @@ def test_nonfinite_weight_gives_nan_scale_where_it_stands(
     weight = torch.randn(5, 128)
     weight[3, 70] = value
     for pack in (native_kernels().pack_weight, reference.pack_weight):
-        _, scale = pack(weight, granularity, group)
+        qweight, scale, multiplier = pack(weight, granularity, group)
         expected = torch.zeros_like(scale, dtype=torch.bool)
-        expected[{"per_tensor": 0, "per_channel": 3, "per_group": (3, 1)}[granularity]] = True
+        expected[{"per_tensor": 0, "per_group_float32": (3, 1)}.get(granularity, 3)] = True
         assert torch.equal(scale.isnan(), expected)
+        if granularity == "per_group":
+            assert multiplier is not None
+            assert multiplier[3].eq(1).all()
+            assert multiplier.amax(1)[[0, 1, 2, 4]].eq(127).all()
+            assert unpack_ternary(qweight, 5)[3].eq(0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("granularity", "group"), GRANULARITIES)
-@pytest.mark.parametrize("shape", [(1, 64), (5, 64), (64, 192), (65, 128), (130, 2560), (33, 6912)])
+@pytest.mark.parametrize(
+    "shape", [(1, 128), (5, 128), (64, 384), (65, 1152), (130, 2560), (33, 6912)]
+)
 def test_pack_weight_equals_the_reference(
     isa: str,
     num_threads: int,
@@ -58,20 +77,107 @@ def test_pack_weight_equals_the_reference(
     group: int,
     dtype: torch.dtype,
 ) -> None:
-    weight = (torch.randn(shape) * 0.04).to(dtype)
-    qweight, scale = native_kernels().pack_weight(weight, granularity, group)
-    expected_qweight, expected_scale = reference.pack_weight(weight, granularity, group)
-    assert torch.equal(scale, expected_scale)
-    assert torch.equal(qweight, expected_qweight)
+    # Groups of many sizes, so that multipliers are.
+    weight = torch.randn(shape) * torch.rand(shape[0], shape[1] // 64).repeat_interleave(64, 1)
+    weight = (weight * 0.04).to(dtype)
+    assert_same(
+        native_kernels().pack_weight(weight, granularity, group),
+        reference.pack_weight(weight, granularity, group),
+    )
 
 
 @pytest.mark.parametrize("in_features", [1, 15, 17, 63, 65])
 def test_pack_weight_at_odd_widths(isa: str, in_features: int) -> None:
     weight = torch.randn(7, in_features)
     for granularity in ("per_tensor", "per_channel"):
-        packed = native_kernels().pack_weight(weight, granularity, 0)
-        expected = reference.pack_weight(weight, granularity, 0)
-        assert all(torch.equal(a, b) for a, b in zip(packed, expected, strict=True))
+        assert_same(
+            native_kernels().pack_weight(weight, granularity, 0),
+            reference.pack_weight(weight, granularity, 0),
+        )
+
+
+def odd_groups(dtype: torch.dtype) -> Tensor:
+    """Rows of 9 groups of 64 whose scales go wrong easily."""
+    largest = torch.finfo(dtype).max
+    sizes = [
+        # Multipliers that are ties, that would be 0, that are all the same, or that nearly are.
+        [127.0, 63.5, 0.5, 1.5, 2.5, 126.5, 1.0, 0.4999, 0.0],
+        [1.0, 1e-3, 1e-4, 1e-5, 0.0, 0.0, 0.003937, 0.003936, 0.011811],
+        [0.0] * 9,
+        [0.04] * 9,
+        [0.04, 0.0400001, 0.0399999, 0.03, 0.0301, 0.0299, 0.02, 0.01, 1e-5],
+        [largest] * 9,
+        [largest, largest / 2, 1.0, 0.0, largest / 127, largest / 254, 1e-5, 1.0, 1.0],
+        [1e-5, 2e-5, 3e-5, 1e-6, 1e-7, 0.0, 1e-5, 1e-5, 4e-5],
+    ]
+    weight = torch.tensor(sizes, dtype=torch.float64).clamp(max=largest).repeat_interleave(64, 1)
+    weight[:, 1::2] *= -1
+    # Codes at the border: half of the step, and what lies beside it.
+    weight[:, 2::64] *= 0.5
+    weight[:, 3::64] *= 0.5 * (1 + 2.0**-23)
+    weight[:, 4::64] *= 0.5 * (1 - 2.0**-23)
+    return weight.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_odd_groups(isa: str, dtype: torch.dtype) -> None:
+    weight = odd_groups(dtype)
+    assert_same(
+        native_kernels().pack_weight(weight, "per_group", 64),
+        reference.pack_weight(weight, "per_group", 64),
+    )
+    for value in (NAN, math.inf, -math.inf):
+        weight[::3, 70] = value
+        assert_same(
+            native_kernels().pack_weight(weight, "per_group", 64),
+            reference.pack_weight(weight, "per_group", 64),
+        )
+
+
+def test_two_levels_are_the_formulas() -> None:
+    """Of float32 operands float64 gives the quotient that float32 rounds to."""
+    scale = torch.rand(50, 40) ** 4 + 1e-5
+    scale[3], scale[7, 2] = 0.25, NAN
+    row, multiplier = quantize.two_levels(scale)
+    exact_row = (scale.double().amax(1) / 127).float()
+    assert torch.equal(row.nan_to_num(-1), exact_row.nan_to_num(-1))
+    assert row.isnan().nonzero().flatten().tolist() == [7]
+    assert multiplier.dtype == torch.uint8
+    kept = torch.arange(50) != 7
+    ratio = (scale[kept].double() / exact_row[kept].double().unsqueeze(1)).float()
+    assert torch.equal(multiplier[kept], ratio.round().clamp(1, 127).to(torch.uint8))
+    assert multiplier[7].eq(1).all()
+    assert multiplier[kept].amax(1).eq(127).all()
+    step = quantize.group_scale(row, multiplier)
+    exact = (multiplier.double() * row.double().unsqueeze(1)).float()
+    assert torch.equal(step.nan_to_num(-1), exact.nan_to_num(-1))
+    off = (step - scale)[kept].abs() / row[kept].unsqueeze(1)
+    assert bool((off <= 0.5 + 1e-4)[multiplier[kept] > 1].all())
+    assert bool((off <= 1).all())
+
+
+def test_values_of_two_levels() -> None:
+    codes = torch.randint(-1, 2, (9, 256), dtype=torch.int8)
+    multiplier = torch.randint(0, 128, (9, 4), dtype=torch.uint8)
+    row = torch.rand(9) + 0.1
+    whole = quantize.multiplied(codes, multiplier)
+    expected = torch.stack(
+        [codes[:, k].double() * multiplier[:, k // 64].double() for k in range(256)], 1
+    )
+    assert whole.dtype == torch.int16
+    assert torch.equal(whole.double(), expected)
+    for dtype in (*DTYPES, torch.float64):
+        # One product, rounded to float32, then to the dtype.
+        exact = (expected * row.double().unsqueeze(1)).float().to(dtype)
+        assert torch.equal(quantize.dequantize(codes, row, dtype, multiplier), exact)
+
+
+def assert_same(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> None:
+    """The same bits, NaN where NaN is; None where None is."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def test_activations_against_float64() -> None:

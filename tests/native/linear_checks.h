@@ -60,12 +60,32 @@ inline void fill_tokens(void *x, int32_t type, int64_t stride, int64_t M, int64_
     }
 }
 
-// What a linear call is given besides its shape. group: 0 per tensor, 1 per channel, else the group size.
+// How weights are scaled. size: 0 per tensor, 1 per channel, else of groups, with two_levels by multipliers.
+struct Group {
+    int64_t size;
+    bool two_levels;
+    int64_t columns(int64_t K) const { return size > 1 ? K / size : 0; }
+    // How many scales there are.
+    int64_t rows(int64_t N) const { return size == 0 ? 1 : N; }
+    int64_t scales(int64_t N, int64_t K) const { return rows(N) * (size > 1 && !two_levels ? columns(K) : 1); }
+};
+
+// What a linear call is given besides its shape.
 struct Options {
     int32_t x_type, y_type, bias_type;  // bias_type: -1 for none
-    int64_t group;
+    Group group;
     bool per_tensor, int8_weights;
 };
+
+// Any multipliers, those at the ends often; behind them is nothing.
+inline uint8_t *fill_multipliers(int64_t count) {
+    auto *multipliers = input<uint8_t>(count);
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t bits = random_bits() >> 22;
+        multipliers[i] = static_cast<uint8_t>(bits < 128 ? 0 : bits < 256 ? 127 : bits % 128);
+    }
+    return multipliers;
+}
 
 // Everything a linear call takes, and its outputs.
 struct Linear {
@@ -74,13 +94,16 @@ struct Linear {
     int64_t stride;
     void *x;
     int8_t *w;
-    uint8_t *qweight;
+    uint8_t *qweight, *multiplier;
     Scales scales;
     Bias bias;
     unsigned char *y;
     void *work;
 
-    Linear(const Shape &shape, const Options &options, int32_t planes) : s(shape), o(options), stride(s.K + 3) {
+    Linear(const Shape &shape, const Options &options, int32_t planes) : Linear(shape, options, planes, shape.K + 3) {}
+    // A stride of 0 makes all tokens the same memory.
+    Linear(const Shape &shape, const Options &options, int32_t planes, int64_t stride)
+        : s(shape), o(options), stride(stride) {
         x = tokens(o.x_type, stride, s.M, s.K);
         w = o.int8_weights ? input<int8_t>(s.N * s.K) : array<int8_t>(s.N * s.K);
         fill_tokens(x, o.x_type, stride, s.M, s.K, !o.per_tensor);
@@ -90,11 +113,12 @@ struct Linear {
             fill_ternary(w, s.N * s.K);
         }
         qweight = o.int8_weights ? nullptr : packed(w, s.N, s.K);
-        const int64_t columns = o.group > 1 ? s.K / o.group : 0;
-        const int64_t rows = o.group == 0 ? 1 : s.N;
-        auto *values = input<float>(rows * (columns ? columns : 1));
-        fill_scales(values, rows * (columns ? columns : 1));
-        scales = {values, rows, columns};
+        const int64_t columns = o.group.columns(s.K);
+        const int64_t count = o.group.scales(s.N, s.K);
+        auto *values = input<float>(count);
+        fill_scales(values, count);
+        multiplier = o.group.two_levels ? fill_multipliers(s.N * columns) : nullptr;
+        scales = {values, o.group.rows(s.N), columns, multiplier};
         bias = {nullptr, BK_F32};
         if (o.bias_type >= 0) {
             void *terms = elements(o.bias_type, s.N);
@@ -108,12 +132,13 @@ struct Linear {
         for (int64_t m = 0; m < s.M; ++m) set_row(x, o.x_type, stride, m, s.K, value);
         memset(w, weight, static_cast<size_t>(s.N * s.K));
         if (qweight) reference::pack(w, qweight, s.N, s.K, 2);
+        if (multiplier) memset(multiplier, 127, static_cast<size_t>(s.N * scales.columns));
     }
     bk_linear_args arguments() const {
         const void *weight = o.int8_weights ? static_cast<const void *>(w) : qweight;
-        return {weight, scales.values, scales.rows, scales.columns, bias.values, bias.type, s.N,
-                s.K,    o.per_tensor,  x,           o.x_type,       stride,      y,         o.y_type,
-                s.M,    work,          threads};
+        return {weight, scales.values, scales.rows, scales.columns, multiplier, bias.values, bias.type, s.N,
+                s.K,    o.per_tensor,  x,           o.x_type,       stride,     y,           o.y_type,  s.M,
+                work,   threads};
     }
     int32_t call_i8() const {
         const bk_linear_args args = arguments();
@@ -126,8 +151,9 @@ struct Linear {
 };
 
 inline void begin_linear(const char *name, const Shape &s, const Options &o) {
-    begin("%s M %lld N %lld K %lld, types %d %d %d, group %lld, per_tensor %d", name, number(s.M), number(s.N),
-          number(s.K), o.x_type, o.y_type, o.bias_type, number(o.group), o.per_tensor);
+    begin("%s M %lld N %lld K %lld, types %d %d %d, group %lld, two_levels %d, per_tensor %d", name, number(s.M),
+          number(s.N), number(s.K), o.x_type, o.y_type, o.bias_type, number(o.group.size), o.group.two_levels,
+          o.per_tensor);
 }
 
 inline void check_linear_i8(const Linear &linear) {

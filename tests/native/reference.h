@@ -126,11 +126,16 @@ inline void quantize(const void *x, int32_t type, int64_t stride, int8_t *codes,
     }
 }
 
-// Weight scales by their place: one, one a row, or one a group of a row.
+// Weight scales by their place: one, one a row, or one a group of a row; with multipliers one a row.
 struct Scales {
     const float *values;
     int64_t rows, columns;
-    float at(int64_t n, int64_t group) const { return values[columns ? n * columns + group : rows == 1 ? 0 : n]; }
+    const uint8_t *multiplier;
+    float at(int64_t n, int64_t group) const {
+        if (multiplier) return values[n];
+        return values[columns ? n * columns + group : rows == 1 ? 0 : n];
+    }
+    int32_t factor(int64_t n, int64_t group) const { return multiplier ? multiplier[n * columns + group] : 1; }
 };
 
 struct Bias {
@@ -147,7 +152,14 @@ inline void linear_i8(const int8_t *codes, const float *x_scale, const int8_t *w
     for (int64_t m = 0; m < M; ++m) {
         for (int64_t n = 0; n < N; ++n) {
             float value = 0.0f;
-            if (scales.columns) {
+            if (scales.multiplier) {
+                int64_t acc = 0;
+                for (int64_t g = 0; g < groups; ++g) {
+                    acc += scales.factor(n, g) * dot(codes + m * K + g * width, w + n * K + g * width, width);
+                }
+                const float scale = x_scale[m] * scales.at(n, 0);
+                value = static_cast<float>(acc) * scale;
+            } else if (scales.columns) {
                 for (int64_t g = 0; g < groups; ++g) {
                     const int32_t acc = dot(codes + m * K + g * width, w + n * K + g * width, width);
                     const float part = static_cast<float>(acc) * scales.at(n, g);
@@ -187,7 +199,7 @@ inline Interval linear_f32(const double *x, const double *lost, const int8_t *w,
     const int64_t width = K / groups;
     double value = 0.0, error = 0.0, size = 0.0;
     for (int64_t g = 0; g < groups; ++g) {
-        const double scale = static_cast<double>(scales.at(n, g));
+        const double scale = scales.factor(n, g) * static_cast<double>(scales.at(n, g));
         double sum = 0.0, sum_lost = 0.0, sum_size = 0.0;
         for (int64_t k = g * width; k < (g + 1) * width; ++k) {
             if (w[k] == 0) continue;
@@ -214,6 +226,21 @@ inline float weight_scale(const double *sums, int64_t rows, int64_t count) {
     const float mean = static_cast<float>(sum / static_cast<double>(count));
     if (!finite(mean)) return nan();
     return mean < 1e-5f ? 1e-5f : mean;
+}
+
+// Scales of the groups of a row in two levels.
+inline void two_levels(const float *scales, int64_t columns, float *row, uint8_t *multiplier) {
+    float most = 0.0f;
+    for (int64_t g = 0; g < columns; ++g) {
+        if (!(scales[g] <= most)) most = scales[g];
+        if (most != most) break;
+    }
+    *row = most / 127.0f;
+    for (int64_t g = 0; g < columns; ++g) {
+        const float ratio = scales[g] / *row;
+        const double rounded = *row == *row ? round_even(static_cast<double>(ratio)) : 1.0;
+        multiplier[g] = static_cast<uint8_t>(rounded < 1.0 ? 1.0 : rounded > 127.0 ? 127.0 : rounded);
+    }
 }
 
 // The sum of |w| in the order that bitkernels.h fixes.

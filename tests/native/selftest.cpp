@@ -1,14 +1,14 @@
 // Compares every instruction set that the CPU has with plain versions of what bitkernels.h specifies.
 //   selftest [--quick] [--without ISA]... [ISA]...     ISA: an instruction set that must be among them
 // It needs the C library's printf and memory functions only, so that freestanding.cpp can stand in for that.
-#include "linear_checks.h"
+#include "group_checks.h"
 
 using namespace harness;
 
 namespace {
 
 constexpr int32_t kTypes[] = {BK_F32, BK_BF16, BK_F16};
-constexpr int64_t kGroups[] = {0, 1, 64, 128};  // per tensor, per channel, group sizes
+constexpr Group kGroups[] = {{0, false}, {1, false}, {64, false}, {128, false}, {64, true}, {128, true}};
 constexpr int64_t kMostK = 20000;
 constexpr int64_t kScanned[] = {0, 1, 63, 64, 65, 1000, 200000};
 bool quick = false;
@@ -99,8 +99,8 @@ void test_linears() {
                                  {33, 5, 640}, {130, 5, 384}, {300, 5, 64},  {9, 66, 512},  {75, 17, 128}};
     unsigned turn = 0;
     for (const Shape &s : kShapes) {
-        for (int64_t group : kGroups) {
-            if (group > 1 && s.K % group != 0) continue;
+        for (const Group &group : kGroups) {
+            if (group.size > 1 && s.K % group.size != 0) continue;
             for (int32_t x_type : kTypes) {
                 ++turn;
                 if (quick && turn % 3 != 0) continue;
@@ -113,7 +113,7 @@ void test_linears() {
                 floats.per_tensor = false;
                 begin_linear("linear_f32_t2", s, floats);
                 check_linear_f32(Linear(s, floats, BK_FLOAT_PLANES));
-                if (group != 1) continue;
+                if (group.size != 1) continue;
                 floats.int8_weights = true;
                 begin_linear("linear_i8_i8", s, floats);
                 check_linear_i8(Linear(s, floats, 1));
@@ -123,7 +123,7 @@ void test_linears() {
 }
 
 void test_linear_extreme(const Shape &s, int8_t weight) {
-    Options o = {BK_F32, BK_F32, -1, 1, false, false};
+    Options o = {BK_F32, BK_F32, -1, {1, false}, false, false};
     // Its three lower digits are at their limits.
     const float most = static_cast<float>(0x3F808080) * (weight < 0 ? -1.0f : 1.0f);
     begin_linear("linear_f32_t2 of extremes", s, o);
@@ -137,12 +137,12 @@ void test_linear_extreme(const Shape &s, int8_t weight) {
     check_linear_i8(bytes);
 }
 
-void test_weights(const Shape &s, int32_t type, int64_t group, bool invalid) {
-    begin("weights N %lld K %lld, type %d, group %lld, invalid %d", number(s.N), number(s.K), type, number(group),
+void test_weights(const Shape &s, int32_t type, const Group &group, bool invalid) {
+    begin("weights N %lld K %lld, type %d, group %lld, invalid %d", number(s.N), number(s.K), type, number(group.size),
           invalid);
-    const int64_t columns = group > 1 ? s.K / group : 0;
+    const int64_t columns = group.columns(s.K);
     const int64_t groups = columns ? columns : 1;
-    const int64_t rows = group == 0 ? 1 : s.N;
+    const int64_t rows = group.rows(s.N);
     const int64_t R = (s.N + 3) / 4;
     void *weight = elements(type, s.N * s.K);
     fill_floats(weight, type, s.N * s.K, 3);
@@ -170,7 +170,7 @@ void test_weights(const Shape &s, int32_t type, int64_t group, bool invalid) {
 
     // A tie, which goes to 0.
     if (!invalid) reference::store(weight, type, s.K - 1, 0.5f * scales[0]);
-    const Scales places = {scales, rows, columns};
+    const Scales places = {scales, rows, columns, nullptr};
     for (int64_t i = 0; i < s.N * s.K; ++i) {
         w[i] = reference::ternarize(reference::load(weight, type, i), places.at(i / s.K, i % s.K / (s.K / groups)));
     }
@@ -195,7 +195,8 @@ void test_weights(const Shape &s, int32_t type, int64_t group, bool invalid) {
         }
         on_every_isa(
             [&] {
-                return bk_cpu_unpack_t2(qweight, scales, rows, columns, block, type, s.N, s.K, r0, r1, k0, k1, threads);
+                return bk_cpu_unpack_t2(qweight, scales, rows, columns, nullptr, block, type, s.N, s.K, r0, r1, k0, k1,
+                                        threads);
             },
             [&] { expect(block, unpacked, type, 4 * height, width); });
     }
@@ -231,16 +232,18 @@ void test_all() {
             for (int option = 0; option < 4; ++option) test_quantize({8, 0, K}, type, option & 1, option & 2);
         }
         test_quantize({1, 0, 6912}, type, false, false);
-        for (int64_t group : kGroups) {
+        for (const Group &group : kGroups) {
+            if (group.two_levels) continue;
             for (const Shape &s : kWeights) {
                 test_weights(s, type, group, false);
                 test_weights(s, type, group, true);
             }
-            if (group < 2) test_weights({0, 65, 203}, type, group, false);
+            if (group.size < 2) test_weights({0, 65, 203}, type, group, false);
         }
     }
     for (int64_t count : kScanned) test_invalid(quick && count > 1000 ? 70000 : count);
     test_linears();
+    test_groups(quick);
 }
 
 // What is refused, and a comparison that must fail: else nothing above would mean anything.
@@ -252,7 +255,7 @@ bool sane() {
     return scratch.failures == 11 && bk_cpu_abi_version() == BK_ABI_VERSION &&
            bk_cpu_select_isa("none") == BK_UNAVAILABLE && bk_cpu_last_error()[0] != 0 &&
            bk_cpu_matmul_i8_t2_i32(nullptr, nullptr, nullptr, 1, 1, 0, nullptr, 1) == BK_INVALID_ARGUMENT &&
-           bk_cpu_matmul_i8_t2_i32(nullptr, nullptr, nullptr, 0, 1, 1, nullptr, 1) == BK_OK;
+           bk_cpu_matmul_i8_t2_i32(nullptr, nullptr, nullptr, 0, 1, 1, nullptr, 1) == BK_OK && refuses_groups();
 }
 
 // Splits bk_cpu_supported_isas().
