@@ -37,7 +37,8 @@ inline void interleave_bytes(const U8x16 lane[4], U8x16 fours[4]) {
     fours[3] = reinterpret_cast<U8x16>(__builtin_shufflevector(high01, high23, 4, 12, 5, 13, 6, 14, 7, 15));
 }
 
-// Calls f(g, fours, at) for each group: the bytes of its four multipliers are the ones of `fours` from `at` on.
+// Calls f(g, fours, at) for each group, up to a multiple of 16: the bytes of its four multipliers are the ones of
+// `fours` from `at` on.
 template <typename F>
 inline void for_groups(const uint8_t *const multipliers[4], int64_t count, F &&f) {
     for (int64_t first = 0; first < count; first += 16) {
@@ -45,8 +46,9 @@ inline void for_groups(const uint8_t *const multipliers[4], int64_t count, F &&f
         U8x16 lane[4], fours[4];
         for (int i = 0; i < 4; ++i) lane[i] = sixteen(multipliers[i] + first, left);
         interleave_bytes(lane, fours);
-        const int64_t size = left < 16 ? left : 16;
-        for (int64_t g = 0; g < size; ++g) f(first + g, fours[g / 4], static_cast<uint8_t>(g % 4 * 4));
+        for (int64_t four = 0; four < 4; ++four) {
+            for (uint8_t at = 0; at < 16; at += 4) f(first + 4 * four + at / 4, fours[four], at);
+        }
     }
 }
 
