@@ -161,7 +161,8 @@ def test_every_method_trains_rightly_or_is_refused(
     config = settings(kind, adapter)
     base = load(source, mode)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    leaves = ("qweight", "qweight_scale") if mode == "infer" else ("weight",)
+    packed = quantized_layers(base)[0].module.packed_tensors()
+    leaves = tuple(packed) if mode == "infer" else ("weight",)
     layers = [getattr(f.module, leaf).clone() for f in quantized_layers(base) for leaf in leaves]
     tree = [(name, type(module)) for name, module in base.named_modules()]
     if kind.value in REFUSED[mode]:
