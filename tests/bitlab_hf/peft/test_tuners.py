@@ -71,9 +71,8 @@ class Rounded(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         with torch.no_grad():
-            weight = unpack_weight(
-                *pack_weight(self.weight, "per_tensor", 0), self.out_features, torch.float32
-            )
+            qweight, scale, _ = pack_weight(self.weight, "per_tensor", 0)
+            weight = unpack_weight(qweight, scale, self.out_features, torch.float32)
             codes, scale = quantize_activation(input, False)
             weight, x = weight - self.weight, codes.float() * scale - input
         return F.linear(input + x, self.weight + weight, self.bias)
