@@ -71,9 +71,8 @@ class Rounded(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         with torch.no_grad():
-            weight = unpack_weight(
-                *pack_weight(self.weight, "per_tensor", 0), self.out_features, torch.float32
-            )
+            qweight, scale, _ = pack_weight(self.weight, "per_tensor", 0)
+            weight = unpack_weight(qweight, scale, self.out_features, torch.float32)
             codes, scale = quantize_activation(input, False)
             weight, x = weight - self.weight, codes.float() * scale - input
         return F.linear(input + x, self.weight + weight, self.bias)
@@ -161,7 +160,8 @@ def test_every_method_trains_rightly_or_is_refused(
     config = settings(kind, adapter)
     base = load(source, mode)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    leaves = ("qweight", "qweight_scale") if mode == "infer" else ("weight",)
+    packed = quantized_layers(base)[0].module.packed_tensors()
+    leaves = tuple(packed) if mode == "infer" else ("weight",)
     layers = [getattr(f.module, leaf).clone() for f in quantized_layers(base) for leaf in leaves]
     tree = [(name, type(module)) for name, module in base.named_modules()]
     if kind.value in REFUSED[mode]:
