@@ -123,7 +123,7 @@ def unpack(model: Path, target: Path) -> None:
     state = load_file(model / "model.safetensors")
     for found in quantized_layers(loaded):
         name = found.names[0]
-        for leaf in ("qweight", "qweight_scale"):
+        for leaf in found.module.packed_tensors():
             del state[f"{name}.{leaf}"]
         state[f"{name}.weight"] = found.module.dequantized_weight(torch.float32)
     target.mkdir()
