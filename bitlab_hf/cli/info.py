@@ -120,9 +120,8 @@ def _show(result: dict[str, Any], layers: bool) -> None:
     for name, layer in zip(names, result["layers"], strict=True):
         codes = " ".join(f"{code} {share:6.1%} " for code, share in layer["codes"].items())
         size = f"{layer['outputs']} x {layer['inputs']}"
-        typer.echo(
-            f"{name:<{width}}  {size:>13}  {codes} {layer['bits_per_weight']:.2f} bits a weight, scales {layer['scheme']}"
-        )
+        bits = f"{layer['bits_per_weight']:.2f} bits a weight"
+        typer.echo(f"{name:<{width}}  {size:>13}  {codes} {layer['scheme']}, {bits}")
 
 
 def _say(text: str) -> None:

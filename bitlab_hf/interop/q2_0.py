@@ -7,6 +7,8 @@ type; llama.cpp does.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ def encode(codes: Tensor, scale: Tensor) -> Tensor:
     return data.view(rows, -1)
 
 
-def decode(data: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+def decode(data: np.ndarray[Any, Any]) -> Tensor:
     """Returns the values of a matrix, float32 [N, K]; a field of 3 is twice the scale.
 
     Args:
