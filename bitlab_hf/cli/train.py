@@ -144,6 +144,7 @@ def train(
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     found = {
         "output": str(output),
+        "scales": scales,
         "steps": trainer.state.global_step,
         "tokens": trainer.state.global_step * batch * length,
         "loss": losses[-1] if losses else None,
