@@ -99,46 +99,6 @@ def test_schemes(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert "activations not quantized" in (tmp_path / "out/README.md").read_text()
 
 
-def test_scales_of_groups_in_two_levels(tmp_path: Path) -> None:
-    source = build(tmp_path / "source", "64")
-    with torch.no_grad():
-        tensors = load_file(source / "model.safetensors")
-        # Groups without any code count for no change, however small their scale.
-        tensors["model.layers.0.mlp.down_proj.weight"][::3, :64] = 0
-        save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    exact = convert_ternary(source, tmp_path / "exact")
-    assert exact.scale_change == 0
-    report = convert_ternary(source, tmp_path / "out", group_scale_dtype="uint8")
-    floats: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    packed: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    originals, worst, grouped = dict(floats.named_modules()), 0.0, 0
-    for found in quantized_layers(packed):
-        layer, weight = found.module, originals[found.names[0]].weight.detach()
-        values = layer.dequantized_weight()
-        assert torch.equal(values.sign(), weight.sign())
-        if layer.quant_config.group_size is None:
-            assert torch.equal(values, weight)
-            continue
-        grouped += 1
-        assert layer.quant_config.group_scale_dtype == "uint8"
-        assert layer.qweight_multiplier.dtype == torch.uint8
-        used = weight != 0
-        change = (values[used].double() / weight[used].double() - 1).abs()
-        worst = max(worst, float(change.max()))
-        # Scales of a row lie between 0.01 and 0.06: half a step of the smallest.
-        assert worst <= 0.06 / 0.01 / 127 / 2
-    assert grouped == 2
-    assert report.scale_change == pytest.approx(worst, rel=1e-6)
-    assert report.bytes_after < exact.bytes_after
-    assert report.packed == exact.packed
-    for folder, version in (("out", 2), ("exact", 1)):
-        config = json.loads((tmp_path / folder / "config.json").read_text())
-        assert config["quantization_config"]["format_version"] == version
-    with pytest.raises(ArgumentError, match="group_scale_dtype must be one of .*, got 'int8'"):
-        convert_ternary(source, tmp_path / "other", group_scale_dtype="int8")
-    assert not (tmp_path / "other").exists()
-
-
 def test_groups_of_128() -> None:
     weight = ternary((33, 256), "128")
     assert find_structure(weight).label == "per group of 128"
