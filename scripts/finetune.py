@@ -4,8 +4,10 @@
     accelerate launch scripts/finetune.py --model MODEL --data wikitext --data-config \
         wikitext-2-raw-v1 --output out/mine
 
-The original model is the teacher. Latent checkpoints and statistics go to OUTPUT/checkpoints and a
-run that is started again goes on from them; the deployed model goes to OUTPUT.
+A float model gets a scale for each 128 inputs, or 64 where 128 does not divide, unless options of
+the scheme say otherwise. The original model is the teacher. Latent checkpoints and statistics go to
+OUTPUT/checkpoints and a run that is started again goes on from them; the deployed model goes to
+OUTPUT.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,8 @@ from transformers import AutoTokenizer, TrainingArguments
 
 from bitlab_hf import Facts, deploy, save
 from bitlab_hf.cli.loading import load_model, read_scheme
-from bitlab_hf.cli.scheme import OPTIONS, config_of
+from bitlab_hf.cli.scheme import OPTIONS, pretrained_config
+from bitlab_hf.model.groups import scales_in_words
 from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, last_checkpoint
 
 
@@ -85,7 +90,10 @@ def main() -> None:
     held_out = max(1, len(examples) // 50)
 
     scheme = {name: getattr(given, name) for name in OPTIONS if getattr(given, name) is not None}
-    config = config_of("finetune", scheme, read_scheme(given.model))
+    held = read_scheme(given.model)
+    config = pretrained_config("finetune", scheme, held, given.model)
+    if held is None and int(os.environ.get("RANK", "0")) == 0:
+        print(f"scales of the weights: {scales_in_words(config)}", file=sys.stderr)
     model = load_model(given.model, quantization_config=config)
     recipe = Recipe(**{**RECIPES["default"].to_dict(), "quant_warmup": given.quant_warmup})
     warmed = f", warmed up over {given.quant_warmup} of the run" if given.quant_warmup else ""

@@ -19,6 +19,7 @@ from bitcore.config import BitQuantConfig
 from bitcore.errors import ArgumentError
 from bitlab_hf.checkpoint.atomic import write_atomically
 from bitlab_hf.checkpoint.facts import Facts
+from bitlab_hf.model.count import bits_per_weight
 from bitlab_hf.model.tree import quantized_layers
 from bitlayers.int8 import Int8Rows
 
@@ -191,6 +192,7 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
         "## What is in it",
         "| | |\n|---|---|\n"
         f"| ternary weights | {ternary:,} in {len(packed)} matrices |\n"
+        f"| bits a weight, scales included | {bits_per_weight(model):.2f} |\n"
         + (f"| output head, int8 | {sum(int8.values()):,} |\n" * bool(int8))
         + f"| other parameters | {sum(floats.values()):,}, {_dtypes(model)} |\n"
         + f"| size | {stored / 1e6:.1f} MB; {half / 1e6:.1f} MB in 16 bits a weight |\n"
@@ -208,6 +210,7 @@ def _stored_bytes(model: nn.Module) -> int:
 
 def _scheme(config: BitQuantConfig) -> str:
     grouped = f" of {config.group_size}" if config.group_size else ""
+    grouped += " in float32" if config.group_scale_dtype == "float32" else ""
     weights = config.weight_granularity.replace("_", " ") + grouped
     if config.activation_dtype == "float32":
         return f"scales {weights}, activations not quantized"

@@ -16,7 +16,8 @@ from bitlab_hf.cli.errors import doing
 from bitlab_hf.cli.gguf_source import as_folder
 from bitlab_hf.cli.loading import check_trainable, load_model
 from bitlab_hf.cli.places import check_output
-from bitlab_hf.cli.scheme import config_of, with_scheme
+from bitlab_hf.cli.scheme import config_of, pretrained_config, with_scheme
+from bitlab_hf.demo.terminal import printable
 
 
 @with_scheme
@@ -36,15 +37,22 @@ def demo(
     *,
     scheme: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Runs the whole path: perplexity, QAT fine-tuning, deploy, save, reload, generate."""
+    """Runs the whole path: perplexity, QAT fine-tuning, deploy, save, reload, generate.
+
+    Unless options say otherwise, the model that ships with BitLab gets one scale a matrix, another
+    one a scale for each 128 inputs, or 64 where 128 does not divide.
+    """
     from bitlab_hf.demo.run import Demo, Settings
+    from bitlab_hf.model.groups import scales_in_words
 
     quiet()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     set_threads(threads)
     check_output(model, output)
     held = None if model is None else check_trainable(model, "demo")
-    config = config_of("demo", scheme, held)
+    configured = config_of if model is None else pretrained_config
+    config = configured("demo", scheme, held)
+    console = Console(stderr=as_json)
     settings = Settings(model=model, output=output)
     if quick:
         settings = dataclasses.replace(
@@ -56,8 +64,14 @@ def demo(
     if tokens is not None:
         settings = dataclasses.replace(settings, tokens=tokens)
     with nullcontext() if model is None else as_folder(model) as folder:
+        if folder is not None:
+            config = pretrained_config("demo", scheme, held, folder)
+        if held is None:
+            console.print(
+                printable(f"Scales of the weights: {scales_in_words(config)}."), markup=False
+            )
         settings = dataclasses.replace(settings, folder=folder, config=config)
         with doing(f"the demo of {settings.model or 'the model that ships with BitLab'}"):
-            report = Demo(settings, Console(stderr=as_json), load_model).run()
+            report = Demo(settings, console, load_model).run()
     if as_json:
         emit(dataclasses.asdict(report), True, "")

@@ -28,7 +28,8 @@ def info(
 ) -> None:
     """Shows which kernels run on this machine and why, or what a checkpoint holds.
 
-    Of a checkpoint: its scheme, its sizes, and the shares of -1, 0 and +1, counted in the file.
+    Of a checkpoint: its scheme, its sizes, the bits that a weight takes with its share of the
+    scales, and the shares of -1, 0 and +1, counted in the file.
     """
     if checkpoint is None:
         _machine(as_json)
@@ -108,6 +109,7 @@ def _show(result: dict[str, Any], layers: bool) -> None:
     if result["codes"] is not None:
         shares = ", ".join(f"{code}: {share:.1%}" for code, share in result["codes"].items())
         _say(f"codes: {shares}")
+        _say(f"{result['bits_per_weight']:.2f} bits a weight, scales included")
     if not layers:
         kinds = Counter(layer["scheme"] for layer in result["layers"])
         for kind, count in kinds.items():
@@ -118,7 +120,8 @@ def _show(result: dict[str, Any], layers: bool) -> None:
     for name, layer in zip(names, result["layers"], strict=True):
         codes = " ".join(f"{code} {share:6.1%} " for code, share in layer["codes"].items())
         size = f"{layer['outputs']} x {layer['inputs']}"
-        typer.echo(f"{name:<{width}}  {size:>13}  {codes} {layer['scheme']}")
+        bits = f"{layer['bits_per_weight']:.2f} bits a weight"
+        typer.echo(f"{name:<{width}}  {size:>13}  {codes} {layer['scheme']}, {bits}")
 
 
 def _say(text: str) -> None:

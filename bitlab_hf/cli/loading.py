@@ -18,7 +18,10 @@ DAMAGED = "It is damaged, or not what its configuration says; fetch or write it 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NUMBER = re.compile(r"\b\d+\b")
 # What a layer's own tensors are called in a file; buffers of other names may be left over.
-_LEAVES = ("weight", "bias", "qweight", "qweight_scale", "weight_scale", "learned_scale")
+_LEAVES = (
+    "weight", "bias", "qweight", "qweight_scale", "qweight_multiplier", "weight_scale",
+    "learned_scale",
+)  # fmt: skip
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",
 )  # fmt: skip
@@ -216,6 +219,25 @@ def load_model(source: str, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     return load_whole(AutoModelForCausalLM.from_pretrained, source, source, **options).eval()
+
+
+def load_skeleton(source: str) -> Any:
+    """Returns a causal language model without weights.
+
+    Args:
+        source: A folder or a name of the hub that `find_scheme` has checked.
+
+    Raises:
+        CheckpointError: config.json makes no model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from bitlab_hf.interop.skeleton import building
+
+    with doing(f"reading the configuration of {source}", DAMAGED, source):
+        config = AutoConfig.from_pretrained(source, **_SAFE)
+        with building(source, "loading the model"):
+            return AutoModelForCausalLM.from_config(config, **_SAFE)
 
 
 def load_whole(load: Any, name: str, *given: Any, **options: Any) -> Any:

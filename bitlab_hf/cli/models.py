@@ -35,12 +35,20 @@ from bitlab_hf.cli.loading import (
 from bitlab_hf.cli.places import check_files, check_folder, check_output, check_output_file
 from bitlab_hf.cli.scheme import config_of, load_packed, with_scheme
 
+GroupScales = Annotated[
+    str,
+    typer.Option(
+        help="Scales of groups: float32 as they are, or uint8 as 7-bit multipliers of one a row, "
+        "smaller and faster."
+    ),
+]
+
 
 @with_scheme
 def deploy(
     source: FloatSource, output: Output, as_json: Json = False, *, scheme: dict[str, Any]
 ) -> None:
-    """Packs a float or latent model into a deployed one, 2 bits a weight.
+    """Packs a float or latent model into a deployed one, 2 bits a weight and its scales.
 
     A latent model keeps its own scheme. A float model that was not trained for it loses most of
     what it can: ternarizing is for after quantization-aware training.
@@ -68,11 +76,13 @@ def convert(
     keep_inexact: Annotated[
         bool, typer.Option("--keep-inexact", help="Leave layers that are not exact float.")
     ] = False,
+    group_scale_dtype: GroupScales = "float32",
     as_json: Json = False,
 ) -> None:
     """Packs a float checkpoint whose weights are exactly ternary, without any loss.
 
     Every value is proven to come back as it was; a layer that is not exactly ternary is named.
+    With --group-scale-dtype uint8, scales of groups are rounded, which is told.
     """
     from bitlab_hf import convert_ternary
 
@@ -82,14 +92,21 @@ def convert(
     folder = Path(check_source(source))
     total = 2 * folder_bytes(folder) if folder.is_dir() else None
     with progress("converting", total) as advance, doing(f"converting {source}", DAMAGED, source):
-        report = convert_ternary(source, output, keep_inexact=keep_inexact, advance=advance)
+        report = convert_ternary(
+            source, output, keep_inexact=keep_inexact, group_scale_dtype=group_scale_dtype,
+            advance=advance,
+        )  # fmt: skip
     seconds = time.perf_counter() - started
     kept = "".join(f"\nkept {key}: {why}" for key, why in report.kept.items())
+    proven = "every value proven equal"
+    if report.scale_change:
+        proven = f"every code proven equal, {_changed(report.scale_change)}"
+    kept += _faster(output)
     emit(
         {"output": str(output), **dataclasses.asdict(report), "seconds": seconds},
         as_json,
         f"{output}: {len(report.packed)} layers packed, {megabytes(report.bytes_before)} -> "
-        f"{megabytes(report.bytes_after)}, every value proven equal, {seconds:.1f} s{kept}",
+        f"{megabytes(report.bytes_after)}, {proven}, {seconds:.1f} s{kept}",
     )
 
 
@@ -101,6 +118,7 @@ def import_(
     activation: Annotated[
         str | None, typer.Option(help="Activations of a GGUF model: int8 or float32.")
     ] = None,
+    group_scale_dtype: GroupScales | None = None,
     as_json: Json = False,
 ) -> None:
     """Turns a checkpoint of transformers' bitnet method, or a ternary GGUF file, into BitLab's own.
@@ -119,13 +137,17 @@ def import_(
         check_files([file])
         total = file.stat().st_size if file.is_file() else None
         with progress("importing", total) as advance, doing(f"importing {source}", DAMAGED, source):
-            import_gguf(file, output, activation_dtype=activation, advance=advance)
-        _report("imported", source, output, started, as_json)
+            change = import_gguf(
+                file, output, activation_dtype=activation,
+                group_scale_dtype=group_scale_dtype or "float32", advance=advance,
+            )  # fmt: skip
+        _report("imported", source, output, started, as_json, change, _faster(output))
         return
-    if activation is not None:
-        raise ArgumentError(
-            f"import: activation must be left out for a bitnet checkpoint, got {activation!r}"
-        )
+    for option, given in (("activation", activation), ("group-scale-dtype", group_scale_dtype)):
+        if given is not None:
+            raise ArgumentError(
+                f"import: --{option} must be left out for a bitnet checkpoint, got {given!r}"
+            )
     check_output(source, output)
     with library_bars():
         model = load_whole(load_bitnet, source, check_source(source))
@@ -140,7 +162,13 @@ def export(
     to: Annotated[
         str, typer.Option(help="bitnet: for transformers without BitLab; gguf: for llama.cpp.")
     ] = "bitnet",
-    qtype: Annotated[str, typer.Option(help="With gguf: TQ2_0, TQ1_0 or BF16.")] = "TQ2_0",
+    qtype: Annotated[
+        str | None,
+        typer.Option(
+            help="With gguf: Q2_0, TQ2_0, TQ1_0 or BF16. Default: TQ2_0 if it holds every layer, "
+            "else Q2_0."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Writes a BitLab model in a format that runs without BitLab."""
@@ -156,15 +184,16 @@ def export(
         check_target(output)
     else:
         check_output(source, output)
+    change: float | None = None
     with library_bars() as add:
         model, tokenizer = load_model(check_source(source)), tokenizer_if_any(source)
         with doing(f"writing {output}"):
             if to == "gguf":
                 advance = add("exporting", 1.0)
-                export_gguf(model, output, qtype, tokenizer=tokenizer, advance=advance)
+                change = export_gguf(model, output, qtype, tokenizer=tokenizer, advance=advance)
             else:
                 export_bitnet(model, output, tokenizer=tokenizer)
-    _report("exported", source, output, started, as_json)
+    _report("exported", source, output, started, as_json, change)
 
 
 def push(
@@ -192,7 +221,36 @@ def push(
     emit({"commit": commit, "seconds": seconds}, as_json, f"{commit} ({seconds:.1f} s)")
 
 
-def _report(verb: str, source: str, output: Path, started: float, as_json: bool) -> None:
+def _changed(change: float) -> str:
+    return f"scales rounded by up to {change:.2g} of themselves"
+
+
+def _faster(output: Path) -> str:
+    """Returns a line on what would be faster where a folder's scales of groups are floats."""
+    from bitlab_hf import BitLabConfig
+    from bitlab_hf.checkpoint.files import read_config
+
+    config = BitLabConfig.from_dict(read_config(output)["quantization_config"])
+    fields = (config.weight_granularity, *(one.get("weight_granularity") for one in
+              config.overrides.values()))  # fmt: skip
+    if "per_group" not in fields or config.format_version > 1:
+        return ""
+    return (
+        "\nscales of groups are float32, as they were; --group-scale-dtype uint8 rounds them to be "
+        "smaller and faster"
+    )
+
+
+def _report(
+    verb: str,
+    source: str,
+    output: Path,
+    started: float,
+    as_json: bool,
+    scale_change: float | None = None,
+    note: str = "",
+) -> None:
+    """Prints what a command wrote, and where scales were rounded, by how much at most."""
     seconds = time.perf_counter() - started
     given = Path(source)
     before = folder_bytes(given) if given.is_dir() else None
@@ -200,8 +258,10 @@ def _report(verb: str, source: str, output: Path, started: float, as_json: bool)
         before = given.stat().st_size
     after = output.stat().st_size if output.is_file() else folder_bytes(output)
     sizes = megabytes(after) if before is None else f"{megabytes(before)} -> {megabytes(after)}"
-    emit(
-        {"output": str(output), "bytes_before": before, "bytes_after": after, "seconds": seconds},
-        as_json,
-        f"{output}: {verb}, {sizes}, {seconds:.1f} s",
-    )
+    found = {
+        "output": str(output), "bytes_before": before, "bytes_after": after, "seconds": seconds,
+    }  # fmt: skip
+    if scale_change is not None:
+        found["scale_change"] = scale_change
+    rounded = f"{_changed(scale_change)}, " if scale_change else ""
+    emit(found, as_json, f"{output}: {verb}, {sizes}, {rounded}{seconds:.1f} s{note}")

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from bitcore.checks import GROUP_SIZES
 from bitcore.errors import ArgumentError, ConfigError
-from bitlab_hf.cli.loading import load_model
+from bitlab_hf.cli.loading import load_model, load_skeleton
 
 # The fields of BitLabConfig, each with its type, the names of its option and what it means.
 OPTIONS: dict[str, tuple[Any, tuple[str, ...], str]] = {
@@ -21,6 +22,11 @@ OPTIONS: dict[str, tuple[Any, tuple[str, ...], str]] = {
         "Scales of the weights: per_tensor, per_channel or per_group.",
     ),
     "group_size": (int, ("--group-size",), "64 or 128, with per_group."),
+    "group_scale_dtype": (
+        str,
+        ("--group-scale-dtype",),
+        "Scales of groups: uint8 (multipliers of one scale a row; the default) or float32.",
+    ),
     "activation_dtype": (str, ("--activation-dtype", "--activation"), "int8 or float32."),
     "activation_granularity": (
         str,
@@ -105,11 +111,62 @@ def config_of(op: str, scheme: dict[str, Any], held: dict[str, Any] | None, **lo
                 f"{pattern!r} ({error})"
             ) from error
     if held is None:
+        _check_groups(op, scheme)
         config = BitLabConfig(**scheme, **loading)
         get_layer(config.layer)
         return config
     check_same(op, scheme, held)
     return BitLabConfig(**loading)
+
+
+def _check_groups(op: str, scheme: dict[str, Any]) -> None:
+    """Refuses options of groups where there are none, and groups of no size.
+
+    Raises:
+        ConfigError: The message names the options.
+    """
+    grouped = scheme.get("weight_granularity") == "per_group"
+    for name in ("group_size", "group_scale_dtype"):
+        if scheme.get(name) is not None and not grouped:
+            raise ConfigError(
+                f"{op}: {OPTIONS[name][1][0]} must be left out unless --weight-granularity is "
+                f"per_group, got {scheme[name]!r}\n"
+                "Pass --weight-granularity per_group to use groups."
+            )
+    if grouped and scheme.get("group_size") is None:
+        raise ConfigError(
+            f"{op}: --group-size must be one of {GROUP_SIZES} with --weight-granularity per_group, "
+            "got none"
+        )
+
+
+def pretrained_config(
+    op: str, scheme: dict[str, Any], held: dict[str, Any] | None, folder: str | None = None
+) -> Any:
+    """Returns the configuration that a pretrained model is trained with: `config_of`, with scales
+    of groups where none were asked for.
+
+    Args:
+        op: The command, for error messages.
+        scheme: The fields that were given.
+        held: The model's own quantization_config; None of a float model.
+        folder: The model; None to check what was given before it is at hand.
+
+    Raises:
+        ConfigError, ArgumentError: See `config_of`.
+        CheckpointError: config.json makes no model.
+    """
+    from bitlab_hf.model.groups import group_fields
+
+    grouped = scheme.get("weight_granularity", "per_group") == "per_group"
+    if held is None and grouped:
+        scheme = {"weight_granularity": "per_group", **scheme}
+        if "group_size" not in scheme:
+            assumed = {**scheme, "group_size": GROUP_SIZES[0]}
+            config = config_of(op, assumed, None)
+            chosen = {} if folder is None else group_fields(load_skeleton(folder), config)
+            scheme = {**assumed, **chosen}
+    return config_of(op, scheme, held)
 
 
 def check_same(op: str, scheme: dict[str, Any], held: dict[str, Any]) -> None:

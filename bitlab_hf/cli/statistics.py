@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ class Found:
         bytes: Size of the weight files.
         scheme: The quantization_config, or None.
         parts: Tensors by kind: ternary layers, their scales, embeddings and the rest.
-        layers: Name, sizes, scheme and shares of the codes of every packed layer.
+        layers: Name, sizes, scheme, bits a weight and shares of the codes of every packed layer.
         codes: Shares of -1, 0 and +1 over all packed layers; None without any.
+        bits_per_weight: Bits that the packed layers take for each weight, scales included; None
+            without any.
     """
 
     architecture: str
@@ -45,6 +48,7 @@ class Found:
     parts: dict[str, Part] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
     codes: dict[str, float] | None = None
+    bits_per_weight: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns it as plain values."""
@@ -81,6 +85,9 @@ def examine(folder: Path, advance: Callable[[float], None]) -> Found:
             ) from error
     if found.layers:
         found.codes = _shares(total)
+        weights = [layer["outputs"] * layer["inputs"] for layer in found.layers]
+        bits = [layer["bits_per_weight"] for layer in found.layers]
+        found.bits_per_weight = sum(map(mul, bits, weights)) / sum(weights)
     found.layers.sort(key=lambda layer: str(layer["name"]))
     return found
 
@@ -101,14 +108,15 @@ def _examine_file(handle: Any, found: Found, advance: Callable[[float], None]) -
         packed = leaf in ("qweight", "weight") and tensor.dtype == torch.uint8 and tensor.dim() == 2
         weights = tensor.numel()
         if packed:
-            scale_key = f"{key}_scale"
+            scale_key, multiplier_key = f"{key}_scale", f"{key}_multiplier"
             scale = handle.get_tensor(scale_key) if scale_key in keys else torch.ones(1)
-            layer, counts = _examine_layer(base, tensor, scale)
+            multiplier = handle.get_tensor(multiplier_key) if multiplier_key in keys else None
+            layer, counts = _examine_layer(base, tensor, scale, multiplier)
             found.layers.append(layer)
             total += counts
             weights = layer["outputs"] * layer["inputs"]
             kind = "ternary layers"
-        elif leaf in ("qweight_scale", "weight_scale"):
+        elif leaf in ("qweight_scale", "qweight_multiplier", "weight_scale"):
             kind = "their scales"
         elif leaf == "qweight":
             kind = "int8 layers"
@@ -124,7 +132,9 @@ def _examine_file(handle: Any, found: Found, advance: Callable[[float], None]) -
     return total
 
 
-def _examine_layer(name: str, qweight: Tensor, scale: Tensor) -> tuple[dict[str, Any], Tensor]:
+def _examine_layer(
+    name: str, qweight: Tensor, scale: Tensor, multiplier: Tensor | None
+) -> tuple[dict[str, Any], Tensor]:
     histogram = torch.zeros(256, dtype=torch.int64)
     for block in qweight.reshape(-1).split(_BLOCK):
         histogram += torch.bincount(block, minlength=256)
@@ -138,15 +148,19 @@ def _examine_layer(name: str, qweight: Tensor, scale: Tensor) -> tuple[dict[str,
     # Only scales of rows tell how many of the last rows are padding, which is written as code 0.
     outputs = len(scale) if scale.numel() > 1 else 4 * rows
     counts[1] -= (4 * rows - outputs) * columns
-    if scale.dim() == 2:
-        scheme = f"per group of {columns // scale.shape[1]}"
+    if multiplier is not None:
+        scheme = f"per group of {columns // multiplier.shape[1]}"
+    elif scale.dim() == 2:
+        scheme = f"per group of {columns // scale.shape[1]} in float32"
     else:
         scheme = "per tensor" if scale.numel() == 1 else "per channel"
+    stored = sum(tensor.nbytes for tensor in (qweight, scale, multiplier) if tensor is not None)
     layer = {
         "name": name,
         "outputs": outputs,
         "inputs": columns,
         "scheme": scheme,
+        "bits_per_weight": 8 * stored / (outputs * columns),
         "codes": _shares(counts),
     }
     return layer, counts

@@ -40,7 +40,8 @@ from bitlab_hf.cli.loading import (
     load_whole,
 )
 from bitlab_hf.cli.places import check_files, check_folder, check_output
-from bitlab_hf.cli.scheme import OPTIONS, check_same, config_of, with_scheme
+from bitlab_hf.cli.scheme import OPTIONS, check_same, pretrained_config, with_scheme
+from bitlab_hf.demo.terminal import printable
 
 
 @with_scheme
@@ -82,12 +83,15 @@ def train(
 ) -> None:
     """Fine-tunes a model to be ternary; `bitlab deploy` packs the result.
 
-    Learns from MODEL itself as the teacher. Checkpoints and statistics go to OUTPUT/run.
+    A float model gets a scale for each 128 inputs, or 64 where 128 does not divide, unless options
+    of the scheme say otherwise. Learns from MODEL itself as the teacher. Checkpoints and statistics
+    go to OUTPUT/run.
     """
     from transformers import TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
     from bitlab_hf import Facts, save
+    from bitlab_hf.model.groups import scales_in_words
     from bitlab_hf.train import BitLabTrainer
 
     quiet()
@@ -95,13 +99,17 @@ def train(
     chosen = _recipe(recipe)
     check_output(source, output)
     held = check_trainable(source, "train")
-    config = config_of("train", scheme, held)
+    pretrained_config("train", scheme, held)
     run = output / "run"
-    if resume:
-        _check_resumed(run, config.to_dict() if held is None else scheme)
     _check_teacher(teacher)
     with ExitStack() as folders:
         folder = folders.enter_context(as_folder(source))
+        config = pretrained_config("train", scheme, held, folder)
+        if resume:
+            _check_resumed(run, config.to_dict() if held is None else scheme)
+        scales = scales_in_words(config)
+        if held is None:
+            typer.echo(printable(f"scales of the weights: {scales}"), err=True)
         tokenizer = load_tokenizer(folder)
         blocks = _blocks(tokenizer, text, dataset, length)
         judge = _teacher(teacher, folder, folders, chosen)
@@ -136,6 +144,7 @@ def train(
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     found = {
         "output": str(output),
+        "scales": scales,
         "steps": trainer.state.global_step,
         "tokens": trainer.state.global_step * batch * length,
         "loss": losses[-1] if losses else None,

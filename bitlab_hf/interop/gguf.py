@@ -1,8 +1,9 @@
 """Models as GGUF files for llama.cpp: Llama, Qwen2, Qwen3 and BitNet, tokenizer included.
 
-The ternary types of GGUF hold the codes as they are and one float16 scale for every 256 inputs, so
-nothing but that rounding is lost. What a file cannot express is refused before anything is written.
-llama.cpp quantizes activations by blocks of 256 where BitLab does by token, so its logits differ.
+The ternary types of GGUF hold the codes as they are and one float16 scale for every 64 inputs
+(Q2_0) or 256 (TQ2_0, TQ1_0), so nothing but that rounding is lost. What a file cannot express is
+refused before anything is written. llama.cpp quantizes activations by blocks, of 32 or 256, where
+BitLab does by token, so its logits differ.
 """
 
 from __future__ import annotations
@@ -18,9 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitcore import unpack_ternary
 from bitcore.errors import ArgumentError, ArgumentTypeError, MissingExtraError
-from bitcore.quantize import dequantize
 from bitlab_hf.checkpoint.atomic import (
     check_place,
     naming_full_disk,
@@ -30,17 +29,21 @@ from bitlab_hf.checkpoint.atomic import (
     staged_beside,
 )
 from bitlab_hf.interop.gguf_tokenizer import add_tokenizer, find_tokenizer
+from bitlab_hf.interop.gguf_types import (
+    ALTERNATIVES,
+    QTYPES,
+    check_layers,
+    default_type,
+    file_type,
+    ggml_type,
+    layer_values,
+)
 from bitlab_hf.model.tree import quantized_layers
 from bitlayers.base import BitLayerBase
-from bitlayers.bitlinear import BitLinear
 
 if TYPE_CHECKING:
     import gguf
 
-QTYPES = ("TQ2_0", "TQ1_0", "BF16")
-_BLOCK = 256
-# The least and the largest scale that float16 holds with all of its digits.
-_LEAST, _MOST = 2.0**-14, 65504.0
 _ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
@@ -49,7 +52,6 @@ _ARCHITECTURES = {
 }
 # BitNet's file has no activation's name: llama.cpp computes this one.
 _ACTIVATION = "silu"
-_ALTERNATIVES = "\nUse bitlab_hf.save, or export_bitnet for transformers without BitLab."
 
 
 @dataclass(frozen=True)
@@ -65,23 +67,27 @@ class _Tensor:
 def export_gguf(
     model: PreTrainedModel,
     path: str | os.PathLike[str],
-    qtype: str = "TQ2_0",
+    qtype: str | None = None,
     *,
     tokenizer: Any = None,
     pre_tokenizer: str | None = None,
     advance: Callable[[float], None] = lambda _share: None,
-) -> None:
+) -> float:
     """Writes a model and its tokenizer as one GGUF file, in place in one step.
 
     Args:
         model: A latent or deployed model; it is left as it is.
         path: The file.
-        qtype: ``"TQ2_0"`` (2.06 bits a weight), ``"TQ1_0"`` (1.69) or ``"BF16"`` for the ternary
-            layers; everything else keeps the model's dtype, norms are float32.
+        qtype: ``"Q2_0"`` (2.25 bits a weight; takes scales of groups), ``"TQ2_0"`` (2.06),
+            ``"TQ1_0"`` (1.69) or ``"BF16"`` for the ternary layers; everything else keeps the
+            model's dtype, norms are float32. Default TQ2_0 if it can hold every layer, else Q2_0.
         tokenizer: The tokenizer; default the one of the folder or repository that the model was
             loaded from.
         pre_tokenizer: llama.cpp's name of how text is split; default found from the tokenizer.
         advance: Called with the share of all values that was written since the last call.
+
+    Returns:
+        The largest relative change of a scale, which is rounded to float16; with BF16 to bfloat16.
 
     Raises:
         MissingExtraError: The package ``gguf`` is not installed.
@@ -101,11 +107,12 @@ def export_gguf(
         raise ArgumentTypeError(
             f"export_gguf: model must be a transformers PreTrainedModel, got {type(model).__name__}"
         )
-    if qtype not in QTYPES:
+    if qtype not in (None, *QTYPES):
         raise ArgumentError(f"export_gguf: qtype must be one of {QTYPES}, got {qtype!r}")
     check_target(path)
     architecture = _check_model(model)
-    _check_layers(model, qtype)
+    qtype = qtype or default_type(model)
+    change = check_layers(model, qtype)
     tokenizer = find_tokenizer(model, tokenizer)
     target = Path(path).resolve()
     with naming_place(path, "export_gguf"):
@@ -120,6 +127,7 @@ def export_gguf(
         add_tokenizer(writer, tokenizer, model.config.vocab_size, pre_tokenizer)
         _write(writer, tensors, advance)
         put_in_place(staged, target)
+    return change
 
 
 def check_target(path: str | os.PathLike[str]) -> None:
@@ -152,65 +160,30 @@ def _check_model(model: PreTrainedModel) -> str:
     if kind not in _ARCHITECTURES:
         raise ArgumentError(
             f"export_gguf: the model must be one of {sorted(_ARCHITECTURES)}, got {kind}"
-            f"{_ALTERNATIVES}"
+            f"{ALTERNATIVES}"
         )
     if config.hidden_act != _ACTIVATION:
         raise ArgumentError(
             f"export_gguf: hidden_act must be {_ACTIVATION!r}, the one that llama.cpp computes for "
-            f"{_ARCHITECTURES[kind]!r}, got {config.hidden_act!r}{_ALTERNATIVES}"
+            f"{_ARCHITECTURES[kind]!r}, got {config.hidden_act!r}{ALTERNATIVES}"
         )
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     allowed = ("default", "linear", "llama3") if kind == "LlamaForCausalLM" else ("default",)
     if rope not in allowed:
         raise ArgumentError(
             f"export_gguf: rope_type must be one of {allowed} for {kind}, got {rope!r}"
-            f"{_ALTERNATIVES}"
+            f"{ALTERNATIVES}"
         )
     if getattr(config, "use_sliding_window", False):
         raise ArgumentError(
-            f"export_gguf: use_sliding_window must be False, got True{_ALTERNATIVES}"
+            f"export_gguf: use_sliding_window must be False, got True{ALTERNATIVES}"
         )
     if kind == "BitNetForCausalLM" and not config.tie_word_embeddings:
         raise ArgumentError(
             "export_gguf: tie_word_embeddings must be True, since llama.cpp's 'bitnet' has no head "
-            f"of its own, got False{_ALTERNATIVES}"
+            f"of its own, got False{ALTERNATIVES}"
         )
     return _ARCHITECTURES[kind]
-
-
-def _check_layers(model: PreTrainedModel, qtype: str) -> None:
-    layers = quantized_layers(model)
-    if not layers:
-        raise ArgumentError("export_gguf: model must hold quantized layers, got none")
-    for name, module in model.named_modules():
-        tensors: dict[str, Tensor | None] = {**module._parameters, **module._buffers}
-        foreign = isinstance(module, BitLayerBase) or tensors.get("qweight") is not None
-        if (foreign and type(module) is not BitLinear) or hasattr(module, "base_layer"):
-            raise ArgumentError(
-                f"export_gguf: {name} must be a BitLinear or a plain module, got "
-                f"{type(module).__name__}{_ALTERNATIVES}"
-            )
-    if qtype == "BF16":
-        return
-    other = '\nPass qtype="BF16", or use bitlab_hf.save.'
-    for found in layers:
-        layer, name = found.module, found.names[0]
-        if layer.in_features % _BLOCK:
-            raise ArgumentError(
-                f"export_gguf: {name} must have a multiple of {_BLOCK} inputs for {qtype}, "
-                f"got {layer.in_features}{other}"
-            )
-        if layer.quant_config.group_size is not None:
-            raise ArgumentError(
-                f"export_gguf: {name} must have one scale for {_BLOCK} inputs for {qtype}, "
-                f"got groups of {layer.quant_config.group_size}{other}"
-            )
-        scale = layer.packed()[1]
-        if float(scale.min()) < _LEAST or float(scale.max()) > _MOST:
-            raise ArgumentError(
-                f"export_gguf: {name} must have scales from {_LEAST:.3g} to {_MOST:g} for {qtype}, "
-                f"got {float(scale.min()):.3g} to {float(scale.max()):.3g}{other}"
-            )
 
 
 def _add_metadata(writer: gguf.GGUFWriter, model: PreTrainedModel, qtype: str) -> None:
@@ -237,7 +210,7 @@ def _add_metadata(writer: gguf.GGUFWriter, model: PreTrainedModel, qtype: str) -
         writer.add_rope_scaling_factor(float(rope["factor"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{qtype}"])
+    writer.add_file_type(file_type(qtype))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
@@ -290,7 +263,7 @@ def renamed(names: Any, key: str) -> str:
     renamed: str | None = names.get_name(known, try_suffixes=(".weight", ".bias"))
     if renamed is None:
         raise ArgumentError(
-            f"export_gguf: {key} must be a tensor that llama.cpp knows, got none{_ALTERNATIVES}"
+            f"export_gguf: {key} must be a tensor that llama.cpp knows, got none{ALTERNATIVES}"
         )
     return renamed
 
@@ -319,27 +292,17 @@ def _floats(tensor: Tensor, kind: str) -> Callable[[], Tensor]:
 
 
 def _layer(name: str, layer: BitLayerBase, qtype: str, order: Tensor | None) -> _Tensor:
-    def make() -> Tensor:
-        qweight, scale = (tensor.detach().cpu() for tensor in layer.packed())
-        codes = unpack_ternary(qweight, layer.out_features)
-        if order is not None:
-            codes = codes[order]
-            scale = scale if len(scale) == 1 else scale[order]
-        dtype = torch.bfloat16 if qtype == "BF16" else torch.float32
-        return dequantize(codes, scale, dtype)
-
-    return _Tensor(name, (layer.out_features, layer.in_features), qtype, make)
+    shape = layer.out_features, layer.in_features
+    return _Tensor(name, shape, qtype, lambda: layer_values(layer, qtype, order))
 
 
 def _write(
     writer: gguf.GGUFWriter, tensors: list[_Tensor], advance: Callable[[float], None]
 ) -> None:
-    import gguf
     import numpy as np
 
     for tensor in tensors:
-        kind = gguf.GGMLQuantizationType[tensor.kind]
-        block, size = gguf.GGML_QUANT_SIZES[kind]
+        kind, block, size = ggml_type(tensor.kind)
         count = math.prod(tensor.shape) // block * size
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), count, kind)
     writer.write_header_to_file()
@@ -348,10 +311,6 @@ def _write(
     total = sum(math.prod(tensor.shape) for tensor in tensors)
     for tensor in tensors:
         values = tensor.make().contiguous()
-        if tensor.kind in ("TQ2_0", "TQ1_0"):
-            data = gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType[tensor.kind])
-        else:
-            data = values.view(torch.uint8).numpy()
-        writer.write_tensor_data(data)
+        writer.write_tensor_data(values.view(torch.uint8).numpy())
         advance(math.prod(tensor.shape) / total)
     writer.close()

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from bitcore.errors import CheckpointError
+from bitlab_hf.interop import q2_0
 
 _VERSIONS = (2, 3)
 _MOST_DIMENSIONS = 4
@@ -235,14 +236,17 @@ def _size(record: _Record) -> tuple[str, int]:
     """Returns the name of a tensor's type, and its bytes."""
     import gguf
 
-    try:
-        kind = gguf.GGMLQuantizationType(record.number)
-    except ValueError:
-        raise _FileError(f"{record.name} of the unknown type {record.number}") from None
-    block, size = gguf.GGML_QUANT_SIZES[kind]
+    if record.number == q2_0.NUMBER:
+        name, block, size = "Q2_0", q2_0.BLOCK, q2_0.SIZE
+    else:
+        try:
+            kind = gguf.GGMLQuantizationType(record.number)
+        except ValueError:
+            raise _FileError(f"{record.name} of the unknown type {record.number}") from None
+        name, (block, size) = kind.name, gguf.GGML_QUANT_SIZES[kind]
     blocks = not record.sizes[0] % block and (block == 1 or len(record.sizes) > 1)
     if not all(record.sizes) or not blocks:
         raise _FileError(
             f"{record.name} of the shape {list(record.sizes)}, in rows of blocks of {block}"
         )
-    return kind.name, math.prod(record.sizes) // block * size
+    return name, math.prod(record.sizes) // block * size

@@ -2,7 +2,8 @@
 
 Every matrix is read row block by row block through the memory map, and its structure is found by
 its values, as for floats that are ternary already: a file's scale for each 256 inputs becomes one
-of the matrix or of the row where they are equal, and two of 128 inputs each where they are not.
+of the matrix or of the row where they are equal, and two of 128 inputs each where they are not;
+that of 64 inputs, one of groups of 128 where neighbours are equal, and else of 64.
 Nothing of the file is used as a path.
 """
 
@@ -25,22 +26,28 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bitcore.errors import ArgumentError, CheckpointError, MissingExtraError
-from bitcore.packing import pack_codes
 from bitlab_hf.checkpoint.card import model_card
 from bitlab_hf.checkpoint.headers import LAYERS_KEY
 from bitlab_hf.checkpoint.saving import replacing
+from bitlab_hf.interop import q2_0
 from bitlab_hf.interop.gguf import renamed, row_order
 from bitlab_hf.interop.gguf_config import read_config
 from bitlab_hf.interop.gguf_file import GgufFile, GgufTensor, read_gguf
 from bitlab_hf.interop.gguf_tokenizer import rebuild_tokenizer
+from bitlab_hf.interop.packed_stream import (
+    check_group_scale_dtype,
+    packed_entries,
+    same_values,
+    write_packed,
+)
 from bitlab_hf.interop.skeleton import building
 from bitlab_hf.interop.stream import Entry, StreamWriter
-from bitlab_hf.interop.structure import Structure, find_structure, row_blocks, scales_of
-from bitlab_hf.interop.ternary import lanes_of, packed_configuration, same_values
+from bitlab_hf.interop.structure import Structure, find_structure, row_blocks
+from bitlab_hf.interop.ternary import packed_configuration
 from bitlab_hf.model.replace import find_linears, swap_packed
 
 logger = logging.getLogger("bitlab")
-_TERNARY = ("TQ2_0", "TQ1_0")
+_TERNARY = ("Q2_0", "TQ2_0", "TQ1_0")
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _FACTORS = "rope_freqs.weight"
@@ -79,6 +86,8 @@ class Source:
         shape = (len(part), *self.shape[1:])
         if not len(part):
             return torch.zeros(shape, dtype=self.dtype)
+        if self.kind == "Q2_0":
+            return q2_0.decode(part)
         if self.kind in _TERNARY:
             with np.errstate(all="ignore"):
                 # Scales that are not finite are found by their values.
@@ -90,6 +99,7 @@ def load_gguf(
     path: str | os.PathLike[str],
     *,
     activation_dtype: str | None = None,
+    group_scale_dtype: str = "float32",
     auto_class: Any = AutoModelForCausalLM,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -100,6 +110,7 @@ def load_gguf(
     Args:
         path: The file.
         activation_dtype: See `import_gguf`.
+        group_scale_dtype: See `import_gguf`.
         auto_class: Which of transformers' auto classes loads it.
         kwargs: Passed to ``from_pretrained``.
 
@@ -110,7 +121,12 @@ def load_gguf(
         MissingExtraError, ArgumentError, CheckpointError: See `import_gguf`.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        import_gguf(path, Path(scratch) / "model", activation_dtype=activation_dtype)
+        import_gguf(
+            path,
+            Path(scratch) / "model",
+            activation_dtype=activation_dtype,
+            group_scale_dtype=group_scale_dtype,
+        )
         # What is memory-mapped stays when its name goes.
         model: Any = auto_class.from_pretrained(Path(scratch) / "model", **kwargs)
     model.config._name_or_path = str(path)
@@ -122,8 +138,9 @@ def import_gguf(
     directory: str | os.PathLike[str],
     *,
     activation_dtype: str | None = None,
+    group_scale_dtype: str = "float32",
     advance: Callable[[int], None] | None = None,
-) -> None:
+) -> float:
     """Writes a ternary GGUF file as a deployed model with its tokenizer, in place in one step.
 
     Args:
@@ -134,14 +151,21 @@ def import_gguf(
         activation_dtype: ``"int8"`` or ``"float32"``, see `BitLabConfig`; the file does not say.
             Default int8 where a tensor is of a ternary type, for which llama.cpp quantizes
             activations, else float32.
+        group_scale_dtype: How scales of groups are kept: ``"float32"`` as they are, ``"uint8"`` as
+            7-bit multipliers of one a row, which is smaller and faster; see `BitLabConfig`. Of a
+            Q2_0 file that BitLab wrote of such a model, these come back as they were.
         advance: Called with the bytes of the file done; the sum is about its size.
+
+    Returns:
+        The largest relative change of a scale; 0 where all are the file's.
 
     Raises:
         MissingExtraError: The package ``gguf`` is not installed.
-        ArgumentError: There is no such file.
+        ArgumentError: There is no such file, or group_scale_dtype is another.
         CheckpointError: The file is truncated or damaged, of an unknown architecture, holds a
             tensor of another type or one that the model does not have, or no ternary layer.
     """
+    check_group_scale_dtype("import_gguf", group_scale_dtype)
     advance = advance or (lambda size: None)
     file = _open(Path(path))
     fields, items = file.fields, file.tensors
@@ -170,11 +194,15 @@ def import_gguf(
         for name in found.names
         if f"{name}.weight" in sources
     }
-    structures = _structures(sources, names)
+    structures = {
+        key: found.kept_as(group_scale_dtype) for key, found in _structures(sources, names).items()
+    }
     if activation_dtype is None:
         ternary = any(sources[key].kind in _TERNARY for key in structures)
         activation_dtype = "int8" if ternary else "float32"
-    quantization = packed_configuration(model, names, structures, activation_dtype)
+    quantization = packed_configuration(
+        model, names, structures, group_scale_dtype, activation_dtype
+    )
     tokenizer = rebuild_tokenizer(fields)
     if tokenizer is None:
         logger.warning(
@@ -184,7 +212,7 @@ def import_gguf(
             fields.get("tokenizer.ggml.pre"),
         )
     with replacing(directory, "import_gguf") as staged:
-        _write(staged / "model.safetensors", sources, structures, advance)
+        change = _write(staged / "model.safetensors", sources, structures, advance)
         _prove(staged / "model.safetensors", sources, structures)
         config.quantization_config = quantization.to_dict()
         config.save_pretrained(staged)
@@ -195,6 +223,7 @@ def import_gguf(
         )
         title = Path(directory).resolve().name
         (staged / "README.md").write_text(model_card(model, title), encoding="utf-8")
+    return change
 
 
 def _open(path: Path) -> GgufFile:
@@ -265,7 +294,8 @@ def _structures(sources: dict[str, Source], names: dict[str, str]) -> dict[str, 
             structures[key] = structure
         elif sources[key].kind in _TERNARY:
             raise CheckpointError(
-                f"load_gguf: {key} must have finite scales, got {structure.label}\n"
+                f"load_gguf: {key} must have finite scales and codes of -1, 0 and 1, got "
+                f"{structure.label}\n"
                 "The file is damaged; fetch or write it again."
             )
     if not structures:
@@ -281,15 +311,14 @@ def _write(
     sources: dict[str, Source],
     structures: dict[str, Structure],
     advance: Callable[[int], None],
-) -> None:
+) -> float:
+    """Writes the weights; returns the largest relative change of a scale."""
+    change = 0.0
     entries: list[Entry] = []
     for key, source in sources.items():
         if key in structures:
             rows, columns = source.shape
-            base = key.removesuffix("weight")
-            entries.append(Entry(f"{base}qweight", "U8", ((rows + 3) // 4, columns)))
-            scale_shape = structures[key].scale_shape(rows, columns)
-            entries.append(Entry(f"{base}qweight_scale", "F32", scale_shape))
+            entries += packed_entries(key, (rows, columns), structures[key])
         else:
             entries.append(Entry(key, _STORED[source.dtype], source.shape))
     # Without BitLab, this key makes a load fail instead of giving random weights.
@@ -307,15 +336,9 @@ def _write(
                         )
                     out.write(key, part)
             else:
-                base, structure = key.removesuffix("weight"), structures[key]
-                if structure.scale is not None:
-                    out.write(f"{base}qweight_scale", torch.tensor([structure.scale]))
-                else:
-                    for rows in _blocks(source):
-                        out.write(f"{base}qweight_scale", scales_of(source[rows], structure))
-                for lanes in lanes_of(cast(Tensor, source)):
-                    out.write(f"{base}qweight", pack_codes(lanes.float().sign().to(torch.int8)))
+                change = max(change, write_packed(out, key, source, structures[key]))
             advance(source.n_bytes)
+    return change
 
 
 def _blocks(source: Source) -> Any:
@@ -327,11 +350,7 @@ def _prove(target: Path, sources: dict[str, Source], structures: dict[str, Struc
     with safe_open(target, "pt") as written:
         for key, source in sources.items():
             if key in structures:
-                base = key.removesuffix("weight")
-                qweight, scale = (
-                    written.get_tensor(f"{base}{leaf}") for leaf in ("qweight", "qweight_scale")
-                )
-                same = same_values(cast(Tensor, source), qweight, scale)
+                same = same_values(written, key, source, structures[key])
             else:
                 tensor = written.get_tensor(key)
                 same = all(

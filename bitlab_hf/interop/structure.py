@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,15 +23,22 @@ class Structure:
         group_size: 128 or 64 with ``"per_group"``, else None.
         scale: The scale of the matrix with ``"per_tensor"``, else None.
         label: The same in words; if it is not ternary, by how much.
+        two_levels: Whether scales of groups are to be kept as multipliers of one a row.
     """
 
     scheme: str | None
     group_size: int | None = None
     scale: float | None = None
     label: str = ""
+    two_levels: bool = False
+
+    def kept_as(self, group_scale_dtype: str) -> Structure:
+        """Returns the structure with scales of groups kept as ``"float32"`` or ``"uint8"``."""
+        grouped = self.group_size is not None
+        return replace(self, two_levels=grouped and group_scale_dtype == "uint8")
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
-        """Returns the shape of qweight_scale."""
+        """Returns the shape of the scales: [1], [N] or [N, K / G]."""
         if self.group_size is not None:
             return (out_features, in_features // self.group_size)
         return (1,) if self.scheme == "per_tensor" else (out_features,)

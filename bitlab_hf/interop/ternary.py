@@ -26,17 +26,21 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError
-from bitcore.packing import pack_codes, unpack_ternary
-from bitcore.quantize import dequantize
 from bitlab_hf.checkpoint.card import CARD, model_card
 from bitlab_hf.checkpoint.files import INDEX, read_config, shard_keys, weight_files
 from bitlab_hf.checkpoint.headers import LAYERS_KEY, Checkpoint, read_checkpoint, with_tied
 from bitlab_hf.checkpoint.previous import weights_of
 from bitlab_hf.checkpoint.saving import replacing
 from bitlab_hf.config import BitLabConfig
+from bitlab_hf.interop.packed_stream import (
+    check_group_scale_dtype,
+    packed_entries,
+    same_values,
+    write_packed,
+)
 from bitlab_hf.interop.skeleton import building
 from bitlab_hf.interop.stream import Entry, StreamWriter
-from bitlab_hf.interop.structure import Structure, find_structure, row_blocks, scales_of
+from bitlab_hf.interop.structure import Structure, find_structure
 from bitlab_hf.model.replace import find_linears, swap_packed
 
 Advance = Callable[[int], None]
@@ -52,12 +56,14 @@ class Conversion:
         kept: Why each other matrix stayed as it was, by the file's key.
         bytes_before: Size of the source's weight files.
         bytes_after: Size of the written ones.
+        scale_change: The largest relative change of a scale; 0 where all are as they were.
     """
 
     packed: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
+    scale_change: float = 0.0
 
 
 def convert_ternary(
@@ -65,6 +71,7 @@ def convert_ternary(
     directory: str | os.PathLike[str],
     *,
     keep_inexact: bool = False,
+    group_scale_dtype: str = "float32",
     advance: Advance | None = None,
 ) -> Conversion:
     """Packs a float checkpoint whose linear layers are exactly ternary into a deployed one.
@@ -78,18 +85,21 @@ def convert_ternary(
         directory: Where to write; put in place in one step at the end.
         keep_inexact: Whether layers that are not exactly ternary stay float instead of being
             refused.
+        group_scale_dtype: How scales of groups are kept: ``"float32"`` as they are, ``"uint8"`` as
+            7-bit multipliers of one a row, which is smaller and faster; see `BitLabConfig`.
         advance: Called with the bytes of the source done; the sum is twice its size.
 
     Returns:
         What was packed, and what was kept and why.
 
     Raises:
-        ArgumentError: The folder holds no config.json.
+        ArgumentError: The folder holds no config.json, or group_scale_dtype is another.
         ConfigError: The checkpoint is quantized already.
         CheckpointError: A layer is not exactly ternary (the message says by how much), none is; a
             parameter of the model is in no file, in two, or of another shape; or the files are
             damaged.
     """
+    check_group_scale_dtype("convert_ternary", group_scale_dtype)
     source = Path(path_or_repo)
     if not source.is_dir():
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -113,12 +123,14 @@ def convert_ternary(
         if f"{name}.weight" in checkpoint.tensors and f"{name}.weight" not in tied
     }
     report = Conversion(bytes_before=sum(file.stat().st_size for file in files))
-    structures = _examine(model, files, names, keep_inexact, report, advance or (lambda size: None))
-    config = packed_configuration(model, names, structures)
+    found = _examine(model, files, names, keep_inexact, report, advance or (lambda size: None))
+    structures = {key: held.kept_as(group_scale_dtype) for key, held in found.items()}
+    config = packed_configuration(model, names, structures, group_scale_dtype)
     with replacing(directory, "convert_ternary") as staged:
         weight_map: dict[str, str] = {}
         for index, file in enumerate(files):
-            keys = _write(file, staged / file.name, structures, first=index == 0)
+            keys, change = _write(file, staged / file.name, structures, first=index == 0)
+            report.scale_change = max(report.scale_change, change)
             weight_map.update(dict.fromkeys(keys, file.name))
             _prove(file, staged / file.name, structures, advance or (lambda size: None))
         report.bytes_after = sum((staged / file.name).stat().st_size for file in files)
@@ -250,6 +262,7 @@ def packed_configuration(
     model: PreTrainedModel,
     names: dict[str, str],
     structures: dict[str, Structure],
+    group_scale_dtype: str,
     activation_dtype: str = "float32",
 ) -> BitLabConfig:
     """Returns the configuration: the commonest scheme, and overrides for the others.
@@ -258,6 +271,7 @@ def packed_configuration(
         model: The skeleton.
         names: The model's name of each linear layer, by the file's key.
         structures: Structure of each layer that is packed, by the file's key.
+        group_scale_dtype: See `BitLabConfig`.
         activation_dtype: See `BitLabConfig`.
     """
     packed = {names[key]: structure for key, structure in structures.items()}
@@ -268,6 +282,7 @@ def packed_configuration(
         activation_dtype=activation_dtype,
         weight_granularity=str(base[0]),
         group_size=base[1],
+        group_scale_dtype=group_scale_dtype,
         overrides={
             name: {"weight_granularity": s.scheme, "group_size": s.group_size}
             for name, s in packed.items()
@@ -282,8 +297,11 @@ def packed_configuration(
     )
 
 
-def _write(file: Path, target: Path, structures: dict[str, Structure], first: bool) -> list[str]:
-    """Writes one weight file; returns its keys."""
+def _write(
+    file: Path, target: Path, structures: dict[str, Structure], first: bool
+) -> tuple[list[str], float]:
+    """Writes one weight file; returns its keys, and the largest relative change of a scale."""
+    change = 0.0
     with safe_open(file, framework="pt") as handle:
         keys = list(handle.keys())
         mine = {key: structures[key] for key in keys if key in structures}
@@ -294,9 +312,7 @@ def _write(file: Path, target: Path, structures: dict[str, Structure], first: bo
             if key not in mine:
                 entries.append(Entry(key, part.get_dtype(), shape))
                 continue
-            base = key.removesuffix("weight")
-            entries.append(Entry(f"{base}qweight", "U8", ((shape[0] + 3) // 4, shape[1])))
-            entries.append(Entry(f"{base}qweight_scale", "F32", mine[key].scale_shape(*shape)))
+            entries += packed_entries(key, shape, mine[key])
         layers = [key.removesuffix(".weight") for key in mine]
         if first:
             # Without BitLab, this key makes a load fail instead of giving random weights.
@@ -309,29 +325,8 @@ def _write(file: Path, target: Path, structures: dict[str, Structure], first: bo
                     for block in tensor.reshape(-1).split(2**22):
                         out.write(key, block)
                     continue
-                base = key.removesuffix("weight")
-                if mine[key].scale is not None:
-                    out.write(f"{base}qweight_scale", torch.tensor([mine[key].scale]))
-                else:
-                    for rows in row_blocks(*tensor.shape):
-                        out.write(f"{base}qweight_scale", scales_of(tensor[rows], mine[key]))
-                for lanes in lanes_of(tensor):
-                    out.write(f"{base}qweight", pack_codes(lanes.float().sign().to(torch.int8)))
-    return [entry.name for entry in entries]
-
-
-def lanes_of(weight: Tensor) -> Any:
-    """Yields blocks of packed rows: their four lanes [4 * rows, K] one under the other."""
-    out_features, in_features = weight.shape
-    packed_rows = (out_features + 3) // 4
-    for rows in row_blocks(packed_rows, 4 * in_features):
-        count = rows.stop - rows.start
-        block = torch.zeros(4 * count, in_features, dtype=weight.dtype)
-        for lane in range(4):
-            start = lane * packed_rows + rows.start
-            part = weight[start : min(start + count, out_features)]
-            block[lane * count : lane * count + len(part)] = part
-        yield block
+                change = max(change, write_packed(out, key, tensor, mine[key]))
+    return [entry.name for entry in entries], change
 
 
 def _prove(file: Path, target: Path, structures: dict[str, Structure], advance: Advance) -> None:
@@ -346,29 +341,7 @@ def _prove(file: Path, target: Path, structures: dict[str, Structure], advance: 
                     written.get_tensor(key).reshape(-1).view(torch.uint8),
                 )
             else:
-                base = key.removesuffix("weight")
-                qweight, scale = (
-                    written.get_tensor(f"{base}{leaf}") for leaf in ("qweight", "qweight_scale")
-                )
-                same = same_values(tensor, qweight, scale)
+                same = same_values(written, key, tensor, structures[key])
             if not same:
                 raise CheckpointError(f"{key} must come back as it was, got other values")
             advance(tensor.numel() * tensor.element_size())
-
-
-def same_values(weight: Tensor, qweight: Tensor, scale: Tensor) -> bool:
-    """Returns whether packed codes and scales give exactly these values, as float [N, K]."""
-    packed_rows, out_features = len(qweight), len(weight)
-    for rows in row_blocks(packed_rows, 4 * weight.shape[1]):
-        count = rows.stop - rows.start
-        codes = unpack_ternary(qweight[rows], 4 * count)
-        for lane in range(4):
-            start = lane * packed_rows + rows.start
-            stop = min(start + count, out_features)
-            if start >= stop:
-                continue
-            part = codes[lane * count : lane * count + stop - start]
-            values = dequantize(part, scale if len(scale) == 1 else scale[start:stop], weight.dtype)
-            if not torch.equal(values, weight[start:stop]):
-                return False
-    return True

@@ -31,6 +31,22 @@ def leave_float(
 ) -> list[Found[nn.Linear]]:
     """Returns the linear layers that are not to be converted, and says why in a warning each.
 
+    Args:
+        model: The model, or its skeleton.
+        found: The layers that would be converted.
+        config: How they would be.
+    """
+    reasons = reasons_to_leave(model, found, config)
+    for reason, layers in reasons.items():
+        _say(logging.WARNING, _patterns([layer.names[0] for layer in layers]), reason)
+    return [layer for layers in reasons.values() for layer in layers]
+
+
+def reasons_to_leave(
+    model: nn.Module, found: list[Found[nn.Linear]], config: BitLabConfig
+) -> dict[str, list[Found[nn.Linear]]]:
+    """Returns the linear layers that are not to be converted, by the reason.
+
     - A layer whose weight the model reads itself would not be ternary in training, and another one
       once packed; see `bitlab_hf.model.reads`.
     - Routers of experts, and the gate of a shared expert, decide by small differences.
@@ -61,9 +77,7 @@ def leave_float(
     while tied := [one for one in found if one.names[0] not in left and _tied_to(model, one, left)]:
         reasons.setdefault("they are tied to a layer that does", []).extend(tied)
         left |= {name for one in tied for name in one.names}
-    for reason, layers in reasons.items():
-        _say(logging.WARNING, _patterns([layer.names[0] for layer in layers]), reason)
-    return [layer for layers in reasons.values() for layer in layers]
+    return reasons
 
 
 def _tied_to(model: nn.Module, layer: Found[nn.Linear], left: set[str]) -> bool:

@@ -40,8 +40,10 @@ def build_bitlab(request: Request, target: Path) -> None:
     from bitlab_hf import BitLabConfig, save
 
     size = request.get("group_size")
-    groups = {"weight_granularity": "per_group", "group_size": int(size)} if size else {}
-    config = BitLabConfig(mode="infer", head=request["head"], **groups)
+    granularity = "per_tensor" if size is None else "per_group"
+    config = BitLabConfig(
+        mode="infer", head=request["head"], weight_granularity=granularity, group_size=size
+    )
     model = AutoModelForCausalLM.from_pretrained(request["source"], quantization_config=config)
     save(model, target)
 
@@ -92,6 +94,15 @@ def status(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def bits_per_weight(model: Any, kind: str) -> float:
+    """Returns the bits that each weight of the linear layers takes, scales included."""
+    if kind == "bitlab":
+        from bitlab_hf.model.count import bits_per_weight
+
+        return bits_per_weight(model)
+    return 2.0 if kind == "bitnet" else 16.0
 
 
 def measure(request: Request) -> dict[str, Any]:
@@ -151,6 +162,7 @@ def measure(request: Request) -> dict[str, Any]:
         "token_seconds": gaps,
         "imported_bytes": imported,
         "peak_bytes": status("VmHWM"),
+        "bits_per_weight": bits_per_weight(model, kind),
         "layer": type(model.model.layers[0].mlp.up_proj).__name__,
         "head": type(model.lm_head).__name__,
         "compiled": getattr(model, "_compiled_call", None) is not None,

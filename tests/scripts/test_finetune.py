@@ -49,9 +49,10 @@ def result(output: Path) -> dict[str, Any]:
 
 
 def test_trains_resumes_and_deploys(text: Path, tmp_path: Path) -> None:
-    scheme = ("--weight-granularity", "per_group", "--group-size", 64)
+    scheme = ("--group-size", 64)
     done = run(*options(text, tmp_path, 4), *scheme)
     assert done.returncode == 0, done.stderr
+    assert "scales of the weights: per group of 64 (7-bit" in done.stderr
     first = result(tmp_path)
     assert first["resumed_from"] is None
     assert first["perplexity_trained"] < first["perplexity_ternarized_untrained"]

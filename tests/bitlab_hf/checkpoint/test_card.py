@@ -36,8 +36,24 @@ def test_card_of_a_deployed_model(source: Path, tmp_path: Path) -> None:
     ternary = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 192)
     assert f"| ternary weights | {ternary:,} in 14 matrices |" in card.text
     assert "| 14 layers | scales per group of 64, activations int8 per token |" in card.text
+    # Two bits a code, a byte for 64 inputs, and four for each row: of 64 inputs, or of 192.
+    bits = 2 + 8 / 64 + 32 * (2 * (64 + 32 + 192) + 64) / (ternary / 2)
+    assert f"| bits a weight, scales included | {bits:.2f} |" in card.text
     assert "pip install bitlab-hf" in card.text
     assert 'AutoModelForCausalLM.from_pretrained("deployed")' in card.text
+
+
+def test_bits_a_weight_of_each_scheme(source: Path) -> None:
+    groups = {"weight_granularity": "per_group", "group_size": 64}
+    for scheme, bits, words in (
+        ({}, "2.00", "scales per tensor"),
+        ({**groups, "group_scale_dtype": "float32"}, "2.50", "scales per group of 64 in float32"),
+    ):
+        config = BitLabConfig(mode="infer", **scheme)
+        model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+        card = model_card(model, "x")
+        assert f"| bits a weight, scales included | {bits} |" in card
+        assert f"| 14 layers | {words}, activations" in card
 
 
 def test_card_counts_an_int8_head_once(source: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from bitcore import unpack_ternary
 from bitcore.errors import CheckpointError
 from bitlab_hf import BitLabConfig, save
+from bitlab_hf.model.count import bits_per_weight
 from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.models import make_float_model
 
@@ -77,11 +78,47 @@ def test_padding_is_not_counted(cli: Cli, tmp_path: Path) -> None:
     assert head["codes"]["0"] == pytest.approx((codes == 0).double().mean().item())
 
 
+@pytest.mark.parametrize(
+    ("scheme", "words", "least", "most"),
+    [
+        ({}, "per tensor", 2.0, 2.001),
+        ({"weight_granularity": "per_group", "group_size": 64}, "per group of 64", 2.13, 2.26),
+        (
+            {"weight_granularity": "per_group", "group_size": 64, "group_scale_dtype": "float32"},
+            "per group of 64 in float32", 2.5, 2.5,
+        ),
+    ],
+)  # fmt: skip
+def test_bits_a_weight(
+    cli: Cli, states: dict[str, Path], tmp_path: Path,
+    scheme: dict[str, Any], words: str, least: float, most: float,
+) -> None:  # fmt: skip
+    """Counted in the file as the model counts it, and as the card says it."""
+    config = BitLabConfig(mode="infer", **scheme)
+    model = AutoModelForCausalLM.from_pretrained(states["float"], quantization_config=config)
+    save(model, tmp_path)
+    found = cli("info", tmp_path, "--json").json
+    assert least <= found["bits_per_weight"] <= most
+    assert found["bits_per_weight"] == pytest.approx(bits_per_weight(model), rel=1e-12)
+    layers = found["layers"]
+    weights = sum(layer["outputs"] * layer["inputs"] for layer in layers)
+    parts = found["parts"]
+    stored = parts["ternary layers"]["bytes"] + parts["their scales"]["bytes"]
+    assert found["bits_per_weight"] == pytest.approx(8 * stored / weights)
+    assert {layer["scheme"] for layer in layers} == {words}
+    said = f"{found['bits_per_weight']:.2f}"
+    assert f"{said} bits a weight, scales included" in cli("info", tmp_path).out
+    assert f"| bits a weight, scales included | {said} |" in (tmp_path / "README.md").read_text()
+    one = f"{layers[0]['scheme']}, {layers[0]['bits_per_weight']:.2f} bits a weight"
+    assert one in cli("info", tmp_path, "--layers").out
+
+
 def test_float_and_latent(cli: Cli, states: dict[str, Path]) -> None:
     for name, scheme in (("float", None), ("latent", "latent")):
         found = cli("info", states[name], "--json").json
         assert found["layers"] == []
         assert found["codes"] is None
+        assert found["bits_per_weight"] is None
         assert (found["scheme"] or {}).get("weight_format") == scheme
         assert cli("info", states[name]).code == 0
 

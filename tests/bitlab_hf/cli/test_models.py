@@ -112,6 +112,43 @@ def test_convert(cli: Cli, tmp_path: Path) -> None:
     assert cli("convert", source, tmp_path / "other", "--keep-inexact").code == 0
 
 
+def test_convert_to_two_levels(cli: Cli, tmp_path: Path) -> None:
+    source = test_ternary.build(tmp_path / "source")
+    exact = cli("convert", source, tmp_path / "out")
+    assert "every value proven equal" in exact.out
+    assert "--group-scale-dtype uint8 rounds them" in exact.out
+    two = ("convert", source, tmp_path / "out", "--group-scale-dtype", "uint8")
+    change = cli(*two, "--json").json["scale_change"]
+    assert 0 < change < 0.03
+    shown = cli(*two).out
+    assert f"every code proven equal, scales rounded by up to {change:.2g} of" in shown
+    assert "rounds them" not in shown
+    done = cli("convert", source, tmp_path / "no", "--group-scale-dtype", "int8")
+    assert "group_scale_dtype must be one of ('float32', 'uint8'), got 'int8'" in str(done.error)
+    assert not (tmp_path / "no").exists()
+
+
+def test_groups_to_gguf_and_back(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:
+    scheme = ("--weight", "per_group", "--group-size", 64)
+    cli("deploy", states["float"], tmp_path / "groups", *scheme)
+    file = tmp_path / "groups.gguf"
+    done = cli("export", tmp_path / "groups", file, "--to", "gguf", "--json")
+    assert done.code == 0, done.error
+    change = done.json["scale_change"]
+    assert 0 < change <= 2**-11
+    shown = cli("export", tmp_path / "groups", file, "--to", "gguf").out
+    assert f"scales rounded by up to {change:.2g} of themselves" in shown
+    exact = cli("import", file, tmp_path / "again", "--json").json
+    assert exact["scale_change"] == 0
+    assert "rounds them" in cli("import", file, tmp_path / "again").out
+    rounded = cli("import", file, tmp_path / "two", "--group-scale-dtype", "uint8", "--json").json
+    assert 0 < rounded["scale_change"] < 2**-10
+    assert rounded["bytes_after"] < exact["bytes_after"]
+    stock = build("llama", tmp_path / "stock")
+    done = cli("import", stock, tmp_path / "no", "--group-scale-dtype", "uint8")
+    assert "--group-scale-dtype must be left out for a bitnet checkpoint" in str(done.error)
+
+
 def test_import_and_export(cli: Cli, tmp_path: Path) -> None:
     source = build("bitnet", tmp_path / "source")
     done = cli("import", source, tmp_path / "ours", "--json")

@@ -10,20 +10,26 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from bitcore.errors import ArgumentError, ConfigError
 from bitlab_hf import BitLabConfig, deploy
 from bitlab_hf.cli.loading import load_model
-from bitlab_hf.cli.scheme import OPTIONS, check_same, config_of
+from bitlab_hf.cli.scheme import OPTIONS, check_same, config_of, pretrained_config
 from bitlab_hf.demo.corpus import SourceFile
 from bitlab_hf.demo.report import Report
 from bitlab_hf.demo.text import Perplexity, make_blocks, measure_perplexity
+from tests.bitlab_hf.cli.conftest import DEMO
 from tests.bitlab_hf.interop.stock import build
 
 Cli = Callable[..., Any]
 SCHEMES: dict[str, dict[str, Any]] = {
     "groups": {"weight_granularity": "per_group", "group_size": 64},
+    "groups of floats": {
+        "weight_granularity": "per_group",
+        "group_size": 128,
+        "group_scale_dtype": "float32",
+    },
     "rows, twn": {"weight_granularity": "per_channel", "weight_quantizer": "twn"},
     "float activations": {"activation_dtype": "float32", "head": "int8"},
     "a whole input": {"activation_granularity": "per_tensor", "weight_quantizer": "absmax"},
@@ -47,7 +53,7 @@ def held(folder: Path) -> dict[str, Any]:
 
 
 def test_every_field_has_an_option() -> None:
-    known = set(BitLabConfig().to_dict())
+    known = set(BitLabConfig(**SCHEMES["groups"]).to_dict())
     assert set(OPTIONS) == known - {
         "overrides", "weight_format", "format_version", "quant_method",
     }  # fmt: skip
@@ -60,8 +66,10 @@ def test_deploy_and_eval(cli: Cli, states: dict[str, Path], tmp_path: Path, kind
     done = cli("deploy", states["float"], tmp_path / "out", *options(scheme))
     assert done.code == 0, done.error
     found = held(tmp_path / "out")
+    assert found["format_version"] == (2 if kind == "groups" else 1)
     for name, value in scheme.items():
-        if name != "modules_to_not_convert":
+        # Files of version 1 do not know the second.
+        if name not in ("modules_to_not_convert", "group_scale_dtype"):
             assert found[name] == value
     assert any("v_proj" in name for name in found["modules_to_not_convert"]) == (
         "modules_to_not_convert" in scheme
@@ -122,11 +130,17 @@ def test_refused(cli: Cli, states: dict[str, Path], tmp_path: Path, command: str
         assert isinstance(done.error, (ArgumentError, ConfigError))
         return str(done.error)
 
+    rows = ("--weight-granularity", "per_channel")
+    unless = "must be left out unless --weight-granularity is per_group, got"
     for given, told in (
         (("--weight-granularity", "per_galaxy"), "weight_granularity must be one of"),
-        (("--weight-granularity", "per_group"), "group_size must be one of (64, 128)"),
-        (("--group-size", 64), "Set weight_granularity='per_group'"),
-        (("--group-size", 0), "group_size must be one of"),
+        ((*rows, "--group-size", 64), f"{command}: --group-size {unless} 64"),
+        ((*rows, "--group-scale-dtype", "uint8"), f"--group-scale-dtype {unless} 'uint8'"),
+        (("--weight", "per_group", "--group-size", 0), "group_size must be one of"),
+        (
+            ("--weight", "per_group", "--group-size", 64, "--group-scale-dtype", "int8"),
+            "group_scale_dtype must be one of",
+        ),
         (("--activation-dtype", "int4"), "activation_dtype must be one of"),
         (("--estimator", "nonsense"), "weight_quantizer must be one of"),
         (("--layer", "Nonsense"), "layer must be one of"),
@@ -135,6 +149,11 @@ def test_refused(cli: Cli, states: dict[str, Path], tmp_path: Path, command: str
         (("--modules-to-not-convert", "("), "must be names or regular expressions"),
     ):
         assert told in run(states["float"], *given)
+    if command in ("deploy", "eval"):
+        assert f"--group-size {unless} 64" in run(states["float"], "--group-size", 64)
+        assert "--group-size must be one of (64, 128) with --weight-granularity per_group" in run(
+            states["float"], "--weight", "per_group"
+        )
     for given in (("--head", "int8"), ("--weight", "per_channel"), ("--sub-norm", "o_proj")):
         assert "must be left out for a model that has a scheme" in run(states["latent"], *given)
     if command == "eval":
@@ -167,6 +186,53 @@ def test_demo(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert (settings.config.group_size, settings.config.mode) == (64, "auto")
     assert (settings.model, settings.folder) == (None, None)
     assert load is load_model
+    # The model that ships with BitLab has one scale a matrix, others have groups.
+    for model, expected, said in (
+        ((), ("per_tensor", None), "per tensor"),
+        (("--model", DEMO), ("per_group", 128), "per group of 128"),
+        (("--model", DEMO, "--weight", "per_tensor"), ("per_tensor", None), "per tensor"),
+    ):
+        given.clear()
+        done = cli("demo", *model, "--output", tmp_path / "out", "--json")
+        config = given[0].config
+        assert (config.weight_granularity, config.group_size) == expected
+        assert f"Scales of the weights: {said}" in done.err
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("per_group", 128, "uint8")),
+        ({"group_size": 64}, ("per_group", 64, "uint8")),
+        ({"weight_granularity": "per_group"}, ("per_group", 128, "uint8")),
+        ({"group_scale_dtype": "float32"}, ("per_group", 128, "float32")),
+        ({"weight_granularity": "per_channel"}, ("per_channel", None, None)),
+        ({"weight_granularity": "per_tensor"}, ("per_tensor", None, None)),
+    ],
+)
+def test_groups_of_a_pretrained_model(
+    given: dict[str, Any], expected: tuple[Any, ...], states: dict[str, Path]
+) -> None:
+    """What is given wins; without a model at hand, it is checked all the same."""
+    config = pretrained_config("x", given, None, str(states["float"]))
+    layer = config.layer_config("model.layers.0.mlp.up_proj")
+    assert (layer.weight_granularity, layer.group_size, layer.group_scale_dtype) == expected
+    assert config.overrides == {}
+    pretrained_config("x", given, None)
+    # A latent model has its scheme.
+    theirs = BitLabConfig().to_dict()
+    if not given:
+        assert pretrained_config("x", given, theirs).weight_granularity == "per_tensor"
+
+
+def test_a_model_of_no_groups(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 100, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 97,
+             "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    LlamaConfig(**sizes, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    config = pretrained_config("x", {}, None, str(tmp_path))
+    assert (config.weight_granularity, config.overrides) == ("per_channel", {})
+    with pytest.raises(ConfigError, match="--group-scale-dtype must be left out unless"):
+        pretrained_config("x", {"group_scale_dtype": "uint8"}, None, str(tmp_path))
 
 
 def test_config_of() -> None:

@@ -26,6 +26,12 @@ def test_train_resume_deploy(cli: Cli, states: dict[str, Path], tmp_path: Path) 
     assert done.code == 0, done.error
     assert done.json["steps"] == 3
     assert 0 < done.json["loss"] < 10
+    # Nobody has asked for it; it is said before and after.
+    assert done.json["scales"] == "per group of 128 (7-bit multipliers of a row's)"
+    assert f"scales of the weights: {done.json['scales']}" in done.err
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (config["weight_granularity"], config["group_size"]) == ("per_group", 128)
+    assert (config["group_scale_dtype"], config["format_version"]) == ("uint8", 2)
     assert Recipe.load(out / "run" / "checkpoint-2") == Recipe(logits_weight=1.0, quant_warmup=2)
     done = cli("train", states["float"], out, *options, "--steps", 4, "--resume")
     assert done.code == 0, done.error

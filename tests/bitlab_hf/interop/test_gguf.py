@@ -33,7 +33,10 @@ from transformers import (
 
 from bitcore import unpack_ternary
 from bitcore.errors import ArgumentError, ArgumentTypeError, MissingExtraError
+from bitcore.quantize import dequantize
 from bitlab_hf import BitLabConfig, deploy, export_gguf, replace_linear
+from bitlab_hf.interop import q2_0
+from bitlab_hf.interop.gguf_file import read_gguf
 from bitlab_hf.interop.gguf_tokenizer import _pre_tokenizer
 from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.interop.stock import ROOT
@@ -192,7 +195,7 @@ def test_a_larger_embedding_is_filled(tokenizer: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("llama", {"intermediate_size": 640}, "a multiple of 256 inputs for TQ2_0, got 640"),
+        ("llama", {"intermediate_size": 650}, "a multiple of 64 inputs for Q2_0, got 650"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
         ("bitnet", {"hidden_act": "relu2"}, "computes for 'bitnet', got 'relu2'"),
         ("bitnet", {"tie_word_embeddings": False}, "tie_word_embeddings must be True"),
@@ -210,16 +213,101 @@ def test_models_that_gguf_cannot_express(
     assert not list(tmp_path.iterdir())
 
 
-def test_groups_go_as_floats(tokenizer: Any, tmp_path: Path) -> None:
-    model = build("qwen2", BitLabConfig(weight_granularity="per_group", group_size=64))
-    with pytest.raises(ArgumentError, match="got groups of 64") as error:
-        export_gguf(model, tmp_path / "model.gguf", tokenizer=tokenizer)
-    assert 'Pass qtype="BF16"' in str(error.value)
-    export_gguf(model, tmp_path / "model.gguf", "BF16", tokenizer=tokenizer)
-    tensors, _ = read(tmp_path / "model.gguf")
-    layer = quantized_layers(model)[0].module
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_groups(name: str, size: int, dtype: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Codes as they are, and each group's scale rounded to float16 once."""
+    scheme = BitLabConfig(
+        weight_granularity="per_group", group_size=size, group_scale_dtype=dtype,
+        # One scale a row is repeated.
+        overrides={"*.up_proj": {"weight_granularity": "per_channel", "group_size": None}},
+    )  # fmt: skip
+    model = build(name, scheme, intermediate_size=640)
+    change = export_gguf(model, tmp_path / "model.gguf", tokenizer=tokenizer)
+    file = read_gguf(tmp_path / "model.gguf")
+    assert file.fields["general.file_type"] == 41
+    heads, worst = {"q_proj": 4, "k_proj": 2}, 0.0
+    for found in quantized_layers(model):
+        _, _, block, *parts = found.names[0].split(".")
+        layer = found.module
+        scale = scales_of_groups(layer)
+        worst = max(worst, float((scale.half().double() / scale.double() - 1).abs().max()))
+        codes = unpack_ternary(layer.qweight, layer.out_features)
+        expected = dequantize(codes, scale.half().float(), torch.float32)
+        if name == "llama" and parts[-1] in heads:
+            expected = rotated(expected, heads[parts[-1]])
+        item = file.tensors[f"blk.{block}.{NAMES['.'.join(parts)]}.weight"]
+        assert (item.kind, item.shape) == ("Q2_0", tuple(expected.shape))
+        # 18 bytes for 64 inputs: 2.25 bits a weight.
+        assert 8 * item.data.nbytes == 2.25 * expected.numel()
+        assert torch.equal(q2_0.decode(np.array(item.data)), expected)
+    assert change == worst
+    assert 0 < change <= 2**-11
+    with pytest.raises(ArgumentError, match=f"got groups of {size}") as error:
+        export_gguf(model, tmp_path / "other.gguf", "TQ2_0", tokenizer=tokenizer)
+    assert 'Pass qtype="Q2_0"' in str(error.value)
+    change = export_gguf(model, tmp_path / "other.gguf", "BF16", tokenizer=tokenizer)
+    assert 2**-11 < change <= 2**-8
+    tensors, _ = read(tmp_path / "other.gguf")
+    layer = quantized_layers(model)[2].module
     expected = layer.dequantized_weight(torch.bfloat16).float()
-    assert torch.equal(tensors["blk.0.attn_q.weight"], expected)
+    assert torch.equal(tensors["blk.0.attn_v.weight"], expected)
+
+
+def scales_of_groups(layer: Any) -> Tensor:
+    """float32 [N], or [N, K / G] in whichever form they are kept."""
+    _, scale, *multiplier = layer.packed()
+    return multiplier[0].float() * scale.unsqueeze(1) if multiplier else scale
+
+
+@pytest.mark.parametrize(
+    ("row", "multiplier", "said"),
+    [
+        (6e2, 127, "got 0.1 to 7.62e+04"),
+        (5e-6, 1, "got 5e-06 to 0.1"),
+        (float("nan"), 1, "got nan"),
+    ],
+)
+def test_scales_out_of_range(
+    row: float, multiplier: int, said: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    scheme = BitLabConfig(weight_granularity="per_group", group_size=64)
+    model = build("qwen2", scheme)
+    found = quantized_layers(model)[4]
+    layer = found.module
+    layer.qweight_scale = torch.full_like(layer.qweight_scale, 1e-3)
+    layer.qweight_multiplier[:] = 100
+    layer.qweight_scale[7] = row
+    layer.qweight_multiplier[7, 1] = multiplier
+    with pytest.raises(ArgumentError, match="must have scales from") as error:
+        export_gguf(model, tmp_path / "model.gguf", tokenizer=tokenizer)
+    assert f"{found.names[0]} must have scales from 7.63e-06 to 65504 for Q2_0" in str(error.value)
+    assert said in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_type_by_default(tokenizer: Any, tmp_path: Path) -> None:
+    """TQ2_0 where it can hold every layer."""
+    for changes, expected in (({}, "TQ2_0"), ({"intermediate_size": 576}, "Q2_0")):
+        export_gguf(build("qwen2", **changes), tmp_path / "model.gguf", tokenizer=tokenizer)
+        kinds = {item.kind for item in read_gguf(tmp_path / "model.gguf").tensors.values()}
+        assert kinds == {"F32", expected}
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (5, 192), (64, 576), (33, 11008)])
+def test_q2_0(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    codes = torch.randint(-1, 2, shape, dtype=torch.int8)
+    scale = torch.rand(shape[0], shape[1] // 64) + 1e-3
+    data = q2_0.encode(codes, scale)
+    assert data.shape == (shape[0], shape[1] // 64 * 18)
+    expected = dequantize(codes, scale.half().float(), torch.float32)
+    assert torch.equal(q2_0.decode(data.numpy()), expected)
+    # Value j of a block lies in bits 2 (j % 4) and the next of byte j // 4 behind the scale.
+    for at in (0, 1, 37, 63):
+        field = int(data[0, 2 + at // 4]) >> 2 * (at % 4) & 3
+        assert field == codes[0, at] + 1
 
 
 def test_other_refusals(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,11 @@ LIES: dict[str, tuple[Callable[[Editor], None], str]] = {
     "another type": (set_type(TERNARY, gguf.GGMLQuantizationType.TQ1_0), "is the end of"),
     "a wider type": (set_type(FLOAT, gguf.GGMLQuantizationType.F64), "is the end of|to .* with"),
     "a vector in blocks": (set_type("output_norm.weight", 20), "in rows of blocks of 32"),
+    "Q2_0": (set_type(TERNARY, 42), "is the end of"),
+    "half a block of Q2_0": (
+        lambda file: (set_type(TERNARY, 42)(file), set_shape(TERNARY, 96, 256)(file))[0],
+        r"\[96, 256\], in rows of blocks of 64",
+    ),
     "no type": (set_type(TERNARY, 250), "of the unknown type 250"),
     "a huge shape": (set_shape(TERNARY, 2**62, 2**62), "is the end of|to .* with"),
     "an empty shape": (set_shape(TERNARY, 256, 0), r"of the shape \[256, 0\]"),

@@ -24,6 +24,7 @@ from bitcore import unpack_ternary
 from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf import BitLabConfig, export_gguf, import_gguf, load_gguf
 from bitlab_hf.cli import main
+from bitlab_hf.interop.gguf_file import read_gguf
 from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.interop.test_gguf import DEMO, LLAMA3, build
 
@@ -66,6 +67,8 @@ def with_rounded_scales(model: PreTrainedModel, dtype: torch.dtype) -> PreTraine
         ("qwen3", "TQ1_0", "per_tensor"),
         ("bitnet", "TQ2_0", "per_tensor"),
         ("qwen2", "BF16", "per_group"),
+        ("llama", "Q2_0", "per_group"),
+        ("qwen3", "Q2_0", "per_channel"),
     ],
 )
 def test_round_trip(
@@ -73,10 +76,13 @@ def test_round_trip(
 ) -> None:
     size = 64 if granularity == "per_group" else None
     changes = {"rope_parameters": LLAMA3} if name == "llama" else {}
-    scheme = BitLabConfig(weight_granularity=granularity, group_size=size)
+    scheme = BitLabConfig(
+        weight_granularity=granularity, group_size=size, group_scale_dtype="float32"
+    )
     model = build(name, scheme, **changes)
     export_gguf(model, tmp_path / "model.gguf", qtype, tokenizer=tokenizer)
-    import_gguf(tmp_path / "model.gguf", tmp_path / "again", activation_dtype="int8")
+    change = import_gguf(tmp_path / "model.gguf", tmp_path / "again", activation_dtype="int8")
+    assert change == 0
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     rounded = with_rounded_scales(model, torch.bfloat16 if qtype == "BF16" else torch.float16)
     layers = {found.names[0]: found.module for found in quantized_layers(again)}
@@ -92,6 +98,54 @@ def test_round_trip(
     assert rebuilt.decode(tokenizer(TEXT)["input_ids"]) == TEXT
     assert (rebuilt.bos_token, rebuilt.eos_token) == (tokenizer.bos_token, tokenizer.eos_token)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["again", "model.gguf"]
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_two_levels_come_back(size: int, tokenizer: Any, tmp_path: Path) -> None:
+    """float16 rounds a scale by 2^-11 of itself, far less than half a step of its multiplier."""
+    scheme = BitLabConfig(weight_granularity="per_group", group_size=size)
+    model = build("llama", scheme)
+    export_gguf(model, tmp_path / "model.gguf", tokenizer=tokenizer)
+    options: dict[str, Any] = {"group_scale_dtype": "uint8", "activation_dtype": "int8"}
+    change = import_gguf(tmp_path / "model.gguf", tmp_path / "again", **options)
+    assert 0 < change < 2**-10
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    layers = {found.names[0]: found.module for found in quantized_layers(again)}
+    for found in quantized_layers(model):
+        layer, other = found.module, layers[found.names[0]]
+        assert other.quant_config == layer.quant_config
+        assert torch.equal(other.qweight, layer.qweight)
+        assert torch.equal(other.qweight_multiplier, layer.qweight_multiplier)
+        torch.testing.assert_close(
+            other.qweight_scale, layer.qweight_scale, rtol=2**-11 + 2**-20, atol=0
+        )
+    config = json.loads((tmp_path / "again/config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 2
+    loaded = load_gguf(tmp_path / "model.gguf", **options)
+    assert torch.equal(logits(loaded), logits(again))
+    exact = load_gguf(tmp_path / "model.gguf", activation_dtype="int8")
+    layer = quantized_layers(exact)[0].module
+    assert layer.quant_config.group_scale_dtype == "float32"
+    assert layer.qweight_scale.shape == (256, 256 // size)
+
+
+def test_scales_of_another_dtype(good: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="group_scale_dtype must be one of"):
+        import_gguf(good, tmp_path / "out", group_scale_dtype="int8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_code_for_two_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    scheme = BitLabConfig(weight_granularity="per_group", group_size=64)
+    export_gguf(build("qwen2", scheme), tmp_path / "model.gguf", tokenizer=tokenizer)
+    item = read_gguf(tmp_path / "model.gguf").tensors["blk.0.attn_q.weight"]
+    at = item.data.ctypes.data - item.data.base.ctypes.data  # type: ignore[union-attr]
+    content = bytearray((tmp_path / "model.gguf").read_bytes())
+    # Behind the first block's scale.
+    content[at + 2] |= 3
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match="q_proj.weight must have finite scales and codes of"):
+        load_gguf(tmp_path / "model.gguf")
 
 
 def test_blocks_of_different_scale_become_groups(tokenizer: Any, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitcore import unpack_ternary
-from bitlab_hf import BitLabConfig, deploy, export_gguf
+from bitlab_hf import BitLabConfig, convert_ternary, deploy, export_gguf, load_gguf
 from bitlab_hf.demo.corpus import source_files
 from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.interop.test_gguf import DEMO, NAMES, read, rotated
@@ -37,12 +37,11 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(DEMO)
 
 
-@pytest.fixture(scope="module")
-def model(tokenizer: Any) -> Any:
+def trained(tokenizer: Any, **scheme: Any) -> Any:
     """The demo's model after 16,384 tokens of quantization-aware training, in float32."""
     torch.manual_seed(0)
     latent: Any = AutoModelForCausalLM.from_pretrained(
-        DEMO, dtype=torch.float32, quantization_config=BitLabConfig()
+        DEMO, dtype=torch.float32, quantization_config=BitLabConfig(**scheme)
     ).train()
     text = "".join(file.text for file in source_files("train"))
     ids = torch.tensor(tokenizer(text[:400_000])["input_ids"][: STEPS * 1024])
@@ -61,6 +60,11 @@ def model(tokenizer: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
+def model(tokenizer: Any) -> Any:
+    return trained(tokenizer)
+
+
+@pytest.fixture(scope="module")
 def file(model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama") / "demo.gguf"
     export_gguf(model, path, tokenizer=tokenizer)
@@ -75,6 +79,10 @@ def heldout(tokenizer: Any) -> list[int]:
 
 @pytest.fixture(scope="module")
 def llama(file: Path) -> Any:
+    return running(file)
+
+
+def running(file: Path) -> Any:
     from llama_cpp import GGML_TYPE_F32, Llama
 
     return Llama(
@@ -191,3 +199,49 @@ def test_the_file_is_of_one_ternary_type(file: Path) -> None:
     assert set(layers) == {gguf.GGMLQuantizationType.TQ2_0}
     assert len(layers) == 12
     assert np.all([kind.name in ("TQ2_0", "F32") for kind in kinds.values()])
+
+
+def said(name: str, expected: Tensor, found: Tensor) -> str:
+    same, nats = agreement(expected, found), divergence(expected, found)
+    return f"{name}: same most likely token {same:.2%}, KL {nats:.2e} nats"
+
+
+def test_groups_of_64(
+    tokenizer: Any, heldout: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Q2_0: what rounding scales to float16 changes, and what llama.cpp makes of the file."""
+    model = trained(tokenizer, weight_granularity="per_group", group_size=64)
+    change = export_gguf(model, tmp_path / "groups.gguf", tokenizer=tokenizer)
+    expected = ours(model, heldout)
+    again = ours(load_gguf(tmp_path / "groups.gguf", dtype=torch.float32), heldout)
+    found = theirs(running(tmp_path / "groups.gguf"), heldout)
+    with capsys.disabled():
+        print(f"\nscales rounded by up to {change:.2g} of themselves")
+        print(said("rounded", expected, again), said("llama.cpp", expected, found), sep="\n")
+    assert change <= 2**-11
+    assert divergence(expected, again) <= 1e-3
+    assert divergence(expected, found) <= 0.01
+    assert agreement(expected, found) >= 0.97
+
+
+def test_what_multipliers_of_7_bits_change(
+    tokenizer: Any, heldout: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of floats that are ternary in groups of 64: less than computing in bfloat16 does."""
+    scheme = {"weight_granularity": "per_group", "group_size": 64, "activation_dtype": "float32"}
+    model = trained(tokenizer, **scheme, group_scale_dtype="float32")
+    model.dequantize().save_pretrained(tmp_path / "floats")
+    found = {}
+    for dtype in ("float32", "uint8"):
+        folder = tmp_path / dtype
+        report = convert_ternary(tmp_path / "floats", folder, group_scale_dtype=dtype)
+        packed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        found[dtype] = ours(packed, heldout)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16)
+    expected, rounded, other = found["float32"], found["uint8"], ours(half, heldout)
+    with capsys.disabled():
+        print(f"\nscales rounded by up to {report.scale_change:.2g} of themselves")
+        print(said("uint8", expected, rounded), said("bfloat16", expected, other), sep="\n")
+    assert 0 < report.scale_change < 0.05
+    assert divergence(expected, rounded) < 0.5 * divergence(expected, other)
+    assert agreement(expected, rounded) >= 0.99

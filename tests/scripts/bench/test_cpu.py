@@ -92,15 +92,20 @@ def test_linear_with_all_granularities(tmp_path: Path) -> None:
 @pytest.mark.ci
 def test_generate(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    engines = ("bitlab int8", "bitlab keep", "groups keep", "dense bf16", "bitnet packed")
+    engines = ("bitlab int8", "bitlab keep", "bitlab g64", "dense bf16", "bitnet packed")
     options = ("--threads", "1", "--work", str(work), "--engines", *engines)
     result, output = run("bench/generate.py", tmp_path, *options)
     found = {one["engine"]: one for one in result["engines"]}
     assert tuple(found) == engines
     layers = [one["layer"] for one in found.values()]
     assert layers == ["BitLinear", "BitLinear", "BitLinear", "Linear", "BitLinear"]
-    assert [one["head"] for one in found.values()] == ["Int8Linear", *["Linear"] * 4]
-    int8, keep, *_ = found.values()
+    heads = [one["head"] for one in found.values()]
+    assert heads == ["Int8Linear", "Linear", "Int8Linear", "Linear", "Linear"]
+    int8, keep, groups, *_ = found.values()
+    assert int8["bits_per_weight"] == pytest.approx(2, abs=0.01)
+    # A byte for each 64 inputs, and a float for each row of 256 or 512.
+    assert 2.125 + 32 / 512 < groups["bits_per_weight"] < 2.125 + 32 / 256
+    assert int8["file_bytes"] < groups["file_bytes"]
     assert int8["file_bytes"] < keep["file_bytes"]
     for name, one in found.items():
         for key in ("prompt_tok_s", "decode_tok_s", "load_seconds", "read_seconds"):
@@ -112,11 +117,10 @@ def test_generate(tmp_path: Path) -> None:
         assert len(one["runs"]) == result["rounds"]
     assert found["bitlab keep"]["file_bytes"] < found["dense bf16"]["file_bytes"]
     assert {path.name for path in work.iterdir()} == {
-        "dense", "bitlab-int8", "bitlab-keep", "bitlab-groups-keep", "bitnet",
+        "dense", "bitlab-int8", "bitlab-keep", "bitlab-g64", "bitnet",
     }  # fmt: skip
-    groups = next(one for one in result["targets"] if "groups of 64, head keep" in one["name"])
-    speeds = found["groups keep"]["decode_tok_s"], found["bitlab keep"]["decode_tok_s"]
-    assert groups["measured"] == pytest.approx(speeds[0] / speeds[1])
+    asked = next(one for one in result["targets"] if "groups of 64" in one["name"])
+    assert asked["measured"] == pytest.approx(groups["decode_tok_s"] / int8["decode_tok_s"])
     assert_targets(result, output)
 
 

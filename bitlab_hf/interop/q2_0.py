@@ -1,0 +1,47 @@
+"""GGUF's type Q2_0: blocks of 64 ternary values with a float16 scale each, 2.25 bits a value.
+
+A block is 18 bytes: the scale ``d``, then 16 bytes, of which byte ``j // 4`` holds ``code + 1`` of
+value j in its bits ``2 (j % 4)`` and the one above. The package ``gguf`` 0.19 does not know the
+type; llama.cpp does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# GGUF's numbers of the type, and of a file that is mostly of it.
+NUMBER, FILE_TYPE = 42, 41
+BLOCK, SIZE = 64, 18
+_SHIFTS = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
+
+
+def encode(codes: Tensor, scale: Tensor) -> Tensor:
+    """Returns the bytes of a matrix, uint8 [N, K / 64 * 18].
+
+    Args:
+        codes: int8 [N, K], each -1, 0 or +1; 64 divides K.
+        scale: float32 [N, K / 64]; rounded to float16.
+    """
+    rows, blocks = scale.shape
+    fields = (codes + 1).to(torch.uint8).view(rows, blocks, BLOCK // 4, 4) << _SHIFTS
+    data = torch.empty(rows, blocks, SIZE, dtype=torch.uint8)
+    data[..., :2] = scale.to(torch.float16).unsqueeze(-1).view(torch.uint8)
+    # The fields do not overlap.
+    data[..., 2:] = fields.sum(-1, dtype=torch.uint8)
+    return data.view(rows, -1)
+
+
+def decode(data: np.ndarray[Any, Any]) -> Tensor:
+    """Returns the values of a matrix, float32 [N, K]; a field of 3 is twice the scale.
+
+    Args:
+        data: uint8 [N, K / 64 * 18].
+    """
+    blocks = torch.from_numpy(data).view(len(data), -1, SIZE)
+    scale = blocks[..., :2].contiguous().view(torch.float16).float()
+    fields = blocks[..., 2:].unsqueeze(-1) >> _SHIFTS & 3
+    return ((fields.float() - 1).flatten(2) * scale).flatten(1)
