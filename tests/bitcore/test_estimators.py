@@ -189,9 +189,7 @@ def test_a_learned_scale_trains_deployed_bits(backend: str) -> None:
     x, weight, learned = torch.randn(5, 128), torch.randn(9, 128), torch.rand(9, 2) + 0.1
     learned[3], learned[4, 1], learned[5] = 1e-7, -0.2, torch.tensor([1.0, 1e-3])
     for granularity in GROUPED:
-        trained = ops.qat_linear(
-            x, weight, None, granularity, 64, "int8_per_token", None, learned
-        )
+        trained = ops.qat_linear(x, weight, None, granularity, 64, "int8_per_token", None, learned)
         step, scale, multiplier = estimators.learned_scales(learned, granularity)
         assert (multiplier is None) == (granularity == "per_group_float32")
         qweight = ops.pack_codes(weight, step)
