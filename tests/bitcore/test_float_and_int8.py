@@ -12,15 +12,24 @@ from tests.conftest import native_kernels
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Half of the last place of the output, relative.
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-GRANULARITIES = ["per_tensor", "per_channel", "per_group"]
+GRANULARITIES = ["per_tensor", "per_channel", "per_group", "per_group_float32"]
 
 
-def packed(out_features: int, in_features: int, granularity: str) -> tuple[Tensor, Tensor]:
-    return reference.pack_weight(torch.randn(out_features, in_features), granularity, 64)
+def packed(
+    out_features: int, in_features: int, granularity: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Groups are of several sizes, so that multipliers are."""
+    sizes = torch.rand(out_features, -(-in_features // 64)).repeat_interleave(64, 1)
+    weight = torch.randn(out_features, in_features) * sizes[:, :in_features]
+    return reference.pack_weight(weight, granularity, 64)
 
 
-def exact_weight(qweight: Tensor, scale: Tensor, out_features: int) -> Tensor:
+def exact_weight(
+    qweight: Tensor, scale: Tensor, out_features: int, multiplier: Tensor | None = None
+) -> Tensor:
     codes = reference.unpack_weight(qweight, torch.ones(1), out_features, torch.float32).double()
+    if multiplier is not None:
+        codes *= multiplier.double().repeat_interleave(64, 1)
     columns = scale.shape[1] if scale.dim() == 2 else 1
     grouped = codes.view(out_features, columns, -1)
     return (grouped * scale.double().view(scale.shape[0], columns, 1)).view(out_features, -1)
@@ -36,10 +45,10 @@ def test_float_activations(
     dtype: torch.dtype,
     granularity: str,
 ) -> None:
-    qweight, scale = packed(67, 320, granularity)
+    qweight, scale, multiplier = packed(67, 320, granularity)
     x, bias = torch.randn(M, 320).to(dtype), torch.randn(67)
-    y = native_kernels().linear(x, qweight, scale, bias, 67, "float", dtype)
-    weight = exact_weight(qweight, scale, 67)
+    y = native_kernels().linear(x, qweight, scale, bias, 67, "float", dtype, multiplier)
+    weight = exact_weight(qweight, scale, 67, multiplier)
     exact = x.double() @ weight.t() + bias.double()
     # Exact sums for few tokens, a float32 dot product for many.
     magnitude = x.double().abs() @ weight.abs().t() + bias.double().abs()
@@ -52,7 +61,7 @@ def test_float_activations(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_float_sums_of_few_tokens_are_exact(isa: str, num_threads: int, dtype: torch.dtype) -> None:
     """Values within 2^19 of the largest are not changed: one rounding is all that is left."""
-    qweight, _ = packed(9, 6912, "per_tensor")
+    qweight, *_ = packed(9, 6912, "per_tensor")
     x = (torch.randn(3, 6912) * torch.logspace(-3, 1, 6912)).to(dtype)
     x = torch.where(x.abs() < x.abs().amax() * 2.0**-18, 0, x).bfloat16().to(dtype)
     y = native_kernels().linear(x, qweight, torch.ones(1), None, 9, "float", torch.float32)
@@ -61,7 +70,7 @@ def test_float_sums_of_few_tokens_are_exact(isa: str, num_threads: int, dtype: t
 
 
 def test_float_activations_of_any_size(isa: str) -> None:
-    qweight, scale = packed(9, 64, "per_tensor")
+    qweight, scale, _ = packed(9, 64, "per_tensor")
     x = torch.randn(8, 64)
     for row, factor in enumerate((1e-42, 1e-38, 1e-30, 1.0, 1e30, 0.0)):
         x[row] *= factor
@@ -79,10 +88,11 @@ def test_float_activations_of_any_size(isa: str) -> None:
 def test_input_gradient(
     backend: str, dtype: torch.dtype, granularity: str, out_features: int
 ) -> None:
-    qweight, scale = packed(out_features, 192, granularity)
+    qweight, scale, multiplier = packed(out_features, 192, granularity)
     dy = torch.randn(2, 7, out_features).to(dtype)
-    dx = torch.ops.bitlab.input_gradient(dy, qweight, scale, out_features, dtype)
-    weight = exact_weight(qweight, scale, out_features)
+    args = (dy, qweight, scale, out_features, dtype, multiplier)
+    dx = torch.ops.bitlab.input_gradient(*args)
+    weight = exact_weight(qweight, scale, out_features, multiplier)
     exact = dy.double() @ weight
     magnitude = dy.double().abs() @ weight.abs()
     # The reference multiplies with a weight rounded to dtype.
@@ -95,9 +105,9 @@ def test_input_gradient(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("out_features", [1, 5, 64, 67])
 def test_unpack(isa: str, dtype: torch.dtype, granularity: str, out_features: int) -> None:
-    qweight, scale = packed(out_features, 192, granularity)
-    ours = native_kernels().unpack_weight(qweight, scale, out_features, dtype)
-    assert torch.equal(ours, reference.unpack_weight(qweight, scale, out_features, dtype))
+    qweight, scale, multiplier = packed(out_features, 192, granularity)
+    args = (qweight, scale, out_features, dtype, multiplier)
+    assert torch.equal(native_kernels().unpack_weight(*args), reference.unpack_weight(*args))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -33,14 +33,26 @@ CALLS: dict[str, tuple[Callable[..., object], Callable[[], tuple[Tensor, ...]]]]
         lambda weight: OPS.pack_weight(weight, "per_tensor", 0),
         lambda: (torch.randn(9, 64),),
     ),
+    "pack_weight, groups": (
+        lambda weight: OPS.pack_weight(weight, "per_group", 64),
+        lambda: (torch.randn(9, 64),),
+    ),
     "pack_codes": (OPS.pack_codes, lambda: (torch.randn(9, 64), torch.rand(9) + 0.1)),
     "estimate": (
         lambda weight: OPS.estimate(weight, "twn", "per_channel", 0),
         lambda: (torch.randn(9, 64),),
     ),
+    "estimate, groups": (
+        lambda weight: OPS.estimate(weight, "twn", "per_group", 64),
+        lambda: (torch.randn(9, 64),),
+    ),
     "unpack_weight": (
         lambda qweight, scale: OPS.unpack_weight(qweight, scale, 9, torch.float32),
         lambda: packed(),
+    ),
+    "unpack_weight, groups": (
+        lambda *t: OPS.unpack_weight(*t[:2], 9, torch.float32, t[2]),
+        lambda: groups(),
     ),
     "matmul": (
         lambda codes, qweight: OPS.matmul(codes, qweight, 9),
@@ -53,6 +65,18 @@ CALLS: dict[str, tuple[Callable[..., object], Callable[[], tuple[Tensor, ...]]]]
     "linear of floats": (
         lambda *t: OPS.linear(*t, 9, "float", torch.float32),
         lambda: (torch.randn(33, 64), *packed(), torch.randn(9)),
+    ),
+    "linear, groups": (
+        lambda *t: OPS.linear(*t[:4], 9, "int8_per_token", torch.float32, t[4]),
+        lambda: (torch.randn(3, 64), *groups()[:2], torch.randn(9), groups()[2]),
+    ),
+    "linear of few floats, groups": (
+        lambda *t: OPS.linear(*t[:3], None, 9, "float", torch.float32, t[3]),
+        lambda: (torch.randn(3, 64), *groups()),
+    ),
+    "linear of floats, groups": (
+        lambda *t: OPS.linear(*t[:3], None, 9, "float", torch.float32, t[3]),
+        lambda: (torch.randn(33, 64), *groups()),
     ),
     "qat_linear": (
         lambda *t: OPS.qat_linear(*t, "per_channel", 0, "int8_per_token", torch.float32),
@@ -70,6 +94,18 @@ CALLS: dict[str, tuple[Callable[..., object], Callable[[], tuple[Tensor, ...]]]]
         ),
         lambda: (torch.randn(3, 64), torch.randn(9, 64), torch.rand(9), torch.rand(9)),
     ),
+    "qat_linear, learned groups": (
+        lambda x, weight, scale: OPS.qat_linear(
+            x, weight, None, "per_group", 64, "int8_per_token", torch.float32, None, scale
+        ),
+        lambda: (torch.randn(3, 64), torch.randn(9, 64), torch.rand(9, 1)),
+    ),
+    "qat_linear, constants of groups": (
+        lambda x, weight, *scales: OPS.qat_linear(
+            x, weight, None, "per_group", 64, "int8_per_token", torch.float32, *scales
+        ),
+        lambda: (torch.randn(3, 64), torch.randn(9, 64), torch.rand(9, 1), *groups()[1:]),
+    ),
     "linear_int8": (
         lambda *t: OPS.linear_int8(*t, torch.float32),
         lambda: (torch.randn(3, 64), *rows(), torch.randn(9)),
@@ -77,6 +113,10 @@ CALLS: dict[str, tuple[Callable[..., object], Callable[[], tuple[Tensor, ...]]]]
     "input_gradient": (
         lambda *t: OPS.input_gradient(*t, 9, torch.float32),
         lambda: (torch.randn(3, 9), *packed()),
+    ),
+    "input_gradient, groups": (
+        lambda *t: OPS.input_gradient(*t[:3], 9, torch.float32, t[3]),
+        lambda: (torch.randn(3, 9), *groups()),
     ),
     "input_gradient_int8": (
         lambda *t: OPS.input_gradient_int8(*t, torch.float32),
@@ -87,7 +127,14 @@ CALLS: dict[str, tuple[Callable[..., object], Callable[[], tuple[Tensor, ...]]]]
 
 def packed() -> tuple[Tensor, Tensor]:
     """Of 9 rows; their codes and scales."""
-    return ops.pack_weight(torch.randn(9, 64), "per_channel", None)
+    qweight, scale = ops.pack_weight(torch.randn(9, 64), "per_channel", None)
+    return qweight, scale
+
+
+def groups() -> tuple[Tensor, Tensor, Tensor]:
+    """Of 9 rows; their codes, scales and multipliers."""
+    qweight, scale = packed()
+    return qweight, scale / 127, torch.randint(0, 128, (9, 1), dtype=torch.uint8)
 
 
 def rows() -> tuple[Tensor, Tensor]:
@@ -128,18 +175,23 @@ def test_freed_memory_of_every_argument(backend: str, name: str) -> None:
                 op(*tensors)
 
 
+@pytest.mark.parametrize("with_multiplier", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_layout_of_a_prepared_layer(backend: str, activation: str) -> None:
+def test_every_layout_of_a_prepared_layer(
+    backend: str, activation: str, with_multiplier: bool
+) -> None:
     """The dispatcher makes memory of views that only stand for it; past it, nobody would."""
     for shape in ((64,), (3, 64), (33, 64), (2, 3, 64)):
-        given = [torch.randn(shape), *packed(), torch.randn(9)]
+        qweight, scale, multiplier = groups()
+        given = [torch.randn(shape), qweight, scale, torch.randn(9)]
+        given += [multiplier] if with_multiplier else []
         for index in range(len(given)):
             for layout in (*STRIDED, *VIRTUAL):
                 tensors = list(given)
                 tensors[index] = lay_out(given[index], layout)
-                layer = PreparedLinear(*tensors[1:], 9, activation)
+                layer = PreparedLinear(*tensors[1:4], 9, activation, *tensors[4:])
                 copies = [plain(tensor) for tensor in tensors]
-                expected = OPS.linear(*copies, 9, activation, torch.float32)
+                expected = OPS.linear(*copies[:4], 9, activation, torch.float32, *copies[4:])
                 with torch.no_grad():
                     y = layer(tensors[0])
                 assert y.is_contiguous()
@@ -163,6 +215,13 @@ def test_freed_memory_of_a_prepared_layer(backend: str) -> None:
         given[1].untyped_storage().resize_(left)
         with pytest.raises(ArgumentError, match="weight_scale must have its memory"):
             PreparedLinear(*given, None, 9, "int8_per_token")
+    qweight, scale, multiplier = groups()
+    layer = PreparedLinear(qweight, scale, None, 9, "int8_per_token", multiplier)
+    assert layer.holds(qweight, scale, None, multiplier)
+    multiplier.untyped_storage().resize_(0)
+    assert not layer.holds(qweight, scale, None, multiplier)
+    with pytest.raises(ArgumentError, match="multiplier must have its memory"):
+        PreparedLinear(qweight, scale, None, 9, "int8_per_token", multiplier)
 
 
 def test_an_expanded_weight_that_is_larger_than_memory_next_to_it() -> None:
@@ -210,7 +269,7 @@ def test_pointers_are_taken_in_one_place() -> None:
     folder = Path(native.__file__).parent
     # Others are of what was made contiguous just before, of outputs, and of inputs, whose rows may
     # lie apart.
-    allowed = {"native.py": 4, "cpu.py": 4, "cuda.py": 2}
+    allowed = {"native.py": 5, "cpu.py": 4, "cuda.py": 2}
     for file in folder.glob("*.py"):
         found = len(re.findall(r"data_ptr\(\)", file.read_text()))
         assert found == allowed.get(file.name, 0), file.name
@@ -271,6 +330,7 @@ def test_too_many_inputs_are_refused_alike(backend: str) -> None:
         lambda: OPS.pack_weight(wide, "per_tensor", 0),
         lambda: OPS.pack_codes(wide, one),
         lambda: OPS.estimate(wide, "absmean", "per_tensor", 0),
+        lambda: OPS.pack_weight(wide, "per_group", 64),
     ]
     for call in calls:
         with pytest.raises(ArgumentError, match="in_features must be at most 131071"):

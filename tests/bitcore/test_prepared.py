@@ -14,6 +14,7 @@ from bitcore import ops
 from bitcore.errors import ArgumentError, ArgumentTypeError
 from bitcore.kernels.cpu import CpuKernels
 from bitcore.prepared import PreparedLinear
+from tests.bitcore.layouts import STRIDED, lay_out, plain
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["int8_per_token", "int8_per_tensor", "float"]
@@ -43,18 +44,21 @@ class Counting:
         monkeypatch.setattr(CpuKernels, "_run_linear", counted)
 
 
-def weights(granularity: str = "per_tensor", rows: int = 10) -> tuple[Tensor, Tensor]:
-    group = 64 if granularity == "per_group" else None
-    return ops.pack_weight(torch.randn(rows, 128), granularity, group)
+def weights(granularity: str = "per_tensor", rows: int = 10) -> tuple[Tensor, ...]:
+    """A packed weight, its scale and, with groups in two levels, multipliers."""
+    sizes = torch.rand(rows, 2).repeat_interleave(64, 1)
+    return ops.pack_weight(torch.randn(rows, 128) * sizes, granularity, 64)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
+@pytest.mark.parametrize(
+    "granularity", ["per_tensor", "per_channel", "per_group", "per_group_float32"]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_bits_of_the_op(
     backend: str, dtype: torch.dtype, granularity: str, activation: str
 ) -> None:
-    qweight, scale = weights(granularity)
+    qweight, scale, *rest = weights(granularity)
     inputs = [torch.randn(shape).to(dtype) for shape in ((128,), (0, 128), (3, 128), (2, 3, 128))]
     inputs += [torch.randn(5, 256).to(dtype)[:, ::2], torch.randn(128, 5).to(dtype).t()]
     inputs += [
@@ -62,19 +66,24 @@ def test_the_bits_of_the_op(
         torch.randn(2, 5, 256).to(dtype)[..., 9:137],
     ]
     for bias in (None, torch.randn(10), torch.randn(10).bfloat16()):
-        prepared = PreparedLinear(qweight, scale, bias, 10, activation)
+        prepared = PreparedLinear(qweight, scale, bias, 10, activation, *rest)
         for x in inputs:
-            expected = torch.ops.bitlab.linear(x, qweight, scale, bias, 10, activation, dtype)
+            args = (qweight, scale, bias, 10, activation)
+            expected = torch.ops.bitlab.linear(x, *args, dtype, *rest)
             with torch.no_grad():
                 y = prepared(x)
             assert y.dtype == dtype
             assert torch.equal(y, expected)
 
 
-def test_past_the_dispatcher_only_if_nobody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_group"])
+def test_past_the_dispatcher_only_if_nobody_watches(
+    monkeypatch: pytest.MonkeyPatch, granularity: str
+) -> None:
     x = torch.randn(3, 128)
     counting = Counting(monkeypatch)
-    prepared = PreparedLinear(*weights(), None, 10, "int8_per_token")
+    qweight, scale, *rest = weights(granularity)
+    prepared = PreparedLinear(qweight, scale, None, 10, "int8_per_token", *rest)
     with torch.no_grad(), Watching() as mode:
         watched = prepared(x)
     assert "bitlab.linear.default" in mode.seen
@@ -98,23 +107,41 @@ def test_past_the_dispatcher_only_if_nobody_watches(monkeypatch: pytest.MonkeyPa
 
 
 def test_holds_the_same_memory_only() -> None:
-    qweight, scale = weights()
+    qweight, scale, multiplier = weights("per_group")
     bias = torch.randn(10)
-    prepared = PreparedLinear(qweight, scale, bias, 10, "int8_per_token")
-    assert prepared.holds(qweight, scale, bias)
-    assert not prepared.holds(qweight.clone(), scale, bias)
-    assert not prepared.holds(qweight, scale.clone(), bias)
-    assert not prepared.holds(qweight, scale, None)
-    for tensor in (qweight, scale, bias):
+    given = (qweight, scale, bias, multiplier)
+    prepared = PreparedLinear(qweight, scale, bias, 10, "int8_per_token", multiplier)
+    assert prepared.holds(*given)
+    for index, tensor in enumerate(given):
+        others = list(given)
+        others[index] = tensor.clone()
+        assert not prepared.holds(*others)
         kept = tensor.data
         tensor.data = kept.clone()
-        assert not prepared.holds(qweight, scale, bias)
+        assert not prepared.holds(*given)
         tensor.data = kept
-        assert prepared.holds(qweight, scale, bias)
+        assert prepared.holds(*given)
+    assert not prepared.holds(qweight, scale, None, multiplier)
+    assert not prepared.holds(qweight, scale, bias)
+    without = PreparedLinear(*weights(), None, 10, "int8_per_token")
+    assert not without.holds(*without._given[:3], multiplier)  # type: ignore[arg-type]
+
+
+def test_multipliers_of_any_layout() -> None:
+    """What is not contiguous is copied, by the op in every call."""
+    x = torch.randn(3, 128)
+    qweight, scale, multiplier = weights("per_group")
+    args = (qweight, scale, None, 10, "int8_per_token")
+    with torch.no_grad():
+        for layout in (*STRIDED, "negated"):
+            laid = lay_out(multiplier, layout)
+            expected = ops.linear(x, *args, plain(laid))
+            assert torch.equal(PreparedLinear(*args, laid)(x), expected)
+            assert torch.equal(ops.linear(x, *args, laid), expected)
 
 
 def test_bad_arguments() -> None:
-    qweight, scale = weights()
+    qweight, scale, *_ = weights()
     with pytest.raises(ArgumentError, match="out_features 13"):
         PreparedLinear(qweight, scale, None, 13, "int8_per_token")
     with pytest.raises(ArgumentError, match="activation must be"):
@@ -136,6 +163,8 @@ def test_several_threads_at_once() -> None:
     prepared = [
         PreparedLinear(*weights(rows=rows), None, rows, "int8_per_token") for rows in (33, 400)
     ]
+    qweight, scale, multiplier = weights("per_group", 100)
+    prepared.append(PreparedLinear(qweight, scale, None, 100, "int8_per_token", multiplier))
     inputs = [torch.randn(tokens, 128) for tokens in (1, 7, 40)]
     with torch.no_grad():
         expected = [[layer(x) for x in inputs] for layer in prepared]

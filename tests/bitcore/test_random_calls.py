@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import bitcore
-from bitcore import pack_ternary, unpack_ternary
+from bitcore import checks, pack_ternary, unpack_ternary
 from bitcore.prepared import PreparedLinear
 from tests.bitcore.layouts import plain, some_layout
 
@@ -46,7 +46,8 @@ class Case:
             self.in_features = 192
         self.group_size = 64 if self.in_features % 128 else rng.choice([64, 128])
         granularities = ["per_tensor", "per_channel"]
-        granularities += ["per_group"] if self.in_features % 64 == 0 else []
+        if self.in_features % 64 == 0:
+            granularities += ["per_group", "per_group_float32"]
         self.granularity = rng.choice(granularities)
         self.activation = rng.choice(["int8_per_token", "int8_per_tensor", "float"])
         self.out_dtype = rng.choice(DTYPES)
@@ -61,17 +62,27 @@ class Case:
         shapes += [(columns,)] if self.tokens == 1 else []
         return self.float_tensor(*self.rng.choice(shapes))
 
-    def scale(self) -> Tensor:
-        """Scales or steps; some are negative or zero, which nobody should give."""
+    def scale(self, of_groups: tuple[str, ...] = ("per_group_float32",)) -> Tensor:
+        """Scales that multiply; some are negative or zero, which nobody should give."""
         shape: tuple[int, ...] = (1,)
-        if self.granularity == "per_channel":
-            shape = (self.out_features,)
-        elif self.granularity == "per_group":
+        if self.granularity in of_groups:
             shape = (self.out_features, self.in_features // self.group_size)
+        elif self.granularity != "per_tensor":
+            shape = (self.out_features,)
         values = torch.rand(shape) + 0.01
         if self.rng.random() < 0.2:
             values *= torch.randint(-1, 2, shape)
         return some_layout(values, self.rng)
+
+    def step(self) -> Tensor:
+        """Steps, or learned scales: of groups one each, in either form."""
+        return self.scale(checks.GROUPED)
+
+    def multiplier(self) -> Tensor | None:
+        if self.granularity != "per_group":
+            return None
+        shape = (self.out_features, self.in_features // self.group_size)
+        return some_layout(torch.randint(0, 128, shape, dtype=torch.uint8), self.rng)
 
     def qweight(self) -> Tensor:
         codes = torch.randint(-1, 2, (self.out_features, self.in_features), dtype=torch.int8)
@@ -84,9 +95,12 @@ class Case:
         return self.float_tensor(self.out_features) if self.rng.random() < 0.5 else None
 
 
-def dense(qweight: Tensor, scale: Tensor, out_features: int) -> Tensor:
-    """Codes times scale in float64, where that product is exact."""
+def dense(qweight: Tensor, scale: Tensor, out_features: int, multiplier: Tensor | None) -> Tensor:
+    """Codes times multiplier and scale in float64, where that product is exact."""
     codes = unpack_ternary(plain(qweight), out_features).double()
+    if multiplier is not None:
+        width = codes.shape[1] // multiplier.shape[1]
+        codes *= plain(multiplier).double().repeat_interleave(width, 1)
     columns = scale.shape[1] if scale.dim() == 2 else 1
     grouped = codes.view(out_features, columns, -1) * plain(scale).double().view(-1, columns, 1)
     return grouped.view(codes.shape)
@@ -124,23 +138,25 @@ def assert_same(ours: object, theirs: object) -> None:
 
 def test_linear(backend: str) -> None:
     for case in calls():
-        x, qweight, scale, bias = (
+        x, qweight, scale, bias, multiplier = (
             case.tokens_of(case.in_features),
             case.qweight(),
             case.scale(),
             case.bias(),
+            case.multiplier(),
         )
-        prepared = PreparedLinear(qweight, scale, bias, case.out_features, case.activation)
-        args = (x, qweight, scale, bias, case.out_features, case.activation)
+        args = (qweight, scale, bias, case.out_features, case.activation)
+        prepared = PreparedLinear(*args, multiplier)
+        calls_of = [(x, *args, dtype, multiplier) for dtype in (case.out_dtype, x.dtype)]
         with torch.no_grad():
-            results = [OPS.linear(*args, case.out_dtype), OPS.linear(*args, x.dtype), prepared(x)]
+            results = [*(OPS.linear(*one) for one in calls_of), prepared(x)]
         assert_same(results[2], results[1])
-        for y, dtype in zip(results, (case.out_dtype, x.dtype), strict=False):
+        for y, one in zip(results, calls_of, strict=False):
             if case.activation == "float":
-                weight = dense(qweight, scale, case.out_features).t()
+                weight = dense(qweight, scale, case.out_features, multiplier).t()
                 assert_product(y, x, weight, bias, loose=backend == "reference")
             else:
-                assert_same(y, call_on_plain(OPS.linear, (*args, dtype)))
+                assert_same(y, call_on_plain(OPS.linear, one))
 
 
 def test_the_ops_of_packed_weights(backend: str) -> None:
@@ -149,12 +165,13 @@ def test_the_ops_of_packed_weights(backend: str) -> None:
         codes = torch.randint(-128, 128, (case.tokens, case.in_features), dtype=torch.int8)
         args: tuple[object, ...] = (some_layout(codes, case.rng), qweight, out_features)
         assert_same(OPS.matmul(*args), call_on_plain(OPS.matmul, args))
-        args = (qweight, scale, out_features, case.out_dtype)
+        multiplier = case.multiplier()
+        args = (qweight, scale, out_features, case.out_dtype, multiplier)
         assert_same(OPS.unpack_weight(*args), call_on_plain(OPS.unpack_weight, args))
         dy = case.tokens_of(out_features)
-        dx = OPS.input_gradient(dy, qweight, scale, out_features, case.out_dtype)
+        dx = OPS.input_gradient(dy, qweight, scale, out_features, case.out_dtype, multiplier)
         loose = backend == "reference"
-        assert_product(dx, dy, dense(qweight, scale, out_features), None, loose)
+        assert_product(dx, dy, dense(qweight, scale, out_features, multiplier), None, loose)
 
 
 def test_the_ops_of_float_weights(backend: str) -> None:
@@ -162,7 +179,7 @@ def test_the_ops_of_float_weights(backend: str) -> None:
         weight = case.weight()
         args: tuple[object, ...] = (weight, case.granularity, case.group_size)
         assert_same(OPS.pack_weight(*args), call_on_plain(OPS.pack_weight, args))
-        args = (weight, case.scale())
+        args = (weight, case.step())
         assert_same(OPS.pack_codes(*args), call_on_plain(OPS.pack_codes, args))
         args = (weight, case.rng.choice(["absmean", "absmax"]), case.granularity, case.group_size)
         assert_same(OPS.estimate(*args), call_on_plain(OPS.estimate, args))
@@ -188,10 +205,10 @@ def train(
 ) -> tuple[Tensor, list[Tensor]]:
     """The output of a training step, and the gradients of x, weight, bias and a learned scale."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors[:3]]
-    step, scale = [None if t is None else t.detach() for t in tensors[3:]]
+    step, scale, multiplier = [None if t is None else t.detach() for t in tensors[3:]]
     if scale is not None and step is None:
         leaves.append(scale.requires_grad_())
-    y = OPS.qat_linear(*leaves[:3], *scheme, step, scale)[0]
+    y = OPS.qat_linear(*leaves[:3], *scheme, step, scale, multiplier)[0]
     y.backward(dy)
     grads = [None if leaf is None else leaf.grad for leaf in leaves]
     return y.detach(), [grad for grad in grads if grad is not None]
@@ -209,13 +226,13 @@ def assert_near(ours: Tensor, theirs: Tensor) -> None:
 def test_training(backend: str) -> None:
     """Forward and gradients are those of plain tensors."""
     for case in calls():
-        x, step, scale = case.tokens_of(case.in_features), None, None
+        x, step, scale, multiplier = case.tokens_of(case.in_features), None, None, None
         kind = case.rng.choice(["absmean", "constants", "learned"])
-        if kind != "absmean":
-            scale = case.scale()
+        if kind == "learned":
+            scale = case.step()
         if kind == "constants":
-            step = case.scale()
-        tensors = [x, case.weight(), case.bias(), step, scale]
+            step, scale, multiplier = case.step(), case.scale(), case.multiplier()
+        tensors = [x, case.weight(), case.bias(), step, scale, multiplier]
         scheme = (case.granularity, case.group_size, case.activation, case.out_dtype)
         dy = case.float_tensor(*x.shape[:-1], case.out_features, dtype=case.out_dtype)
         y, grads = train(tensors, scheme, dy)

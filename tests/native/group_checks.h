@@ -25,17 +25,18 @@ inline void check_linears(const Shape &s, const Options &o) {
 inline void test_group_tokens(bool quick) {
     constexpr int64_t kM[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  12, 13, 16, 17, 19, 20,  21,  22,
                               23, 24, 25, 29, 31, 32, 33, 47, 48, 49, 65, 72, 73, 96, 287, 288, 289};
-    constexpr int64_t kN[] = {1, 3, 5, 17, 63, 66, 130};
+    // Numbers without a common divisor, so that every pair comes up in time; of many tokens the smaller ones.
+    constexpr int64_t kN[] = {1, 3, 5, 17, 66, 63, 130};
     constexpr int64_t kK[] = {64, 128, 192, 256, 320, 384, 640, 1152};
     constexpr int32_t kTypes[] = {BK_F32, BK_BF16, BK_F16};
     unsigned turn = 0;
     for (int64_t M : kM) {
+        const bool many = M > 25;
         for (const Group &group : kTwoLevels) {
-            // Two shapes for each: numbers without a common divisor bring up every pair in time.
-            for (int i = 0; i < 2; ++i) {
+            for (int i = 0; i < (many ? 1 : 2); ++i) {
                 ++turn;
                 if (quick && turn % 3 != 0) continue;
-                const Shape s = {M, kN[turn % 7], kK[turn * 3 % 8]};
+                const Shape s = {M, kN[turn % (many ? 4 : 7)], kK[turn * 3 % (many ? 4 : 8)]};
                 if (s.K % group.size != 0) continue;
                 check_linears(s, {kTypes[turn % 3], kTypes[turn / 3 % 3], static_cast<int32_t>(turn % 4) - 1, group,
                                   turn % 5 == 0, false});
@@ -47,7 +48,7 @@ inline void test_group_tokens(bool quick) {
 // Rows that are taken in parts: words of more groups than are made at once, codes of more tokens than a cache holds.
 inline void test_group_parts(bool quick) {
     constexpr Shape kShapes[] = {{1, 5, 16384}, {1, 6, 16512}, {3, 5, 33024},
-                                 {8, 5, 5248},  {9, 5, 29696}, {6, 66, 17024}};
+                                 {8, 5, 5248},  {9, 5, 29696}, {6, 18, 17024}};
     for (const Shape &s : kShapes) {
         for (const Group &group : kTwoLevels) {
             if (quick && (s.M + group.size) % 3 == 0) continue;
@@ -192,12 +193,12 @@ inline void test_groups(bool quick) {
     test_each_multiplier();
     for (int8_t weight : {int8_t{1}, int8_t{-1}}) {
         for (const Group &group : kTwoLevels) {
+            for (int64_t M : {1, 3, 9, 26}) test_group_extremes({M, 17, 1152}, group, weight);
             // The most columns that groups divide: 64 times 2047, 128 times 1023.
+            if ((weight < 0) != (group.size == 128)) continue;
             const int64_t most = BK_MAX_IN_FEATURES / group.size * group.size;
-            for (int64_t M : {1, 3, 9, 26}) {
-                test_group_extremes({M, 17, 1152}, group, weight);
-                if (!quick || M == 26) test_group_extremes({M, 5, most}, group, weight);
-            }
+            test_group_extremes({1, 5, most}, group, weight);
+            test_group_extremes({26, 2, most}, group, weight);
         }
     }
     constexpr Shape kWeights[] = {{0, 1, 128}, {0, 5, 384}, {0, 6, 1152}, {0, 66, 640}, {0, 3, 16640}};
