@@ -6,6 +6,7 @@ import copy
 import fnmatch
 import re
 from dataclasses import fields
+from itertools import product
 from typing import Any, cast
 
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
@@ -13,7 +14,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from bitcore.config import BitQuantConfig
 from bitcore.errors import ConfigError
 
-FORMAT_VERSION = 1
+# The highest that is read: that of files with groups in two levels. All others are of version 1, in
+# which groups have float32 scales.
+FORMAT_VERSION = 2
 QUANT_METHOD = "bitlab"
 _CHOICES = {
     "weight_format": ("latent", "packed"),
@@ -21,6 +24,7 @@ _CHOICES = {
     "mode": ("auto", "train", "infer"),
     "latent_dtype": ("float32", "keep"),
     "verify": (True, False),
+    "group_scale_dtype": ("uint8", "float32"),
 }
 # Given at load only; never written.
 LOADING_ATTRIBUTES = ("mode", "latent_dtype", "verify")
@@ -29,6 +33,11 @@ _LAYER_FIELDS = tuple(field.name for field in fields(BitQuantConfig))
 
 class BitLabConfig(QuantizationConfigMixin):
     """How a model is made ternary.
+
+    One scale a matrix, the default, is right for what is trained ternary from the start, and what
+    files of transformers' own ``bitnet`` method hold; a weight takes 2 bits. A pretrained model
+    keeps far more of what it knows with ``weight_granularity="per_group"``: with groups of G, and K
+    inputs, a weight takes 2 + 8/G + 32/K bits, 2.13 to 2.2 at ``group_size=64``.
 
     Args:
         layer: The registered layer that replaces ``nn.Linear``.
@@ -44,6 +53,10 @@ class BitLabConfig(QuantizationConfigMixin):
             (arXiv 2402.17764); its weights start at one.
         activation_dtype, activation_granularity, weight_granularity, group_size, weight_quantizer:
             See `bitcore.BitQuantConfig`.
+        group_scale_dtype: How layers with groups keep their scales, wherever groups come from:
+            ``"uint8"`` (the default) is a float32 scale a row and an integer from 1 to 127 a group.
+            ``"float32"`` is a float a group, several times slower: for what was trained or exported
+            so, and for readers older than format version 2.
         mode: ``"auto"`` takes what the file holds: latent weights for training from a float or
             latent file, packed ones from a deployed file. ``"train"`` insists on latent weights,
             ``"infer"`` packs a float or latent file while it loads.
@@ -51,10 +64,12 @@ class BitLabConfig(QuantizationConfigMixin):
             model's dtype.
         verify: Whether to scan a deployed file for damage while loading; reads every weight once.
         weight_format, format_version, quant_method: Written by BitLab; not for the user to set.
+            In version 1 groups have float32 scales.
 
     Raises:
         ConfigError: A field is unknown or its value is not allowed (the message lists those that
-            are), or the file was written by a newer BitLab.
+            are), the file was written by a newer BitLab, or it is of version 1 with a field of
+            version 2.
     """
 
     def __init__(
@@ -68,6 +83,7 @@ class BitLabConfig(QuantizationConfigMixin):
         activation_granularity: str = "per_token",
         weight_granularity: str = "per_tensor",
         group_size: int | None = None,
+        group_scale_dtype: str | None = None,
         weight_quantizer: str = "absmean",
         mode: str = "auto",
         latent_dtype: str = "float32",
@@ -88,7 +104,9 @@ class BitLabConfig(QuantizationConfigMixin):
                 "Run `pip install --upgrade bitlab-hf`."
             )
         if format_version < 1:
-            raise ConfigError(f"BitLabConfig: format_version must be 1, got {format_version}")
+            raise ConfigError(
+                f"BitLabConfig: format_version must be at least 1, got {format_version}"
+            )
         if quant_method != QUANT_METHOD:
             raise ConfigError(f"BitLabConfig: quant_method must be 'bitlab', got {quant_method!r}")
         if unknown:
@@ -104,16 +122,12 @@ class BitLabConfig(QuantizationConfigMixin):
             "verify": verify,
         }
         for name, value in given.items():
-            if value not in _CHOICES[name] or type(value) is not type(_CHOICES[name][0]):
-                raise ConfigError(
-                    f"BitLabConfig: {name} must be one of {_CHOICES[name]}, got {value!r}"
-                )
+            _check_choice(name, value)
         if not isinstance(layer, str):
             raise ConfigError(f"BitLabConfig: layer must be a registered name, got {layer!r}")
         # transformers types the methods it knows as an enumeration; a plain string works
         # everywhere.
         self.quant_method = cast(QuantizationMethod, QUANT_METHOD)
-        self.format_version = FORMAT_VERSION
         self.weight_format = weight_format
         self.layer = layer
         self.modules_to_not_convert = checked_patterns(
@@ -140,7 +154,13 @@ class BitLabConfig(QuantizationConfigMixin):
         self.weight_granularity = base.weight_granularity
         self.group_size = base.group_size
         self.weight_quantizer = base.weight_quantizer
+        self.group_scale_dtype = "uint8"
+        if group_scale_dtype is not None:
+            _check_choice("group_scale_dtype", group_scale_dtype)
+            self.group_scale_dtype = group_scale_dtype
         self.overrides = self._checked_overrides(overrides)
+        if format_version == 1:
+            self._check_first_version(group_scale_dtype)
 
     @classmethod
     def from_dict(
@@ -171,8 +191,32 @@ class BitLabConfig(QuantizationConfigMixin):
                     "BitLabConfig: overrides must be {pattern: {field: value}}, "
                     f"got {pattern!r}: {values!r}"
                 )
-            BitQuantConfig.from_dict({**self._base_fields(), **values})
-        return copy.deepcopy(overrides)
+            _layer_config({**self._base_fields(), **values})
+        # None, as `BitQuantConfig.to_dict` has it of a layer without groups, names no dtype.
+        return {
+            pattern: {
+                name: copy.deepcopy(value)
+                for name, value in values.items()
+                if name != "group_scale_dtype" or value is not None
+            }
+            for pattern, values in overrides.items()
+        }
+
+    def _check_first_version(self, given: str | None) -> None:
+        """Checks that a file of version 1 has no groups in two levels; its groups have floats."""
+        said = {"": given} | {
+            f" of {pattern!r}": values.get("group_scale_dtype")
+            for pattern, values in self.overrides.items()
+        }
+        for where, dtype in said.items():
+            if dtype == "uint8":
+                raise ConfigError(
+                    f"BitLabConfig: group_scale_dtype{where} must be 'float32' with format_version "
+                    "1, got 'uint8'\nParts of two files are mixed; fetch or write it again."
+                )
+        # Where nothing is grouped it says nothing, and is not written.
+        if given is None and self.format_version > 1:
+            self.group_scale_dtype = "float32"
 
     def _base_fields(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _LAYER_FIELDS}
@@ -183,7 +227,25 @@ class BitLabConfig(QuantizationConfigMixin):
         for pattern, override in self.overrides.items():
             if any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 values.update(override)
-        return BitQuantConfig.from_dict(values)
+        return _layer_config(values)
+
+    @property
+    def format_version(self) -> int:
+        """The version that a file of this configuration has: 2 if layers have groups in two levels,
+        which older readers then refuse, else 1.
+        """
+        base, given = self._base_fields(), [dict[str, Any]()]
+        for values in self.overrides.values():
+            # Many layers can be named, with few different values.
+            if values not in given:
+                given.append(values)
+        # One may bring the groups and another their scales.
+        layers = ({**base, **first, **second} for first, second in product(given, repeat=2))
+        two_levels = any(
+            layer["weight_granularity"] == "per_group" and layer["group_scale_dtype"] == "uint8"
+            for layer in layers
+        )
+        return 2 if two_levels else 1
 
     def layer_name(self, *names: str) -> str:
         """Returns the registered layer for the module of this name (or these names)."""
@@ -200,11 +262,31 @@ class BitLabConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what config.json holds: everything but the options of one load."""
-        return {
+        held = {
             name: copy.deepcopy(value)
             for name, value in self.__dict__.items()
             if name not in LOADING_ATTRIBUTES
         }
+        version = held["format_version"] = self.format_version
+        if version == 1:
+            # Its readers do not know the field.
+            for values in (held, *held["overrides"].values()):
+                values.pop("group_scale_dtype", None)
+        return held
+
+
+def _check_choice(name: str, value: object) -> None:
+    if value not in _CHOICES[name] or type(value) is not type(_CHOICES[name][0]):
+        raise ConfigError(f"BitLabConfig: {name} must be one of {_CHOICES[name]}, got {value!r}")
+
+
+def _layer_config(values: dict[str, Any]) -> BitQuantConfig:
+    """Returns a layer's configuration; how scales of groups are kept means nothing without them."""
+    if values["group_scale_dtype"] is not None:
+        _check_choice("group_scale_dtype", values["group_scale_dtype"])
+    if values["weight_granularity"] != "per_group":
+        values = {**values, "group_scale_dtype": None}
+    return BitQuantConfig.from_dict(values)
 
 
 _KNOWN_FIELDS = {

@@ -173,7 +173,7 @@ class BitLabHfQuantizer(HfQuantizer):
             linear = nn.Linear(
                 layer.in_features, layer.out_features, bias=layer.use_bias, device="meta"
             )
-            qweight, _ = layer.packed()
+            qweight = layer.packed()[0]
             if id(qweight) not in weights:
                 weights[id(qweight)] = nn.Parameter(layer.dequantized_weight(dtype))
             linear.weight = weights[id(qweight)]

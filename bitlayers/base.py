@@ -23,7 +23,7 @@ from bitlayers.checks import check_deployable, check_sizes, load_problem, log_de
 from bitlayers.deployment import Deployment, Registered
 from bitlayers.init import INIT_METHODS
 from bitlayers.quantized import cast_dtype
-from bitlayers.state import LayerState, Packed
+from bitlayers.state import SCALES, LayerState, Packed
 from bitlayers.training import (
     Fingerprint,
     is_decoding,
@@ -33,7 +33,7 @@ from bitlayers.training import (
     reset_learned_scale,
 )
 
-_PACKED = ("qweight", "qweight_scale", "qweight_multiplier")
+_PACKED = ("qweight", *SCALES)
 
 
 class BitLayerBase(LayerState):

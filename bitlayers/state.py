@@ -14,6 +14,8 @@ from bitcore.config import BitQuantConfig
 from bitcore.errors import LifecycleError
 from bitlayers.quantized import QuantizedModule
 
+# The buffers of packed weights; the second only where groups have scales in two levels.
+SCALES = ("qweight_scale", "qweight_multiplier")
 # What `packed` returns: qweight, its scale, and multipliers where there are any.
 Packed = tuple[Tensor, ...]
 

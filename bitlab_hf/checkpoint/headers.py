@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from bitcore.errors import CheckpointError
 from bitlab_hf.checkpoint.files import claim_keys, own_safetensors
+from bitlayers.state import SCALES
 
 # In the header of every file of a deployed checkpoint: the names of the converted layers, as JSON.
 LAYERS_KEY = "bitlab_layers"
@@ -173,7 +174,7 @@ class _Renamer:
         for name in list(self._keys):
             if name.endswith(".weight"):
                 base = name.removesuffix("weight")
-                self._keys.update({base + "qweight": True, base + "qweight_scale": True})
+                self._keys.update({base + leaf: True for leaf in ("qweight", *SCALES)})
 
     def _renamed(self, key: str) -> tuple[str, str | None]:
         renamed, pattern = rename_source_key(

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from bitcore.errors import CheckpointError, ConfigError
 from bitcore.ops import find_invalid_code
 from bitlab_hf.checkpoint.aligned import realign
-from bitlab_hf.checkpoint.headers import TensorHeader
-from bitlab_hf.checkpoint.plan import FLOATS, Plan, check_headers
+from bitlab_hf.checkpoint.headers import Checkpoint, TensorHeader
+from bitlab_hf.checkpoint.plan import FLOATS, Plan, check_headers, check_no_multiplier
 from bitlab_hf.model.head import finish, int8_modules, is_borrower, swap_skeletons
 from bitlab_hf.model.learned import (
     deploy_learned,
@@ -26,11 +26,13 @@ from bitlab_hf.model.replace import OwnTensors, swap_latent, swap_packed
 from bitlab_hf.model.tree import Found, quantized_layers
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
-from bitlayers.checks import int8_problem, scales_are_valid
+from bitlayers.checks import int8_problem, multiplier_problem, scales_are_valid
 from bitlayers.int8 import Int8Rows
 from bitlayers.registry import get_layer
 from bitlayers.rmsnorm import InputRMSNorm
+from bitlayers.state import SCALES
 
+_SAFETENSORS_NAMES = {torch.uint8: "U8", torch.float32: "F32"}
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -100,19 +102,20 @@ class Loading:
             layer = found.module
             if layer.packs_itself:
                 continue
-            shape, scale_shape = layer.packed_shapes()
             wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
-                "qweight": (("U8",), shape),
-                "qweight_scale": (("F32",), scale_shape),
+                leaf: ((_SAFETENSORS_NAMES[dtype],), shape)
+                for leaf, (dtype, shape) in layer.packed_tensors().items()
             }
             if layer.bias is not None:
                 wanted["bias"] = (FLOATS, (layer.out_features,))
-            what = f"{layer.quant_config.weight_granularity} weights"
+            _check_levels(found, plan.checkpoint)
+            what = f"{layer.quant_config.granularity} weights"
             check_headers(found.names, wanted, plan.checkpoint, what)
         retie_packed(model, set(plan.stored_apart))
         for name in plan.borrowers:
             # A loader would miss it; the qweight it ties.
-            model.get_submodule(name)._buffers["qweight_scale"] = None
+            buffers = model.get_submodule(name)._buffers
+            buffers.update(dict.fromkeys(buffers.keys() & set(SCALES)))
         ignore_unexpected(model, plan.checkpoint.sentinels())
 
     def _own_tensors(self, names: list[str], stored: dict[str, TensorHeader]) -> OwnTensors | None:
@@ -175,8 +178,10 @@ class Loading:
             return
         self.packing.check()
         for name, owner in self.plan.borrowers.items():
-            held = model.get_submodule(owner)._buffers["qweight_scale"]
-            model.get_submodule(name)._buffers["qweight_scale"] = held
+            held = model.get_submodule(owner)._buffers
+            model.get_submodule(name)._buffers.update(
+                {leaf: held[leaf] for leaf in SCALES if leaf in held}
+            )
         layers = quantized_layers(model)
         deploy_learned(layers)
         for found in layers:
@@ -202,6 +207,22 @@ class Loading:
         retie_packed(model, set(self.plan.stored_apart))
 
 
+def _check_levels(found: Found[BitLayerBase], known: Checkpoint) -> None:
+    """Checks that a layer's tensors have scales in as many levels as its configuration says."""
+    layer, name = found.module, f"{found.names[0]}.qweight_multiplier"
+    granularity = layer.quant_config.granularity
+    if granularity != "per_group":
+        check_no_multiplier(found.names, known, f"{granularity} weights")
+    elif not any(f"{one}.qweight_multiplier" in known.tensors for one in found.names):
+        scale = known.leaves(found.names).get("qweight_scale")
+        if scale is not None and scale.shape == layer.estimated_shape():
+            raise CheckpointError(
+                f"{name} must be in the checkpoint for per_group weights, got none beside a scale "
+                "for each group\nThe tensors are of format_version 1, config.json is of 2; take "
+                "both from one checkpoint."
+            )
+
+
 def _check_float_header(name: str, header: TensorHeader, shape: tuple[int, int]) -> None:
     """Checks a float weight that is to be packed; of one that is fused or split, its dtype."""
     if header.dtype in FLOATS and (header.converted or header.shape == shape):
@@ -224,26 +245,31 @@ def verify_packed(layers: list[Found[BitLayerBase]]) -> None:
     """Scans packed tensors for what no writer produces.
 
     Raises:
-        CheckpointError: A qweight holds the code 3, or a scale is not a finite positive number.
+        CheckpointError: A qweight holds the code 3, a scale is not a finite positive number, or
+            multipliers are above 127 or all 0 in a row.
     """
-    held = [
-        (found.names[0], *found.module.packed())
-        for found in layers
-        if not found.module.packs_itself
+    packed = [
+        (found.names[0], found.module.packed()) for found in layers if not found.module.packs_itself
     ]
-    held = [one for one in held if not one[1].is_meta]
-    invalid = find_invalid_code([qweight for _, qweight, _ in held])
+    held = [(name, tensors) for name, tensors in packed if not tensors[0].is_meta]
+    invalid = find_invalid_code([tensors[0] for _, tensors in held])
     if invalid is not None:
         raise CheckpointError(
             f"{held[invalid][0]}.qweight must hold the codes 0, 1 and 2, got the invalid code 3\n"
             "The file is damaged; fetch or write it again."
         )
-    for name, _, scale in held:
+    for name, (_, scale, *multipliers) in held:
         if not scales_are_valid(scale):
             raise CheckpointError(
                 f"{name}.qweight_scale must be finite and positive, got other values\n"
                 "The file is damaged; fetch or write it again."
             )
+        for multiplier in multipliers:
+            problem = multiplier_problem(multiplier)
+            if problem is not None:
+                raise CheckpointError(
+                    f"{name}.qweight_multiplier {problem}\nFetch or write the file again."
+                )
 
 
 def verify_int8(model: PreTrainedModel) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from bitlab_hf.checkpoint.headers import LAYERS_KEY, MODEL_NAMES, NAMES_KEY
 from bitlab_hf.model.head import int8_modules, is_borrower
 from bitlab_hf.model.tree import quantized_layers
+from bitlayers.state import SCALES
 
 
 def packed_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -29,13 +30,15 @@ def packed_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, s
         if found.module.packs_itself:
             continue
         if f"{name}.qweight" in tied:
-            for leaf in ("qweight", "qweight_scale"):
+            for leaf in ("qweight", *SCALES):
                 state.pop(f"{name}.{leaf}", None)
             continue
         if id(found.module.qweight) in stored:
             state[f"{name}.qweight"] = state[f"{name}.qweight"].clone()
         stored.add(id(found.module.qweight))
-        state[f"{name}.qweight_scale"] = state[f"{name}.qweight_scale"].clone()
+        for key in (f"{name}.{leaf}" for leaf in SCALES):
+            if key in state:
+                state[key] = state[key].clone()
     for rows in int8:
         kept = [] if is_borrower(model, rows) else rows.names[:1]
         _drop(state, [name for name in rows.names if name not in kept])

@@ -283,6 +283,7 @@ def _check_int8_headers(rows: Rows, known: Checkpoint) -> None:
     if getattr(owner.module, "bias", None) is not None:
         wanted["bias"] = (FLOATS, shape[:1])
     check_headers(owner.names, wanted, known, 'head="int8"')
+    check_no_multiplier(rows.names, known, 'head="int8"')
     for name in (name for found in borrowers for name in found.names):
         for leaf in ("weight", *wanted):
             if f"{name}.{leaf}" in known.tensors:
@@ -323,6 +324,20 @@ def check_headers(
             )
 
 
+def check_no_multiplier(names: list[str], known: Checkpoint, what: str) -> None:
+    """Checks that the files hold no multipliers of a module, by its names, that has none.
+
+    Raises:
+        CheckpointError: They do; the message names the tensor.
+    """
+    for name in (f"{name}.qweight_multiplier" for name in names):
+        if name in known.tensors:
+            raise CheckpointError(
+                f"{name} must not be in the checkpoint for {what}, got one\n"
+                "config.json and the tensors do not belong together."
+            )
+
+
 def _check_all_claimed(model: PreTrainedModel, plan: Plan) -> None:
     """Checks that every packed tensor of the files belongs to a module that becomes packed.
 
@@ -334,12 +349,14 @@ def _check_all_claimed(model: PreTrainedModel, plan: Plan) -> None:
     claimed = {name for layer in plan.layers for name in layer.names}
     claimed |= {name for rows in plan.int8 for name in rows.names}
     packed = {
-        name.removesuffix(".qweight")
+        name.removesuffix(f".{leaf}"): leaf
+        for leaf in ("qweight_multiplier", "qweight")
         for name in plan.checkpoint.tensors
-        if name.endswith(".qweight")
+        if name.endswith(f".{leaf}")
     }
     listed = plan.checkpoint.layers or set()
-    for name in [*sorted(packed - claimed), *sorted(listed - packed - claimed)]:
+    held = packed.keys()
+    for name in [*sorted(held - claimed), *sorted(listed - held - claimed)]:
         if name in modules:
             raise CheckpointError(
                 f"{name} must not be in modules_to_not_convert, got one that is packed in the "
@@ -348,6 +365,7 @@ def _check_all_claimed(model: PreTrainedModel, plan: Plan) -> None:
         parent = name.rpartition(".")[0]
         if parent and parent in modules:
             raise CheckpointError(
-                f"{name}.qweight must belong to a layer of the model, got none of this name in "
-                f"{parent}\nconfig.json and the tensors do not belong together."
+                f"{name}.{packed.get(name, 'qweight')} must belong to a layer of the model, got "
+                f"none of this name in {parent}\n"
+                "config.json and the tensors do not belong together."
             )

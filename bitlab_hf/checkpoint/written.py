@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from bitcore.errors import CheckpointError
 from bitlab_hf.checkpoint.headers import Checkpoint, read_checkpoint, with_tied
 from bitlab_hf.model.tree import quantized_layers
+from bitlayers.state import SCALES
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
@@ -42,13 +43,18 @@ def check_written(model: PreTrainedModel, folder: Path, given: bool) -> None:
     assert checkpoint is not None
     known = with_tied(checkpoint, model)
     tied = {name for pair in (model.all_tied_weights_keys or {}).items() for name in pair}
-    # A scale goes with what it scales.
-    tied |= {f"{name}_scale" for name in tied if name.endswith(".qweight")}
+    # Scales go with what they scale.
+    tied |= {
+        name.removesuffix("qweight") + leaf
+        for name in tied
+        if name.endswith(".qweight")
+        for leaf in SCALES
+    }
     for found in layers:
         if found.module.packs_itself or (found.module.is_deployed and not checkpoint.own_names):
             # What another format calls the packed weights is for its writer to know.
             continue
-        for leaf in ("qweight", "qweight_scale") if found.module.is_deployed else ("weight",):
+        for leaf in found.module.packed_tensors() if found.module.is_deployed else ("weight",):
             names = {f"{name}.{leaf}" for name in found.names}
             if not names & (known.tensors.keys() | tied):
                 raise _unreadable(f"{found.names[0]}.{leaf}", "must be in the files, got none")

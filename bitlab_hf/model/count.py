@@ -1,14 +1,51 @@
-"""How many weights a packed model has: four of them lie in an element of its packed tensors."""
+"""How many weights a packed model has, four of them in an element of its packed tensors, and how
+many bits each takes.
+"""
 
 from __future__ import annotations
 
+import math
 import weakref
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from bitcore.errors import ArgumentError
+from bitlab_hf.model.tree import quantized_layers
 from bitlayers.base import BitLayerBase
 from bitlayers.int8 import Int8Embedding
+
+
+def bits_per_weight(model: nn.Module) -> float:
+    """Returns the bits that a file of the deployed model holds for each ternary weight: its code,
+    and its share of the scales and multipliers.
+
+    A layer that is latent is counted as it will be deployed, one that packed itself with all that
+    it stores but a bias; a matrix that several layers share counts once.
+
+    Args:
+        model: Any module tree with ternary layers, in any state.
+
+    Raises:
+        ArgumentError: The model has no ternary layer.
+    """
+    bits: dict[int, int] = {}
+    weights: dict[int, int] = {}
+    for found in quantized_layers(model):
+        layer = found.module
+        if layer.packs_itself:
+            own = (tensor for name, tensor in layer.state_dict().items() if name != "bias")
+            key, stored = id(layer), sum(tensor.nbytes for tensor in own)
+        else:
+            key = id(layer.qweight if layer.is_deployed else layer.weight)
+            held = layer.packed_tensors().values()
+            stored = sum(dtype.itemsize * math.prod(shape) for dtype, shape in held)
+        bits[key], weights[key] = 8 * stored, layer.out_features * layer.in_features
+    if not weights:
+        raise ArgumentError(
+            f"bits_per_weight: model must hold ternary layers, got {type(model).__name__} without"
+        )
+    return sum(bits.values()) / sum(weights.values())
 
 
 def uncounted_weights(model: nn.Module, exclude_embeddings: bool = False) -> int:

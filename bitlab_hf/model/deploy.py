@@ -161,10 +161,12 @@ def described(model: PreTrainedModel) -> BitLabConfig:
     names = {name for layer in layers for name in layer.names}
     classes = {type(layer.module) for layer in layers}
     registered = [name for name, known in LAYER_REGISTRY.items() if known in classes]
-    config = BitLabConfig(layer=registered[0] if registered else "BitLinear")
-    config.overrides = {
-        name: layer.module.quant_config.to_dict() for layer in layers for name in layer.names
-    }
+    config = BitLabConfig(
+        layer=registered[0] if registered else "BitLinear",
+        overrides={
+            name: layer.module.quant_config.to_dict() for layer in layers for name in layer.names
+        },
+    )
     if config.layer == "BitLinear":
         config.sub_norm = [
             name

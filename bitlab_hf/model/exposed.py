@@ -141,7 +141,8 @@ def exposed_weight(head: Any) -> Tensor:
     if strength == 0:
         return latent
     if head.learned_scale is not None:
-        rounded = estimators.learned_weight(latent, head.learned_scale.float())
+        granularity = head.quant_config.granularity
+        rounded = estimators.learned_weight(latent, head.learned_scale.float(), granularity)
     else:
         with torch.no_grad():
             values = _dequantized(head, latent)
@@ -152,13 +153,13 @@ def exposed_weight(head: Any) -> Tensor:
 def _dequantized(head: BitLinear, weight: Tensor) -> Tensor:
     """Returns codes times scale [N, K] of a whole latent weight without a learned scale."""
     config = head.quant_config
-    args = config.weight_granularity, config.group_size
+    args = config.granularity, config.group_size
     if config.weight_quantizer == "absmean":
-        packed = ops.pack_weight(weight, *args)
+        qweight, scale, *multiplier = ops.pack_weight(weight, *args)
     else:
-        step, scale = ops.estimate(weight, config.weight_quantizer, *args)
-        packed = ops.pack_codes(weight, step), scale
-    return ops.unpack_weight(*packed, head.out_features, weight.dtype)
+        step, scale, *multiplier = ops.estimate(weight, config.weight_quantizer, *args)
+        qweight = ops.pack_codes(weight, step)
+    return ops.unpack_weight(qweight, scale, head.out_features, weight.dtype, *multiplier)
 
 
 def exposed_states(head: Any, states: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from bitlab_hf.config import QUANT_METHOD
 from bitlab_hf.model.count import WeightCount
 from bitlab_hf.model.tree import Found
 from bitlayers.base import BitLayerBase
+from bitlayers.state import SCALES
 
 
 def mark_quantized(model: PreTrainedModel, quantizer: HfQuantizer) -> None:
@@ -63,7 +64,7 @@ def retie_packed(model: PreTrainedModel, apart: set[str]) -> None:
         apart: Layers that hold tensors of their own all the same.
     """
 
-    def renamed(tied: dict[str, str], prefix: str, leaves: tuple[str, ...]) -> dict[str, str]:
+    def renamed(tied: dict[str, str], prefix: str, buffers: bool) -> dict[str, str]:
         pairs: dict[str, str] = {}
         for target, source in tied.items():
             names = [f"{prefix}{name}" for name in (target, source)]
@@ -73,17 +74,19 @@ def retie_packed(model: PreTrainedModel, apart: set[str]) -> None:
             elif len(packed) == 2 and not apart.intersection(
                 name.removesuffix(".weight") for name in names
             ):
-                for leaf in leaves:
-                    ends = [name.removesuffix("weight") + leaf for name in (target, source)]
-                    pairs[ends[0]] = ends[1]
+                held = model.get_submodule(packed[0].removesuffix(".weight"))._buffers
+                for leaf in ("qweight", *(SCALES if buffers else ())):
+                    if leaf != "qweight_multiplier" or held.get(leaf) is not None:
+                        ends = [name.removesuffix("weight") + leaf for name in (target, source)]
+                        pairs[ends[0]] = ends[1]
         return pairs
 
     # transformers looks up what it ties while loading among the Parameters.
-    model.all_tied_weights_keys = renamed(model.all_tied_weights_keys or {}, "", ("qweight",))
+    model.all_tied_weights_keys = renamed(model.all_tied_weights_keys or {}, "", False)
     for name, part in model.named_modules():
         tied = getattr(part, "_tied_weights_keys", None)
         if isinstance(part, PreTrainedModel) and isinstance(tied, dict):
-            again = renamed(tied, f"{name}." if name else "", ("qweight", "qweight_scale"))
+            again = renamed(tied, f"{name}." if name else "", True)
             if again != tied:
                 part._tied_weights_keys = again
 

@@ -111,10 +111,12 @@ class PackAtLoad(ConversionOps):
         for one in (layer, *others):
             one.weight = nn.Parameter(weight, requires_grad=False)
             built = one.build_deployment()
+            if isinstance(built, tuple) and one is not layer:
+                built = layer.packed()
             one.commit(built)
             if isinstance(built, tuple):
                 # One Parameter for all: counted, moved and saved once.
-                one.qweight, one.qweight_scale = layer.qweight, layer.qweight_scale
+                one.qweight = layer.qweight
             for tensor in (*one.parameters(), *one.buffers()):
                 vars(tensor)["_is_hf_initialized"] = True
         if others:

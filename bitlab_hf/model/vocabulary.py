@@ -95,7 +95,7 @@ class TernaryVocabulary:
 def _resize_scale(layer: BitLayerBase) -> None:
     """Gives new rows a learned scale as their weights start it; the others keep theirs."""
     before = layer.learned_scale
-    if before is None or before.shape == torch.Size(layer.packed_shapes()[1]):
+    if before is None or before.shape == torch.Size(layer.estimated_shape()):
         return
     make_learned_scale(layer)
     scale = layer.learned_scale

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from bitcore.errors import ArgumentError, ArgumentTypeError, LifecycleError, NonFiniteError
 from bitcore.packing import pack_ternary
-from bitcore.quantize import dequantize, ternarize
+from bitcore.quantize import dequantize, group_scale, ternarize, two_levels
 from bitlayers.base import BitLayerBase
 from bitlayers.int8 import Int8Rows
+from bitlayers.state import Packed
 
 _ROUNDS = 10
 
@@ -55,7 +56,7 @@ class _Plan:
 
     name: str
     layer: BitLayerBase
-    packed: tuple[Tensor, Tensor] | None
+    packed: Packed | None
     weight: Tensor | None
 
 
@@ -80,7 +81,8 @@ def merge_and_requantize(
         peft_model: What ``get_peft_model`` or ``PeftModel.from_pretrained`` returned.
         scale: For deployed layers: ``"fit"`` alternates between codes and least-squares scales
             from the old scales on, which never raises the Frobenius error (Ternary Weight
-            Networks, arXiv 1605.04711, equation 3); ``"keep"`` keeps the old scales.
+            Networks, arXiv 1605.04711, equation 3; scales of groups are brought to two levels each
+            time); ``"keep"`` keeps the old scales.
         batches: Keyword arguments for the model, to measure the drift of the logits with.
         verbose: Whether to print the result.
 
@@ -219,11 +221,10 @@ def _planned(
     """Returns what is to be done, and the ternary weight before and after."""
     if layer.is_deployed:
         before = layer.dequantized_weight()
-        old = layer.packed()[1]
         delta = delta.to(before.device)
-        codes, new = _requantize(before + delta, old, fit=scale == "fit")
-        packed = pack_ternary(codes), new
-        return _Plan(name, layer, packed, None), before, dequantize(codes, new, torch.float32)
+        codes, *new = _requantize(before + delta, *layer.packed()[1:], fit=scale == "fit")
+        after = dequantize(codes, new[0], torch.float32, *new[1:])
+        return _Plan(name, layer, (pack_ternary(codes), *new), None), before, after
     weight = layer.weight
     was_training = layer.training
     merged = (weight.float() + delta.to(weight.device)).to(weight.dtype)
@@ -239,28 +240,44 @@ def _planned(
     return _Plan(name, layer, None, merged), before, after
 
 
-def _requantize(target: Tensor, scale: Tensor, fit: bool) -> tuple[Tensor, Tensor]:
+def _requantize(
+    target: Tensor, scale: Tensor, multiplier: Tensor | None = None, *, fit: bool
+) -> tuple[Tensor, ...]:
     """Ternarizes a matrix, from given scales on.
 
     Args:
         target: float32 [N, K].
         scale: float32 [1], [N] or [N, K / G].
+        multiplier: uint8 [N, K / G] beside a scale [N], or None.
         fit: Whether to alternate between codes and least-squares scales.
 
     Returns:
-        codes int8 [N, K] and the scales. Each step lowers ``||codes * scale - target||`` or
-        leaves it: rounding is the best choice of codes for a scale, ``<codes, target> / <codes,
-        codes>`` the best scale for codes. A scale without codes stays.
+        codes int8 [N, K], the scales, and the multipliers where there are any. Each step lowers
+        ``||codes * scale - target||`` or leaves it: rounding is the best choice of codes for a
+        scale, ``<codes, target> / <codes, codes>`` the best scale for codes, and one that comes out
+        worse in two levels is not taken. A scale without codes stays.
     """
-    codes = ternarize(target, scale)
+    held = [scale.clone()] if multiplier is None else [scale.clone(), multiplier.clone()]
+    step = scale if multiplier is None else group_scale(scale, multiplier)
+    codes = ternarize(target, step)
     for _ in range(_ROUNDS if fit else 0):
-        groups = (1, 1, -1) if scale.numel() == 1 else (target.shape[0], scale[0].numel(), -1)
+        groups = (1, 1, -1) if step.numel() == 1 else (target.shape[0], step[0].numel(), -1)
         c, t = codes.double().view(groups), target.double().view(groups)
         power = (c * c).sum(-1)
         best = (c * t).sum(-1) / power.clamp(min=1)
-        new = torch.where(power > 0, best.float(), scale.view(best.shape)).view(scale.shape)
-        new = new.clamp(min=torch.finfo(torch.float32).tiny)
-        if torch.equal(new, scale):
+        new = torch.where(power > 0, best.float(), step.view(best.shape)).view(step.shape)
+        fitted = [new.clamp(min=torch.finfo(torch.float32).tiny)]
+        if multiplier is not None:
+            fitted = list(two_levels(fitted[0]))
+        new = fitted[0] if multiplier is None else group_scale(fitted[0], fitted[1])
+        if torch.equal(new, step):
             break
-        scale, codes = new, ternarize(target, new)
-    return codes, scale.clone()
+        again = ternarize(target, new)
+        if multiplier is not None and _error(target, again, new) >= _error(target, codes, step):
+            break
+        step, codes, held = new, again, fitted
+    return codes, *held
+
+
+def _error(target: Tensor, codes: Tensor, step: Tensor) -> float:
+    return float((dequantize(codes, step, torch.float32) - target).double().norm())

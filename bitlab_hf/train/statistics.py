@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, ProgressCallback
 
 from bitcore.errors import ArgumentError
+from bitcore.quantize import group_scale
 from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.train.run_facts import run_facts
 from bitlab_hf.train.statistics_files import RunFiles
@@ -218,7 +219,8 @@ class TernaryStatistics(TrainerCallback):
         self._interval = interval
 
     def _packed(self, layer: BitLayerBase, main: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Returns weight, packed codes and scale; None where another process or sharding has them.
+        """Returns weight, packed codes and scale, of groups one for each; None where another process
+        or sharding has them.
 
         Every process has to call it for every layer.
         """
@@ -226,8 +228,12 @@ class TernaryStatistics(TrainerCallback):
             if not (main and there):
                 return None
             packed = layer.build_deployment()
-            # One that packs itself has no codes to count.
-            return (layer.weight.detach(), *packed) if isinstance(packed, tuple) else None
+            if not isinstance(packed, tuple):
+                # One that packs itself has no codes to count.
+                return None
+            qweight, scale, *multiplier = packed
+            scale = group_scale(scale, multiplier[0]) if multiplier else scale
+            return layer.weight.detach(), qweight, scale
 
     def _all_packed(self) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
         """Yields the layers that this process sees whole, with what `_packed` gives."""

@@ -11,9 +11,13 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, PeftMixedModel, get_peft_model
+from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
+from bitcore.errors import ArgumentError
 from bitlab_hf import BitLabConfig, deploy, replace_linear, save
+from bitlab_hf.model.count import bits_per_weight
+from bitlayers.bitlinear import BitLinear
 from tests.bitlab_hf.models import make_float_model
 
 COUNTS = [{}, {"exclude_embeddings": True}, {"only_trainable": True}]
@@ -82,3 +86,66 @@ def test_pefts_count(source: Path, head: str, mixed: bool) -> None:
         counts.append(model.get_nb_trainable_parameters())
         assert counts[0][1] - counts[0][0] == counts[-1][1] - counts[-1][0]
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "bits"),
+    [
+        # 14 matrices of 64 inputs, two of them 190: scales of 4 bytes, each behind so many weights.
+        (
+            {"weight_granularity": "per_channel", "modules_to_not_convert": ["down_proj"]},
+            2 + 32 / 64,
+        ),
+        (
+            {
+                "weight_granularity": "per_group",
+                "group_size": 64,
+                "modules_to_not_convert": ["down_proj"],
+            },
+            2 + 8 / 64 + 32 / 64,
+        ),
+    ],
+)
+def test_bits_of_a_weight(tmp_path: Path, fields: dict[str, Any], bits: float) -> None:
+    float_path = make_float_model("llama", tmp_path)
+    latent = AutoModelForCausalLM.from_pretrained(
+        float_path, quantization_config=BitLabConfig(**fields)
+    )
+    assert bits_per_weight(latent) == bits
+    assert bits_per_weight(deploy(latent)) == bits
+    save(latent, tmp_path / "packed")
+    assert bits_per_weight(AutoModelForCausalLM.from_pretrained(tmp_path / "packed")) == bits
+
+
+def test_bits_of_a_weight_count_padding_and_shared_layers_once(source: Path) -> None:
+    model = packed(source)
+    packed_bytes = weights = 0
+    for layer in model.modules():
+        if isinstance(layer, BitLinear):
+            packed_bytes += layer.qweight.nbytes + layer.qweight_scale.nbytes
+            weights += layer.in_features * layer.out_features
+    assert bits_per_weight(model) == 8 * packed_bytes / weights
+    model.again = model.model.layers[0].mlp
+    assert bits_per_weight(model) == 8 * packed_bytes / weights
+    twin = BitLinear.packed_skeleton(64, 190, bias=False)
+    twin.commit_packed(*model.model.layers[0].mlp.up_proj.packed())
+    twin.qweight = model.model.layers[0].mlp.up_proj.qweight
+    model.twin = twin
+    assert bits_per_weight(model) == 8 * packed_bytes / weights
+
+
+def test_bits_of_a_layer_that_packed_itself() -> None:
+    class Own(BitLinear):
+        def _perform_deployment(self) -> None:
+            self.register_buffer("codes", self.qweight.clone())
+
+    layer = Own(8, 4, bias=True)
+    layer.weight.requires_grad_(False)
+    layer.eval().deploy()
+    stored = sum(t.nbytes for name, t in layer.state_dict().items() if name != "bias")
+    assert bits_per_weight(layer) == 8 * stored / 32
+
+
+def test_bits_of_a_model_without_ternary_layers() -> None:
+    with pytest.raises(ArgumentError, match="must hold ternary layers, got Linear"):
+        bits_per_weight(nn.Linear(2, 2))
