@@ -103,8 +103,16 @@ def load_problem(layer: LayerState, state_dict: Mapping[str, Any], prefix: str) 
         if tensor is not None and tensor.dtype != dtype:
             return f"{prefix}{name} must be {dtype}, got {tensor.dtype}"
     multiplier = state_dict.get(prefix + "qweight_multiplier")
-    if multiplier is not None and not multiplier.is_meta:
-        problem = multiplier_problem(multiplier)
+    if multiplier is not None:
+        held = layer._buffers.get("qweight_multiplier")
+        if held is None:
+            return (
+                f"{prefix}qweight_multiplier belongs to groups with scales in two levels, but the "
+                f"layer's weights are {layer.quant_config.granularity}"
+            )
+        # Another shape is torch's to refuse.
+        same = not multiplier.is_meta and multiplier.shape == held.shape
+        problem = multiplier_problem(multiplier) if same else None
         if problem is not None:
             return f"{prefix}qweight_multiplier {problem}"
     qweight = state_dict.get(prefix + "qweight")

@@ -219,8 +219,8 @@ class TernaryStatistics(TrainerCallback):
         self._interval = interval
 
     def _packed(self, layer: BitLayerBase, main: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Returns weight, packed codes and scale, of groups one for each; None where another process
-        or sharding has them.
+        """Returns weight, packed codes and scale (one a group, if grouped); None where another
+        process or sharding has them.
 
         Every process has to call it for every layer.
         """

@@ -23,6 +23,7 @@ CONFIGS = [
     BitQuantConfig(activation_granularity="per_tensor"),
     BitQuantConfig(weight_granularity="per_channel"),
     BitQuantConfig(weight_granularity="per_group", group_size=64),
+    BitQuantConfig(weight_granularity="per_group", group_size=64, group_scale_dtype="float32"),
     BitQuantConfig(activation_dtype="float32"),
 ]
 

@@ -27,7 +27,8 @@ def test_one_forward_in_every_state(name: str, granularity: str, group: int | No
     assert torch.equal(layer.eval()(x), trained)
     assert torch.equal(layer.deploy()(x), trained)
     assert layer.learned_scale is None
-    assert set(layer.state_dict()) == {"qweight", "qweight_scale", "bias"}
+    multiplier = {"qweight_multiplier"} if group else set()
+    assert set(layer.state_dict()) == {"qweight", "qweight_scale", "bias"} | multiplier
 
 
 def test_learned_scale_is_state_and_trains() -> None:

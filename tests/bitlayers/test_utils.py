@@ -11,16 +11,22 @@ from bitlayers import BitLinear, compare_layers, estimate_memory_usage
 @pytest.mark.parametrize(
     ("config", "scales"),
     [
-        (BitQuantConfig(), 1),
-        (BitQuantConfig(weight_granularity="per_channel"), 30),
-        (BitQuantConfig(weight_granularity="per_group", group_size=64), 60),
+        (BitQuantConfig(), 4),
+        (BitQuantConfig(weight_granularity="per_channel"), 4 * 30),
+        (BitQuantConfig(weight_granularity="per_group", group_size=64), 4 * 30 + 60),
+        (
+            BitQuantConfig(
+                weight_granularity="per_group", group_size=64, group_scale_dtype="float32"
+            ),
+            4 * 60,
+        ),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_estimate_in_every_state(config: BitQuantConfig, scales: int, dtype: torch.dtype) -> None:
     layer = BitLinear(128, 30, quant_config=config, dtype=dtype)
     size = dtype.itemsize
-    expected = {"original": (30 * 128 + 30) * size, "quantized": 8 * 128 + 4 * scales + 30 * size}
+    expected = {"original": (30 * 128 + 30) * size, "quantized": 8 * 128 + scales + 30 * size}
     for state in ("train", "eval", "deploy"):
         getattr(layer, state)()
         before = (layer.training, layer.is_deployed, layer._cache)

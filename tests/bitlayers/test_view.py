@@ -21,6 +21,7 @@ GRANULARITIES = [
     BitQuantConfig(),
     BitQuantConfig(weight_granularity="per_channel"),
     BitQuantConfig(weight_granularity="per_group", group_size=64),
+    BitQuantConfig(weight_granularity="per_group", group_size=64, group_scale_dtype="float32"),
 ]
 
 
@@ -28,7 +29,7 @@ def modules(dtype: torch.dtype = torch.float32) -> list[Any]:
     torch.manual_seed(1)
     layers: list[Any] = [
         BitLinear(128, rows, quant_config=config).to(dtype).deploy()
-        for config, rows in zip(GRANULARITIES, (30, 33, 5), strict=True)
+        for config, rows in zip(GRANULARITIES, (30, 33, 5, 6), strict=True)
     ]
     layers.append(Int8Linear.from_linear(nn.Linear(128, 30).to(dtype)))
     layers.append(Int8Embedding.from_embedding(nn.Embedding(30, 128).to(dtype)))
@@ -36,7 +37,7 @@ def modules(dtype: torch.dtype = torch.float32) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(6))
 def test_it_reads_as_the_float_weight(index: int, dtype: torch.dtype) -> None:
     module = modules(dtype)[index]
     view, wanted = module.weight, module.dequantized_weight(dtype)
@@ -65,7 +66,7 @@ def test_it_reads_as_the_float_weight(index: int, dtype: torch.dtype) -> None:
     assert "WeightView" in repr(view)
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(5))
 @pytest.mark.parametrize("tokens", [1, 7, 33])
 def test_products(index: int, tokens: int) -> None:
     module = modules()[index]
@@ -101,7 +102,7 @@ def test_a_ternary_weight_is_not_unpacked_to_multiply(monkeypatch: pytest.Monkey
     assert layer.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(6))
 def test_it_refuses_to_be_written_or_trained(index: int) -> None:
     module = modules()[index]
     wanted = module.dequantized_weight()
@@ -129,7 +130,7 @@ def test_it_refuses_to_be_written_or_trained(index: int) -> None:
     assert torch.equal(module.weight, wanted)
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(6))
 def test_it_is_nowhere_but_where_it_is_read(index: int) -> None:
     module = modules()[index]
     state = set(module.state_dict())
@@ -148,7 +149,7 @@ def test_it_is_nowhere_but_where_it_is_read(index: int) -> None:
     assert torch.equal(torch.load(file, weights_only=True), module.dequantized_weight())
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(6))
 def test_its_dtype_follows_the_module(index: int) -> None:
     module = modules(torch.bfloat16)[index]
     assert module.weight.dtype == torch.bfloat16
