@@ -16,7 +16,7 @@ from bitcore.checks import MOST_MULTIPLIER
 from bitcore.quantize import group_scale, two_levels
 
 # Columns that are handled one by one before the rest of the matrix hears of it.
-_BLOCK = 128
+_BLOCK = 32
 # A scale never falls below it: a row of zeros has to keep one.
 _LEAST = 1e-5
 
@@ -92,9 +92,8 @@ class Scales:
         self._width = columns // values.shape[1]
 
     def column(self, index: int) -> Tensor:
-        """Returns the scale of a column, [1, 1] or [N, 1]."""
-        group = index // self._width
-        return self.values[:, group : group + 1]
+        """Returns the scale of a column, [1] or [N]."""
+        return self.values[:, index // self._width]
 
     def full(self) -> Tensor:
         """Returns them as they multiply codes [N, K]."""
@@ -157,23 +156,23 @@ def compensated_codes(target: Tensor, hessian: Tensor, scales: Scales) -> Tensor
     Source: GPTQ, arXiv 2210.17323, algorithm 1, with its order by activations.
     """
     order = hessian.diagonal().argsort(descending=True)
-    left = target[:, order]
+    # Transposed, so that a column lies in one piece.
+    left = target.t()[order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True)
     codes = torch.empty_like(left)
     columns = order.tolist()
     for first in range(0, len(columns), _BLOCK):
         last = min(first + _BLOCK, len(columns))
-        errors = left.new_empty(left.shape[0], last - first)
+        errors = left.new_empty(last - first, left.shape[1])
         for index in range(first, last):
             scale = scales.column(columns[index])
-            codes[:, index] = rounded(left[:, index : index + 1], scale)[:, 0]
-            error = left[:, index] - codes[:, index] * scale[:, 0]
-            error = error / upper[index, index]
-            left[:, index:last] -= error[:, None] * upper[index, index:last]
-            errors[:, index - first] = error
-        left[:, last:] -= errors @ upper[first:last, last:]
-    return torch.empty_like(codes).index_copy_(1, order, codes)
+            codes[index] = rounded(left[index], scale)
+            error = (left[index] - codes[index] * scale) / upper[index, index]
+            left[index + 1 : last].addr_(upper[index, index + 1 : last], error, alpha=-1)
+            errors[index - first] = error
+        left[last:] -= upper[first:last, last:].t() @ errors
+    return torch.empty_like(codes).index_copy_(0, order, codes).t().contiguous()
 
 
 def descend(target: Tensor, hessian: Tensor, codes: Tensor, scales: Scales) -> Tensor:
@@ -181,21 +180,21 @@ def descend(target: Tensor, hessian: Tensor, codes: Tensor, scales: Scales) -> T
 
     Source: coordinate descent as in QuantEase, arXiv 2309.01885, equation 9.
     """
-    codes = codes.clone()
-    error = target - codes * scales.full()
+    # Transposed, so that a column lies in one piece.
+    error = (target - codes * scales.full()).t().contiguous()
+    codes = codes.t().contiguous()
     diagonal = hessian.diagonal()
-    for first in range(0, codes.shape[1], _BLOCK):
-        last = min(first + _BLOCK, codes.shape[1])
-        pull = error @ hessian[:, first:last]
+    for first in range(0, len(codes), _BLOCK):
+        last = min(first + _BLOCK, len(codes))
+        pull = hessian[first:last] @ error
         for index in range(first, last):
-            scale = scales.column(index)[:, 0]
-            old = codes[:, index]
-            best = rounded(old * scale + pull[:, index - first] / diagonal[index], scale)
+            scale, old = scales.column(index), codes[index]
+            best = rounded(old * scale + pull[index - first] / diagonal[index], scale)
             change = (best - old) * scale
-            codes[:, index] = best
-            error[:, index] -= change
-            pull -= change[:, None] * hessian[index, first:last]
-    return codes
+            pull[index - first + 1 :].addr_(hessian[index, index + 1 : last], change, alpha=-1)
+            error[index] -= change
+            codes[index] = best
+    return codes.t().contiguous()
 
 
 def refit(target: Tensor, hessian: Tensor, codes: Tensor, scales: Scales) -> Scales:

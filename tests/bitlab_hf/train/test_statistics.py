@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from bitcore.config import BitQuantConfig
 from bitcore.errors import ArgumentError, CheckpointError
 from bitcore.packing import pack_ternary, unpack_ternary
-from bitcore.quantize import quantize_activation, ternarize, weight_scale
+from bitcore.quantize import group_scale, quantize_activation, ternarize, weight_scale
 from bitlab_hf import BitLabConfig
 from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.train import TernaryStatistics
@@ -180,7 +180,8 @@ def test_histograms_are_of_all_weights_and_know_the_codes(source: Path, tmp_path
         layer = one.module
         counts = torch.tensor(found["snapshots"][-1]["layers"][one.names[0]])
         assert counts.sum() == layer.weight.numel()
-        qweight, scale = layer.build_deployment()
+        qweight, row, multiplier = layer.build_deployment()
+        scale = group_scale(row, multiplier)
         codes = unpack_ternary(qweight, layer.out_features)
         assert counts.sum(1).tolist() == [int((codes == code).sum()) for code in (-1, 0, 1)]
         ratio = layer.weight.detach() / scale.repeat_interleave(64, 1)
