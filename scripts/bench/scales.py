@@ -24,15 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 from common import Grid, header
-from generate import run_worker
+from generate import run_worker, weight_files
 from quality_model import nats, write_json
 from rich.console import Console
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitlab_hf import BitLabConfig, deploy, save
 from bitlab_hf.fit.calibrate import calibrate
+from bitlab_hf.model.count import bits_per_weight
 
 Result = dict[str, Any]
 _GROUPS = {"weight_granularity": "per_group", "group_size": 64}
@@ -44,6 +45,7 @@ ROWS: dict[str, tuple[str, dict[str, Any] | None]] = {
         "groups of 64, float32 scales",
         {**_GROUPS, "group_scale_dtype": "float32"},
     ),
+    "groups-64-rounded": ("the same, rounded to two levels at the end", _GROUPS),
     "groups-64": ("groups of 64, two levels", _GROUPS),
     # The hidden size is 576, which 128 does not divide: groups of 64 there.
     "groups-128": (
@@ -51,6 +53,9 @@ ROWS: dict[str, tuple[str, dict[str, Any] | None]] = {
         {**_GROUPS, "overrides": {"*.down_proj": {"group_size": 128}}},
     ),
 }
+# Rows that take the latent weights of another one.
+LATENT_OF = {"groups-64-rounded": "groups-64-float32"}
+MODEL = "smollm2-135m"
 LENGTH = 256
 SEED = 0
 
@@ -81,7 +86,7 @@ def blocks_of(models: Path, part: str, count: int) -> Tensor:
     Raises:
         SystemExit: There are fewer.
     """
-    tokenizer = AutoTokenizer.from_pretrained(models / "smollm2-135m")
+    tokenizer = AutoTokenizer.from_pretrained(models / MODEL)
     lines = (models / "wikipedia" / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(SEED))
@@ -98,12 +103,13 @@ def load(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
 
 
-def calibrated(name: str, folder: Path, options: Any, say: Callable[[str], None]) -> Path:
+def calibrated(name: str, options: Any, say: Callable[[str], None]) -> Path:
     """Returns the latent checkpoint of a row, calibrating where it is missing."""
+    folder = Path(options.folder / name)
     target, config = folder / "latent", ROWS[name][1] or {}
     if target.is_dir():
         return target
-    model = load(options.models / "smollm2-135m", quantization_config=BitLabConfig(**config))
+    model = load(options.models / MODEL, quantization_config=BitLabConfig(**config))
     samples = blocks_of(options.models, "fit", options.samples)
     started = time.process_time()
 
@@ -126,33 +132,20 @@ def calibrated(name: str, folder: Path, options: Any, say: Callable[[str], None]
     return target
 
 
-def deployed(name: str, folder: Path, options: Any, say: Callable[[str], None]) -> Path:
+def deployed(name: str, options: Any, say: Callable[[str], None]) -> Path:
     """Returns the deployed checkpoint of a row, its float tensors in bfloat16 as they came."""
-    target = folder / "deployed"
-    if ROWS[name][1] is None:
-        return Path(options.models / "smollm2-135m")
+    config = ROWS[name][1]
+    if config is None:
+        return Path(options.models / MODEL)
+    target = Path(options.folder / name / "deployed")
     if not target.is_dir():
-        model = deploy(load(calibrated(name, folder, options, say)))
-        save(model.to(torch.bfloat16), target)
+        latent = calibrated(LATENT_OF.get(name, name), options, say)
+        model = load(options.models / MODEL, quantization_config=BitLabConfig(**config))
+        # The file's keys are the float model's; a tied head is not among them.
+        odd = model.load_state_dict(load_file(latent / "model.safetensors"), strict=False)
+        assert not odd.unexpected_keys, odd
+        save(deploy(model).to(torch.bfloat16), target)
     return target
-
-
-def sizes(checkpoint: Path) -> Result:
-    """Returns bytes of the weights' files, and bits a ternary weight, its scales included."""
-    files = sorted(checkpoint.glob("*.safetensors"))
-    packed = weights = 0
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                if ".qweight" in name:
-                    tensor = file.get_tensor(name)
-                    packed += tensor.nbytes
-                    # Here every number of rows is a multiple of four.
-                    weights += 4 * tensor.numel() if name.endswith(".qweight") else 0
-    return {
-        "file_bytes": sum(path.stat().st_size for path in files),
-        "bits": 8 * packed / weights if weights else 16.0,
-    }
 
 
 def score(name: str, options: Any, found: Result, say: Callable[[str], None]) -> None:
@@ -162,16 +155,18 @@ def score(name: str, options: Any, found: Result, say: Callable[[str], None]) ->
     if record.is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = deployed(name, folder, options, say)
+    checkpoint = deployed(name, options, say)
+    model = load(checkpoint)
     test = blocks_of(options.models, "test", options.blocks)
     calibration = folder / "calibration.json"
     result = {
         **found,
         "title": ROWS[name][0],
         "samples": options.samples,
-        "nats": nats(load(checkpoint), test),
+        "nats": nats(model, test),
         "test_tokens": test.numel(),
-        **sizes(checkpoint),
+        "bits": bits_per_weight(model) if ROWS[name][1] is not None else 16.0,
+        "file_bytes": sum(path.stat().st_size for path in weight_files(checkpoint)),
         "calibration": json.loads(calibration.read_text()) if calibration.is_file() else None,
     }
     write_json(record, result)
@@ -186,7 +181,7 @@ def time_decoding(names: list[str], options: Any, say: Callable[[str], None]) ->
             for name in names:
                 request = {
                     "do": "measure", "kind": "dense" if name == "float" else "bitlab",
-                    "model": str(deployed(name, options.folder / name, options, say)),
+                    "model": str(deployed(name, options, say)),
                     "threads": threads, "device": "cpu", "cache": "dynamic", "prompt": 16,
                     "prompt_repeats": 1, "decode": options.decode,
                 }  # fmt: skip
