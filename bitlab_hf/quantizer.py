@@ -29,6 +29,7 @@ from bitlab_hf.checkpoint.loading import Loading
 from bitlab_hf.checkpoint.packed_state import packed_state
 from bitlab_hf.checkpoint.plan import Source, make_plan
 from bitlab_hf.config import LOADING_ATTRIBUTES, QUANT_METHOD, BitLabConfig
+from bitlab_hf.model.count import bits_per_weight
 from bitlab_hf.model.head import restore_float
 from bitlab_hf.model.marks import mark_latent, mark_quantized, unmark
 from bitlab_hf.model.parallel import check_no_tensor_parallel
@@ -126,12 +127,10 @@ class BitLabHfQuantizer(HfQuantizer):
         if self.loading is not None and self.loading.packing.is_head(param_name):
             # Not packed four to a byte, as the layers are.
             return 1
+        if self.param_needs_quantization(model, param_name):
+            return bits_per_weight(model.get_submodule(param_name.removesuffix(".weight"))) / 8
         size: float = super().param_element_size(model, param_name, param)
         return size
-
-    @property
-    def quantized_element_size(self) -> float | None:
-        return 0.25
 
     # After the weights.
 

@@ -126,7 +126,16 @@ def value(folder: Path, rng: Rng) -> Mutation:
         file.put(name, index * SIZES[held["dtype"]], part)
         file.write_content()
         return Mutation(f"{name}[{index}] = {new}", legal=not scale or new == 1e30)
-    new_byte = 0x80 if held["dtype"] == "I8" else 0xFF
+    if name.endswith("_multiplier") and rng.random() < 0.5:
+        # A row of groups needs one that is not 0.
+        columns = held["shape"][1]
+        row = index // columns
+        file.put(name, row * columns, bytes(columns))
+        file.write_content()
+        return Mutation(f"{name}[{row}] = 0", legal=False)
+    new_byte = 0xFF
+    if held["dtype"] == "I8" or name.endswith("_multiplier"):
+        new_byte = 0x80
     file.put(name, index, bytes([new_byte]))
     file.write_content()
     return Mutation(f"{name}[{index}] = {new_byte:#x}", legal=False)
@@ -287,6 +296,26 @@ def config_edit(folder: Path, rng: Rng) -> Mutation:
     return Mutation(f"config: {key} = {new!r}", legal=True)
 
 
+def version(folder: Path, rng: Rng) -> Mutation:
+    """Another version, or other scales of groups, than the tensors have."""
+    file = folder / "config.json"
+    content = json.loads(file.read_text())
+    scheme = content.get("quantization_config")
+    if not isinstance(scheme, dict) or scheme.get("quant_method") != "bitlab":
+        return config_edit(folder, rng)
+    before = dict(scheme)
+    if rng.random() < 0.5:
+        scheme.pop("group_scale_dtype", None)
+    else:
+        scheme["group_scale_dtype"] = rng.choice(["uint8", "float32", None])
+    if rng.random() < 0.5:
+        scheme["format_version"] = rng.choice([1, 2])
+    file.write_text(json.dumps(content))
+    # Of latent groups any kind of scales can be made.
+    legal = scheme == before or scheme["weight_format"] == "latent"
+    return Mutation(f"config: {scheme}", legal)
+
+
 def deep_json(folder: Path, rng: Rng) -> Mutation:
     file = rng.choice(sorted(folder.glob("*.json")))
     file.write_text("[" * 100_000)
@@ -354,6 +383,6 @@ def gguf_length(folder: Path, rng: Rng) -> Mutation:
 
 SAFETENSORS: list[Callable[[Path, Rng], Mutation]] = [
     header_bit, data_bit, length, value, dtype, shape, offsets, names, metadata, index_edit,
-    config_edit, config_edit, deep_json,
+    config_edit, config_edit, version, deep_json,
 ]  # fmt: skip
 GGUF: list[Callable[[Path, Rng], Mutation]] = [gguf_header, gguf_record, gguf_data, gguf_length]

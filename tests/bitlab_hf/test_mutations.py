@@ -74,6 +74,9 @@ LOADERS: dict[str, Callable[[Path], tuple[Any, bool]]] = {
     "int8 head": load_stock,
     "sharded": load_stock,
     "latent": load_stock,
+    "groups": load_stock,
+    "latent groups": load_stock,
+    "float groups": load_stock,
     "bitnet": load_stock_bitnet,
     "ternary": load_converted,
     "gguf": load_imported,
@@ -105,10 +108,15 @@ def make(name: str, folder: Path) -> None:
     if name == "ternary":
         source.rename(folder)
         return
-    mode = "auto" if name == "latent" else "infer"
+    mode = "auto" if name.startswith("latent") else "infer"
     config = BitLabConfig(mode=mode, head="int8" if name == "int8 head" else "keep")
     if name == "sharded":
         config = BitLabConfig(mode=mode, weight_granularity="per_channel")
+    elif name.endswith("groups"):
+        kind = "float32" if name == "float groups" else "uint8"
+        config = BitLabConfig(
+            mode=mode, weight_granularity="per_group", group_size=64, group_scale_dtype=kind
+        )
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
     if name == "bitnet":
         export_bitnet(model, folder)

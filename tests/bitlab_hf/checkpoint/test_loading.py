@@ -32,6 +32,8 @@ from bitlab_hf.quantizer import register
 from bitlayers import LAYER_REGISTRY, BitLinear, register_layer
 from tests.bitlab_hf.models import logits_of, make_float_model, token_ids
 
+SCALES = [{}, {"weight_granularity": "per_group", "group_size": 64}]
+
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
@@ -51,14 +53,19 @@ def load(path: Path, config: Any = None, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, **options)
 
 
-def test_all_ways_give_the_same_logits(source: Path, deployed: Path, tmp_path: Path) -> None:
-    latent = load(source, BitLabConfig())
+@pytest.mark.parametrize("scales", SCALES, ids=["tensor", "groups"])
+def test_all_ways_give_the_same_logits(
+    source: Path, tmp_path: Path, scales: dict[str, Any]
+) -> None:
+    latent = load(source, BitLabConfig(**scales))
     expected = logits_of(latent)
     save(latent, tmp_path / "latent")
+    deployed = tmp_path / "deployed"
+    save(load(source, BitLabConfig(mode="infer", **scales)), deployed)
     for path, config in (
-        (source, {"quant_method": "bitlab"}),
-        (source, BitLabConfig(mode="train")),
-        (source, BitLabConfig(mode="infer")),
+        (source, {"quant_method": "bitlab", **scales}),
+        (source, BitLabConfig(mode="train", **scales)),
+        (source, BitLabConfig(mode="infer", **scales)),
         (tmp_path / "latent", None),
         (tmp_path / "latent", BitLabConfig(mode="train")),
         (tmp_path / "latent", BitLabConfig(mode="infer")),
@@ -219,16 +226,19 @@ class TwoNames(LlamaPreTrainedModel):
         return self.norm(self.again(self.once(self.second(self.first(x)))))
 
 
-def test_shared_modules_and_shared_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scales", SCALES, ids=["tensor", "groups"])
+def test_shared_modules_and_shared_weights(tmp_path: Path, scales: dict[str, Any]) -> None:
     config = LlamaConfig(hidden_size=64, tie_word_embeddings=True)
     model = TwoNames(config)
     del model.again
     model.save_pretrained(tmp_path / "float")
     x = torch.randn(3, 64)
     source = tmp_path / "float"
-    latent = TwoNames.from_pretrained(source, quantization_config=BitLabConfig())
-    packed = TwoNames.from_pretrained(source, quantization_config=BitLabConfig(mode="infer"))
-    replaced = replace_linear(TwoNames.from_pretrained(source))
+    latent, packed = (
+        TwoNames.from_pretrained(source, quantization_config=BitLabConfig(mode=mode, **scales))
+        for mode in ("auto", "infer")
+    )
+    replaced = replace_linear(TwoNames.from_pretrained(source), BitLabConfig(**scales))
     for result in (latent, packed, replaced):
         assert isinstance(result.first, BitLinear)
         assert isinstance(result.second, BitLinear)
@@ -244,9 +254,11 @@ def test_shared_modules_and_shared_weights(tmp_path: Path) -> None:
         packed_keys = {key for key in stored if key.endswith(".qweight")}
         assert "once.qweight" in packed_keys
         # What is tied is stored once.
-        assert len(packed_keys & {"first.qweight", "second.qweight"}) == 1
         again = TwoNames.from_pretrained(tmp_path / "deployed")
-        assert again.first.qweight.data_ptr() == again.second.qweight.data_ptr()
+        for leaf in again.first.packed_tensors():
+            assert len(stored.keys() & {f"first.{leaf}", f"second.{leaf}"}) == 1
+            held = [getattr(layer, leaf) for layer in (again.first, again.second)]
+            assert held[0].data_ptr() == held[1].data_ptr()
         assert again.once is again.again
         assert torch.equal(again(x), expected)
 
@@ -266,8 +278,11 @@ class Undeclared(LlamaPreTrainedModel):
         return self.norm(self.b(self.a(x)))
 
 
-def test_layers_that_share_one_weight_share_one_qweight(tmp_path: Path) -> None:
-    model = replace_linear(Undeclared(LlamaConfig(hidden_size=64)))
+@pytest.mark.parametrize("scales", SCALES, ids=["tensor", "groups"])
+def test_layers_that_share_one_weight_share_one_qweight(
+    tmp_path: Path, scales: dict[str, Any]
+) -> None:
+    model = replace_linear(Undeclared(LlamaConfig(hidden_size=64)), BitLabConfig(**scales))
     assert model.a.weight is model.b.weight
     x = torch.randn(3, 64)
     expected = model.eval()(x)

@@ -27,12 +27,14 @@ SIZES = {
     "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0,
 }  # fmt: skip
 
+SCALES = [{}, {"weight_granularity": "per_group", "group_size": 64}]
+
 
 def names(model: nn.Module) -> list[str]:
     return [found.names[0] for found in quantized_layers(model)]
 
 
-def whole_life(auto: Any, source: Path, folder: Path) -> Any:
+def whole_life(auto: Any, source: Path, folder: Path, scales: dict[str, Any]) -> Any:
     """Every way from a float folder to a packed model gives the same bits; returns one."""
     ids = torch.arange(3, 19).view(2, 8)
 
@@ -41,7 +43,7 @@ def whole_life(auto: Any, source: Path, folder: Path) -> Any:
             found: Tensor = model(input_ids=ids)[0]
         return found
 
-    latent = auto.from_pretrained(source, quantization_config=BitLabConfig()).eval()
+    latent = auto.from_pretrained(source, quantization_config=BitLabConfig(**scales)).eval()
     expected, layers = output(latent), names(latent)
     save(latent, folder / "latent")
     save(deploy(latent), folder / "packed")
@@ -49,7 +51,7 @@ def whole_life(auto: Any, source: Path, folder: Path) -> Any:
     for path, scheme in (
         (folder / "packed", None),
         (folder / "plain", None),
-        (source, BitLabConfig(mode="infer")),
+        (source, BitLabConfig(mode="infer", **scales)),
         (folder / "latent", BitLabConfig(mode="infer")),
     ):
         options = {} if scheme is None else {"quantization_config": scheme}
@@ -63,19 +65,23 @@ def whole_life(auto: Any, source: Path, folder: Path) -> Any:
     return model
 
 
+@pytest.mark.parametrize("scales", SCALES, ids=["tensor", "groups"])
 @pytest.mark.parametrize("kind", ["NomicBertConfig", "JinaEmbeddingsV3Config"])
-def test_files_that_fuse_what_the_model_splits(kind: str, tmp_path: Path) -> None:
+def test_files_that_fuse_what_the_model_splits(
+    kind: str, scales: dict[str, Any], tmp_path: Path
+) -> None:
     config = getattr(transformers, kind)(**SIZES)
     AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "float")
     fused = load_file(tmp_path / "float" / "model.safetensors")
     assert any("qkv" in key.lower() for key in fused)
-    whole_life(AutoModelForMaskedLM, tmp_path / "float", tmp_path)
+    whole_life(AutoModelForMaskedLM, tmp_path / "float", tmp_path, scales)
     with safe_open(tmp_path / "packed" / "model.safetensors", framework="pt") as handle:
         assert handle.metadata()[NAMES_KEY] == "model"
         assert not any("qkv" in key.lower() for key in handle.keys())  # noqa: SIM118
 
 
-def test_linears_tied_to_each_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scales", SCALES, ids=["tensor", "groups"])
+def test_linears_tied_to_each_other(scales: dict[str, Any], tmp_path: Path) -> None:
     """Zamba's shared block is one for several layers; an embedding has no part in it."""
     config = transformers.ZambaConfig(
         **{**SIZES, "num_hidden_layers": 6}, attn_layer_period=2, attn_layer_offset=1,
@@ -83,7 +89,7 @@ def test_linears_tied_to_each_other(tmp_path: Path) -> None:
         num_key_value_heads=4,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "float")
-    model = whole_life(AutoModelForCausalLM, tmp_path / "float", tmp_path)
+    model = whole_life(AutoModelForCausalLM, tmp_path / "float", tmp_path, scales)
     by_weight: dict[int, list[str]] = {}
     for found in quantized_layers(model):
         by_weight.setdefault(found.module.qweight.data_ptr(), []).append(found.names[0])
@@ -91,20 +97,26 @@ def test_linears_tied_to_each_other(tmp_path: Path) -> None:
     assert shared
     assert all(len({name.rpartition(".")[2] for name in group}) == 1 for group in shared)
     stored = load_file(tmp_path / "packed" / "model.safetensors")
+    leaves = list(quantized_layers(model)[0].module.packed_tensors())
+    assert len(leaves) == (3 if scales else 2)
     for group in shared:
-        assert sum(f"{name}.qweight" in stored for name in group) == 1
+        for leaf in leaves:
+            assert sum(f"{name}.{leaf}" in stored for name in group) == 1
+            held = [getattr(model.get_submodule(name), leaf) for name in group]
+            assert len({tensor.data_ptr() for tensor in held}) == 1
     # A file that holds each of them is loaded as it says.
     first, second = shared[0][:2]
-    held = first if f"{first}.qweight" in stored else second
-    other = second if held == first else first
+    holder = first if f"{first}.qweight" in stored else second
+    other = second if holder == first else first
 
     def add(tensors: dict[str, Tensor]) -> None:
-        for leaf in ("qweight", "qweight_scale"):
-            tensors[f"{other}.{leaf}"] = tensors[f"{held}.{leaf}"] * (2 if leaf != "qweight" else 1)
+        for leaf in leaves:
+            factor = 2 if leaf == "qweight_scale" else 1
+            tensors[f"{other}.{leaf}"] = tensors[f"{holder}.{leaf}"] * factor
 
     rewrite(tmp_path / "packed", add)
     apart = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
-    scales = [apart.get_submodule(name).qweight_scale for name in (held, other)]
+    scales = [apart.get_submodule(name).qweight_scale for name in (holder, other)]
     assert torch.equal(2 * scales[0], scales[1])
 
 

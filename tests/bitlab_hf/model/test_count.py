@@ -17,9 +17,11 @@ from transformers import AutoModel, AutoModelForCausalLM
 from bitcore.errors import ArgumentError
 from bitlab_hf import BitLabConfig, deploy, replace_linear, save
 from bitlab_hf.model.count import bits_per_weight
+from bitlab_hf.quantizer import BitLabHfQuantizer
 from bitlayers.bitlinear import BitLinear
 from tests.bitlab_hf.models import make_float_model
 
+GROUPS: dict[str, Any] = {"weight_granularity": "per_group", "group_size": 64}
 COUNTS = [{}, {"exclude_embeddings": True}, {"only_trainable": True}]
 
 
@@ -91,17 +93,13 @@ def test_pefts_count(source: Path, head: str, mixed: bool) -> None:
 @pytest.mark.parametrize(
     ("fields", "bits"),
     [
-        # 14 matrices of 64 inputs, two of them 190: scales of 4 bytes, each behind so many weights.
+        # Without down_proj every matrix has 64 inputs.
         (
             {"weight_granularity": "per_channel", "modules_to_not_convert": ["down_proj"]},
             2 + 32 / 64,
         ),
         (
-            {
-                "weight_granularity": "per_group",
-                "group_size": 64,
-                "modules_to_not_convert": ["down_proj"],
-            },
+            {**GROUPS, "modules_to_not_convert": ["down_proj"]},
             2 + 8 / 64 + 32 / 64,
         ),
     ],
@@ -149,3 +147,26 @@ def test_bits_of_a_layer_that_packed_itself() -> None:
 def test_bits_of_a_model_without_ternary_layers() -> None:
     with pytest.raises(ArgumentError, match="must hold ternary layers, got Linear"):
         bits_per_weight(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("fields", [{}, GROUPS, {**GROUPS, "group_scale_dtype": "float32"}])
+def test_what_a_weight_takes_once_it_is_packed_at_load(
+    tmp_path: Path, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers places modules by it before anything is packed."""
+    sizes: dict[str, float] = {}
+    original = BitLabHfQuantizer._process_model_before_weight_loading
+
+    def noting(self: Any, model: Any, **options: Any) -> None:
+        original(self, model, **options)
+        for name, parameter in model.named_parameters():
+            sizes[name] = self.param_element_size(model, name, parameter) * parameter.numel()
+
+    monkeypatch.setattr(BitLabHfQuantizer, "_process_model_before_weight_loading", noting)
+    model = packed(make_float_model("llama", tmp_path), head="int8", **fields)
+    for name, module in model.named_modules():
+        if isinstance(module, BitLinear):
+            assert sizes[f"{name}.weight"] == sum(tensor.nbytes for tensor in module.packed())
+    assert sizes["lm_head.weight"] == model.lm_head.qweight.nbytes
+    embedding = model.model.embed_tokens.weight
+    assert sizes["model.embed_tokens.weight"] == embedding.nbytes

@@ -17,6 +17,8 @@ from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.fresh import COMBINATIONS, fresh_outputs, outputs_of
 from tests.bitlab_hf.models import CONFIGS, auto_class, logits_of, make_float_model, training_data
 
+SCALES = [{}, {"weight_granularity": "per_group", "group_size": 64}]
+
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     values = {
@@ -125,9 +127,13 @@ def test_bf16_model_trains_deploys_and_reloads(tmp_path: Path) -> None:
     [
         {"weight_granularity": "per_channel"},
         {"weight_granularity": "per_group", "group_size": 64},
+        {"weight_granularity": "per_group", "group_size": 64, "group_scale_dtype": "float32"},
+        {"weight_granularity": "per_group", "group_size": 64, "activation_dtype": "float32"},
+        {"weight_granularity": "per_group", "group_size": 64, "head": "ternary"},
         {"activation_dtype": "float32"},
         {"activation_granularity": "per_tensor"},
         {"overrides": {"*.down_proj": {"weight_granularity": "per_channel"}}},
+        {"overrides": {"*.down_proj": {"weight_granularity": "per_group", "group_size": 64}}},
         {"head": "ternary"},
         {"modules_to_not_convert": ["q_proj"]},
     ],
@@ -172,10 +178,11 @@ def test_sharded_files(tmp_path: Path) -> None:
     )
 
 
-def test_generate_with_a_static_cache_and_compiled(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scales", SCALES, ids=["tensor", "groups"])
+def test_generate_with_a_static_cache_and_compiled(tmp_path: Path, scales: dict[str, Any]) -> None:
     source = make_float_model("llama", tmp_path)
     model = auto_class("llama").from_pretrained(
-        source, quantization_config=BitLabConfig(mode="infer")
+        source, quantization_config=BitLabConfig(mode="infer", **scales)
     )
     ids = torch.arange(8)[None]
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
@@ -200,26 +207,37 @@ def test_device_map_auto(tmp_path: Path) -> None:
     assert torch.equal(logits_of(again), expected)
 
 
-def test_packed_layers_offload_to_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scales", SCALES, ids=["tensor", "groups"])
+def test_packed_layers_offload_to_disk(tmp_path: Path, scales: dict[str, Any]) -> None:
     source = make_float_model("llama", tmp_path)
     model = auto_class("llama").from_pretrained(
-        source, quantization_config=BitLabConfig(mode="infer")
+        source, quantization_config=BitLabConfig(mode="infer", **scales)
     )
     expected = logits_of(model)
     save(model, tmp_path / "deployed")
     places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu",
               "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
-    again = auto_class("llama").from_pretrained(
-        tmp_path / "deployed", device_map=places, offload_folder=tmp_path / "offload"
-    )
-    assert torch.equal(logits_of(again), expected)
+    for buffers in (False, True):
+        again = auto_class("llama").from_pretrained(
+            tmp_path / "deployed",
+            device_map=places,
+            offload_folder=tmp_path / "offload",
+            offload_buffers=buffers,
+        )
+        for _ in range(2):
+            assert torch.equal(logits_of(again), expected)
+            # Brought in for a pass, and out again.
+            layer = again.model.layers[0].mlp.up_proj
+            first, *scales_of = [getattr(layer, name).is_meta for name in layer.packed_tensors()]
+            assert first
+            assert scales_of == [buffers] * len(scales_of)
 
 
-def test_dequantize_is_exactly_code_times_scale(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scales", SCALES, ids=["tensor", "groups"])
+def test_dequantize_is_exactly_code_times_scale(tmp_path: Path, scales: dict[str, Any]) -> None:
     source = make_float_model("qwen2", tmp_path)
-    model = auto_class("qwen2").from_pretrained(
-        source, quantization_config=BitLabConfig(mode="infer", activation_dtype="float32")
-    )
+    scheme = BitLabConfig(mode="infer", activation_dtype="float32", **scales)
+    model = auto_class("qwen2").from_pretrained(source, quantization_config=scheme)
     expected = logits_of(model)
     weights = {f.names[0]: f.module.dequantized_weight() for f in quantized_layers(model)}
     codes = {f.names[0]: f.module for f in quantized_layers(model)}
@@ -228,9 +246,10 @@ def test_dequantize_is_exactly_code_times_scale(tmp_path: Path) -> None:
         linear = model.get_submodule(name)
         assert type(linear) is torch.nn.Linear
         assert torch.equal(linear.weight, weight)
-        values = set(torch.unique(linear.weight).tolist())
-        scale = codes[name].qweight_scale.item()
-        assert values == {-scale, 0.0, scale}
+        if not scales:
+            values = set(torch.unique(linear.weight).tolist())
+            scale = codes[name].qweight_scale.item()
+            assert values == {-scale, 0.0, scale}
         assert linear.weight.requires_grad
     assert torch.equal(logits_of(model), expected)
     model.save_pretrained(tmp_path / "float")

@@ -69,3 +69,32 @@ def test_a_float_head_is_resized_as_ever(tmp_path: Path) -> None:
     before = logits_of(model)
     model.resize_token_embeddings(MORE, mean_resizing=False)
     assert torch.equal(logits_of(model)[..., :VOCABULARY], before)
+
+
+@pytest.mark.parametrize("rows", [MORE, VOCABULARY - 5])
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_learned_scales_of_groups_follow_the_rows(rows: int, dtype: str, tmp_path: Path) -> None:
+    model = latent(
+        "llama",
+        tmp_path,
+        weight_quantizer="lsq",
+        weight_granularity="per_group",
+        group_size=64,
+        group_scale_dtype=dtype,
+    )
+    with torch.no_grad():
+        model.lm_head.learned_scale.mul_(1.5)
+    before = model.lm_head.learned_scale.detach().clone()
+    assert before.shape == (VOCABULARY, 1)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    after, kept = model.lm_head.learned_scale, min(rows, VOCABULARY)
+    assert after.shape == (rows, 1)
+    assert torch.equal(after[:kept], before[:kept])
+    weight = model.lm_head.weight.detach()
+    torch.testing.assert_close(after[kept:], 2 * weight[kept:].abs().mean(1, keepdim=True))
+    ids = torch.arange(8).view(1, 8)
+    expected = model(input_ids=ids).logits
+    save(deploy(model), tmp_path / "packed")
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(again(input_ids=ids).logits, expected)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer
 
 from bitcore.errors import ArgumentTypeError, LifecycleError, NonFiniteError
+from bitcore.quantize import dequantize, two_levels, weight_scale
 from bitlab_hf import BitLabConfig, merge_and_requantize, save
 from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.peft.merge import _requantize
@@ -118,10 +119,12 @@ SCALES = [
     {},
     {"weight_granularity": "per_channel"},
     {"weight_granularity": "per_group", "group_size": 64},
+    {"weight_granularity": "per_group", "group_size": 64, "group_scale_dtype": "float32"},
 ]
+SCALE_NAMES = ["tensor", "channel", "group", "group float32"]
 
 
-@pytest.mark.parametrize("fields", SCALES, ids=["tensor", "channel", "group"])
+@pytest.mark.parametrize("fields", SCALES, ids=SCALE_NAMES)
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_merge_and_requantize(
     source: Path, tmp_path: Path, mode: str, fields: dict[str, Any], capsys: Any
@@ -159,14 +162,19 @@ def test_merge_and_requantize(
     assert torch.equal(logits_of(again), got)
 
 
-def test_no_delta_changes_nothing_and_fitting_beats_keeping(source: Path) -> None:
-    base = load(source, mode="infer")
+@pytest.mark.parametrize("fields", SCALES, ids=SCALE_NAMES)
+def test_no_delta_changes_nothing_and_fitting_beats_keeping(
+    source: Path, fields: dict[str, Any]
+) -> None:
+    base = load(source, mode="infer", **fields)
     before = state_of(base)
     result = merge_and_requantize(get_peft_model(base, adapter()), verbose=False)
     assert result.overall == 0.0
     assert_equal_states(before, state_of(result.model))
     drifts = [
-        merge_and_requantize(shaken(load(source, mode="infer"), 0.001), scale=scale, verbose=False)
+        merge_and_requantize(
+            shaken(load(source, mode="infer", **fields), 0.001), scale=scale, verbose=False
+        )
         for scale in ("keep", "fit")
     ]
     assert drifts[1].overall < drifts[0].overall
@@ -179,10 +187,34 @@ def test_fitted_scales_never_raise_the_error() -> None:
     for scale in (torch.ones(1), torch.ones(6), torch.ones(6, 2)):
         errors = []
         for fit in (False, True):
-            codes, new = _requantize(target, scale, fit)
+            codes, new = _requantize(target, scale, fit=fit)
             full = new.repeat_interleave(64, 1) if new.dim() == 2 else new.view(-1, 1)
             errors.append(float((codes * full - target).norm()))
         assert errors[1] < errors[0]
+
+
+def test_fitted_scales_in_two_levels_never_raise_the_error() -> None:
+    for size in (1.0, 1e-3):
+        target = torch.randn(6, 256) * torch.rand(6, 4).pow(4).repeat_interleave(64, 1) * size
+        held = two_levels(weight_scale(target, "per_group", 64))
+        for scale, multiplier in (
+            held,
+            (held[0] * 3, held[1]),
+            # Groups that had nothing may get something.
+            (held[0], held[1] * torch.tensor([0, 1, 1, 0], dtype=torch.uint8)),
+        ):
+            errors = []
+            for fit in (False, True):
+                codes, *new = _requantize(target, scale, multiplier, fit=fit)
+                values = dequantize(codes, new[0], torch.float32, new[1])
+                errors.append(float((values - target).norm()))
+                assert (new[0].shape, new[1].shape) == ((6,), (6, 4))
+                assert new[1].dtype == torch.uint8
+                assert int(new[1].max()) <= 127
+                if not fit:
+                    assert torch.equal(new[0], scale)
+                    assert torch.equal(new[1], multiplier)
+            assert errors[1] < errors[0]
 
 
 def test_adapters_on_float_layers_merge_exactly(source: Path) -> None:

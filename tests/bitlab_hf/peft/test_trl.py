@@ -90,11 +90,15 @@ def pairs() -> Dataset:
     })  # fmt: skip
 
 
+GROUPS: dict[str, Any] = {"weight_granularity": "per_group", "group_size": 64}
 HEADS: dict[str, dict[str, Any]] = {
     "float": {},
     "ternary": {"head": "ternary"},
     "learned": {"head": "ternary", "weight_quantizer": "lsq"},
-    "group": {"head": "ternary", "weight_granularity": "per_group", "group_size": 64},
+    "group": {"head": "ternary", **GROUPS},
+    "group float32": {"head": "ternary", **GROUPS, "group_scale_dtype": "float32"},
+    "learned group": {"head": "ternary", **GROUPS, "weight_quantizer": "lsq"},
+    "twn group": {"head": "ternary", **GROUPS, "weight_quantizer": "twn"},
     "per tensor": {"head": "ternary", "activation_granularity": "per_tensor"},
     "float activations": {"head": "ternary", "activation_dtype": "float32"},
     "int8": {"head": "int8"},

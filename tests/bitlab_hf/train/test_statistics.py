@@ -189,6 +189,10 @@ def test_histograms_are_of_all_weights_and_know_the_codes(source: Path, tmp_path
         middle = int(((ratio >= -0.5) & (ratio < 0.5)).sum())
         assert abs(int(counts[:, 25:35].sum()) - middle) <= 2
         assert counts[1, :25].sum() + counts[1, 35:].sum() <= 2
+        # The layer's scale is the mean of its groups'.
+        last = [entry for entry in read_statistics(tmp_path)[1] if "scale" in entry][-1]
+        names = [held.names[0] for held in quantized_layers(model)]
+        assert last["scale"][names.index(one.names[0])] == pytest.approx(float(scale.mean()))
 
 
 def test_resume(source: Path, tmp_path: Path) -> None:
