@@ -151,9 +151,9 @@ def _calibrate(tap: Tap, moments: Moments, damping: float, rounds: int) -> Layer
     layer = tap.layer
     hessian = damped(moments.hessian, damping)
     target = wanted_weight(layer.weight, moments, damping)
-    scale_shape = layer.packed_shapes()[1]
-    shape = (scale_shape[0], 1 if len(scale_shape) == 1 else scale_shape[1])
-    codes, scales = solve(target, hessian, shape, rounds)
+    rows, *groups = layer.estimated_shape()
+    leveled = layer.quant_config.granularity == "per_group"
+    codes, scales = solve(target, hessian, (rows, math.prod(groups)), rounds, leveled)
     tap.set(codes, scales)
     whole = float(((target @ hessian) * target).sum())
     roundings = layer.dequantized_weight().double()

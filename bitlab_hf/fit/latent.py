@@ -56,7 +56,49 @@ def shift_into(values: Tensor, low: Tensor, high: Tensor, totals: Tensor) -> Ten
     return (values + right).clamp(low, high)
 
 
-def _twn_magnitudes(magnitudes: Tensor, kept: Tensor, scale: Tensor) -> Tensor:
+def round_sums(
+    magnitudes: Tensor, bounds: tuple[Tensor, Tensor], counted: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Rounds magnitudes to a dtype; one of each group takes what the sum lost by it.
+
+    In float32 the mean of the counted ones then rounds to what it was meant to be, which two
+    levels are sensitive to: the largest scale of a row decides them all.
+
+    Args:
+        magnitudes: float64 [groups, elements].
+        bounds: The least and the most that the one may be, of the same shape.
+        counted: Whose sum is to stay, bool of the same shape.
+        dtype: Of the latent weight.
+    """
+    wanted = (magnitudes * counted).sum(1, keepdim=True)
+    rounded = magnitudes.to(dtype).double()
+    missing = wanted - (rounded * counted).sum(1, keepdim=True)
+    # The smallest is the finest; one far below the mean could be less than what is missing.
+    fine = counted & (magnitudes > wanted / counted.sum(1, keepdim=True) / 16)
+    chosen = torch.where(fine, magnitudes, torch.inf).argmin(1, keepdim=True)
+    low, high = (bound.gather(1, chosen) for bound in bounds)
+    filled = (rounded.gather(1, chosen) + missing).clamp(low, high)
+    return rounded.scatter(1, chosen, filled.to(dtype).double())
+
+
+def _bounds(kept: Tensor, threshold: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Returns how small and how large magnitudes may be beside a threshold."""
+    zeros = threshold.new_zeros(())
+    low = torch.where(kept, threshold * (1 + margin), zeros)
+    return low, torch.where(kept, torch.inf, threshold * (1 - margin))
+
+
+def _absmean_magnitudes(
+    magnitudes: Tensor, kept: Tensor, scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Magnitudes whose mean is the scale, of which half parts the two."""
+    totals = scale.squeeze(1) * magnitudes.shape[1]
+    shifted = shift_into(magnitudes, *_bounds(kept, _HALF * scale, MARGIN), totals)
+    bounds = _bounds(kept, _HALF * scale, MARGIN / 2)
+    return round_sums(shifted, bounds, torch.ones_like(kept), dtype)
+
+
+def _twn_magnitudes(magnitudes: Tensor, kept: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Magnitudes whose mean over the kept ones is the scale, and whose threshold parts the two."""
     count = kept.double().sum(1, keepdim=True)
     size = magnitudes.shape[1]
@@ -65,13 +107,22 @@ def _twn_magnitudes(magnitudes: Tensor, kept: Tensor, scale: Tensor) -> Tensor:
     most = least / (1 - _TWN * (1 - MARGIN) * (1 - count / size))
     mean = magnitudes.mean(1, keepdim=True).clamp(least, torch.minimum(most, scale))
     threshold = _TWN * mean
-    zeros = magnitudes.new_zeros(())
-    low = torch.where(kept, threshold * (1 + MARGIN), zeros)
-    high = torch.where(kept, torch.inf, zeros)
-    ones = shift_into(magnitudes, low, high, (count * scale).squeeze(1))
-    high = torch.where(kept, zeros, threshold * (1 - MARGIN))
-    rest = shift_into(magnitudes, zeros.expand_as(high), high, ((mean - least) * size).squeeze(1))
-    return torch.where(kept, ones, rest)
+    low, high = _bounds(kept, threshold, MARGIN)
+    # Each of the two shifts leaves the other's alone.
+    ones = shift_into(
+        torch.where(kept, magnitudes, 0.0),
+        low,
+        torch.where(kept, high, 0.0),
+        (count * scale).squeeze(1),
+    )
+    rest = shift_into(
+        torch.where(kept, 0.0, magnitudes),
+        torch.zeros_like(low),
+        torch.where(kept, 0.0, high),
+        ((mean - least) * size).squeeze(1),
+    )
+    bounds = _bounds(kept, threshold, MARGIN / 2)
+    return round_sums(torch.where(kept, ones, rest), bounds, kept, dtype)
 
 
 def latent_weight(
@@ -91,28 +142,29 @@ def latent_weight(
 
     Returns:
         Of the original's dtype, [N, K].
+
+    Numerics:
+        In float32, scales in two levels come back exactly, but for multipliers of groups without
+        any ones. In bfloat16 a row's scale moves by a few thousandths, the codes stay, and so do
+        multipliers, but for large ones with absmax, which can come back one off.
     """
     elements = codes.numel() // scales.values.numel()
     values, ones = original.double().reshape(-1, elements), codes.reshape(-1, elements)
-    scale = scales.values.reshape(-1, 1)
+    scale, dtype = scales.values.reshape(-1, 1), original.dtype
     kept = ones != 0
     # A weight whose sign was changed starts from the other side of zero.
     magnitudes = torch.where(kept, ones * values, values.abs())
-    threshold = _HALF * scale
-    zeros = magnitudes.new_zeros(())
-    low = torch.where(kept, threshold * (1 + MARGIN), zeros)
-    high = torch.where(kept, torch.inf, threshold * (1 - MARGIN))
+    low, high = _bounds(kept, _HALF * scale, MARGIN)
     if config.weight_quantizer == "absmean":
-        magnitudes = shift_into(magnitudes, low, high, scale.squeeze(1) * elements)
+        magnitudes = _absmean_magnitudes(magnitudes, kept, scale, dtype)
     elif config.weight_quantizer == "absmax":
         magnitudes = magnitudes.clamp(low, torch.where(kept, scale, high))
         largest = torch.where(kept, magnitudes, -torch.inf).argmax(1, keepdim=True)
         magnitudes = magnitudes.scatter(1, largest, scale)
     elif config.weight_quantizer == "twn":
-        magnitudes = _twn_magnitudes(magnitudes, kept, scale)
+        magnitudes = _twn_magnitudes(magnitudes, kept, scale, dtype)
     else:
         magnitudes = magnitudes.clamp(low, high)
     signs = torch.where(kept, ones, torch.where(values < 0, -1.0, 1.0))
-    empty = ~kept.any(1, keepdim=True)
-    latent = torch.where(empty, zeros, signs * magnitudes)
-    return latent.reshape(original.shape).to(original.dtype)
+    latent = torch.where(kept.any(1, keepdim=True), signs * magnitudes, 0.0)
+    return latent.reshape(original.shape).to(dtype)

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitcore.checks import MOST_MULTIPLIER
+from bitcore.quantize import group_scale, two_levels
+
 # Columns that are handled one by one before the rest of the matrix hears of it.
-_BLOCK = 128
+_BLOCK = 32
 # A scale never falls below it: a row of zeros has to keep one.
 _LEAST = 1e-5
 
@@ -80,16 +83,17 @@ class Scales:
 
     Attributes:
         values: float64 [1, 1], [N, 1] or [N, K / G].
+        leveled: Whether those of a row are multiples 1 to 127 of one float32, the largest of them
+            the 127th: then `bitcore.quantize.two_levels` finds both again.
     """
 
-    def __init__(self, values: Tensor, columns: int) -> None:
-        self.values = values
+    def __init__(self, values: Tensor, columns: int, leveled: bool = False) -> None:
+        self.values, self.leveled = values, leveled
         self._width = columns // values.shape[1]
 
     def column(self, index: int) -> Tensor:
-        """Returns the scale of a column, [1, 1] or [N, 1]."""
-        group = index // self._width
-        return self.values[:, group : group + 1]
+        """Returns the scale of a column, [1] or [N]."""
+        return self.values[:, index // self._width]
 
     def full(self) -> Tensor:
         """Returns them as they multiply codes [N, K]."""
@@ -100,10 +104,9 @@ class Scales:
         grouped = products.view(products.shape[0], self.values.shape[1], -1).sum(2)
         return grouped.sum(0, keepdim=True) if self.values.shape[0] == 1 else grouped
 
-    def copy(self) -> Scales:
-        """Returns others with the same values."""
-        columns = self.values.shape[1] * self._width
-        return Scales(self.values.clone(), columns)
+    def replaced(self, values: Tensor) -> Scales:
+        """Returns others that apply alike."""
+        return Scales(values, self.values.shape[1] * self._width, self.leveled)
 
 
 def rounded(values: Tensor, scale: Tensor) -> Tensor:
@@ -112,16 +115,19 @@ def rounded(values: Tensor, scale: Tensor) -> Tensor:
     return (values > half).double() - (values < -half).double()
 
 
-def start_scales(target: Tensor, hessian: Tensor, shape: tuple[int, int]) -> Scales:
+def start_scales(
+    target: Tensor, hessian: Tensor, shape: tuple[int, int], leveled: bool = False
+) -> Scales:
     """Returns the scales of least squared error for rounding alone, inputs taken as independent.
 
     Args:
         target: float64 [N, K].
         hessian: float64 [K, K]; its diagonal counts.
         shape: Of the scales.
+        leveled: Whether to bring them to two levels; see `Scales`.
     """
     importance = hessian.diagonal().expand_as(target)
-    scales = Scales(target.new_ones(shape), target.shape[1])
+    scales = Scales(target.new_ones(shape), target.shape[1], leveled)
     ones = scales.sums(torch.ones_like(target))
     scales.values = (scales.sums(target.abs()) / ones).clamp(min=_LEAST)
     for _ in range(20):
@@ -129,6 +135,8 @@ def start_scales(target: Tensor, hessian: Tensor, shape: tuple[int, int]) -> Sca
         over = scales.sums(importance * codes.abs())
         best = scales.sums(importance * target * codes) / over
         scales.values = torch.where(over > 0, best, scales.values).clamp(min=_LEAST)
+    if leveled:
+        scales.values = group_scale(*two_levels(scales.values.float())).double()
     return scales
 
 
@@ -148,23 +156,23 @@ def compensated_codes(target: Tensor, hessian: Tensor, scales: Scales) -> Tensor
     Source: GPTQ, arXiv 2210.17323, algorithm 1, with its order by activations.
     """
     order = hessian.diagonal().argsort(descending=True)
-    left = target[:, order]
+    # Transposed, so that a column lies in one piece.
+    left = target.t()[order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True)
     codes = torch.empty_like(left)
     columns = order.tolist()
     for first in range(0, len(columns), _BLOCK):
         last = min(first + _BLOCK, len(columns))
-        errors = left.new_empty(left.shape[0], last - first)
+        errors = left.new_empty(last - first, left.shape[1])
         for index in range(first, last):
             scale = scales.column(columns[index])
-            codes[:, index] = rounded(left[:, index : index + 1], scale)[:, 0]
-            error = left[:, index] - codes[:, index] * scale[:, 0]
-            error = error / upper[index, index]
-            left[:, index:last] -= error[:, None] * upper[index, index:last]
-            errors[:, index - first] = error
-        left[:, last:] -= errors @ upper[first:last, last:]
-    return torch.empty_like(codes).index_copy_(1, order, codes)
+            codes[index] = rounded(left[index], scale)
+            error = (left[index] - codes[index] * scale) / upper[index, index]
+            left[index + 1 : last].addr_(upper[index, index + 1 : last], error, alpha=-1)
+            errors[index - first] = error
+        left[last:] -= upper[first:last, last:].t() @ errors
+    return torch.empty_like(codes).index_copy_(0, order, codes).t().contiguous()
 
 
 def descend(target: Tensor, hessian: Tensor, codes: Tensor, scales: Scales) -> Tensor:
@@ -172,44 +180,95 @@ def descend(target: Tensor, hessian: Tensor, codes: Tensor, scales: Scales) -> T
 
     Source: coordinate descent as in QuantEase, arXiv 2309.01885, equation 9.
     """
-    codes = codes.clone()
-    error = target - codes * scales.full()
+    # Transposed, so that a column lies in one piece.
+    error = (target - codes * scales.full()).t().contiguous()
+    codes = codes.t().contiguous()
     diagonal = hessian.diagonal()
-    for first in range(0, codes.shape[1], _BLOCK):
-        last = min(first + _BLOCK, codes.shape[1])
-        pull = error @ hessian[:, first:last]
+    for first in range(0, len(codes), _BLOCK):
+        last = min(first + _BLOCK, len(codes))
+        pull = hessian[first:last] @ error
         for index in range(first, last):
-            scale = scales.column(index)[:, 0]
-            old = codes[:, index]
-            best = rounded(old * scale + pull[:, index - first] / diagonal[index], scale)
+            scale, old = scales.column(index), codes[index]
+            best = rounded(old * scale + pull[index - first] / diagonal[index], scale)
             change = (best - old) * scale
-            codes[:, index] = best
-            error[:, index] -= change
-            pull -= change[:, None] * hessian[index, first:last]
-    return codes
+            pull[index - first + 1 :].addr_(hessian[index, index + 1 : last], change, alpha=-1)
+            error[index] -= change
+            codes[index] = best
+    return codes.t().contiguous()
 
 
 def refit(target: Tensor, hessian: Tensor, codes: Tensor, scales: Scales) -> Scales:
-    """Returns the scales of least loss for given codes; exact per tensor and per row.
+    """Returns scales of less loss for given codes; exact per tensor and per row.
 
-    Per group it is one round of updates, group by group.
+    Per group it is one round of updates, group by group; in two levels one more, see `_leveled`.
     """
-    new = scales.copy()
-    groups = scales.values.shape[1]
-    width = codes.shape[1] // groups
-    error = target - codes * new.full()
+    squares, products = _normal_equations(target, hessian, codes, scales)
+    values = scales.values.clone()
+    for group in range(values.shape[1]):
+        values[:, group] = _best(squares, products, values, group)
+    if scales.leveled:
+        values = _leveled(squares, products, values, scales.values)
+    return scales.replaced(values)
+
+
+def _normal_equations(
+    target: Tensor, hessian: Tensor, codes: Tensor, scales: Scales
+) -> tuple[Tensor, Tensor]:
+    """Returns ``A`` [R, C, C] and ``b`` [R, C]: the loss of scales s [R, C] is, a row of them,
+    ``s A s - 2 b s`` and what does not depend on them.
+    """
+    groups, width = scales.values.shape[1], codes.shape[1] // scales.values.shape[1]
+    products = ((target @ hessian) * codes).view(len(codes), groups, width).sum(2)
+    squares = target.new_empty(len(codes), groups, groups)
     for group in range(groups):
-        part = slice(group * width, (group + 1) * width)
-        pull = (error @ hessian[:, part]) * codes[:, part]
-        over = ((codes[:, part] @ hessian[part, part]) * codes[:, part]).sum(1, keepdim=True)
-        step = pull.sum(1, keepdim=True)
-        if new.values.shape[0] == 1:
-            over, step = over.sum(0, keepdim=True), step.sum(0, keepdim=True)
-        old = new.values[:, group : group + 1].clone()
-        best = torch.where(over > 0, old + step / over, old).clamp(min=_LEAST)
-        new.values[:, group : group + 1] = best
-        error[:, part] -= codes[:, part] * (best - old)
-    return new
+        first = group * width
+        part = codes[:, first : first + width] @ hessian[first : first + width, first:]
+        sums = (part * codes[:, first:]).view(len(codes), groups - group, width).sum(2)
+        squares[:, group, group:] = squares[:, group:, group] = sums
+    if len(scales.values) == 1:
+        return squares.sum(0, keepdim=True), products.sum(0, keepdim=True)
+    return squares, products
+
+
+def _best(squares: Tensor, products: Tensor, values: Tensor, group: int) -> Tensor:
+    """Returns the best scale of a group [R] beside the others; the given one if it has no ones."""
+    over = squares[:, group, group]
+    step = products[:, group] - (squares[:, group] * values).sum(1)
+    old = values[:, group]
+    return torch.where(over > 0, old + step / over, old).clamp(min=_LEAST)
+
+
+def _leveled(squares: Tensor, products: Tensor, values: Tensor, before: Tensor) -> Tensor:
+    """Brings scales to two levels: group by group to the best multiple beside the others.
+
+    The loss is a parabola in each scale, so the multiple nearest to its bottom is the best one.
+    The largest scale of a row decides what they are multiples of, and stays the 127th; that of a
+    group without ones is not seen by an estimator and decides nothing.
+
+    Args:
+        squares: A of `_normal_equations`, [N, C, C].
+        products: b, [N, C].
+        values: Scales, [N, C].
+        before: Scales in two levels, kept in rows where they are as good.
+    """
+    used = squares.diagonal(dim1=1, dim2=2) > 0
+    used = used | ~used.any(1, keepdim=True)
+    deciding = torch.where(used, values, 0.0)
+    row = two_levels(deciding.float())[0].double()
+    top = deciding.argmax(1)
+    new = values.clone()
+    for group in range(values.shape[1]):
+        ratio = (_best(squares, products, new, group) / row).round().clamp(1, MOST_MULTIPLIER)
+        ratio = torch.where(top == group, MOST_MULTIPLIER, ratio)
+        new[:, group] = (ratio.float() * row.float()).double()
+
+    def loss(scales: Tensor) -> Tensor:
+        gradient = (squares @ scales.unsqueeze(2)).squeeze(2) - 2 * products
+        return (scales * gradient).sum(1)
+
+    decides = torch.where(used, before, 0.0).amax(1) == before.amax(1)
+    kept = decides & (loss(before) <= loss(new))
+    return torch.where(kept.unsqueeze(1), before, new)
 
 
 def loss_of(error: Tensor, hessian: Tensor) -> float:
@@ -218,7 +277,7 @@ def loss_of(error: Tensor, hessian: Tensor) -> float:
 
 
 def solve(
-    target: Tensor, hessian: Tensor, shape: tuple[int, int], rounds: int
+    target: Tensor, hessian: Tensor, shape: tuple[int, int], rounds: int, leveled: bool = False
 ) -> tuple[Tensor, Scales]:
     """Returns codes and scales: GPTQ, then rounds of scales and codes in turn.
 
@@ -227,8 +286,9 @@ def solve(
         hessian: Damped, float64 [K, K].
         shape: Of the scales: [1, 1], [N, 1] or [N, K / G].
         rounds: How often scales and codes are improved in turn.
+        leveled: Whether scales of groups are in two levels throughout; see `Scales`.
     """
-    scales = start_scales(target, hessian, shape)
+    scales = start_scales(target, hessian, shape, leveled)
     codes = compensated_codes(target, hessian, scales)
     for _ in range(rounds):
         scales = refit(target, hessian, codes, scales)

@@ -1,4 +1,4 @@
-"""Calibration: codes and scales from samples, and the latent weights that hold them."""
+"""Calibration of whole models: codes and scales from samples."""
 
 from __future__ import annotations
 
@@ -12,150 +12,22 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from bitcore import BitQuantConfig, register_estimator
+from bitcore import register_estimator
 from bitcore.errors import ArgumentError, ConfigError, LifecycleError, NonFiniteError
-from bitcore.estimators import ESTIMATORS, estimate
-from bitcore.quantize import ternarize
+from bitcore.estimators import ESTIMATORS
 from bitlab_hf import BitLabConfig, deploy, replace_linear, save
-from bitlab_hf.fit.latent import latent_weight
-from bitlab_hf.fit.solve import (
-    Moments,
-    Scales,
-    compensated_codes,
-    damped,
-    descend,
-    loss_of,
-    refit,
-    solve,
-    start_scales,
-    wanted_weight,
-)
 from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.train import calibrate
 from tests.bitlab_hf.models import VOCABULARY, auto_class, logits_of, make_float_model, token_ids
-
-SHAPES = {"per_tensor": (1, 1), "per_channel": (24, 1), "per_group": (24, 2)}
-
-
-def quantization(granularity: str, quantizer: str = "absmean") -> BitQuantConfig:
-    return BitQuantConfig(
-        weight_granularity=granularity,
-        group_size=64 if granularity == "per_group" else None,
-        weight_quantizer=quantizer,
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("quantizer", ["absmean", "absmax", "twn", "lsq"])
-@pytest.mark.parametrize("granularity", SHAPES)
-def test_latent_weights_hold_the_codes(
-    granularity: str, quantizer: str, dtype: torch.dtype
-) -> None:
-    """Whatever the codes: those of the weight, unrelated ones, hardly any, and none."""
-    torch.manual_seed(0)
-    config = quantization(granularity, quantizer)
-    original = (0.05 * torch.randn(24, 128)).to(dtype)
-    scales = Scales(0.03 + 0.1 * torch.rand(SHAPES[granularity], dtype=torch.float64), 128)
-    for share in (0.6, 0.02, 1.0):
-        codes = torch.randint(0, 2, (24, 128)).double() * 2 - 1
-        codes *= torch.rand(24, 128) < share
-        if granularity != "per_tensor":
-            codes[5] = 0
-        latent = latent_weight(original, codes, scales, config)
-        assert latent.dtype == dtype
-        step, scale = estimate(latent, quantizer, granularity, config.group_size or 0)
-        wanted = scales.values.reshape(step.shape)
-        if quantizer == "lsq":
-            step = scale = wanted.float()
-        assert torch.equal(ternarize(latent, step).double(), codes)
-        # Each magnitude was rounded once, and their mean once more.
-        kept = scales.sums(codes.abs()).reshape(step.shape) > 0
-        tolerance = torch.finfo(dtype).eps
-        torch.testing.assert_close(
-            scale.double()[kept], wanted[kept], rtol=tolerance, atol=0, check_dtype=False
-        )
-
-
-def test_latent_weights_stay_where_they_can() -> None:
-    """With the codes and the scale that a weight has by itself it changes by less than the margin
-    asks for.
-    """
-    torch.manual_seed(0)
-    config, original = quantization("per_tensor"), 0.05 * torch.randn(24, 128)
-    scale = estimate(original, "absmean", "per_tensor")[0]
-    codes = ternarize(original, scale).double()
-    latent = latent_weight(original, codes, Scales(scale.double().view(1, 1), 128), config)
-    moved = (latent - original).abs() / scale
-    assert moved.max() < 0.04
-    assert moved.median() < 1e-3
-
-
-def problem(rows: int = 24, features: int = 128, tokens: int = 400) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    mixing = torch.randn(features, features, generator=generator, dtype=torch.float64)
-    x = torch.randn(tokens, features, generator=generator, dtype=torch.float64) @ mixing
-    target = torch.randn(rows, features, generator=generator, dtype=torch.float64)
-    return target, damped(x.t() @ x, 0.01)
-
-
-@pytest.mark.parametrize("granularity", SHAPES)
-def test_each_step_lowers_the_loss(granularity: str) -> None:
-    target, hessian = problem()
-
-    def loss(codes: Tensor, scales: Scales) -> float:
-        return loss_of(target - codes * scales.full(), hessian)
-
-    scales = start_scales(target, hessian, SHAPES[granularity])
-    half = scales.full() / 2
-    rounding = loss((target > half).double() - (target < -half).double(), scales)
-    codes = compensated_codes(target, hessian, scales)
-    losses = [rounding, loss(codes, scales)]
-    for _ in range(2):
-        scales = refit(target, hessian, codes, scales)
-        losses.append(loss(codes, scales))
-        codes = descend(target, hessian, codes, scales)
-        losses.append(loss(codes, scales))
-    assert losses[1] < 0.7 * losses[0]
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < 0.9 * losses[1]
-    assert set(codes.unique().tolist()) <= {-1.0, 0.0, 1.0}
-
-
-@pytest.mark.parametrize("granularity", SHAPES)
-def test_no_other_code_is_better(granularity: str) -> None:
-    """Descent ends where no change of one code lowers the loss."""
-    target, hessian = problem()
-    codes, scales = solve(target, hessian, SHAPES[granularity], rounds=4)
-    before = None
-    while before is None or not torch.equal(before, codes):
-        before, codes = codes, descend(target, hessian, codes, scales)
-    error = target - codes * scales.full()
-    pull, diagonal = error @ hessian, hessian.diagonal()
-    for other in (-1.0, 0.0, 1.0):
-        change = (other - codes) * scales.full()
-        # The loss with one code changed, minus the loss.
-        gain = change.square() * diagonal - 2 * change * pull
-        assert float(gain.min()) >= -1e-9 * loss_of(error, hessian)
-
-
-def test_the_wanted_weight_takes_drift_back() -> None:
-    """Inputs that went through an invertible map: the wanted weight undoes it."""
-    torch.manual_seed(0)
-    weight, before = torch.randn(5, 16), torch.randn(300, 16)
-    map_back = torch.eye(16) + 0.1 * torch.randn(16, 16)
-    after = before @ torch.linalg.inv(map_back).t()
-    moments = Moments.zeros(16, weight.device)
-    moments.add(before[:100], after[:100])
-    moments.add(before[100:], after[100:])
-    assert moments.tokens == 300
-    wanted = wanted_weight(weight, moments, damping=1e-9)
-    torch.testing.assert_close(wanted, (weight @ map_back).double(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("float")
     return {name: make_float_model(name, folder) for name in ("llama", "qwen2", "bert")}
+
+
+GROUPS = {"weight_granularity": "per_group", "group_size": 64}
 
 
 def load(sources: dict[str, Path], name: str = "llama", **fields: Any) -> Any:
@@ -176,7 +48,9 @@ def distance(model: Any, original: Tensor) -> float:
     ("name", "fields"),
     [
         ("llama", {}),
-        ("llama", {"weight_granularity": "per_group", "group_size": 64, "head": "ternary"}),
+        ("llama", {**GROUPS, "head": "ternary"}),
+        ("llama", {**GROUPS, "group_scale_dtype": "float32"}),
+        ("llama", {**GROUPS, "weight_quantizer": "lsq"}),
         ("llama", {"weight_quantizer": "twn", "activation_dtype": "float32"}),
         ("qwen2", {"weight_quantizer": "lsq", "weight_granularity": "per_channel"}),
         ("bert", {"activation_granularity": "per_tensor"}),

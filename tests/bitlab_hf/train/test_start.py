@@ -13,8 +13,12 @@ from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from bitlab_hf.train import RECIPES, Recipe, calibrate
-from tests.bitlab_hf.models import make_float_model, taught, training_data
+from bitcore.quantize import group_scale
+from bitlab_hf import BitLabConfig, deploy
+from bitlab_hf.model.tree import quantized_layers
+from bitlab_hf.train import RECIPES, Recipe, TernaryStatistics, calibrate
+from bitlab_hf.train.statistics_files import read_statistics
+from tests.bitlab_hf.models import make_float_model, taught, token_ids, training_data
 from tests.bitlab_hf.test_trainer import assert_equal_states, state_of
 from tests.bitlab_hf.train.test_trainer import load, make
 
@@ -70,6 +74,29 @@ def test_the_default_recipe_asks_for_it(source: Path, tmp_path: Path) -> None:
     assert trainer.calibration.samples == 32
     assert [done for done, _, _ in seen] == list(range(1, 15))
     assert {total for _, total, _ in seen} == {14}
+
+
+@pytest.mark.parametrize("quantizer", ["absmean", "twn", "lsq"])
+def test_groups_in_two_levels_to_the_end(source: Path, tmp_path: Path, quantizer: str) -> None:
+    """Calibrated, distilled, watched and deployed: one forward, and scales that train."""
+    config = BitLabConfig(weight_granularity="per_group", group_size=64, weight_quantizer=quantizer)
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    trainer = make(source, tmp_path, model=model, recipe="default", teacher=source, logging_steps=1)
+    TernaryStatistics(histograms=2).attach(trainer)
+    trainer.train()
+    assert trainer.calibration is not None
+    layers = quantized_layers(model)
+    seen = [entry["scale"] for entry in read_statistics(tmp_path)[1] if "scale" in entry]
+    assert seen[0] != seen[-1]
+    ids = token_ids()
+    with torch.no_grad():
+        trained = model.train()(input_ids=ids).logits
+        scales = [layer.module.eval().packed()[1:] for layer in layers]
+        assert seen[-1] == pytest.approx(
+            [float(group_scale(*one).mean()) for one in scales], rel=1e-5
+        )
+        assert torch.equal(model.eval()(input_ids=ids).logits, trained)
+        assert torch.equal(deploy(model)(input_ids=ids).logits, trained)
 
 
 def test_training_draws_the_same_batches_after_it(source: Path, tmp_path: Path) -> None:

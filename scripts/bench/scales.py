@@ -1,0 +1,247 @@
+"""Compares scales of ternary weights on a real pretrained model: nats, bits, size, speed.
+
+    python scripts/real_models.py models --only smollm2 wikipedia
+    python scripts/bench/scales.py --models models                # an hour and 8 GB of memory
+    python scripts/bench/scales.py --models models --rows per-tensor groups-64
+    python scripts/bench/scales.py --models models --report       # from what is done
+
+SmolLM2-135M is calibrated once a row with the same samples, deployed with int8 activations, and
+scored on articles that calibration never sees. Every row is kept in the folder as it is done, the
+latent weights and the deployed model with it; a second run goes on from there. Writes scales.json
+and scales.md. docs/quality.md says what each column means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import Grid, header
+from generate import run_worker, weight_files
+from quality_model import nats, write_json
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bitlab_hf import BitLabConfig, deploy, save
+from bitlab_hf.fit.calibrate import calibrate
+from bitlab_hf.model.count import bits_per_weight
+
+Result = dict[str, Any]
+_GROUPS = {"weight_granularity": "per_group", "group_size": 64}
+# Title, and arguments of BitLabConfig; None is the model as it is.
+ROWS: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "float": ("full precision (bfloat16)", None),
+    "per-tensor": ("per tensor", {}),
+    "groups-64-float32": (
+        "groups of 64, float32 scales",
+        {**_GROUPS, "group_scale_dtype": "float32"},
+    ),
+    "groups-64-rounded": ("the same, rounded to two levels at the end", _GROUPS),
+    "groups-64": ("groups of 64, two levels", _GROUPS),
+    # The hidden size is 576, which 128 does not divide: groups of 64 there.
+    "groups-128": (
+        "groups of 128 in down_proj, 64 elsewhere, two levels",
+        {**_GROUPS, "overrides": {"*.down_proj": {"group_size": 128}}},
+    ),
+}
+# Rows that take the latent weights of another one.
+LATENT_OF = {"groups-64-rounded": "groups-64-float32"}
+MODEL = "smollm2-135m"
+LENGTH = 256
+SEED = 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", type=Path, required=True, help="scripts/real_models.py's")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--samples", type=int, default=128, help=f"of {LENGTH} tokens each")
+    parser.add_argument("--blocks", type=int, default=96, help="held-out ones to score")
+    parser.add_argument("--folder", type=Path, default=Path("out/scales"), help="kept, resumed")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--decode", type=int, default=0, help="tokens to time; default none")
+    parser.add_argument("--rounds", type=int, default=3, help="processes a row, in turn")
+    parser.add_argument("--report", action="store_true", help="of what is done; calibrates nothing")
+    arguments = parser.parse_args()
+    if arguments.decode and arguments.decode < 3:
+        parser.error("--decode must be at least 3")
+    return arguments
+
+
+def blocks_of(models: Path, part: str, count: int) -> Tensor:
+    """Returns the first blocks of a part's articles, shuffled by a seed, int64 [count, LENGTH].
+
+    Raises:
+        SystemExit: There are fewer.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(models / MODEL)
+    lines = (models / "wikipedia" / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(SEED))
+    ids: list[int] = []
+    for index in order.tolist():
+        ids += tokenizer(texts[index] + "\n\n", add_special_tokens=False)["input_ids"]
+        if len(ids) >= count * LENGTH:
+            return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
+    raise SystemExit(f"scales: {part} must hold {count} blocks, got {len(ids) // LENGTH}")
+
+
+def load(folder: Path, **options: Any) -> Any:
+    """Loads a model; computes in float32, which is the quickest here."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+
+
+def calibrated(name: str, options: Any, say: Callable[[str], None]) -> Path:
+    """Returns the latent checkpoint of a row, calibrating where it is missing."""
+    folder = Path(options.folder / name)
+    target, config = folder / "latent", ROWS[name][1] or {}
+    if target.is_dir():
+        return target
+    model = load(options.models / MODEL, quantization_config=BitLabConfig(**config))
+    samples = blocks_of(options.models, "fit", options.samples)
+    started = time.process_time()
+
+    def progress(done: int, of: int, layer: str) -> None:
+        if done % 7 == 0:
+            say(f"{name}: {done}/{of} layers, {time.process_time() - started:.0f} CPU s ({layer})")
+
+    report = calibrate(model, samples, progress=progress)
+    errors = [layer.error for layer in report.layers]
+    record = {
+        "seconds": report.seconds,
+        "cpu_seconds": time.process_time() - started,
+        "tokens": report.tokens,
+        "mean_error": float(np.mean(errors)),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "threads": torch.get_num_threads(),
+    }
+    write_json(folder / "calibration.json", record)
+    save(model, target)
+    return target
+
+
+def deployed(name: str, options: Any, say: Callable[[str], None]) -> Path:
+    """Returns the deployed checkpoint of a row, its float tensors in bfloat16 as they came."""
+    config = ROWS[name][1]
+    if config is None:
+        return Path(options.models / MODEL)
+    target = Path(options.folder / name / "deployed")
+    if not target.is_dir():
+        latent = calibrated(LATENT_OF.get(name, name), options, say)
+        model = load(options.models / MODEL, quantization_config=BitLabConfig(**config))
+        # The file's keys are the float model's; a tied head is not among them.
+        odd = model.load_state_dict(load_file(latent / "model.safetensors"), strict=False)
+        assert not odd.unexpected_keys, odd
+        save(deploy(model).to(torch.bfloat16), target)
+    return target
+
+
+def score(name: str, options: Any, found: Result, say: Callable[[str], None]) -> None:
+    """Does a row, unless it is done."""
+    folder = options.folder / name
+    record = folder / "result.json"
+    if record.is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = deployed(name, options, say)
+    model = load(checkpoint)
+    test = blocks_of(options.models, "test", options.blocks)
+    calibration = folder / "calibration.json"
+    result = {
+        **found,
+        "title": ROWS[name][0],
+        "samples": options.samples,
+        "nats": nats(model, test),
+        "test_tokens": test.numel(),
+        "bits": bits_per_weight(model) if ROWS[name][1] is not None else 16.0,
+        "file_bytes": sum(path.stat().st_size for path in weight_files(checkpoint)),
+        "calibration": json.loads(calibration.read_text()) if calibration.is_file() else None,
+    }
+    write_json(record, result)
+    say(f"{name}: {result['nats']:.4f} nats")
+
+
+def time_decoding(names: list[str], options: Any, say: Callable[[str], None]) -> None:
+    """Adds tokens/s to the rows that are done; processes of all rows take turns."""
+    for threads in (1, 2):
+        gaps: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(options.rounds):
+            for name in names:
+                request = {
+                    "do": "measure", "kind": "dense" if name == "float" else "bitlab",
+                    "model": str(deployed(name, options, say)),
+                    "threads": threads, "device": "cpu", "cache": "dynamic", "prompt": 16,
+                    "prompt_repeats": 1, "decode": options.decode,
+                }  # fmt: skip
+                gaps[name] += run_worker(request, threads)["token_seconds"]
+        for name in names:
+            record = options.folder / name / "result.json"
+            result = json.loads(record.read_text())
+            speeds = result.setdefault("decode_tok_s", {})
+            speeds[str(threads)] = float(1 / np.median(gaps[name]))
+            result["decode_command"] = options.command
+            write_json(record, result)
+
+
+def report(console: Console, options: Any) -> None:
+    """Prints and writes the table of the rows that are done."""
+    results = {}
+    for name in ROWS:
+        record = options.folder / name / "result.json"
+        if record.is_file():
+            results[name] = json.loads(record.read_text())
+    columns = [
+        "scales", "nats", "perplexity", "bits a weight", "file, MB", "calibration, CPU s",
+        "tokens/s, 1 thread", "2 threads",
+    ]  # fmt: skip
+    grid = Grid("SmolLM2-135M, ternary but for its embedding, int8 activations", columns)
+    for one in results.values():
+        speeds, calibration = one.get("decode_tok_s", {}), one["calibration"]
+        grid.rows.append(
+            [
+                one["title"], f"{one['nats']:.4f}", f"{np.exp(one['nats']):.1f}",
+                f"{one['bits']:.3f}", f"{one['file_bytes'] / 1e6:.1f}",
+                f"{calibration['cpu_seconds']:.0f}" if calibration else "",
+                *(f"{speeds[key]:.1f}" if key in speeds else "" for key in ("1", "2")),
+            ]
+        )  # fmt: skip
+    grid.show(console)
+    write_json(options.folder / "scales.json", results)
+    (options.folder / "scales.md").write_text(grid.markdown())
+
+
+def main() -> None:
+    """Does what is missing, prints, writes."""
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    console = Console()
+    found = header(console, "bench/scales.py")
+    options.command = found["command"]
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False)
+
+    done = [name for name in options.rows if (options.folder / name / "result.json").is_file()]
+    if not options.report:
+        for name in options.rows:
+            score(name, options, found, say)
+        done = list(options.rows)
+    if options.decode:
+        time_decoding(done, options, say)
+    report(console, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The benchmark of scales on a tiny model: what it writes and that it resumes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.bitlab_hf.interop.test_gguf import DEMO
+from tests.bitlab_hf.models import make_float_model
+
+SCRIPT = Path(__file__).parents[3] / "scripts/bench/scales.py"
+ROWS = ("float", "per-tensor", "groups-64-float32", "groups-64-rounded", "groups-64", "groups-128")
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """What scripts/real_models.py leaves, but tiny."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    folder = tmp_path / "models"
+    made = make_float_model("llama", tmp_path, vocab_size=len(tokenizer), intermediate_size=128)
+    folder.mkdir()
+    made.rename(folder / "smollm2-135m")
+    tokenizer.save_pretrained(folder / "smollm2-135m")
+    (folder / "wikipedia").mkdir()
+    for part in ("fit", "test"):
+        lines = [
+            json.dumps({"title": str(number), "text": f"{part} {number} " + "some words " * 30})
+            for number in range(100)
+        ]
+        (folder / "wikipedia" / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def run(models: Path, folder: Path, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, str(SCRIPT), "--models", str(models), "--folder", str(folder)]
+    command += ["--samples", "3", "--blocks", "2", "--threads", "1", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr
+    results: dict[str, Any] = json.loads((folder / "scales.json").read_text())
+    return results
+
+
+@pytest.mark.slow
+def test_rows_are_kept_as_they_are_done(models: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    assert list(run(models, folder, "--rows", "groups-64")) == ["groups-64"]
+    record = folder / "groups-64" / "result.json"
+    # Not computed again.
+    record.write_text(record.read_text().replace('"nats": ', '"nats": 1'))
+    kept = json.loads(record.read_text())
+    results = run(models, folder)
+    assert list(results) == list(ROWS)
+    assert results["groups-64"] == kept
+    bits = [results[name]["bits"] for name in ROWS]
+    # Hidden size 64: a row's own scale is half a bit a weight of a group.
+    assert bits[0] == 16
+    assert 2 < bits[1] < 2.05
+    assert bits[2] == 2.5
+    assert bits[3] == bits[4] > bits[5] > 2.125
+    one, other = results["groups-64-float32"], results["groups-64-rounded"]
+    assert one["nats"] != other["nats"]
+    assert one["nats"] == pytest.approx(other["nats"], abs=0.1)
+    for name in ROWS:
+        assert results[name]["command"].startswith("python scripts/bench/scales.py --models")
+        assert results[name]["machine"]["cpu"]
+        assert results[name]["date"]
+    timed = run(models, folder, "--report", "--rows", "groups-64", "--decode", "3", "--rounds", "1")
+    assert set(timed["groups-64"]["decode_tok_s"]) == {"1", "2"}
+    table = (folder / "scales.md").read_text()
+    assert table.count("\n| ") == 2 + len(ROWS)
+    assert "| groups of 64, two levels | " in table
