@@ -68,6 +68,7 @@ def _qat_scale(
         if step is None:
             raise ArgumentError(f"{op}: step must be given with multipliers, got None")
         checks.check_devices(op, weight, scale, multiplier)
+        checks.check_weight(op, weight)
         checks.check_multiplier(op, scale, multiplier, *weight.shape)
         return step, scale, multiplier
     # Before it is computed with.

@@ -128,7 +128,7 @@ def test_native_errors_have_a_text() -> None:
 def test_several_threads_at_once(isa: str) -> None:
     weight = torch.randn(515, 256)
     x = torch.randn(9, 256)
-    qweight, scale = torch.ops.bitlab.pack_weight(weight, "per_tensor", 0)
+    qweight, scale, _ = torch.ops.bitlab.pack_weight(weight, "per_tensor", 0)
     args = (x, qweight, scale, None, 515, "int8_per_token", torch.float32)
     expected = native_kernels().linear(*args)
     wrong: list[int] = []
@@ -152,7 +152,7 @@ def test_forked_child_after_a_parallel_call() -> None:
 import os, torch
 import bitcore
 weight, x = torch.randn(2048, 512), torch.randn(64, 512)
-qweight, scale = torch.ops.bitlab.pack_weight(weight, "per_tensor", 0)
+qweight, scale, _ = torch.ops.bitlab.pack_weight(weight, "per_tensor", 0)
 run = lambda: torch.ops.bitlab.linear(
     x, qweight, scale, None, 2048, "int8_per_token", torch.float32)
 torch.set_num_threads(2)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bitcore import gradients, ops, saved
-from bitcore.kernels import cpu
+from bitcore.kernels import cpu_unpack
 
 K = 64
 
@@ -171,7 +171,7 @@ def test_blocks_of_gradients(
     """Blocks that divide neither side, in both backward products."""
     monkeypatch.setattr(gradients, "_BLOCK_ROWS", 3)
     monkeypatch.setattr(gradients, "_BLOCK_COLUMNS", 48)
-    monkeypatch.setattr(cpu, "_WIDENED_TOKENS", 2)
+    monkeypatch.setattr(cpu_unpack, "_WIDENED_TOKENS", 2)
     torch.manual_seed(0)
     x = torch.randn(7, K).to(dtype).requires_grad_()
     weight = torch.randn(8, K, requires_grad=True)
