@@ -2,7 +2,7 @@
 
     python scripts/real_models.py models --only smollm2 wikipedia
     python scripts/bench/scales.py --models models                # an hour and 8 GB of memory
-    python scripts/bench/scales.py --models models --rows per-tensor groups-64
+    python scripts/bench/scales.py --models models --rows per-tensor groups-64 --seeds 0 1 2
     python scripts/bench/scales.py --models models --report       # from what is done
 
 SmolLM2-135M is calibrated once a row with the same samples, deployed with int8 activations, and
@@ -18,6 +18,7 @@ import json
 import resource
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,13 @@ ROWS: dict[str, tuple[str, dict[str, Any] | None]] = {
         {**_GROUPS, "overrides": {"*.down_proj": {"group_size": 128}}},
     ),
 }
+BASE = "groups-64-float32"
 # Rows that take the latent weights of another one.
-LATENT_OF = {"groups-64-rounded": "groups-64-float32"}
+LATENT_OF = {"groups-64-rounded": BASE}
 MODEL = "smollm2-135m"
 LENGTH = 256
-SEED = 0
+# Shuffles what is scored on.
+TEST_SEED = 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--models", type=Path, required=True, help="scripts/real_models.py's")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the samples")
     parser.add_argument("--samples", type=int, default=128, help=f"of {LENGTH} tokens each")
     parser.add_argument("--blocks", type=int, default=96, help="held-out ones to score")
     parser.add_argument("--folder", type=Path, default=Path("out/scales"), help="kept, resumed")
@@ -80,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def blocks_of(models: Path, part: str, count: int) -> Tensor:
+def blocks_of(models: Path, part: str, count: int, seed: int) -> Tensor:
     """Returns the first blocks of a part's articles, shuffled by a seed, int64 [count, LENGTH].
 
     Raises:
@@ -89,7 +93,7 @@ def blocks_of(models: Path, part: str, count: int) -> Tensor:
     tokenizer = AutoTokenizer.from_pretrained(models / MODEL)
     lines = (models / "wikipedia" / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(SEED))
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
     ids: list[int] = []
     for index in order.tolist():
         ids += tokenizer(texts[index] + "\n\n", add_special_tokens=False)["input_ids"]
@@ -103,19 +107,25 @@ def load(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
 
 
-def calibrated(name: str, options: Any, say: Callable[[str], None]) -> Path:
+def folder_of(name: str, seed: int, options: Any) -> Path:
+    """Returns where a row is kept; nothing of the model as it is depends on the seed."""
+    return Path(options.folder / name / f"seed-{0 if ROWS[name][1] is None else seed}")
+
+
+def calibrated(name: str, seed: int, options: Any, say: Callable[[str], None]) -> Path:
     """Returns the latent checkpoint of a row, calibrating where it is missing."""
-    folder = Path(options.folder / name)
+    folder = folder_of(name, seed, options)
     target, config = folder / "latent", ROWS[name][1] or {}
     if target.is_dir():
         return target
     model = load(options.models / MODEL, quantization_config=BitLabConfig(**config))
-    samples = blocks_of(options.models, "fit", options.samples)
+    samples = blocks_of(options.models, "fit", options.samples, seed)
     started = time.process_time()
 
     def progress(done: int, of: int, layer: str) -> None:
         if done % 7 == 0:
-            say(f"{name}: {done}/{of} layers, {time.process_time() - started:.0f} CPU s ({layer})")
+            used = time.process_time() - started
+            say(f"{name}, seed {seed}: {done}/{of} layers, {used:.0f} CPU s ({layer})")
 
     report = calibrate(model, samples, progress=progress)
     errors = [layer.error for layer in report.layers]
@@ -132,14 +142,14 @@ def calibrated(name: str, options: Any, say: Callable[[str], None]) -> Path:
     return target
 
 
-def deployed(name: str, options: Any, say: Callable[[str], None]) -> Path:
+def deployed(name: str, seed: int, options: Any, say: Callable[[str], None]) -> Path:
     """Returns the deployed checkpoint of a row, its float tensors in bfloat16 as they came."""
     config = ROWS[name][1]
     if config is None:
         return Path(options.models / MODEL)
-    target = Path(options.folder / name / "deployed")
+    target = folder_of(name, seed, options) / "deployed"
     if not target.is_dir():
-        latent = calibrated(LATENT_OF.get(name, name), options, say)
+        latent = calibrated(LATENT_OF.get(name, name), seed, options, say)
         model = load(options.models / MODEL, quantization_config=BitLabConfig(**config))
         # The file's keys are the float model's; a tied head is not among them.
         odd = model.load_state_dict(load_file(latent / "model.safetensors"), strict=False)
@@ -148,21 +158,22 @@ def deployed(name: str, options: Any, say: Callable[[str], None]) -> Path:
     return target
 
 
-def score(name: str, options: Any, found: Result, say: Callable[[str], None]) -> None:
-    """Does a row, unless it is done."""
-    folder = options.folder / name
+def score(name: str, seed: int, options: Any, found: Result, say: Callable[[str], None]) -> None:
+    """Does a row with one seed, unless it is done."""
+    folder = folder_of(name, seed, options)
     record = folder / "result.json"
     if record.is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = deployed(name, options, say)
+    checkpoint = deployed(name, seed, options, say)
     model = load(checkpoint)
-    test = blocks_of(options.models, "test", options.blocks)
+    test = blocks_of(options.models, "test", options.blocks, TEST_SEED)
     calibration = folder / "calibration.json"
     result = {
         **found,
         "title": ROWS[name][0],
         "samples": options.samples,
+        "seed": seed,
         "nats": nats(model, test),
         "test_tokens": test.numel(),
         "bits": bits_per_weight(model) if ROWS[name][1] is not None else 16.0,
@@ -170,24 +181,25 @@ def score(name: str, options: Any, found: Result, say: Callable[[str], None]) ->
         "calibration": json.loads(calibration.read_text()) if calibration.is_file() else None,
     }
     write_json(record, result)
-    say(f"{name}: {result['nats']:.4f} nats")
+    say(f"{name}, seed {seed}: {result['nats']:.4f} nats")
 
 
 def time_decoding(names: list[str], options: Any, say: Callable[[str], None]) -> None:
     """Adds tokens/s to the rows that are done; processes of all rows take turns."""
+    seed = options.seeds[0]
     for threads in (1, 2):
         gaps: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(options.rounds):
             for name in names:
                 request = {
                     "do": "measure", "kind": "dense" if name == "float" else "bitlab",
-                    "model": str(deployed(name, options, say)),
+                    "model": str(deployed(name, seed, options, say)),
                     "threads": threads, "device": "cpu", "cache": "dynamic", "prompt": 16,
                     "prompt_repeats": 1, "decode": options.decode,
                 }  # fmt: skip
                 gaps[name] += run_worker(request, threads)["token_seconds"]
         for name in names:
-            record = options.folder / name / "result.json"
+            record = folder_of(name, seed, options) / "result.json"
             result = json.loads(record.read_text())
             speeds = result.setdefault("decode_tok_s", {})
             speeds[str(threads)] = float(1 / np.median(gaps[name]))
@@ -195,23 +207,33 @@ def time_decoding(names: list[str], options: Any, say: Callable[[str], None]) ->
             write_json(record, result)
 
 
+def results_of(name: str, options: Any) -> list[Result]:
+    """Returns what is done of a row, seed by seed."""
+    records = sorted((options.folder / name).glob("seed-*/result.json"))
+    return [json.loads(record.read_text()) for record in records]
+
+
 def report(console: Console, options: Any) -> None:
-    """Prints and writes the table of the rows that are done."""
-    results = {}
-    for name in ROWS:
-        record = options.folder / name / "result.json"
-        if record.is_file():
-            results[name] = json.loads(record.read_text())
+    """Prints and writes the table of the rows that are done, the mean of the seeds that they have.
+
+    Beside it stand the differences to float32 scales, seed by seed.
+    """
+    results = {name: found for name in ROWS if (found := results_of(name, options))}
+    base = {one["seed"]: one["nats"] for one in results.get(BASE, [])}
     columns = [
-        "scales", "nats", "perplexity", "bits a weight", "file, MB", "calibration, CPU s",
+        "scales", "nats", f"to {ROWS[BASE][0]}", "bits a weight", "file, MB", "CPU s",
         "tokens/s, 1 thread", "2 threads",
     ]  # fmt: skip
     grid = Grid("SmolLM2-135M, ternary but for its embedding, int8 activations", columns)
-    for one in results.values():
+    for name, found in results.items():
+        one = found[0]
         speeds, calibration = one.get("decode_tok_s", {}), one["calibration"]
+        changes = [held["nats"] - base[held["seed"]] for held in found
+                   if held["seed"] in base and name not in (BASE, "float")]  # fmt: skip
         grid.rows.append(
             [
-                one["title"], f"{one['nats']:.4f}", f"{np.exp(one['nats']):.1f}",
+                one["title"], f"{np.mean([held['nats'] for held in found]):.4f}",
+                ", ".join(f"{change:+.4f}" for change in changes),
                 f"{one['bits']:.3f}", f"{one['file_bytes'] / 1e6:.1f}",
                 f"{calibration['cpu_seconds']:.0f}" if calibration else "",
                 *(f"{speeds[key]:.1f}" if key in speeds else "" for key in ("1", "2")),
@@ -233,13 +255,10 @@ def main() -> None:
     def say(line: str) -> None:
         console.print(line, highlight=False)
 
-    done = [name for name in options.rows if (options.folder / name / "result.json").is_file()]
-    if not options.report:
-        for name in options.rows:
-            score(name, options, found, say)
-        done = list(options.rows)
+    for seed, name in product([] if options.report else options.seeds, options.rows):
+        score(name, seed, options, found, say)
     if options.decode:
-        time_decoding(done, options, say)
+        time_decoding([name for name in options.rows if results_of(name, options)], options, say)
     report(console, options)
 
 

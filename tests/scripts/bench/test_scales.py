@@ -49,14 +49,17 @@ def run(models: Path, folder: Path, *arguments: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_rows_are_kept_as_they_are_done(models: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    assert list(run(models, folder, "--rows", "groups-64")) == ["groups-64"]
-    record = folder / "groups-64" / "result.json"
+    seeds = run(models, folder, "--rows", "groups-64", "--seeds", "0", "1")["groups-64"]
+    assert [one["seed"] for one in seeds] == [0, 1]
+    assert seeds[0]["nats"] != seeds[1]["nats"]
+    record = folder / "groups-64" / "seed-0" / "result.json"
     # Not computed again.
     record.write_text(record.read_text().replace('"nats": ', '"nats": 1'))
     kept = json.loads(record.read_text())
-    results = run(models, folder)
-    assert list(results) == list(ROWS)
-    assert results["groups-64"] == kept
+    every = run(models, folder)
+    assert list(every) == list(ROWS)
+    assert every["groups-64"] == [kept, seeds[1]]
+    results = {name: found[0] for name, found in every.items()}
     bits = [results[name]["bits"] for name in ROWS]
     # Hidden size 64: a row's own scale is half a bit a weight of a group.
     assert bits[0] == 16
@@ -71,7 +74,9 @@ def test_rows_are_kept_as_they_are_done(models: Path, tmp_path: Path) -> None:
         assert results[name]["machine"]["cpu"]
         assert results[name]["date"]
     timed = run(models, folder, "--report", "--rows", "groups-64", "--decode", "3", "--rounds", "1")
-    assert set(timed["groups-64"]["decode_tok_s"]) == {"1", "2"}
+    assert set(timed["groups-64"][0]["decode_tok_s"]) == {"1", "2"}
     table = (folder / "scales.md").read_text()
     assert table.count("\n| ") == 2 + len(ROWS)
-    assert "| groups of 64, two levels | " in table
+    change = f"{kept['nats'] - one['nats']:+.4f}"
+    mean = (kept["nats"] + seeds[1]["nats"]) / 2
+    assert f"| groups of 64, two levels | {mean:.4f} | {change} | " in table
