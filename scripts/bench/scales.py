@@ -216,24 +216,27 @@ def results_of(name: str, options: Any) -> list[Result]:
 def report(console: Console, options: Any) -> None:
     """Prints and writes the table of the rows that are done, the mean of the seeds that they have.
 
-    Beside it stand the differences to float32 scales, seed by seed.
+    Beside it stand the differences to float32 scales, seed by seed, and the mean relative error
+    of the layers' outputs on the calibration tokens.
     """
     results = {name: found for name in ROWS if (found := results_of(name, options))}
     base = {one["seed"]: one["nats"] for one in results.get(BASE, [])}
     columns = [
-        "scales", "nats", f"to {ROWS[BASE][0]}", "bits a weight", "file, MB", "CPU s",
+        "scales", "nats", "to float32 scales", "error", "bits a weight", "file, MB", "CPU s",
         "tokens/s, 1 thread", "2 threads",
     ]  # fmt: skip
     grid = Grid("SmolLM2-135M, ternary but for its embedding, int8 activations", columns)
     for name, found in results.items():
         one = found[0]
         speeds, calibration = one.get("decode_tok_s", {}), one["calibration"]
+        errors = [held["calibration"]["mean_error"] for held in found if held["calibration"]]
         changes = [held["nats"] - base[held["seed"]] for held in found
                    if held["seed"] in base and name not in (BASE, "float")]  # fmt: skip
         grid.rows.append(
             [
                 one["title"], f"{np.mean([held['nats'] for held in found]):.4f}",
                 ", ".join(f"{change:+.4f}" for change in changes),
+                f"{np.mean(errors):.5f}" if errors else "",
                 f"{one['bits']:.3f}", f"{one['file_bytes'] / 1e6:.1f}",
                 f"{calibration['cpu_seconds']:.0f}" if calibration else "",
                 *(f"{speeds[key]:.1f}" if key in speeds else "" for key in ("1", "2")),
