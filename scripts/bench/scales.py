@@ -46,7 +46,7 @@ ROWS: dict[str, tuple[str, dict[str, Any] | None]] = {
         "groups of 64, float32 scales",
         {**_GROUPS, "group_scale_dtype": "float32"},
     ),
-    "groups-64-rounded": ("the same, rounded to two levels at the end", _GROUPS),
+    "groups-64-rounded": ("the same latent weights, packed in two levels", _GROUPS),
     "groups-64": ("groups of 64, two levels", _GROUPS),
     # The hidden size is 576, which 128 does not divide: groups of 64 there.
     "groups-128": (
