@@ -45,6 +45,13 @@ struct Startup {
     }
 } startup;
 
+// The absmean scale of `count` elements.
+float absmean(double sum, int64_t count) {
+    const float mean = static_cast<float>(sum / static_cast<double>(count));
+    if (!isfinite(mean)) return static_cast<float>(NAN);
+    return mean < 1e-5f ? 1e-5f : mean;
+}
+
 }  // namespace
 
 int32_t fail(bk_status status, const char *text) {

@@ -106,9 +106,7 @@ inline void unpack_group_panel(const LinearArgs &args, int64_t row, int64_t rows
                 U32x4 quad[4];
                 load_quads(args.qweight + row * args.K + first, args.K, rows, j, p, 16, quad);
                 for (int i = 0; i < 4; ++i) {
-                    const int64_t v = (i * kBlock + j) / kRows;
-                    uint8_t *to = panel + (v / kPanelVectors * quads + p / 4) * kStep + v % kPanelVectors * kWidth +
-                                  j % kRows * 4;
+                    uint8_t *to = panel_place(panel, quads, i * kBlock + j, p);
                     for (int q = 0; q < 4; ++q) {
                         const U32x4 codes = (quad[q] >> (2 * i)) & 0x03030303u;
                         const U16x8 scaled = (reinterpret_cast<U16x8>(codes) * factor[i] + added[i]) ^ kFlip;

@@ -91,13 +91,6 @@ struct Scratch {
     float totals[kMostTokens * kBlockOutputs];
 };
 
-// The absmean scale of `count` elements: bk_cpu_weight_scale says how.
-static inline float absmean(double sum, int64_t count) {
-    const float mean = static_cast<float>(sum / static_cast<double>(count));
-    if (!__builtin_isfinite(mean)) return __builtin_nanf("");
-    return mean < 1e-5f ? 1e-5f : mean;
-}
-
 struct Kernels {
     const char *name;
     bool (*supported)();

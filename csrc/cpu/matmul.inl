@@ -189,6 +189,12 @@ inline void load_quads(const uint8_t *w, int64_t K, int64_t rows, int64_t j, int
     quad[3] = __builtin_shufflevector(high02, high13, 2, 6, 3, 7);
 }
 
+// Where a panel of `quads` times 4 columns has the four columns from k on of a row.
+inline uint8_t *panel_place(uint8_t *panel, int64_t quads, int64_t row, int64_t k) {
+    const int64_t v = row / kRows;
+    return panel + (v / kPanelVectors * quads + k / 4) * kStep + v % kPanelVectors * kWidth + row % kRows * 4;
+}
+
 // Unpacks `rows` packed rows of k columns: for row i * kBlock + j, in vectors of kRows rows and kPanelVectors of those
 // side by side, panel[vector / kPanelVectors][k / 4][vector % kPanelVectors][row][4], codes + 1.
 // Rows that are missing are left as they are; columns are filled up with zeros to a multiple of 16.
@@ -198,9 +204,7 @@ inline void unpack_panel(const uint8_t *w, int64_t K, int64_t rows, int64_t k, i
             U32x4 quad[4];
             load_quads(w, K, rows, j, p, k - p < 16 ? k - p : 16, quad);
             for (int i = 0; i < 4; ++i) {
-                const int64_t v = (i * kBlock + j) / kRows;
-                uint8_t *to =
-                    panel + (v / kPanelVectors * quads + p / 4) * kStep + v % kPanelVectors * kWidth + j % kRows * 4;
+                uint8_t *to = panel_place(panel, quads, i * kBlock + j, p);
                 for (int q = 0; q < 4; ++q) {
                     const U32x4 codes = (quad[q] >> (2 * i)) & 0x03030303u;
                     __builtin_memcpy(to + q * kStep, &codes, 16);

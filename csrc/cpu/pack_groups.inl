@@ -54,7 +54,7 @@ inline void sum_side_by_side(const T *w, double sums[kSideGroups]) {
     }
 }
 
-// scales[c] = absmean() of each group of a row.
+// scales[c] = the absmean scale of each group of a row.
 template <typename T, int64_t G>
 inline void group_scales(const typename T::Storage *w, int64_t columns, float *scales) {
     constexpr int32_t type = sizeof(*w) == 4 ? BK_F32 : T::kInfinity == Bf16::kInfinity ? BK_BF16 : BK_F16;
