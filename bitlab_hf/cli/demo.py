@@ -17,7 +17,6 @@ from bitlab_hf.cli.gguf_source import as_folder
 from bitlab_hf.cli.loading import check_trainable, load_model
 from bitlab_hf.cli.places import check_output
 from bitlab_hf.cli.scheme import config_of, pretrained_config, with_scheme
-from bitlab_hf.demo.terminal import printable
 
 
 @with_scheme
@@ -43,7 +42,6 @@ def demo(
     one a scale for each 128 inputs, or 64 where 128 does not divide.
     """
     from bitlab_hf.demo.run import Demo, Settings
-    from bitlab_hf.model.groups import scales_in_words
 
     quiet()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -66,10 +64,6 @@ def demo(
     with nullcontext() if model is None else as_folder(model) as folder:
         if folder is not None:
             config = pretrained_config("demo", scheme, held, folder)
-        if held is None:
-            console.print(
-                printable(f"Scales of the weights: {scales_in_words(config)}."), markup=False
-            )
         settings = dataclasses.replace(settings, folder=folder, config=config)
         with doing(f"the demo of {settings.model or 'the model that ships with BitLab'}"):
             report = Demo(settings, console, load_model).run()

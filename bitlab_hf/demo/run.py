@@ -38,6 +38,7 @@ from bitlab_hf.demo.probe import Answer, probe
 from bitlab_hf.demo.report import PROMPTS, Report, show_table, show_texts
 from bitlab_hf.demo.text import Blocks, Perplexity, make_blocks, measure_perplexity
 from bitlab_hf.model.deploy import deploy
+from bitlab_hf.model.groups import scales_in_words
 from bitlab_hf.train import BitLabTrainer, record_baseline
 
 # How often the ternary model is evaluated in training, and on which part of the held-out blocks.
@@ -153,7 +154,8 @@ class Demo:
         original = settings.folder or settings.model or str(files("bitlab_hf.demo") / "model")
         self._console.print(
             f"Model: {report.model}. Device: CPU, {report.threads} threads, {report.isa}; "
-            f"training in {'bfloat16 autocast' if self._bf16 else 'float32'}.",
+            f"training in {'bfloat16 autocast' if self._bf16 else 'float32'}. "
+            f"Scales of the weights: {scales_in_words(settings.config)}.",
             markup=False,
         )
         with self._stage(1, "The original model and its text") as progress:
