@@ -126,18 +126,22 @@ def calibrate(
             blocks = []
         units = find_units(inner, blocks, ids, taps, streams)
         for number, (unit, batches) in enumerate(units):
-            for group in unit.groups(batches):
-                moments = unit.moments(group[0], batches)
+            originals = unit.originals(batches)
+            for group in originals.groups:
+                kept = originals.inputs.pop(group[0], None)
+                moments = unit.moments(group[0], batches, kept)
                 for tap in group:
                     reports.append(_calibrate(tap, moments, damping, rounds))
                     if progress is not None:
                         progress(len(reports), len(taps), tap.name)
             # What is outside of the blocks runs the whole model, from the token ids.
-            if number + 1 < len(units) and units[number + 1][0].module is not inner:
-                for batch, (original, ternary) in zip(
-                    units[number + 1][1], unit.advance(batches), strict=True
-                ):
-                    batch.original, batch.ternary = original, ternary
+            if number + 1 < len(units) and not units[number + 1][0].whole:
+                following = units[number + 1][1]
+                ternary = unit.advance(batches)
+                for batch, *pair in zip(following, originals.outputs, ternary, strict=True):
+                    batch.original, batch.ternary = pair
+            # The next block's are made beside nothing of this one.
+            batches.clear()
         for tap in taps.values():
             tap.commit()
     tokens = sum(part.numel() for part in ids)

@@ -126,15 +126,15 @@ def start_scales(
         shape: Of the scales.
         leveled: Whether to bring them to two levels; see `Scales`.
     """
-    importance = hessian.diagonal().expand_as(target)
-    scales = Scales(target.new_ones(shape), target.shape[1], leveled)
-    ones = scales.sums(torch.ones_like(target))
-    scales.values = (scales.sums(target.abs()) / ones).clamp(min=_LEAST)
-    for _ in range(20):
-        codes = rounded(target, scales.full())
-        over = scales.sums(importance * codes.abs())
-        best = scales.sums(importance * target * codes) / over
-        scales.values = torch.where(over > 0, best, scales.values).clamp(min=_LEAST)
+    # For any scale the ones are what lies above half of it: the largest, so many of them.
+    blocks = (shape[0] * shape[1], -1)
+    magnitudes, order = target.abs().reshape(blocks).sort(1, descending=True)
+    importance = hessian.diagonal().expand_as(target).reshape(blocks).gather(1, order)
+    over = importance.cumsum(1)
+    products = magnitudes.mul_(importance).cumsum(1)
+    best = (products.square() / over).argmax(1, keepdim=True)
+    values = (products.gather(1, best) / over.gather(1, best)).view(shape)
+    scales = Scales(values.clamp(min=_LEAST), target.shape[1], leveled)
     if leveled:
         scales.values = group_scale(*two_levels(scales.values.float())).double()
     return scales

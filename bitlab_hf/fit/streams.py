@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -117,8 +118,10 @@ def tapped(model: nn.Module) -> Iterator[tuple[dict[nn.Module, Tap], Streams]]:
 class Unit:
     """A part of the model that is run by itself: a block, or all of it."""
 
-    def __init__(self, module: nn.Module, taps: list[Tap], streams: Streams) -> None:
-        self.module, self.taps = module, taps
+    def __init__(
+        self, module: nn.Module, taps: list[Tap], streams: Streams, whole: bool = False
+    ) -> None:
+        self.module, self.taps, self.whole = module, taps, whole
         self._streams = streams
 
     def run(self, batch: Batch, original: bool, last: Tap | None = None) -> Any:
@@ -131,12 +134,20 @@ class Unit:
         except _Stop:
             return None
 
-    def groups(self, batches: list[Batch]) -> list[list[Tap]]:
-        """Returns its layers in the order of their calls, together where they read one tensor."""
+    def originals(self, batches: list[Batch]) -> Originals:
+        """Runs it once in the original stream.
+
+        Of a block, what its layers read and what it gives are kept: a few times its width a token.
+        Of all of the model they would fill the memory.
+        """
         groups: list[list[Tap]] = []
+        kept: dict[Tap, list[Tensor | None]] = {}
         wanted, seen = set(self.taps), set()
-        for batch in batches:
-            self.run(batch, original=False)
+        outputs = []
+        for number, batch in enumerate(batches):
+            output = self.run(batch, original=True)
+            if not self.whole:
+                outputs.append(_first(output))
             last: Tensor | None = None
             for tap, x in self._streams.calls:
                 if tap in wanted and tap not in seen:
@@ -145,37 +156,72 @@ class Unit:
                     )
                     groups[-1].append(tap) if same else groups.append([tap])
                     seen.add(tap)
+                    if not same and not self.whole:
+                        kept[tap] = [None] * len(batches)
+                # A layer that is called again is fitted to its first call.
+                if tap in kept and kept[tap][number] is None:
+                    kept[tap][number] = _as_multiplied(x)
                 last = x
-            if seen == wanted:
+            if self.whole and seen == wanted:
                 break
-        return groups
+        self._streams.calls.clear()
+        return Originals(groups, kept, outputs)
 
-    def moments(self, tap: Tap, batches: list[Batch]) -> Moments:
-        """Sums up the inputs of a tap over all batches."""
+    def moments(self, tap: Tap, batches: list[Batch], kept: list[Tensor | None] | None) -> Moments:
+        """Sums up the inputs of a tap over all batches.
+
+        Args:
+            tap: The tap.
+            batches: What the unit is called with.
+            kept: The tap's inputs in the original stream, a batch each; None to compute them.
+        """
         weight = tap.layer.weight
         moments = Moments.zeros(weight.shape[1], weight.device)
-        for batch in batches:
-            noted = []
-            for original in (True, False):
-                self.run(batch, original, last=tap)
-                noted.append([x.flatten(0, -2) for other, x in self._streams.calls if other is tap])
-            original_x, x = (part[0] if part else None for part in noted)
+        for number, batch in enumerate(batches):
+            original_x = self._input(tap, batch, original=True) if kept is None else kept[number]
+            x = self._input(tap, batch, original=False)
             if x is not None:
                 inputs = tap.quantized(x)
                 # Routed tokens can be others in the two streams: then there is no original of them.
-                if original_x is None or original_x.shape != x.shape:
+                if original_x is None or original_x.shape != inputs.shape:
                     original_x = inputs
-                moments.add(original_x, inputs)
+                moments.add(original_x.flatten(0, -2), inputs.flatten(0, -2))
         return moments
 
-    def advance(self, batches: list[Batch]) -> list[tuple[Tensor, Tensor]]:
-        """Returns its outputs in both streams."""
-        outputs = []
-        for batch in batches:
-            pair = [self.run(batch, original) for original in (True, False)]
-            first, second = (part[0] if isinstance(part, tuple) else part for part in pair)
-            outputs.append((first, second))
-        return outputs
+    def _input(self, tap: Tap, batch: Batch, original: bool) -> Tensor | None:
+        """Returns what a tap is first called with, if it is."""
+        self.run(batch, original, last=tap)
+        return next((x for other, x in self._streams.calls if other is tap), None)
+
+    def advance(self, batches: list[Batch]) -> list[Tensor]:
+        """Returns its outputs in the ternary stream."""
+        return [_first(self.run(batch, original=False)) for batch in batches]
+
+
+@dataclass
+class Originals:
+    """What a unit does in the original stream.
+
+    Attributes:
+        groups: Its taps in the order of their calls, together where they read one tensor.
+        inputs: Of the first tap of each group, its inputs [..., K] in each batch; empty for a whole
+            model.
+        outputs: Of the unit in each batch, likewise.
+    """
+
+    groups: list[list[Tap]]
+    inputs: dict[Tap, list[Tensor | None]]
+    outputs: list[Tensor]
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _as_multiplied(x: Tensor) -> Tensor:
+    """Returns an input in the dtype that a matrix product under autocast takes it in."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class _Recorder:
@@ -238,17 +284,18 @@ def find_units(
     """
     options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     whole = [Batch(part, part, (), dict(options)) for part in ids]
-    everything = Unit(model, list(taps.values()), streams)
+    everything = Unit(model, list(taps.values()), streams, whole=True)
     recorder = _Recorder(blocks)
     try:
         for batch in whole:
-            everything.run(batch, original=True)
+            everything.run(_without_logits(model, batch), original=True)
             for tap, x in streams.calls:
                 if not bool(torch.isfinite(x).all()):
                     raise NonFiniteError(
                         f"calibrate: the input of {tap.name} must be finite, got NaN or infinity; "
                         "nothing changed"
                     )
+            streams.calls.clear()
     finally:
         chained = recorder.close(len(whole))
     units: list[tuple[Unit, list[Batch]]] = []
@@ -260,4 +307,11 @@ def find_units(
         )
         inside.update(layers)
     outside = [tap for layer, tap in taps.items() if layer not in inside]
-    return [*units, (Unit(model, outside, streams), whole)] if outside else units
+    return [*units, (Unit(model, outside, streams, whole=True), whole)] if outside else units
+
+
+def _without_logits(model: nn.Module, batch: Batch) -> Batch:
+    """Returns a call of a model that leaves its logits out, but for the last token's, if it can."""
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return batch
+    return replace(batch, named={**batch.named, "logits_to_keep": 1})

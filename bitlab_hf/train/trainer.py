@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,8 @@ class GuardMixin(_Base):
     """
 
     recipe: Recipe
+    # Whether the checkpoint at work is a folder that another process has made.
+    _is_another_ones = False
 
     def __init__(self, model: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
         check_no_tensor_parallel("BitLabTrainer", getattr(args, "parallelism_config", None))
@@ -143,11 +147,23 @@ class GuardMixin(_Base):
                 self._stop("weights", bad)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         with whole_or_nothing(folder, self.args.should_save):
-            self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.recipe.save(folder)
+            self.accelerator.wait_for_everyone()
+            self._is_another_ones = folder.is_dir() and not self.args.should_save
             super()._save_checkpoint(model, trial, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Saves them; not into a folder that the process which made it has given up meanwhile."""
+        if not self._is_another_ones:
+            super()._save_rng_state(output_dir)
+            return
+        # The Trainer would make the folder anew.
+        with tempfile.TemporaryDirectory() as elsewhere:
+            super()._save_rng_state(elsewhere)
+            for file in Path(elsewhere).iterdir():
+                shutil.copyfile(file, Path(output_dir) / file.name)
 
 
 class CallbacksMixin(_Base):

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.bitlab_hf.sweep.life import live
 from tests.bitlab_hf.sweep.results import Result
@@ -25,11 +26,13 @@ _PRELOAD = ["transformers.modeling_utils", "tests.bitlab_hf.sweep.life"]
 def sweep(architectures: Iterable[str], processes: int = 1) -> Iterator[Result]:
     """Yields the result of each architecture, in order."""
     # Not a fork of this process, which may hold threads; the variables are read by the server.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    with ThreadPoolExecutor(processes) as pool:
+    with (
+        mock.patch.dict(os.environ, {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}),
+        ThreadPoolExecutor(processes) as pool,
+    ):
         yield from pool.map(lambda name: _one(context, name), architectures)
 
 
