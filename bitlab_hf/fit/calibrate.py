@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from bitcore.errors import ArgumentError, LifecycleError, NonFiniteError
 from bitlab_hf.fit.latent import check_estimator
 from bitlab_hf.fit.solve import Moments, damped, loss_of, solve, wanted_weight
-from bitlab_hf.fit.streams import Tap, find_units, tapped
+from bitlab_hf.fit.streams import find_units
+from bitlab_hf.fit.sums import SumFinder
+from bitlab_hf.fit.taps import Tap, tapped
 from bitlab_hf.model.tree import decoder_layers, find_modules
 from bitlayers.base import BitLayerBase
 
@@ -124,12 +126,13 @@ def calibrate(
             blocks = decoder_layers(inner)
         except ArgumentError:
             blocks = []
+        finder = SumFinder(streams)
         units = find_units(inner, blocks, ids, taps, streams)
         for number, (unit, batches) in enumerate(units):
-            originals = unit.originals(batches)
+            originals = unit.originals(batches, finder)
             for group in originals.groups:
-                kept = originals.inputs.pop(group[0], None)
-                moments = unit.moments(group[0], batches, kept)
+                moments = unit.moments(group, batches, originals)
+                originals.inputs.pop(group[0], None)
                 for tap in group:
                     reports.append(_calibrate(tap, moments, damping, rounds))
                     if progress is not None:

@@ -28,11 +28,13 @@ class Moments:
     Attributes:
         hessian: ``X^T X`` of the inputs as the ternary model has them, float64 [K, K].
         cross: ``F^T X``, F the inputs as the original model has them, float64 [K, K].
+        wanted: ``Y^T X``, Y the outputs that are wanted, float64 [N, K]; None for those of F.
         tokens: How many there were.
     """
 
     hessian: Tensor
     cross: Tensor
+    wanted: Tensor | None = None
     tokens: int = 0
 
     @classmethod
@@ -48,6 +50,14 @@ class Moments:
         self.cross += (original.float().t() @ x).double()
         self.tokens += x.shape[0]
 
+    def add_wanted(self, outputs: Tensor, inputs: Tensor) -> None:
+        """Adds tokens: outputs that are wanted, float [tokens, N], and inputs [tokens, K]."""
+        x = inputs.float()
+        self.hessian += (x.t() @ x).double()
+        products = (outputs.float().t() @ x).double()
+        self.wanted = products if self.wanted is None else self.wanted + products
+        self.tokens += x.shape[0]
+
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
     """Adds ``damping`` times the mean of the diagonal to it; inputs that are always 0 get a 1."""
@@ -57,10 +67,10 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 
 def wanted_weight(weight: Tensor, moments: Moments, damping: float) -> Tensor:
-    """The weight that gives the original outputs for the inputs of the ternary model.
+    """The weight that gives the wanted outputs for the inputs of the ternary model.
 
-    ``T = W F^T X (X^T X)^-1``, damped towards W: what the layers before did to the inputs is taken
-    back as far as a linear layer can.
+    ``T = Y^T X (X^T X)^-1``, damped towards W, with ``Y = F W^T`` where nothing else is wanted:
+    what the layers before did is taken back as far as a linear layer can.
 
     Args:
         weight: W, float [N, K].
@@ -73,7 +83,8 @@ def wanted_weight(weight: Tensor, moments: Moments, damping: float) -> Tensor:
     Source: the closed form that GPTAQ, arXiv 2504.02692, spreads over GPTQ's columns.
     """
     weight = weight.double()
-    drift = weight @ (moments.cross - moments.hessian)
+    wanted = weight @ moments.cross if moments.wanted is None else moments.wanted
+    drift = wanted - weight @ moments.hessian
     factor = torch.linalg.cholesky(damped(moments.hessian, damping))
     return weight + torch.cholesky_solve(drift.t(), factor).t()
 

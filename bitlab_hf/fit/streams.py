@@ -3,116 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bitcore.errors import NonFiniteError
-from bitcore.quantize import quantize_activation
-from bitlab_hf.fit.latent import latent_weight
-from bitlab_hf.fit.solve import Moments, Scales
-from bitlab_hf.model.tree import Found, find_modules
-from bitlayers.base import BitLayerBase
-
-
-@dataclass
-class Batch:
-    """What a unit is called with for a batch; its first argument differs in the two streams."""
-
-    original: Tensor
-    ternary: Tensor
-    rest: tuple[Any, ...]
-    named: dict[str, Any]
-
-
-class _Stop(Exception):  # noqa: N818  (no error)
-    """Ends a forward pass of which the rest is not needed."""
-
-
-@dataclass
-class Streams:
-    """What all taps share.
-
-    Attributes:
-        original: Whether the pass at work is the original model's.
-        calls: The taps called in it, with what they were given.
-        last: The tap at which it ends, if not at its end.
-    """
-
-    original: bool = True
-    calls: list[tuple[Tap, Tensor]] = field(default_factory=list)
-    last: Tap | None = None
-
-
-class Tap:
-    """Stands in for a layer's forward: notes what it multiplies, and runs it in either stream."""
-
-    def __init__(self, found: Found[BitLayerBase], streams: Streams) -> None:
-        self.name, self.layer = found.names[0], found.module
-        # None until they are known. A byte a code: the float form is made anew in every pass.
-        self.codes: Tensor | None = None
-        self.scales: Scales | None = None
-        self._streams = streams
-
-    def set(self, codes: Tensor, scales: Scales) -> None:
-        """Makes the layer ternary in the ternary stream."""
-        self.codes, self.scales = codes.to(torch.int8), scales
-
-    def commit(self) -> None:
-        """Gives the layer itself a latent weight with these codes and scales, if it has any."""
-        layer, codes, scales = self.layer, self.codes, self.scales
-        if codes is None or scales is None:
-            return
-        layer.weight.copy_(latent_weight(layer.weight, codes.double(), scales, layer.quant_config))
-        if layer.learned_scale is not None:
-            layer.learned_scale.copy_(scales.values.reshape(layer.learned_scale.shape))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Runs the layer on x [..., K] in the stream at work."""
-        self._streams.calls.append((self, x))
-        if self._streams.last is self:
-            raise _Stop
-        weight: Tensor = self.layer.weight
-        if self.codes is not None and self.scales is not None and not self._streams.original:
-            x, weight = self.quantized(x), self.codes * self.scales.full().float()
-        bias = None if self.layer.bias is None else self.layer.bias.to(x.dtype)
-        return F.linear(x, weight.to(x.dtype), bias)
-
-    def quantized(self, x: Tensor) -> Tensor:
-        """Returns activations as the ternary layer multiplies them, in their dtype."""
-        activation = self.layer.quant_config.activation
-        if activation == "float":
-            return x
-        codes, scale = quantize_activation(x, activation == "int8_per_tensor")
-        return (codes.float() * scale).to(x.dtype)
-
-
-@contextmanager
-def tapped(model: nn.Module) -> Iterator[tuple[dict[nn.Module, Tap], Streams]]:
-    """Puts taps into all quantized layers, in eval mode; puts everything back at the end."""
-    streams = Streams()
-    taps: dict[nn.Module, Tap] = {
-        found.module: Tap(found, streams) for found in find_modules(model, BitLayerBase)
-    }
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    for layer, tap in taps.items():
-        # An attribute of the instance hides the method of its class.
-        vars(layer)["_eval_forward"] = tap
-    try:
-        yield taps, streams
-    finally:
-        for layer in taps:
-            del vars(layer)["_eval_forward"]
-        for module, was in training.items():
-            module.training = was
-            if isinstance(module, BitLayerBase):
-                module.invalidate_cache()
+from bitlab_hf.fit.solve import Moments
+from bitlab_hf.fit.sums import Place, SumFinder, noting, stopping_at
+from bitlab_hf.fit.taps import Batch, Stop, Streams, Tap
 
 
 class Unit:
@@ -130,55 +30,70 @@ class Unit:
         self._streams.calls.clear()
         first = batch.original if original else batch.ternary
         try:
-            return self.module(first, *batch.rest, **batch.named)
-        except _Stop:
+            output = self.module(first, *batch.rest, **batch.named)
+        except Stop:
             return None
+        return output[0] if isinstance(output, tuple) else output
 
-    def originals(self, batches: list[Batch]) -> Originals:
+    def originals(self, batches: list[Batch], finder: SumFinder) -> Originals:
         """Runs it once in the original stream.
 
         Of a block, what its layers read and what it gives are kept: a few times its width a token.
         Of all of the model they would fill the memory.
+
+        Args:
+            batches: What it is called with.
+            finder: Of the sums in a block.
         """
-        groups: list[list[Tap]] = []
-        kept: dict[Tap, list[Tensor | None]] = {}
+        kept = Originals()
+        if not self.whole:
+            first = batches[0]
+            kept.places = finder.find(
+                self.module, self.taps, first, lambda: self.run(first, original=True)
+            )
         wanted, seen = set(self.taps), set()
-        outputs = []
         for number, batch in enumerate(batches):
-            output = self.run(batch, original=True)
+            with noting(kept.places, kept.sums):
+                output = self.run(batch, original=True)
             if not self.whole:
-                outputs.append(_first(output))
+                kept.outputs.append(output)
             last: Tensor | None = None
             for tap, x in self._streams.calls:
                 if tap in wanted and tap not in seen:
                     same = x is last and tap.layer.quant_config.activation == (
-                        groups[-1][0].layer.quant_config.activation
+                        kept.groups[-1][0].layer.quant_config.activation
                     )
-                    groups[-1].append(tap) if same else groups.append([tap])
+                    kept.groups[-1].append(tap) if same else kept.groups.append([tap])
                     seen.add(tap)
                     if not same and not self.whole:
-                        kept[tap] = [None] * len(batches)
+                        kept.inputs[tap] = [None] * len(batches)
                 # A layer that is called again is fitted to its first call.
-                if tap in kept and kept[tap][number] is None:
-                    kept[tap][number] = _as_multiplied(x)
+                if tap in kept.inputs and kept.inputs[tap][number] is None:
+                    kept.inputs[tap][number] = _as_multiplied(x)
                 last = x
             if self.whole and seen == wanted:
                 break
         self._streams.calls.clear()
-        return Originals(groups, kept, outputs)
+        return kept
 
-    def moments(self, tap: Tap, batches: list[Batch], kept: list[Tensor | None] | None) -> Moments:
-        """Sums up the inputs of a tap over all batches.
+    def moments(self, group: list[Tap], batches: list[Batch], kept: Originals) -> Moments:
+        """Sums up the inputs of a group of taps over all batches.
 
         Args:
-            tap: The tap.
+            group: Taps that read one tensor.
             batches: What the unit is called with.
-            kept: The tap's inputs in the original stream, a batch each; None to compute them.
+            kept: What it does in the original stream.
         """
-        weight = tap.layer.weight
-        moments = Moments.zeros(weight.shape[1], weight.device)
+        tap, originals = group[0], kept.inputs.get(group[0])
+        moments = Moments.zeros(tap.layer.weight.shape[1], tap.layer.weight.device)
+        is_added = len(group) == 1 and tap in kept.places
         for number, batch in enumerate(batches):
-            original_x = self._input(tap, batch, original=True) if kept is None else kept[number]
+            if is_added:
+                self._add_sum(tap, number, batch, kept, moments)
+                continue
+            original_x = (
+                self._input(tap, batch, original=True) if originals is None else originals[number]
+            )
             x = self._input(tap, batch, original=False)
             if x is not None:
                 inputs = tap.quantized(x)
@@ -188,6 +103,30 @@ class Unit:
                 moments.add(original_x.flatten(0, -2), inputs.flatten(0, -2))
         return moments
 
+    def _add_sum(
+        self, tap: Tap, number: int, batch: Batch, kept: Originals, moments: Moments
+    ) -> None:
+        """Adds a batch of a tap whose output is added to something: the sum is to be as it was."""
+        place, outputs, sums = kept.places[tap], list[Tensor](), list[Tensor]()
+
+        def note(output: Tensor) -> Tensor:
+            outputs.append(output)
+            return output
+
+        self._streams.heard = (tap, note)
+        try:
+            with stopping_at(place, sums):
+                whole = self.run(batch, original=False)
+        finally:
+            self._streams.heard = None
+        x = next(x for other, x in self._streams.calls if other is tap)
+        now = whole if place is None else sums[0]
+        before = kept.outputs[number] if place is None else kept.sums[place][number]
+        wanted = outputs[0].float() + (before.float() - now.float())
+        if tap.layer.bias is not None:
+            wanted = wanted - tap.layer.bias.float()
+        moments.add_wanted(wanted.flatten(0, -2), tap.quantized(x).flatten(0, -2))
+
     def _input(self, tap: Tap, batch: Batch, original: bool) -> Tensor | None:
         """Returns what a tap is first called with, if it is."""
         self.run(batch, original, last=tap)
@@ -195,7 +134,7 @@ class Unit:
 
     def advance(self, batches: list[Batch]) -> list[Tensor]:
         """Returns its outputs in the ternary stream."""
-        return [_first(self.run(batch, original=False)) for batch in batches]
+        return [self.run(batch, original=False) for batch in batches]
 
 
 @dataclass
@@ -207,15 +146,15 @@ class Originals:
         inputs: Of the first tap of each group, its inputs [..., K] in each batch; empty for a whole
             model.
         outputs: Of the unit in each batch, likewise.
+        places: Taps whose outputs are added to something, and where the sum stands.
+        sums: Of the places in the block, the sums in each batch.
     """
 
-    groups: list[list[Tap]]
-    inputs: dict[Tap, list[Tensor | None]]
-    outputs: list[Tensor]
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
+    groups: list[list[Tap]] = field(default_factory=list)
+    inputs: dict[Tap, list[Tensor | None]] = field(default_factory=dict)
+    outputs: list[Tensor] = field(default_factory=list)
+    places: dict[Tap, Place] = field(default_factory=dict)
+    sums: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
 
 
 def _as_multiplied(x: Tensor) -> Tensor:
