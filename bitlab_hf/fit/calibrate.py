@@ -81,7 +81,7 @@ def calibrate(
     samples: Iterable[Any],
     batch_size: int = 8,
     *,
-    damping: float = 0.01,
+    damping: float = 0.1,
     rounds: int = 4,
     progress: Progress | None = None,
 ) -> CalibrationReport:

@@ -1,75 +1,44 @@
-"""Compares ways to make a ternary language model: perplexity on held-out files, equal tokens.
+"""Compares ways to make a pretrained language model ternary, on models that everyone knows.
 
-    python scripts/bench/quality.py --jobs 2       # resumes; everything is kept in out/quality
-    python scripts/bench/quality.py --quick --domains python --json out/quick/quality.json
+    python scripts/real_models.py models
+    python scripts/bench/quality.py --models models --threads 2         # hours; goes on if killed
+    python scripts/bench/quality.py --models models --rows original rounded calibrated
+    python scripts/bench/quality.py --models models --report            # from what is done
 
-A small Llama model is pretrained in one pass over part of a text, once a domain. Each method then
-fine-tunes it on fresh tokens of the domain with each learning rate of one grid (seed 0); the rate
-that is best on the validation files is run again with seeds of its own, and these are scored on the
-test files, which nothing else reads. A seed gives the same training blocks to every method. Writes
-quality.json, quality.md and quality.png. docs/quality.md says what each figure means.
+Every row is one process: it makes its model from the fit part of the articles, deploys and saves
+it, loads it again as a user would, and scores it on the test part, which nothing else reads. Rows
+are kept in the folder as they are done, and a killed training goes on from its last checkpoint.
+Writes quality.json, quality.md and quality.png. docs/quality.md says what each column means.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import multiprocessing
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import product, repeat
+import resource
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Disturbance, header
-from quality_methods import METHODS, POST_TRAINING, load_float, load_post_training, train
-from quality_model import nats, pretrain, write_json
-from quality_report import summarize, write_report
-from quality_text import DOMAINS, PARTS, load_domain
+from common import Grid, header, pyplot
+from generate import weight_files
+from quality_methods import load_float
+from quality_model import write_json
+from quality_rows import LENGTH, ROWS, make
+from quality_tasks import Tasks, make_tasks, pack_blocks, read_articles, score
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-GRID_SEED = 0
-# Trained longer, by the ratio of the measured times, for the comparison at equal time.
-EQUAL_TIME = ("auto",)
+from bitlab_hf import deploy, save
+from bitlab_hf.model.count import bits_per_weight
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run does, the same in every process.
-
-    Attributes:
-        folder: Where everything is kept.
-        hidden: Hidden size of the models.
-        layers: Their layers.
-        length: Tokens of a block.
-        pretrain_tokens: Tokens of the pretraining part to read, each once.
-        blocks: Blocks to fine-tune on.
-        eval_blocks: Blocks of the validation part to choose on.
-        test_blocks: Blocks of the test part to score.
-        batch: Blocks of a step.
-        every: Reads one file of so many.
-        rates: The grid of peak learning rates.
-        seeds: Of the comparison.
-    """
-
-    folder: Path
-    hidden: int = 160
-    layers: int = 4
-    length: int = 256
-    pretrain_tokens: int = 1_020_000
-    blocks: int = 200
-    eval_blocks: int = 100
-    test_blocks: int = 200
-    batch: int = 2
-    every: int = 1
-    rates: tuple[float, ...] = RATES
-    seeds: tuple[int, ...] = (1, 2, 3)
+MODELS = {"smollm2-135m": "SmolLM2-135M-Instruct", "gemma3-270m": "Gemma 3 270M"}
+Result = dict[str, Any]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -77,177 +46,190 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--models", type=Path, required=True, help="scripts/real_models.py's")
+    parser.add_argument("--model", default="smollm2-135m", help="a folder in --models, or a path")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--blocks", type=int, default=96, help=f"of {LENGTH} tokens, to score")
+    parser.add_argument("--examples", type=int, default=200, help="of each task")
     parser.add_argument("--folder", type=Path, default=Path("out/quality"), help="kept, resumed")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
-    parser.add_argument("--json", type=Path, help="default: quality.json in the folder")
-    parser.add_argument("--report", action="store_true", help="from finished runs; train nothing")
-    parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--bf16", action="store_true", help="fit and train in bfloat16 (autocast)")
+    parser.add_argument("--report", action="store_true", help="of what is done; makes nothing")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def prepare(settings: Settings, domain: str) -> dict[str, Any]:
-    """Reads a domain, pretrains its model and scores what needs no training; once a folder."""
-    folder = settings.folder / domain
-    record = folder / "start.json"
-    if record.is_file():
-        found: dict[str, Any] = json.loads(record.read_text())
-        return found
-    text = load_domain(domain, settings.folder / "sources", settings.length, settings.every)
-    folder.mkdir(parents=True, exist_ok=True)
-    made = pretrain(text, folder, settings.hidden, settings.layers, settings.pretrain_tokens)
-    save_file(text.parts, folder / "blocks.safetensors")
-    test = text.parts["test"][: settings.test_blocks]
-    made["bytes_per_token"] = text.bytes_per_token
-    made["test_tokens"] = test.numel()
-    made["float"] = nats(load_float(folder / "model"), test)
-    write_json(record, made)
-    return made
+def source_of(options: argparse.Namespace) -> Path:
+    """Returns the float model's folder."""
+    return Path(options.models / options.model)
 
 
-def post_training(settings: Settings, domain: str) -> dict[str, float]:
-    """Scores what is made without training on the test files; once a folder."""
-    folder = settings.folder / domain
-    record = folder / "post-training.json"
-    made: dict[str, float] = json.loads(record.read_text()) if record.is_file() else {}
-    blocks = load_file(folder / "blocks.safetensors")
-    test = blocks["test"][: settings.test_blocks]
-    samples = chosen_blocks(blocks, GRID_SEED, settings.blocks)
-    for title in POST_TRAINING:
-        if title not in made:
-            made[title] = nats(load_post_training(title, folder / "model", samples), test)
-            write_json(record, made)
-    return made
+def folder_of(options: argparse.Namespace, name: str, seed: int) -> Path:
+    """Returns where a row is kept; the original has no seed."""
+    place = Path(options.folder) / source_of(options).name / name
+    return place if name == "original" else place / f"seed-{seed}"
 
 
-def chosen_blocks(blocks: dict[str, Tensor], seed: int, count: int) -> Tensor:
-    """Returns a seed's training blocks; a longer run begins with a shorter one's set."""
-    order = torch.randperm(len(blocks["train"]), generator=torch.Generator().manual_seed(seed))
-    return blocks["train"][order[:count]]
+def work(options: argparse.Namespace, name: str, seed: int) -> None:
+    """Makes and scores one row, in a process of its own."""
 
+    def say(line: str) -> None:
+        print(f"{name}, seed {seed}: {line}", flush=True)
 
-def one_run(settings: Settings, method: str, domain: str, rate: float, seed: int) -> dict[str, Any]:
-    """Trains once, or reads the finished run; only the comparison's seeds see the test files."""
-    folder = settings.folder / domain
-    record = folder / "runs" / f"{method}-{settings.blocks}-{rate:g}-{seed}.json"
-    if record.is_file():
-        found: dict[str, Any] = json.loads(record.read_text())
-        return found
-    blocks = load_file(folder / "blocks.safetensors")
-    data = chosen_blocks(blocks, seed, settings.blocks)
-    with tempfile.TemporaryDirectory() as scratch:
-        model, seconds = train(
-            METHODS[method], folder / "model", data, rate, seed, settings.batch, scratch
-        )
-    part, count = ("validation", settings.eval_blocks)
-    if seed != GRID_SEED:
-        part, count = ("test", settings.test_blocks)
+    torch.set_num_threads(options.threads)
+    source, folder, row = source_of(options), folder_of(options, name, seed), ROWS[name]
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    deployed = folder / "deployed"
+    making = folder / "making.json"
+    if row.tokens or row.config is not None:
+        if not deployed.is_dir():
+            started, used = time.monotonic(), time.process_time()
+            texts = [one["text"] for one in read_articles(options.models, "fit")]
+            count = max(row.tokens // LENGTH, 1)
+            fit = pack_blocks(tokenizer, texts, count, LENGTH, seed)
+            scratch = folder / "checkpoints"
+            model = make(row, source, fit, seed, options.bf16, scratch, say)
+            write_json(
+                making,
+                {
+                    "seconds": time.monotonic() - started,
+                    "cpu_seconds": time.process_time() - used,
+                    "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                    "threads": options.threads,
+                },
+            )
+            if row.config is not None:
+                save(deploy(model).to(torch.bfloat16), deployed, tokenizer=tokenizer)
+            shutil.rmtree(scratch, ignore_errors=True)
+        if row.config is not None:
+            model = AutoModelForCausalLM.from_pretrained(deployed, dtype=torch.float32)
+    else:
+        model, deployed = load_float(source), source
+    say("scoring")
+    tasks = make_tasks(tokenizer, options.models, "test", options.blocks, options.examples, LENGTH)
+    known = folder_of(options, "original", 0) / "predicted.safetensors"
+    original = load_file(known)["predicted"] if known.is_file() else None
+    found = score(model, tasks, original)
+    predicted = found.pop("predicted")
+    if name == "original":
+        known.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"predicted": predicted}, known)
     result = {
-        "domain": domain,
-        "method": method,
-        "rate": rate,
+        **found,
+        "title": row.title,
         "seed": seed,
-        "tokens": data.numel(),
-        "part": part,
-        "nats": nats(model, blocks[part][:count]),
-        "cpu_seconds_per_token": seconds,
+        "tokens": row.tokens,
+        "rate": row.rate,
+        "scored": counts(tasks),
+        "bits": bits_per_weight(model) if row.config is not None else 16.0,
+        "file_bytes": None if row.stock else sum(f.stat().st_size for f in weight_files(deployed)),
+        "making": json.loads(making.read_text()) if making.is_file() else None,
     }
-    write_json(record, result)
-    return result
+    write_json(folder / "result.json", result)
+    say(f"{result['nats']:.4f} nats")
 
 
-def one_method(settings: Settings, method: str, domain: str) -> list[dict[str, Any]]:
-    """Runs a method's grid, then the seeds at its best learning rate."""
-    grid = [one_run(settings, method, domain, rate, GRID_SEED) for rate in settings.rates]
-    best = min(grid, key=lambda run: float("inf") if math.isnan(run["nats"]) else run["nats"])
-    runs = [one_run(settings, method, domain, best["rate"], seed) for seed in settings.seeds]
-    return [*grid, *runs]
+def counts(tasks: Tasks) -> dict[str, int]:
+    """Returns how much a model was scored on."""
+    return {
+        "tokens": tasks.blocks[:, 1:].numel(),
+        "bytes": tasks.bytes,
+        "last_words": len(tasks.words),
+        "titles": len(tasks.titles),
+    }
 
 
-def finished(settings: Settings, domain: str) -> list[dict[str, Any]]:
-    """Reads all finished runs of a domain."""
-    runs = sorted((settings.folder / domain / "runs").glob("*.json"))
-    return [json.loads(path.read_text()) for path in runs]
+def results_of(options: argparse.Namespace) -> dict[str, list[Result]]:
+    """Returns what is done, seed by seed."""
+    place = Path(options.folder) / source_of(options).name
+    found = {}
+    for name in ROWS:
+        records = sorted((place / name).rglob("result.json"))
+        if records:
+            found[name] = [json.loads(record.read_text()) for record in records]
+    return found
 
 
-def equal_time(settings: Settings, method: str, domain: str) -> list[dict[str, Any]]:
-    """Trains a cheaper method on as many more tokens as the default recipe costs time, if the text
-    has them.
+def report(console: Console, options: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Prints and writes the table of the rows that are done, each the mean of its seeds."""
+    results = results_of(options)
+    title = MODELS.get(source_of(options).name, source_of(options).name)
+    base = results["original"][0]["nats"] if "original" in results else float("nan")
+    columns = [
+        "", "tokens", "nats", "above full precision", "bits a byte", "agrees", "last word", "title",
+        "bits a weight", "MB", "s", "CPU s", "peak GB",
+    ]  # fmt: skip
+    grid = Grid(title, columns)
+    for name, runs in results.items():
+        one = runs[0]
 
-    Its learning rate is the one chosen at equal tokens; time is CPU seconds a token, the median
-    over all runs of a method in this domain.
-    """
-    rows = summarize(finished(settings, domain))
-    if method not in rows or "default" not in rows:
-        return []
-    ratio = rows["default"]["seconds_per_token"] / rows[method]["seconds_per_token"]
-    there_are = len(load_file(settings.folder / domain / "blocks.safetensors")["train"])
-    wanted = max(settings.blocks, round(settings.blocks * ratio))
-    longer = replace(settings, blocks=min(wanted, there_are))
-    record = settings.folder / domain / f"equal-time-{method}.json"
-    if record.is_file():
-        longer = replace(settings, blocks=json.loads(record.read_text())["blocks"])
-    write_json(record, {"blocks": longer.blocks, "method": method})
-    rate = rows[method]["rate"]
-    return [one_run(longer, method, domain, rate, seed) for seed in settings.seeds]
+        def mean(key: str, runs: list[Result] = runs) -> float:
+            return sum(run.get(key, float("nan")) for run in runs) / len(runs)
+
+        made = [run["making"] for run in runs if run["making"]]
+        spread = max(run["nats"] for run in runs) - min(run["nats"] for run in runs)
+        grid.rows.append(
+            [
+                one["title"], f"{one['tokens']:,}" if one["tokens"] else "",
+                f"{mean('nats'):.3f}" + (f" ± {spread / 2:.3f}" if len(runs) > 1 else ""),
+                "" if name == "original" else f"{mean('nats') - base:.3f}",
+                f"{mean('bits_per_byte'):.3f}",
+                "" if name == "original" else f"{100 * mean('agreement'):.1f} %",
+                f"{100 * mean('last_word'):.1f} %", f"{100 * mean('title'):.1f} %",
+                f"{one['bits']:.2f}",
+                "" if one["file_bytes"] is None else f"{one['file_bytes'] / 1e6:.1f}",
+                *(
+                    f"{sum(run[key] for run in made) / len(made):.0f}" if made else ""
+                    for key in ("seconds", "cpu_seconds")
+                ),
+                f"{max(run['peak_bytes'] for run in made) / 1e9:.1f}" if made else "",
+            ]
+        )  # fmt: skip
+    grid.show(console)
+    place = Path(options.folder) / source_of(options).name
+    write_json(place / "quality.json", {**found, "results": results})
+    (place / "quality.md").write_text(grid.markdown())
+    draw(place / "quality.png", title, results)
 
 
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+def draw(path: Path, title: str, results: dict[str, list[Result]]) -> None:
+    """Plots nats against tokens, and against seconds."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    for axis, what in zip(axes, ("tokens", "seconds"), strict=True):
+        for name, runs in results.items():
+            one = runs[0]
+            at = one["tokens"] if what == "tokens" else (one["making"] or {}).get("seconds", 0)
+            nats = sum(run["nats"] for run in runs) / len(runs)
+            if name == "original":
+                axis.axhline(nats, color="black", linewidth=1, label=one["title"])
+            elif at:
+                axis.plot([at], [nats], "o", label=one["title"])
+        axis.set_xscale("log")
+        axis.set_xlabel("tokens fitted and trained on" if what == "tokens" else "seconds")
+    axes[0].set_ylabel("nats a token, held-out articles")
+    axes[1].legend(fontsize=7)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    """Prepares the domains, runs what is missing, and writes the report."""
-    arguments = parse_arguments()
-    console = Console(width=160)
-    settings = Settings(arguments.folder)
-    if arguments.quick:
-        settings = Settings(
-            arguments.folder / "quick",
-            hidden=64,
-            layers=2,
-            length=128,
-            pretrain_tokens=20_000,
-            blocks=20,
-            eval_blocks=4,
-            test_blocks=4,
-            rates=(1e-3,),
-            every=8,
-            seeds=(1,),
-        )
+    """Does what is missing, a process a row, and writes the report."""
+    options = parse_arguments()
+    if options.worker:
+        work(options, options.rows[0], options.seeds[0])
+        return
+    console = Console(width=200)
     found = header(console, "bench/quality.py")
-    disturbance = Disturbance()
-    _one_thread()
-    if not arguments.report:
-        with ProcessPoolExecutor(
-            arguments.jobs, multiprocessing.get_context("spawn"), initializer=_one_thread
-        ) as pool:
-            # One job runs here, without another process's start.
-            run: Any = pool.map if arguments.jobs > 1 else map
-            for start in (prepare, post_training):
-                list(run(start, repeat(settings), arguments.domains))
-            for step, methods in ((one_method, arguments.methods), (equal_time, EQUAL_TIME)):
-                units = list(product(methods, arguments.domains))
-                done = run(step, repeat(settings), *zip(*units, strict=True))
-                for unit, _ in zip(units, done, strict=True):
-                    console.print("finished:", *unit, step.__name__)
-    domains = {
-        domain: {
-            "start": prepare(settings, domain) | post_training(settings, domain),
-            "runs": finished(settings, domain),
-        }
-        for domain in arguments.domains
-        if (settings.folder / domain / "start.json").is_file()
-    }
-    found |= {
-        "settings": {k: v for k, v in vars(settings).items() if k != "folder"},
-        "parts": PARTS,
-        "disturbance": disturbance.measured(),
-        "domains": domains,
-    }
-    write_report(found, arguments.json or settings.folder / "quality.json", console)
+    for name in [] if options.report else ["original", *options.rows]:
+        for seed in options.seeds[:1] if name == "original" else options.seeds:
+            if (folder_of(options, name, seed) / "result.json").is_file():
+                continue
+            command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
+            subprocess.run([*command, "--rows", name, "--seeds", str(seed)], check=True)
+    report(console, options, found)
 
 
 if __name__ == "__main__":

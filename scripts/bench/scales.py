@@ -27,6 +27,7 @@ import torch
 from common import Grid, header
 from generate import run_worker, weight_files
 from quality_model import nats, write_json
+from quality_tasks import pack_blocks, read_articles
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
@@ -85,21 +86,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def blocks_of(models: Path, part: str, count: int, seed: int) -> Tensor:
-    """Returns the first blocks of a part's articles, shuffled by a seed, int64 [count, LENGTH].
-
-    Raises:
-        SystemExit: There are fewer.
-    """
+    """Returns the first blocks of a part's articles, shuffled by a seed, int64 [count, LENGTH]."""
+    texts = [one["text"] for one in read_articles(models, part)]
     tokenizer = AutoTokenizer.from_pretrained(models / MODEL)
-    lines = (models / "wikipedia" / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = [json.loads(line)["text"] for line in lines]
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
-    ids: list[int] = []
-    for index in order.tolist():
-        ids += tokenizer(texts[index] + "\n\n", add_special_tokens=False)["input_ids"]
-        if len(ids) >= count * LENGTH:
-            return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
-    raise SystemExit(f"scales: {part} must hold {count} blocks, got {len(ids) // LENGTH}")
+    return pack_blocks(tokenizer, texts, count, LENGTH, seed)
 
 
 def load(folder: Path, **options: Any) -> Any:

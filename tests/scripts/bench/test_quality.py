@@ -69,7 +69,7 @@ def test_markup_is_stripped() -> None:
 @pytest.mark.ci
 def test_quick(tmp_path: Path) -> None:
     output = tmp_path / "quality.json"
-    command = [sys.executable, str(SCRIPTS / "quality.py"), "--quick", "--domains", "python"]
+    command = [sys.executable, str(SCRIPTS / "quality_small.py"), "--quick", "--domains", "python"]
     command += ["--folder", str(tmp_path), "--json", str(output), "--methods", *QUICK]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
