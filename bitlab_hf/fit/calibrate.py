@@ -3,8 +3,8 @@
 The model is walked block by block, and in each block group by group of layers that read the same
 input. Two streams of activations run side by side: the original model's, and the one of the model
 that is ternary up to here. Each layer's codes and scales are chosen so that its outputs in the
-second stream are those of the first (`calibrate_solve`), and become latent weights
-(`calibrate_latent`), from which training goes on or `deploy` packs.
+second stream are those of the first (`solve`), and become latent weights
+(`latent`), from which training goes on or `deploy` packs.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def calibrate(
         samples: Tokenized texts: dicts with ``input_ids`` (and perhaps ``attention_mask``), rows of
             a dataset, or integers [L]. A few hundred are enough.
         batch_size: Samples run at a time.
-        damping: What is added to the diagonal of each Hessian, in units of its mean.
+        damping: What is added to the diagonal of each Hessian, in units of its mean. A small one
+            fits the samples, and on other text is worse.
         rounds: How often scales and codes are improved in turn, after GPTQ's pass.
         progress: Called with layers done, layers in all and the layer's name.
 
@@ -110,10 +111,13 @@ def calibrate(
 
     Numerics:
         Moments are added up in float64 and solved in it; one input's Hessians are held at a time.
-        The results do not depend on ``batch_size`` but for rounding.
+        The results do not depend on ``batch_size`` but for rounding. Under autocast the streams run
+        in its dtype. Beside the model there are two streams of all tokens, and what the layers of
+        one block read.
 
     Source: GPTQ, arXiv 2210.17323, with the targets of GPTAQ, arXiv 2504.02692, and coordinate
-        descent as in QuantEase, arXiv 2309.01885.
+        descent as in QuantEase, arXiv 2309.01885. That a layer whose output is added to the
+        residual stream also takes back what stands wrong there is BitLab's own.
     """
     started = time.monotonic()
     inner: nn.Module = getattr(model, "_orig_mod", model)

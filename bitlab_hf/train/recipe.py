@@ -50,6 +50,9 @@ class Recipe:
         quant_warmup_schedule: ``"linear"`` or ``"cosine"``.
         calibration_samples: On how many examples of the training data to `calibrate` the model
             before the first step; 0 for none. See `CalibratedStartMixin`.
+        scale_rate: Learning rate of learned scales, in units of the run's; one steers a whole group
+            of weights.
+        vector_rate: That of norms and biases, likewise.
         guard: Stop at the first loss or gradient that is not finite, naming where it came from.
 
     Raises:
@@ -69,6 +72,8 @@ class Recipe:
     quant_warmup: int | float = 0
     quant_warmup_schedule: str = "linear"
     calibration_samples: int = 0
+    scale_rate: float = 1.0
+    vector_rate: float = 1.0
     guard: bool = True
 
     def __post_init__(self) -> None:
@@ -76,8 +81,10 @@ class Recipe:
             value = getattr(self, name)
             if not _is_number(value) or value < 0:
                 raise _wrong(name, "a finite number of at least 0", value)
-        if not _is_number(self.temperature) or self.temperature <= 0:
-            raise _wrong("temperature", "a finite number above 0", self.temperature)
+        for name in ("temperature", "scale_rate", "vector_rate"):
+            value = getattr(self, name)
+            if not _is_number(value) or value <= 0:
+                raise _wrong(name, "a finite number above 0", value)
         if self.cross_entropy_weight == 0 and not self.distills:
             raise _wrong("cross_entropy_weight", "above 0 without a term from a teacher", 0)
         layers = self.hidden_layers

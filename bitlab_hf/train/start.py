@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -67,14 +67,10 @@ class CalibratedStartMixin(_Base):
                 "partitions\nCalibrate before with bitlab_hf.fit.calibrate, and save the model."
             )
             return None
-        on_cpu = self.args.device.type == "cpu"
-        precision: AbstractContextManager[Any] = (
-            nullcontext() if on_cpu else self.accelerator.autocast()
-        )
         parameters = [one for layer in layers for one in layer.parameters(recurse=False)]
         before = [one.detach().clone() for one in parameters]
         batches = self._calibration_batches()
-        with precision, self._calibration_bar() as progress:
+        with self.accelerator.autocast(), self._calibration_bar() as progress:
             rounded = _loss(model, batches)
             try:
                 samples = [row for batch in batches for row in _rows(batch)]

@@ -24,6 +24,7 @@ from bitlab_hf.train.guard import (
     non_finite_parameter,
     whole_or_nothing,
 )
+from bitlab_hf.train.rates import RatesMixin
 from bitlab_hf.train.recipe import Recipe
 from bitlab_hf.train.schedule import QuantStrengthWarmup
 from bitlab_hf.train.start import CalibratedStartMixin
@@ -216,7 +217,9 @@ class CallbacksMixin(_Base):
         super().log(logs, *args, **kwargs)
 
 
-class BitLabTrainer(CallbacksMixin, GuardMixin, CalibratedStartMixin, DistillationMixin, Trainer):
+class BitLabTrainer(
+    CallbacksMixin, GuardMixin, RatesMixin, CalibratedStartMixin, DistillationMixin, Trainer
+):
     """transformers' Trainer for quantization-aware training.
 
     Takes everything that a Trainer takes, and:
@@ -234,5 +237,5 @@ def sft_trainer() -> type[Any]:
     """Returns the same for TRL's ``SFTTrainer``; imports trl."""
     from trl import SFTTrainer  # type: ignore[attr-defined]
 
-    bases = (CallbacksMixin, GuardMixin, CalibratedStartMixin, DistillationMixin, SFTTrainer)
+    bases = (*BitLabTrainer.__bases__[:-1], SFTTrainer)
     return type("BitLabSFTTrainer", bases, {})

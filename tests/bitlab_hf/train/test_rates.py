@@ -1,0 +1,91 @@
+"""Learning rates of scales, norms and biases: the recipe's, on every schedule and resuming."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from bitcore.errors import CheckpointError, ConfigError
+from bitlab_hf import BitLabConfig
+from bitlab_hf.train import BitLabTrainer, Recipe
+from tests.bitlab_hf.models import make_float_model, training_data
+from tests.bitlab_hf.test_trainer import assert_equal_states, state_of
+
+RECIPE = Recipe(scale_rate=3.0, vector_rate=10.0)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_float_model("qwen2", tmp_path_factory.mktemp("float"))
+
+
+def make(source: Path, folder: Path, recipe: Recipe = RECIPE, **changes: Any) -> BitLabTrainer:
+    config = BitLabConfig(weight_quantizer="lsq", weight_granularity="per_group", group_size=64)
+    values = {
+        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 1, "use_cpu": True,
+        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "weight_decay": 0.1,
+    }  # fmt: skip
+    return BitLabTrainer(
+        model=AutoModelForCausalLM.from_pretrained(source, quantization_config=config),
+        args=TrainingArguments(**{**values, **changes}),
+        train_dataset=training_data(),
+        recipe=recipe,
+    )
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
+def test_every_parameter_has_its_rate(source: Path, tmp_path: Path, optim: str) -> None:
+    trainer = make(source, tmp_path, optim=optim)
+    trainer.create_optimizer_and_scheduler(4)
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    rates, decays = {}, {}
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names.pop(id(parameter))
+            rates[name], decays[name] = group["initial_lr"], group["weight_decay"]
+    assert not names
+    kinds = {"learned_scale": 3e-3, "norm.weight": 1e-2, "bias": 1e-2}
+    seen = set()
+    for name, rate in rates.items():
+        kind = next((kind for kind in kinds if name.endswith(kind)), "")
+        seen.add(kind)
+        assert rate == pytest.approx(kinds.get(kind, 1e-3)), name
+        assert decays[name] == (0.0 if kind else 0.1), name
+    assert seen == {"", *kinds}
+    # What is logged is the run's.
+    assert trainer.lr_scheduler.base_lrs[0] == pytest.approx(1e-3)
+
+
+def test_the_schedule_and_resuming_hold(source: Path, tmp_path: Path) -> None:
+    whole = make(source, tmp_path / "whole")
+    whole.train()
+    assert all(group["lr"] == pytest.approx(0, abs=1e-9) for group in whole.optimizer.param_groups)
+    make(source, tmp_path / "cut", save_strategy="steps", save_steps=2).train()
+    again = make(source, tmp_path / "cut", save_strategy="steps", save_steps=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2"))
+    assert_equal_states(state_of(again.model), state_of(whole.model))
+    other = make(source, tmp_path / "cut", Recipe(scale_rate=2.0, vector_rate=10.0))
+    with pytest.raises(CheckpointError, match=r"scale_rate=2\.0 \(was 3\.0\)"):
+        other.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2"))
+
+
+def test_an_optimizer_that_is_given_stays(source: Path, tmp_path: Path) -> None:
+    trainer = make(source, tmp_path)
+    given = torch.optim.SGD(trainer.model.parameters(), lr=0.5)
+    trainer.optimizer = given
+    trainer.create_optimizer()
+    assert trainer.optimizer is given
+    assert len(given.param_groups) == 1
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, "fast", True])
+@pytest.mark.parametrize("field", ["scale_rate", "vector_rate"])
+def test_rates_are_checked(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"Recipe: {field} must be a finite number above 0"):
+        Recipe(**{field: value})
