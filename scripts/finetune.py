@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--block", type=int, default=512, help="tokens of a training example")
     parser.add_argument("--batch", type=int, default=8, help="examples of a step and process")
     parser.add_argument("--max-steps", type=int, default=-1, help="default: one epoch")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--optim", default="adamw_torch", help="such as adamw_bnb_8bit")
     parser.add_argument("--save-steps", type=int, default=500)
     parser.add_argument("--cpu", action="store_true", help="train on the CPU")
@@ -103,7 +103,7 @@ def main() -> None:
         args=TrainingArguments(
             output_dir=checkpoints, per_device_train_batch_size=given.batch,
             per_device_eval_batch_size=given.batch, num_train_epochs=1, max_steps=given.max_steps,
-            learning_rate=given.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05,
+            learning_rate=given.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1,
             optim=given.optim, bf16=given.bf16, use_cpu=given.cpu, save_steps=given.save_steps,
             save_total_limit=2, logging_steps=10, report_to="none",
         ),

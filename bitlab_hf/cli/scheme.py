@@ -144,7 +144,7 @@ def pretrained_config(
     op: str, scheme: dict[str, Any], held: dict[str, Any] | None, folder: str | None = None
 ) -> Any:
     """Returns the configuration that a pretrained model is trained with: `config_of`, with scales
-    of groups where none were asked for.
+    of groups, and learned ones, where nothing else was asked for.
 
     Args:
         op: The command, for error messages.
@@ -160,7 +160,7 @@ def pretrained_config(
 
     grouped = scheme.get("weight_granularity", "per_group") == "per_group"
     if held is None and grouped:
-        scheme = {"weight_granularity": "per_group", **scheme}
+        scheme = {"weight_granularity": "per_group", "weight_quantizer": "lsq", **scheme}
         if "group_size" not in scheme:
             assumed = {**scheme, "group_size": GROUP_SIZES[0]}
             config = config_of(op, assumed, None)

@@ -67,7 +67,7 @@ def train(
     length: Length = 512,
     learning_rate: Annotated[
         float, typer.Option(min=0.0, callback=finite, help="Largest one; a cosine.")
-    ] = 1e-4,
+    ] = 2e-4,
     save_every: Annotated[
         int, typer.Option(min=1, max=MOST, help="Steps between checkpoints.")
     ] = 500,
@@ -83,8 +83,8 @@ def train(
 ) -> None:
     """Fine-tunes a model to be ternary; `bitlab deploy` packs the result.
 
-    A float model gets a scale for each 128 inputs, or 64 where 128 does not divide, unless options
-    of the scheme say otherwise. Learns from MODEL itself as the teacher. Checkpoints and statistics
+    A float model gets a scale for each 128 inputs, or 64 where 128 does not divide, which is trained
+    with it, unless options of the scheme say otherwise. Learns from MODEL itself as the teacher. Checkpoints and statistics
     go to OUTPUT/run.
     """
     from transformers import TrainingArguments
@@ -117,7 +117,7 @@ def train(
         arguments = TrainingArguments(
             output_dir=str(run), max_steps=steps or -1, num_train_epochs=1,
             per_device_train_batch_size=batch, learning_rate=learning_rate,
-            lr_scheduler_type="cosine", warmup_steps=0.05, bf16=bf16, seed=seed,
+            lr_scheduler_type="cosine", warmup_steps=0.1, bf16=bf16, seed=seed,
             save_steps=save_every, save_total_limit=2, logging_steps=10, disable_tqdm=True,
             report_to="none",
         )  # fmt: skip

@@ -158,7 +158,13 @@ def _wrong(name: str, requirement: str, value: object) -> ConfigError:
 RECIPES: dict[str, Recipe] = {
     # The best of docs/quality.md: codes that fit what the layers get to see, then the original
     # model's whole distribution, which says more about a token than its label does.
-    "default": Recipe(cross_entropy_weight=0.0, logits_weight=1.0, calibration_samples=128),
+    "default": Recipe(
+        cross_entropy_weight=0.0,
+        logits_weight=1.0,
+        calibration_samples=128,
+        scale_rate=3.0,
+        vector_rate=10.0,
+    ),
     "plain": Recipe(),
     "distill": Recipe(logits_weight=1.0, cross_entropy_weight=0.0, teacher_required=True),
     # The terms of arXiv 2510.13998. Temperature and weights are a start: none is measured here.

@@ -176,7 +176,7 @@ def report(console: Console, options: argparse.Namespace, found: dict[str, Any])
                 "" if name == "original" else f"{mean('nats') - base:.3f}",
                 f"{mean('bits_per_byte'):.3f}",
                 "" if name == "original" else f"{100 * mean('agreement'):.1f} %",
-                f"{100 * mean('last_word'):.1f} %", f"{100 * mean('title'):.1f} %",
+                f"{100 * mean('last_words'):.1f} %", f"{100 * mean('titles'):.1f} %",
                 f"{one['bits']:.2f}",
                 "" if one["file_bytes"] is None else f"{one['file_bytes'] / 1e6:.1f}",
                 *(

@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, calibrate
 
 GROUPS = {"weight_granularity": "per_group", "group_size": 64}
+LEARNED = {**GROUPS, "weight_quantizer": "lsq"}
 LENGTH = 256
 # What a calibrated start reads, in blocks.
 SAMPLES = RECIPES["default"].calibration_samples
@@ -50,9 +51,10 @@ class Row:
         return max(0, self.tokens // LENGTH - fitted)
 
 
-_FORMER = replace(RECIPES["default"], calibration_samples=SAMPLES)
+# Its calibration was another one too, which is gone.
+_FORMER = replace(RECIPES["default"], scale_rate=1.0, vector_rate=1.0)
 _FITTED = SAMPLES * LENGTH
-_DEFAULT = Row("default, 64 k tokens", GROUPS, recipe=RECIPES["default"], tokens=65_536, rate=3e-4)
+_DEFAULT = Row("default, 64 k tokens", LEARNED, recipe=RECIPES["default"], tokens=65_536, rate=2e-4)
 ROWS: dict[str, Row] = {
     "original": Row("full precision", None),
     "rounded-tensor": Row("rounded, per tensor"),
@@ -77,7 +79,7 @@ ROWS: dict[str, Row] = {
     "default-1m": replace(_DEFAULT, title="default, 1 M tokens", tokens=1_048_576),
     "weights-64k": replace(
         _DEFAULT, title="default, weights only, 64 k tokens",
-        config={**GROUPS, "activation_dtype": "float32"},
+        config={**LEARNED, "activation_dtype": "float32"},
     ),
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ Nothing here needs a hub: the articles are `scripts/real_models.py`'s.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -154,7 +155,7 @@ def score(model: Any, tasks: Tasks, original: Tensor | None = None) -> dict[str,
         original: The original model's likeliest next tokens on the blocks, of `likeliest`.
 
     Returns:
-        ``nats`` a token, ``bits_per_byte``, ``last_word`` and ``title`` (shares that are right),
+        ``nats`` a token, ``bits_per_byte``, ``last_words`` and ``titles`` (shares that are right),
         and with an original ``agreement``, the share of next tokens that are its; the likeliest
         next tokens themselves as ``predicted``, int32 [count, length - 1].
     """
@@ -170,8 +171,8 @@ def score(model: Any, tasks: Tasks, original: Tensor | None = None) -> dict[str,
     result = {
         "nats": total / likeliest.numel(),
         "bits_per_byte": total / math.log(2) / tasks.bytes,
-        "last_word": _share(_said(model, one) for one in tasks.words),
-        "title": _share(_chosen(model, one) == 0 for one in tasks.titles),
+        "last_words": _share(_said(model, one) for one in tasks.words),
+        "titles": _share(_chosen(model, one) == 0 for one in tasks.titles),
         "predicted": likeliest,
     }
     if original is not None:
@@ -186,12 +187,17 @@ def _share(right: Iterator[bool]) -> float:
 
 def _log_probabilities(model: Any, example: Example) -> list[tuple[float, bool]]:
     """Returns of each choice its log-likelihood, and whether every token of it is the likeliest."""
+    context = model(input_ids=torch.tensor([example.context]), use_cache=True, logits_to_keep=1)
     results = []
     for choice in example.choices:
-        ids = torch.tensor([example.context + choice])
-        logits = model(input_ids=ids, logits_to_keep=len(choice) + 1).logits[0, :-1].float()
+        logits = context.logits[0]
+        if len(choice) > 1:
+            # Each choice goes on from the same context.
+            cache = copy.deepcopy(context.past_key_values)
+            rest = model(input_ids=torch.tensor([choice[:-1]]), past_key_values=cache)
+            logits = torch.cat([logits, rest.logits[0]])
         wanted = torch.tensor(choice)
-        likelihood = logits.log_softmax(-1).gather(1, wanted[:, None]).sum().item()
+        likelihood = logits.float().log_softmax(-1).gather(1, wanted[:, None]).sum().item()
         results.append((likelihood, bool((logits.argmax(-1) == wanted).all())))
     return results
 
