@@ -86,8 +86,7 @@ def work(options: argparse.Namespace, name: str, seed: int) -> None:
         if not deployed.is_dir():
             started, used = time.monotonic(), time.process_time()
             texts = [one["text"] for one in read_articles(options.models, "fit")]
-            count = max(row.tokens // LENGTH, 1)
-            fit = pack_blocks(tokenizer, texts, count, LENGTH, seed)
+            fit = pack_blocks(tokenizer, texts, None, LENGTH, seed)
             scratch = folder / "checkpoints"
             model = make(row, source, fit, seed, options.bf16, scratch, say)
             write_json(

@@ -18,6 +18,7 @@ from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, calibrate
 GROUPS = {"weight_granularity": "per_group", "group_size": 64}
 LEARNED = {**GROUPS, "weight_quantizer": "lsq"}
 LENGTH = 256
+_BATCH = 2
 # What a calibrated start reads, in blocks.
 SAMPLES = RECIPES["default"].calibration_samples
 
@@ -93,7 +94,8 @@ def make(
     Args:
         row: The row.
         source: The float model's folder.
-        fit: Blocks to fit and train on, int64 [n, length]; the seed's, shuffled.
+        fit: Blocks to fit and train on, int64 [n, length], in the seed's order: all that there are,
+            of which training takes as many as it may.
         seed: Of the training.
         bf16: Whether to compute in bfloat16 (autocast).
         scratch: Where checkpoints are kept.
@@ -110,7 +112,7 @@ def make(
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             say(str(calibrate(model, samples, progress=_progress(say))))
     if row.blocks and not row.calibrated:
-        _train(row, model, source, fit[: row.blocks], seed, bf16, scratch, say)
+        _train(row, model, source, fit, seed, bf16, scratch, say)
     return model
 
 
@@ -127,7 +129,7 @@ def _train(
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
     arguments = TrainingArguments(
-        output_dir=str(scratch), per_device_train_batch_size=2, num_train_epochs=1,
+        output_dir=str(scratch), per_device_train_batch_size=_BATCH, max_steps=row.blocks // _BATCH,
         learning_rate=row.rate, lr_scheduler_type="cosine", warmup_steps=0.1, adam_beta2=0.95,
         weight_decay=0.0, use_cpu=True, bf16=bf16, seed=seed, report_to="none",
         save_steps=0.1, save_total_limit=1, logging_steps=0.05, disable_tqdm=True,

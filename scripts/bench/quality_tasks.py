@@ -70,13 +70,15 @@ def begins(tokenizer: Any) -> list[int]:
     return ids[:1] if ids[0] == tokenizer.bos_token_id else []
 
 
-def pack_blocks(tokenizer: Any, texts: Sequence[str], count: int, length: int, seed: int) -> Tensor:
+def pack_blocks(
+    tokenizer: Any, texts: Sequence[str], count: int | None, length: int, seed: int
+) -> Tensor:
     """Returns blocks of tokens of texts one after another, int64 [count, length].
 
     Args:
         tokenizer: The model's.
         texts: The texts, shuffled by the seed.
-        count: How many blocks.
+        count: How many blocks; None for all that there are.
         length: Tokens of a block, a BOS before each where the tokenizer puts one.
         seed: Of the order.
 
@@ -89,10 +91,14 @@ def pack_blocks(tokenizer: Any, texts: Sequence[str], count: int, length: int, s
     ids: list[int] = []
     for index in order.tolist():
         ids += tokenizer(texts[index] + "\n\n", add_special_tokens=False)["input_ids"]
-        if len(ids) >= count * width:
-            rows = torch.tensor(ids[: count * width]).view(count, width)
-            return torch.cat([torch.tensor(first).expand(count, -1).long(), rows], 1)
-    raise SystemExit(f"quality: the text must hold {count} blocks, got {len(ids) // width}")
+        if count is not None and len(ids) >= count * width:
+            break
+    held = len(ids) // width
+    if count is not None and held < count:
+        raise SystemExit(f"quality: the text must hold {count} blocks, got {held}")
+    blocks = held if count is None else count
+    rows = torch.tensor(ids[: blocks * width]).view(blocks, width)
+    return torch.cat([torch.tensor(first).expand(blocks, -1).long(), rows], 1)
 
 
 def make_tasks(
