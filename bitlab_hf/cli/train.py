@@ -83,9 +83,9 @@ def train(
 ) -> None:
     """Fine-tunes a model to be ternary; `bitlab deploy` packs the result.
 
-    A float model gets a scale for each 128 inputs, or 64 where 128 does not divide, which is trained
-    with it, unless options of the scheme say otherwise. Learns from MODEL itself as the teacher. Checkpoints and statistics
-    go to OUTPUT/run.
+    A float model gets a scale for each 128 inputs, or 64 where 128 does not divide, which is
+    trained with it, unless options of the scheme say otherwise. Learns from MODEL itself as the
+    teacher. Checkpoints and statistics go to OUTPUT/run.
     """
     from transformers import TrainingArguments
     from transformers.trainer_callback import PrinterCallback
