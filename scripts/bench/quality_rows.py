@@ -52,7 +52,7 @@ class Row:
         return max(0, self.tokens // LENGTH - fitted)
 
 
-# Its calibration was another one too, which is gone.
+# Its calibration was another one too, which is gone: this one has today's.
 _FORMER = replace(RECIPES["default"], scale_rate=1.0, vector_rate=1.0)
 _FITTED = SAMPLES * LENGTH
 _DEFAULT = Row("default, 64 k tokens", LEARNED, recipe=RECIPES["default"], tokens=65_536, rate=2e-4)
@@ -69,7 +69,7 @@ ROWS: dict[str, Row] = {
         "AutoBitLinear online, Trainer, 256 k", None, stock=True, tokens=262_144, rate=1e-3
     ),
     "former": Row(
-        "the default until November 2026: per tensor", recipe=_FORMER,
+        "the former default's training: per tensor, one rate", recipe=_FORMER,
         tokens=_FITTED + 51_200, rate=3e-4,
     ),
     "budget": replace(

@@ -111,6 +111,7 @@ def test_short_run_through_the_command_line(tmp_path: Path) -> None:
         assert len(report[name]["texts"]) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert "bit-identical" in done.stderr
+    assert "Scales of the weights: per tensor." in " ".join(done.stderr.split())
 
 
 def test_usage() -> None:

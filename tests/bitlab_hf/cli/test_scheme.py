@@ -217,6 +217,10 @@ def test_groups_of_a_pretrained_model(
     layer = config.layer_config("model.layers.0.mlp.up_proj")
     assert (layer.weight_granularity, layer.group_size, layer.group_scale_dtype) == expected
     assert config.overrides == {}
+    # Scales of groups are learned, unless another estimator is asked for.
+    assert config.weight_quantizer == ("lsq" if config.group_size else "absmean")
+    asked = pretrained_config("x", {**given, "weight_quantizer": "twn"}, None, str(states["float"]))
+    assert asked.weight_quantizer == "twn"
     pretrained_config("x", given, None)
     # A latent model has its scheme.
     theirs = BitLabConfig().to_dict()
