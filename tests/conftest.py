@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,9 +95,14 @@ def gpu() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _as_if_alone() -> Iterator[None]:
-    """The same random numbers and thread count for every test, whatever ran before."""
+    """The same random numbers and thread count for every test, whatever ran before.
+
+    torch.compile keeps eight versions of a function and no more, so those of other tests go.
+    """
     before = torch.get_num_threads()
     torch.manual_seed(0)
     yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     if torch.get_num_threads() != before:
         torch.set_num_threads(before)

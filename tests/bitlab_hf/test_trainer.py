@@ -156,7 +156,6 @@ def test_compiled_training_is_eager_training(tmp_path: Path) -> None:
     source = make_float_model("llama", tmp_path, num_hidden_layers=1)
     eager = make_trainer(load(source), tmp_path)
     eager.train()
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = make_trainer(load(source), tmp_path, torch_compile=True, eval_strategy="no")
     compiled.train()
