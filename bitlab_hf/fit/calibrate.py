@@ -10,43 +10,27 @@ second stream are those of the first (`solve`), and become latent weights
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitcore.errors import ArgumentError, LifecycleError, NonFiniteError
+from bitlab_hf.fit.kept import KeptLayers, LayerReport, settings_of
 from bitlab_hf.fit.latent import check_estimator
 from bitlab_hf.fit.solve import Moments, damped, loss_of, solve, wanted_weight
-from bitlab_hf.fit.streams import find_units
+from bitlab_hf.fit.streams import Originals, Unit, find_units
 from bitlab_hf.fit.sums import SumFinder
-from bitlab_hf.fit.taps import Tap, tapped
+from bitlab_hf.fit.taps import Batch, Tap, tapped
 from bitlab_hf.model.tree import decoder_layers, find_modules
 from bitlayers.base import BitLayerBase
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What calibration did to a layer.
-
-    Attributes:
-        name: Of the layer.
-        rounding_error: ``|Y - Y_t|^2 / |Y|^2`` over the calibration tokens if its weight were
-            rounded: Y the wanted outputs, Y_t the ternary ones.
-        error: The same, calibrated.
-        zeros: Share of codes 0.
-    """
-
-    name: str
-    rounding_error: float
-    error: float
-    zeros: float
 
 
 @dataclass(frozen=True)
@@ -75,6 +59,26 @@ class CalibrationReport:
         )
 
 
+@dataclass(frozen=True)
+class _Numbers:
+    """The arguments of `calibrate` that are numbers, checked."""
+
+    batch_size: int
+    damping: float
+    rounds: int
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("batch_size", self.batch_size, 1), ("rounds", self.rounds, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ArgumentError(
+                    f"calibrate: {name} must be an int of at least {least}, got {value!r}"
+                )
+        if not isinstance(self.damping, (int, float)) or not 0 < self.damping < math.inf:
+            raise ArgumentError(
+                f"calibrate: damping must be a number above 0, got {self.damping!r}"
+            )
+
+
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
@@ -83,6 +87,7 @@ def calibrate(
     *,
     damping: float = 0.1,
     rounds: int = 4,
+    folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> CalibrationReport:
     """Chooses the ternary codes and scales of a latent model by what its layers get to see.
@@ -93,19 +98,24 @@ def calibrate(
     Args:
         model: A latent model from ``from_pretrained`` or `replace_linear`; changed in place.
         samples: Tokenized texts: dicts with ``input_ids`` (and perhaps ``attention_mask``), rows of
-            a dataset, or integers [L]. A few hundred are enough.
+            a dataset, or integers [L]; those of less than two tokens are left out. A few hundred
+            are enough.
         batch_size: Samples run at a time.
         damping: What is added to the diagonal of each Hessian, in units of its mean. A small one
             fits the samples, and on other text is worse.
         rounds: How often scales and codes are improved in turn, after GPTQ's pass.
+        folder: Keeps what is found, layer by layer: a call with the same model, samples and
+            settings goes on from there, to the same bits. Remove it when it is no longer needed.
         progress: Called with layers done, layers in all and the layer's name.
 
     Returns:
         What was done, with each layer's error.
 
     Raises:
-        ArgumentError: There are no samples, or not of token ids.
+        ArgumentError: There are no samples of two tokens, or not of token ids; or the folder is of
+            another fit (`bitlab_hf.fit.kept.OtherFitError`).
         ConfigError: The model's estimator cannot be inverted.
+        DiskFullError: The folder's disk is full; the layers that it keeps stay.
         LifecycleError: The model is not latent, or its weights are sharded or shared.
         NonFiniteError: A weight, or an activation, holds NaN or infinity.
 
@@ -121,9 +131,12 @@ def calibrate(
     """
     started = time.monotonic()
     inner: nn.Module = getattr(model, "_orig_mod", model)
-    _check_numbers(batch_size, damping, rounds)
+    numbers = _Numbers(batch_size, damping, rounds)
     _check(inner)
     ids = _batches(samples, batch_size, next(inner.parameters()).device)
+    kept = None
+    if folder is not None:
+        kept = KeptLayers(folder, settings_of(ids, asdict(numbers)), writes=_is_first_process())
     reports: list[LayerReport] = []
     with tapped(inner) as (taps, streams):
         try:
@@ -135,12 +148,10 @@ def calibrate(
         for number, (unit, batches) in enumerate(units):
             originals = unit.originals(batches, finder)
             for group in originals.groups:
-                moments = unit.moments(group, batches, originals)
-                originals.inputs.pop(group[0], None)
-                for tap in group:
-                    reports.append(_calibrate(tap, moments, damping, rounds))
+                for report in _calibrate_group(group, unit, batches, originals, kept, numbers):
+                    reports.append(report)
                     if progress is not None:
-                        progress(len(reports), len(taps), tap.name)
+                        progress(len(reports), len(taps), report.name)
             # What is outside of the blocks runs the whole model, from the token ids.
             if number + 1 < len(units) and not units[number + 1][0].whole:
                 following = units[number + 1][1]
@@ -157,14 +168,41 @@ def calibrate(
     )
 
 
-def _calibrate(tap: Tap, moments: Moments, damping: float, rounds: int) -> LayerReport:
+def _calibrate_group(
+    group: list[Tap],
+    unit: Unit,
+    batches: list[Batch],
+    originals: Originals,
+    kept: KeptLayers | None,
+    numbers: _Numbers,
+) -> Iterator[LayerReport]:
+    """Gives taps that read one tensor their ternary weights, or those that are kept."""
+    found = None if kept is None else kept.read(group)
+    if found is not None:
+        yield from found
+    else:
+        moments = unit.moments(group, batches, originals)
+        for tap in group:
+            report = _calibrate(tap, moments, numbers)
+            if kept is not None:
+                kept.write(tap, report)
+            yield report
+    originals.inputs.pop(group[0], None)
+
+
+def _calibrate(tap: Tap, moments: Moments, numbers: _Numbers) -> LayerReport:
     """Gives a tap its ternary weight."""
     layer = tap.layer
-    hessian = damped(moments.hessian, damping)
-    target = wanted_weight(layer.weight, moments, damping)
+    if not bool(torch.isfinite(moments.hessian.diagonal()).all()):
+        raise NonFiniteError(
+            f"calibrate: what {tap.name} reads behind ternary layers must be finite, got NaN or "
+            "infinity; nothing changed"
+        )
+    hessian = damped(moments.hessian, numbers.damping)
+    target = wanted_weight(layer.weight, moments, numbers.damping)
     rows, *groups = layer.estimated_shape()
     leveled = layer.quant_config.granularity == "per_group"
-    codes, scales = solve(target, hessian, (rows, math.prod(groups)), rounds, leveled)
+    codes, scales = solve(target, hessian, (rows, math.prod(groups)), numbers.rounds, leveled)
     tap.set(codes, scales)
     whole = float(((target @ hessian) * target).sum())
     roundings = layer.dequantized_weight().double()
@@ -174,16 +212,6 @@ def _calibrate(tap: Tap, moments: Moments, damping: float, rounds: int) -> Layer
         error=loss_of(target - codes * scales.full(), hessian) / whole if whole else 0.0,
         zeros=float((codes == 0).double().mean()),
     )
-
-
-def _check_numbers(batch_size: int, damping: float, rounds: int) -> None:
-    for name, value, least in (("batch_size", batch_size, 1), ("rounds", rounds, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ArgumentError(
-                f"calibrate: {name} must be an int of at least {least}, got {value!r}"
-            )
-    if not isinstance(damping, (int, float)) or not 0 < damping < math.inf:
-        raise ArgumentError(f"calibrate: damping must be a number above 0, got {damping!r}")
 
 
 def _check(model: nn.Module) -> None:
@@ -217,12 +245,18 @@ def _check(model: nn.Module) -> None:
         check_estimator(found.module.quant_config)
 
 
+def _is_first_process() -> bool:
+    spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not spread or torch.distributed.get_rank() == 0
+
+
 def _batches(samples: Any, batch_size: int, device: torch.device) -> list[Tensor]:
     """Returns token ids [B, L], samples of one length together, without padding."""
     rows = [_tokens(sample) for sample in samples]
-    rows = [row for row in rows if len(row)]
+    # One token says nothing of what layers make of a text.
+    rows = [row for row in rows if len(row) > 1]
     if not rows:
-        raise ArgumentError("calibrate: samples must hold tokens, got none")
+        raise ArgumentError("calibrate: samples must hold texts of at least 2 tokens, got none")
     lengths: dict[int, list[Tensor]] = {}
     for row in rows:
         lengths.setdefault(len(row), []).append(row)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,7 @@ from transformers.utils.logging import tqdm
 
 from bitcore.errors import ArgumentError, ConfigError, LifecycleError
 from bitlab_hf.fit.calibrate import CalibrationReport, Progress, calibrate
+from bitlab_hf.fit.kept import OtherFitError
 from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.train.recipe import Recipe
 
@@ -29,6 +32,8 @@ logger = logging.getLogger("bitlab")
 
 # Samples that are run at a time.
 _BATCH = 8
+# Below the output directory, until training has ended: what calibration has found so far.
+_FOLDER = "calibration"
 
 
 class CalibratedStartMixin(_Base):
@@ -36,6 +41,7 @@ class CalibratedStartMixin(_Base):
     training data before the first step, where the recipe asks for it.
 
     Left out where training resumes, and where latent weights are frozen, as under an adapter.
+    A run that was killed meanwhile goes on with the layers that it had come to.
     Undone where the loss of the examples does not fall: weights that were trained ternary already
     lose by it. All processes do the same, on the same examples.
 
@@ -54,7 +60,15 @@ class CalibratedStartMixin(_Base):
         wanted = self.recipe.calibration_samples and self.train_dataset is not None
         if wanted and not resume_from_checkpoint:
             self.calibration = self._calibrate(self.accelerator.unwrap_model(self.model))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.is_world_process_zero():
+            shutil.rmtree(self._calibration_folder, ignore_errors=True)
+        return result
+
+    @property
+    def _calibration_folder(self) -> Path:
+        directory: Any = self.args.output_dir
+        return Path(directory) / _FOLDER
 
     @torch.no_grad()
     def _calibrate(self, model: Any) -> CalibrationReport | None:
@@ -74,7 +88,7 @@ class CalibratedStartMixin(_Base):
             rounded = _loss(model, batches)
             try:
                 samples = [row for batch in batches for row in _rows(batch)]
-                report = calibrate(model, samples, _BATCH, progress=progress)
+                report = self._calibrate_kept(model, samples, progress)
             except (ArgumentError, ConfigError, LifecycleError) as error:
                 logger.warning("BitLabTrainer: training starts without calibration: %s", error)
                 return None
@@ -94,6 +108,20 @@ class CalibratedStartMixin(_Base):
             calibrated,
         )
         return None
+
+    def _calibrate_kept(
+        self, model: Any, samples: list[Any], progress: Progress
+    ) -> CalibrationReport:
+        """Calibrates; goes on where a run that was killed has come to."""
+        folder = self._calibration_folder
+        try:
+            return calibrate(model, samples, _BATCH, folder=folder, progress=progress)
+        except OtherFitError as error:
+            logger.info("calibration begins anew: %s", error)
+        if self.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        return calibrate(model, samples, _BATCH, folder=folder, progress=progress)
 
     def _calibration_batches(self) -> list[dict[str, Any]]:
         """Returns examples of the training data as the model takes them; draws from no generator

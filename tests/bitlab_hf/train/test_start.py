@@ -76,6 +76,48 @@ def test_the_default_recipe_asks_for_it(source: Path, tmp_path: Path) -> None:
     assert {total for _, total, _ in seen} == {14}
 
 
+def test_a_killed_one_goes_on(source: Path, tmp_path: Path) -> None:
+    straight = start(source, tmp_path / "straight")
+    assert not (tmp_path / "straight" / "calibration").exists()
+
+    def kill(done: int, _all: int, _name: str) -> None:
+        if done == 10:
+            raise KeyboardInterrupt
+
+    options = {"recipe": Recipe(calibration_samples=SAMPLES), "learning_rate": 0.0, "max_steps": 1}
+    killed = make(source, tmp_path / "killed", **options)
+    killed.calibration_progress = kill
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    folder = tmp_path / "killed" / "calibration"
+    found = {file: file.stat().st_mtime_ns for file in folder.glob("*.safetensors")}
+    assert len(found) == 10
+    again = make(source, tmp_path / "killed", **options)
+    again.calibration_progress = lambda done, _all, _name: times.append(kept_since(found))
+    times: list[bool] = []
+    again.train()
+    assert times == [True] * 14
+    assert not folder.exists()
+    assert_equal_states(state_of(straight.model), state_of(again.model))
+
+
+def kept_since(found: dict[Path, int]) -> bool:
+    return all(file.stat().st_mtime_ns == time for file, time in found.items())
+
+
+def test_one_of_other_settings_begins_anew(source: Path, tmp_path: Path) -> None:
+    def kill(done: int, _all: int, _name: str) -> None:
+        raise KeyboardInterrupt
+
+    other = make(source, tmp_path, recipe=Recipe(calibration_samples=4))
+    other.calibration_progress = kill
+    with pytest.raises(KeyboardInterrupt):
+        other.train()
+    assert list((tmp_path / "calibration").glob("*.safetensors"))
+    trainer = start(source, tmp_path)
+    assert trainer.calibration.samples == SAMPLES
+
+
 @pytest.mark.parametrize("quantizer", ["absmean", "twn", "lsq"])
 def test_groups_in_two_levels_to_the_end(source: Path, tmp_path: Path, quantizer: str) -> None:
     """Calibrated, distilled, watched and deployed: one forward, and scales that train."""

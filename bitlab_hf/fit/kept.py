@@ -1,0 +1,179 @@
+"""A folder that keeps what calibration has found, layer by layer, so that it can go on from there.
+
+``calibration.json`` says of what samples and settings it is; ``NAME.safetensors`` holds a layer's
+packed codes and its scales. Each file is written in one step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bitcore.errors import ArgumentError, CheckpointError
+from bitcore.packing import pack_codes, unpack_ternary
+from bitlab_hf.checkpoint.atomic import (
+    check_place,
+    naming_full_disk,
+    put_in_place,
+    staged_beside,
+    write_atomically,
+)
+from bitlab_hf.fit.solve import Scales
+from bitlab_hf.fit.taps import Tap
+
+_SETTINGS = "calibration.json"
+_OP = "calibrate"
+
+
+class OtherFitError(ArgumentError):
+    """A folder keeps what was found with other settings, samples or weights."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What calibration did to a layer.
+
+    Attributes:
+        name: Of the layer.
+        rounding_error: ``|Y - Y_t|^2 / |Y|^2`` over the calibration tokens if its weight were
+            rounded: Y the wanted outputs, Y_t the ternary ones.
+        error: The same, calibrated.
+        zeros: Share of codes 0.
+    """
+
+    name: str
+    rounding_error: float
+    error: float
+    zeros: float
+
+
+def settings_of(ids: list[Tensor], numbers: Mapping[str, float]) -> dict[str, Any]:
+    """Returns what a folder's layers depend on beside the model.
+
+    Args:
+        ids: Token ids [B, L] of each batch.
+        numbers: The arguments of `calibrate`.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in ids:
+        digest.update(repr(tuple(part.shape)).encode())
+        digest.update(part.cpu().numpy().tobytes())
+    kind = ids[0].device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return {**numbers, "autocast": str(dtype), "samples": digest.hexdigest()}
+
+
+class KeptLayers:
+    """The layers that a folder keeps.
+
+    Args:
+        path: The folder; made where it is missing.
+        settings: `settings_of` the fit.
+        writes: Whether this process adds to it.
+
+    Raises:
+        ArgumentError: The folder is no place for it.
+        OtherFitError: It is of other settings.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], settings: Mapping[str, Any], writes: bool = True
+    ) -> None:
+        self._folder, self._writes = check_place(path, _OP), writes
+        file = self._folder / _SETTINGS
+        if file.exists():
+            self._check(file, dict(settings))
+        elif writes:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(settings, indent=2) + "\n")
+
+    def read(self, taps: list[Tap]) -> list[LayerReport] | None:
+        """Makes layers as they are kept; returns their reports, or None if one is missing.
+
+        Raises:
+            OtherFitError: The layer's weight or configuration was another one.
+            CheckpointError: The file is damaged.
+        """
+        if not all(self._file(tap).exists() for tap in taps):
+            return None
+        return [self._read(tap) for tap in taps]
+
+    def _read(self, tap: Tap) -> LayerReport:
+        file = self._file(tap)
+        try:
+            with safe_open(file, "pt") as opened:
+                about = json.loads(opened.metadata()["layer"])
+                qweight, values = opened.get_tensor("qweight"), opened.get_tensor("scales")
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{_OP}: {file} must hold a layer, got a file that cannot be read: {error}\n"
+                "Remove it: the layer is calibrated again."
+            ) from error
+        if about["of"] != _mark(tap):
+            raise OtherFitError(
+                f"{_OP}: folder must be of this model, got one whose {tap.name} had another weight "
+                f"or configuration: {self._folder}\nName another folder, or remove this one."
+            )
+        rows, columns = tap.layer.weight.shape
+        device = tap.layer.weight.device
+        tap.set(
+            unpack_ternary(qweight, rows).to(device),
+            Scales(values.to(device), columns, about["leveled"]),
+        )
+        return LayerReport(tap.name, **about["report"])
+
+    def write(self, tap: Tap, report: LayerReport) -> None:
+        """Keeps a tap's layer.
+
+        Raises:
+            DiskFullError: It does not fit; what is kept already stays.
+        """
+        if not self._writes or tap.codes is None or tap.scales is None:
+            return
+        values = asdict(report)
+        del values["name"]
+        about = {"of": _mark(tap), "report": values, "leveled": tap.scales.leveled}
+        tensors = {
+            "qweight": pack_codes(tap.codes).cpu(),
+            "scales": tap.scales.values.contiguous().cpu(),
+        }
+        file = self._file(tap)
+        with naming_full_disk(file, _OP), staged_beside(file, _OP) as staged:
+            save_file(tensors, staged, {"layer": json.dumps(about)})
+            put_in_place(staged, file)
+
+    def _file(self, tap: Tap) -> Path:
+        return self._folder / f"{tap.name}.safetensors"
+
+    def _check(self, file: Path, settings: dict[str, Any]) -> None:
+        try:
+            held = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{_OP}: {file} must be JSON, got {error}\nRemove the folder, or name another one."
+            ) from error
+        for name in [*settings, *held]:
+            if held.get(name) != settings.get(name):
+                raise OtherFitError(
+                    f"{_OP}: folder must be of this fit, got one with {name} {held.get(name)!r} "
+                    f"instead of {settings.get(name)!r}: {file.parent}\n"
+                    "Name another folder, or remove this one."
+                )
+
+
+def _mark(tap: Tap) -> list[Any]:
+    """Returns what tells a layer's weight and configuration from others."""
+    weight = tap.layer.weight.detach().contiguous()
+    data = weight.cpu().view(torch.uint8).numpy()
+    return [list(weight.shape), zlib.crc32(data), tap.layer.quant_config.to_dict()]
