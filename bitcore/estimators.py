@@ -272,9 +272,10 @@ def lsq_gradients(dw: Tensor, weight: Tensor, step: Tensor) -> tuple[Tensor, Ten
     shape = step.shape
     gradient, step = _grouped(dw.float(), step)
     ratio = weight.float().view(gradient.shape) * (1.0 / step)
-    codes = (ratio > 0.5).float() - (ratio < -0.5).float()
+    # Half to even: what lies on a threshold is 0, as in the codes themselves.
+    codes = ratio.round().clamp_(-1.0, 1.0)
     inside = ratio.abs() < LEARNED_BOUND
-    terms = gradient * (codes - torch.where(inside, ratio, 0.0))
+    terms = codes.sub_(ratio.mul_(inside)).mul_(gradient)
     if shape == (1,) and weight.shape[0] > 1:
         sums = terms.sum().view(1)
     else:

@@ -53,15 +53,16 @@ class GuardMixin(_Base):
         super().__init__(model, args, *rest, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole.
+        """Trains; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole, or goes
+        on with a calibrated start that was killed before there was one.
 
         Raises:
-            CheckpointError: There is none, or it was made with another recipe.
+            CheckpointError: There is neither, or it was made with another recipe.
             NonFiniteError: A loss or gradient was NaN or infinite; nothing was updated with it.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
-            if resume_from_checkpoint is None:
+            if resume_from_checkpoint is None and not self._calibration_folder.is_dir():
                 raise CheckpointError(
                     f"BitLabTrainer: {self.args.output_dir} must hold a checkpoint to resume, "
                     "got none that is whole"
