@@ -87,6 +87,7 @@ def calibrate(
     *,
     damping: float = 0.1,
     rounds: int = 4,
+    blocks: range | None = None,
     folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> CalibrationReport:
@@ -104,6 +105,10 @@ def calibrate(
         damping: What is added to the diagonal of each Hessian, in units of its mean. A small one
             fits the samples, and on other text is worse.
         rounds: How often scales and codes are improved in turn, after GPTQ's pass.
+        blocks: Which decoder layers, by number; the last one's come with what is outside of them.
+            All others run as their ``quant_strength`` says, ternary at 1 and in full precision at
+            0, and the layers are fitted to what they themselves give in such a model. None for
+            the whole model, beside the original one.
         folder: Keeps what is found, layer by layer: a call with the same model, samples and
             settings goes on from there, to the same bits. Remove it when it is no longer needed.
         progress: Called with layers done, layers in all and the layer's name.
@@ -138,26 +143,24 @@ def calibrate(
     if folder is not None:
         kept = KeptLayers(folder, settings_of(ids, asdict(numbers)), writes=_is_first_process())
     reports: list[LayerReport] = []
-    with tapped(inner) as (taps, streams):
-        try:
-            blocks = decoder_layers(inner)
-        except ArgumentError:
-            blocks = []
+    layers = _decoder_layers(inner)
+    with tapped(inner, _left(inner, layers, blocks)) as (taps, streams):
         finder = SumFinder(streams)
-        units = find_units(inner, blocks, ids, taps, streams)
-        for number, (unit, batches) in enumerate(units):
-            originals = unit.originals(batches, finder)
-            for group in originals.groups:
-                for report in _calibrate_group(group, unit, batches, originals, kept, numbers):
-                    reports.append(report)
-                    if progress is not None:
-                        progress(len(reports), len(taps), report.name)
+        units = find_units(inner, layers, ids, taps, streams)
+        wanted = range(len(units)) if blocks is None else _units_of(blocks, units)
+        total = sum(len(unit.taps) for unit, _ in units[wanted.start : wanted.stop])
+        for number, (unit, batches) in enumerate(units[: wanted.stop]):
+            originals = None
+            if number in wanted:
+                originals = unit.originals(batches, finder)
+                for group in originals.groups:
+                    for report in _calibrate_group(group, unit, batches, originals, kept, numbers):
+                        reports.append(report)
+                        if progress is not None:
+                            progress(len(reports), total, report.name)
             # What is outside of the blocks runs the whole model, from the token ids.
-            if number + 1 < len(units) and not units[number + 1][0].whole:
-                following = units[number + 1][1]
-                ternary = unit.advance(batches)
-                for batch, *pair in zip(following, originals.outputs, ternary, strict=True):
-                    batch.original, batch.ternary = pair
+            if number + 1 < wanted.stop and not units[number + 1][0].whole:
+                _pass_on(unit, batches, originals, units[number + 1][1])
             # The next block's are made beside nothing of this one.
             batches.clear()
         for tap in taps.values():
@@ -166,6 +169,47 @@ def calibrate(
     return CalibrationReport(
         tuple(reports), sum(len(part) for part in ids), tokens, time.monotonic() - started
     )
+
+
+def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+    try:
+        return decoder_layers(model)
+    except ArgumentError:
+        return []
+
+
+def _left(model: nn.Module, layers: list[nn.Module], blocks: range | None) -> set[nn.Module]:
+    """Returns the quantized layers that stay ternary while some decoder layers are calibrated."""
+    if blocks is None:
+        return set()
+    wanted = {module for layer in layers[blocks.start : blocks.stop] for module in layer.modules()}
+    if blocks.stop == len(layers):
+        inside = {module for layer in layers for module in layer.modules()}
+        wanted |= set(model.modules()) - inside
+    found = {one.module for one in find_modules(model, BitLayerBase)}
+    return {module for module in found - wanted if module.quant_strength == 1}
+
+
+def _units_of(blocks: range, units: list[tuple[Unit, list[Batch]]]) -> range:
+    """Returns which units some decoder layers are, with what is outside if they are the last."""
+    inside = sum(not unit.whole for unit, _ in units)
+    if not 0 <= blocks.start < blocks.stop <= inside or blocks.step != 1:
+        raise ArgumentError(
+            f"calibrate: blocks must be of the {inside} decoder layers that run one after another, "
+            f"got {blocks}"
+        )
+    return range(blocks.start, len(units) if blocks.stop == inside else blocks.stop)
+
+
+def _pass_on(
+    unit: Unit, batches: list[Batch], originals: Originals | None, following: list[Batch]
+) -> None:
+    """Gives the next unit what this one makes of its batches, in both streams."""
+    ternary = unit.advance(batches)
+    # Before the first one that is calibrated there is one stream.
+    original = ternary if originals is None else originals.outputs
+    for batch, *pair in zip(following, original, ternary, strict=True):
+        batch.original, batch.ternary = pair
 
 
 def _calibrate_group(

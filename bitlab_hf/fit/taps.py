@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +71,7 @@ class Tap:
         layer.weight.copy_(latent_weight(layer.weight, codes.double(), scales, layer.quant_config))
         if layer.learned_scale is not None:
             layer.learned_scale.copy_(scales.values.reshape(layer.learned_scale.shape))
+        layer.quant_strength = 1.0
 
     def __call__(self, x: Tensor) -> Tensor:
         """Runs the layer on x [..., K] in the stream at work."""
@@ -95,11 +96,20 @@ class Tap:
 
 
 @contextmanager
-def tapped(model: nn.Module) -> Iterator[tuple[dict[nn.Module, Tap], Streams]]:
-    """Puts taps into all quantized layers, in eval mode; puts everything back at the end."""
+def tapped(
+    model: nn.Module, left: Container[nn.Module] = ()
+) -> Iterator[tuple[dict[nn.Module, Tap], Streams]]:
+    """Puts taps into quantized layers, in eval mode; puts everything back at the end.
+
+    Args:
+        model: Any module tree.
+        left: Layers that stay as they are.
+    """
     streams = Streams()
     taps: dict[nn.Module, Tap] = {
-        found.module: Tap(found, streams) for found in find_modules(model, BitLayerBase)
+        found.module: Tap(found, streams)
+        for found in find_modules(model, BitLayerBase)
+        if found.module not in left
     }
     training = {module: module.training for module in model.modules()}
     model.eval()

@@ -5,23 +5,28 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils.logging import tqdm
 
 from bitcore.errors import ArgumentError, ConfigError, LifecycleError
 from bitlab_hf.fit.calibrate import CalibrationReport, Progress, calibrate
 from bitlab_hf.fit.kept import OtherFitError
-from bitlab_hf.model.tree import quantized_layers
+from bitlab_hf.fit.taps import tapped
+from bitlab_hf.model.tree import decoder_layers, quantized_layers
 from bitlab_hf.train.recipe import Recipe
+from bitlab_hf.train.stages import StagedCalibration
+from bitlayers import set_quant_strength
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -32,8 +37,11 @@ logger = logging.getLogger("bitlab")
 
 # Samples that are run at a time.
 _BATCH = 8
-# Below the output directory, until training has ended: what calibration has found so far.
-_FOLDER = "calibration"
+
+
+def calibration_folder(args: Any) -> Path:
+    """Returns where a run keeps, until it has ended, what calibration has found so far."""
+    return Path(args.output_dir) / "calibration"
 
 
 class CalibratedStartMixin(_Base):
@@ -56,25 +64,88 @@ class CalibratedStartMixin(_Base):
     calibration_progress: Progress | None = None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Calibrates, unless a run goes on; then trains."""
+        """Calibrates, unless a run goes on, or has it done in stages; then trains."""
+        model = self.accelerator.unwrap_model(self.model)
         wanted = self.recipe.calibration_samples and self.train_dataset is not None
-        if wanted and not resume_from_checkpoint:
-            self.calibration = self._calibrate(self.accelerator.unwrap_model(self.model))
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        stages = self._stages(model, resume_from_checkpoint) if wanted else None
+        if stages is not None:
+            self.add_callback(stages)
+        elif wanted and not resume_from_checkpoint:
+            self.calibration = self._calibrate(model)
+        try:
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if stages is not None:
+                self.remove_callback(stages)
+                set_quant_strength(model, 1.0)
         if self.is_world_process_zero():
-            shutil.rmtree(self._calibration_folder, ignore_errors=True)
+            shutil.rmtree(calibration_folder(self.args), ignore_errors=True)
         return result
 
-    @property
-    def _calibration_folder(self) -> Path:
-        directory: Any = self.args.output_dir
-        return Path(directory) / _FOLDER
+    def _stages(self, model: Any, checkpoint: str | None) -> StagedCalibration | None:
+        """Returns what calibrates in stages; None where it is to be done at once, or not at all."""
+        recipe = self.recipe
+        if recipe.stages == 1 or not _is_trainable(model) or not _has_decoder_layers(model):
+            return None
+        # Calibration in the midst of training meets weights that are sharded.
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None
+        if checkpoint:
+            state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+            if StagedCalibration.__name__ not in state.stateful_callbacks:
+                return None
+        elif not self._is_better_float(model):
+            return None
+        self.calibration = None
+        return StagedCalibration(recipe.stages, recipe.stage_share, self._fit_stage)
+
+    @torch.no_grad()
+    def _is_better_float(self, model: Any) -> bool:
+        """Tells whether the latent weights are those of a model in full precision."""
+        batches = self._calibration_batches()
+        with self.accelerator.autocast():
+            rounded = _loss(model, batches)
+            with tapped(model) as (_, streams):
+                full = _loss(model, batches, streams.calls.clear)
+        if full < rounded:
+            return True
+        logger.warning(
+            "BitLabTrainer: layers become ternary at once: the loss of %d examples is %.4f in full "
+            "precision and %.4f ternary",
+            sum(1 for batch in batches for _ in _rows(batch)),
+            full,
+            rounded,
+        )
+        return False
+
+    @torch.no_grad()
+    def _fit_stage(self, blocks: range) -> bool:
+        """Calibrates decoder layers in the midst of training; tells whether it could."""
+        model = self.accelerator.unwrap_model(self.model)
+        samples = [row for batch in self._calibration_batches() for row in _rows(batch)]
+        done = () if self.calibration is None else self.calibration.layers
+        with self.accelerator.autocast(), self._calibration_bar() as progress:
+            total = len(quantized_layers(model))
+
+            def advance(count: int, _total: int, name: str) -> None:
+                progress(len(done) + count, total, name)
+
+            try:
+                found = self._calibrate_kept(model, samples, advance, blocks)
+            except (ArgumentError, ConfigError, LifecycleError) as error:
+                logger.warning("BitLabTrainer: training goes on without calibration: %s", error)
+                return False
+        before = 0.0 if self.calibration is None else self.calibration.seconds
+        self.calibration = replace(
+            found, layers=done + found.layers, seconds=before + found.seconds
+        )
+        return True
 
     @torch.no_grad()
     def _calibrate(self, model: Any) -> CalibrationReport | None:
-        layers = [one.module for one in quantized_layers(model) if not one.module.is_deployed]
-        if not layers or not all(layer.weight.requires_grad for layer in layers):
+        if not _is_trainable(model):
             return None
+        layers = [one.module for one in quantized_layers(model)]
         if is_deepspeed_zero3_enabled():
             logger.warning(
                 "BitLabTrainer: training starts without calibration: ZeRO-3 holds the weights in "
@@ -110,18 +181,19 @@ class CalibratedStartMixin(_Base):
         return None
 
     def _calibrate_kept(
-        self, model: Any, samples: list[Any], progress: Progress
+        self, model: Any, samples: list[Any], progress: Progress, blocks: range | None = None
     ) -> CalibrationReport:
         """Calibrates; goes on where a run that was killed has come to."""
-        folder = self._calibration_folder
+        folder = calibration_folder(self.args)
+        kept: dict[str, Any] = {"blocks": blocks, "folder": folder, "progress": progress}
         try:
-            return calibrate(model, samples, _BATCH, folder=folder, progress=progress)
+            return calibrate(model, samples, _BATCH, **kept)
         except OtherFitError as error:
             logger.info("calibration begins anew: %s", error)
         if self.is_world_process_zero():
             shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        return calibrate(model, samples, _BATCH, folder=folder, progress=progress)
+        return calibrate(model, samples, _BATCH, **kept)
 
     def _calibration_batches(self) -> list[dict[str, Any]]:
         """Returns examples of the training data as the model takes them; draws from no generator
@@ -166,12 +238,37 @@ def _rows(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"input_ids": ids, "attention_mask": mask[index]} if masked else {"input_ids": ids}
 
 
-def _loss(model: nn.Module, batches: list[dict[str, Any]]) -> float:
-    """Returns the mean loss of the batches in eval mode; NaN for a model that gives none."""
+def _is_trainable(model: nn.Module) -> bool:
+    """Tells whether there are latent layers, and all of them learn."""
+    layers = [one.module for one in quantized_layers(model) if not one.module.is_deployed]
+    return bool(layers) and all(layer.weight.requires_grad for layer in layers)
+
+
+def _has_decoder_layers(model: nn.Module) -> bool:
+    try:
+        return bool(decoder_layers(model))
+    except ArgumentError:
+        return False
+
+
+def _loss(
+    model: nn.Module, batches: list[dict[str, Any]], after: Callable[[], None] = lambda: None
+) -> float:
+    """Returns the mean loss of the batches in eval mode; NaN for a model that gives none.
+
+    Args:
+        model: Any.
+        batches: What it is called with.
+        after: Called after each.
+    """
     training = model.training
     model.eval()
+    losses = []
     try:
-        losses = [getattr(model(**batch), "loss", None) for batch in batches]
+        for batch in batches:
+            loss = getattr(model(**batch), "loss", None)
+            losses.append(math.nan if loss is None else float(loss))
+            after()
     finally:
         model.train(training)
-    return sum(math.nan if loss is None else float(loss) for loss in losses) / max(1, len(losses))
+    return sum(losses) / max(1, len(losses))

@@ -27,7 +27,7 @@ from bitlab_hf.train.guard import (
 from bitlab_hf.train.rates import RatesMixin
 from bitlab_hf.train.recipe import Recipe
 from bitlab_hf.train.schedule import QuantStrengthWarmup
-from bitlab_hf.train.start import CalibratedStartMixin
+from bitlab_hf.train.start import CalibratedStartMixin, calibration_folder
 from bitlab_hf.train.statistics import TernaryStatistics
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ class GuardMixin(_Base):
         super().__init__(model, args, *rest, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole, or goes
-        on with a calibrated start that was killed before there was one.
+        """Trains; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole.
+
+        Where there is none yet, it goes on with a calibrated start that was killed.
 
         Raises:
             CheckpointError: There is neither, or it was made with another recipe.
@@ -62,7 +63,7 @@ class GuardMixin(_Base):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
-            if resume_from_checkpoint is None and not self._calibration_folder.is_dir():
+            if resume_from_checkpoint is None and not calibration_folder(self.args).is_dir():
                 raise CheckpointError(
                     f"BitLabTrainer: {self.args.output_dir} must hold a checkpoint to resume, "
                     "got none that is whole"

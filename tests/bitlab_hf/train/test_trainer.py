@@ -65,7 +65,8 @@ def make(source: Path, folder: Path, *, model: Any = None, **options: Any) -> Bi
     )
 
 
-NAMES = ("recipe", "teacher", "train_dataset", "data_collator", "callbacks", "statistics")
+DATA = ("train_dataset", "eval_dataset", "data_collator")
+NAMES = ("recipe", "teacher", "callbacks", "statistics", *DATA)
 
 
 def test_plain_is_the_trainer(source: Path, tmp_path: Path) -> None:
