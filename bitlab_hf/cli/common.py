@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # What counts may be; far above any use, far below what overflows in torch.
 MOST = 2**31 - 1
+# At which a pretrained model keeps most in the default recipe: docs/quality.md.
+LEARNING_RATE = 2e-4
 # More threads than this serve no machine, and their stacks can take a process down.
 MOST_THREADS = max(256, 4 * (os.cpu_count() or 1))
 

@@ -11,7 +11,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bitlab_hf.cli.common import MOST, Json, Threads, emit, quiet, set_threads
+from bitlab_hf.cli.common import (
+    LEARNING_RATE,
+    MOST,
+    Json,
+    Threads,
+    emit,
+    quiet,
+    set_threads,
+)
 from bitlab_hf.cli.errors import doing
 from bitlab_hf.cli.gguf_source import as_folder
 from bitlab_hf.cli.loading import check_trainable, load_model
@@ -31,6 +39,14 @@ def demo(
     ),
     quick: Annotated[bool, typer.Option("--quick", help="Train on a tenth of the tokens.")] = False,
     tokens: Annotated[int | None, typer.Option(min=1, max=MOST, help="Training tokens.")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="A folder with fit.jsonl and test.jsonl, objects with a text: what to "
+                     "train and score on. Default: the sources of Python's standard library."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was killed in OUTPUT.")
+    ] = False,
     threads: Threads = None,
     as_json: Json = False,
     *,
@@ -41,6 +57,7 @@ def demo(
     Unless options say otherwise, the model that ships with BitLab gets one scale a matrix, another
     one a scale for each 128 inputs, or 64 where 128 does not divide.
     """
+    from bitlab_hf.demo.corpus import read_articles
     from bitlab_hf.demo.run import Demo, Settings
 
     quiet()
@@ -51,7 +68,12 @@ def demo(
     configured = config_of if model is None else pretrained_config
     config = configured("demo", scheme, held)
     console = Console(stderr=as_json)
-    settings = Settings(model=model, output=output)
+    settings = Settings(model=model, output=output, text=text, resume=resume)
+    if text is not None:
+        for part in ("fit", "test"):
+            read_articles(text, part)
+    if model is not None:
+        settings = dataclasses.replace(settings, learning_rate=LEARNING_RATE)
     if quick:
         settings = dataclasses.replace(
             settings,

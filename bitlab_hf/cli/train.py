@@ -14,6 +14,7 @@ import typer
 
 from bitcore.errors import ArgumentError
 from bitlab_hf.cli.common import (
+    LEARNING_RATE,
     MOST,
     Batch,
     FloatSource,
@@ -67,7 +68,7 @@ def train(
     length: Length = 512,
     learning_rate: Annotated[
         float, typer.Option(min=0.0, callback=finite, help="Largest one; a cosine.")
-    ] = 2e-4,
+    ] = LEARNING_RATE,
     save_every: Annotated[
         int, typer.Option(min=1, max=MOST, help="Steps between checkpoints.")
     ] = 500,

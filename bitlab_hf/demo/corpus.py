@@ -1,4 +1,5 @@
-"""The demo's text: the Python standard library's own sources, which every machine with Python has.
+"""The demo's text: the Python standard library's own sources, which every machine with Python has,
+or articles in a folder.
 
 Whether a file is held out is decided by a hash of its path relative to the library, so the split is
 the same on every machine and in every script, and no held-out file is ever trained on. Left out of
@@ -9,11 +10,14 @@ what names the machine, and everything installed later.
 from __future__ import annotations
 
 import hashlib
+import json
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from bitcore.errors import ArgumentError
 
 Split = Literal["train", "heldout"]
 
@@ -74,3 +78,31 @@ def source_files(
             continue
         if text.strip():
             yield SourceFile(path, text)
+
+
+def read_articles(folder: Path, part: str) -> list[SourceFile]:
+    """Returns the texts of ``PART.jsonl`` in a folder, in its order.
+
+    Args:
+        folder: As ``scripts/real_models.py`` writes it.
+        part: ``"fit"`` or ``"test"``.
+
+    Raises:
+        ArgumentError: The file is missing, or a line of it is no object with a text.
+    """
+    file = folder / f"{part}.jsonl"
+    if not file.is_file():
+        raise ArgumentError(
+            f"demo: --text must be a folder with fit.jsonl and test.jsonl, got {folder} without "
+            f"{file.name}\nscripts/real_models.py makes one."
+        )
+    articles = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            held = json.loads(line)
+            articles.append(SourceFile(str(held.get("title", number)), str(held["text"])))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArgumentError(
+                f"demo: {file}, line {number} must be an object with a text, got {error!r}"
+            ) from error
+    return articles

@@ -27,6 +27,7 @@ class Report:
     model: str
     threads: int
     isa: str
+    prompts: tuple[str, ...] = PROMPTS
     train_tokens: int = 0
     heldout_tokens: int = 0
     original: Perplexity | None = None
@@ -46,7 +47,7 @@ def show_texts(report: Report, console: Console) -> None:
     """Prints what the original and the ternary model continue each prompt with."""
     assert report.original_probe is not None
     assert report.ternary_probe is not None
-    for index, prompt in enumerate(PROMPTS):
+    for index, prompt in enumerate(report.prompts):
         for name, answer in (
             ("original", report.original_probe),
             ("ternary", report.ternary_probe),
@@ -69,7 +70,8 @@ def show_table(report: Report, console: Console, output: Path) -> None:
         *_quality(report.original),
         *_cost(report.original_bytes, report.original_probe),
     )
-    table.add_row("original, fine-tuned", *_quality(report.finetuned))
+    if report.finetuned is not None:
+        table.add_row("original, fine-tuned", *_quality(report.finetuned))
     table.add_row("ternarized, untrained", *_quality(report.rounded))
     table.add_row(
         "ternary, trained",
@@ -78,11 +80,13 @@ def show_table(report: Report, console: Console, output: Path) -> None:
         style="bold",
     )
     console.print(table)
+    seen, beside = "Trained on", "the original's"
+    if report.finetuned is not None:
+        seen, beside = "Both fine-tunings saw the same", "the better full-precision one"
     same = "bit-identical" if report.logits_identical else "DIFFERENT"
     console.print(
-        f"Both fine-tunings saw the same {report.train_tokens:,} tokens; scored on "
-        f"{report.heldout_tokens:,} "
-        f"held-out ones. Perplexity is {report.ratio:.2f} times the better full-precision one. "
+        f"{seen} {report.train_tokens:,} tokens; scored on {report.heldout_tokens:,} held-out "
+        f"ones. Perplexity is {report.ratio:.2f} times {beside}. "
         f"Logits after reloading in a fresh process: {same}.\n"
         f"Total time {sum(report.seconds.values()):.0f} s. The model: {output}",
         markup=False,

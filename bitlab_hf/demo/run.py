@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,16 +34,19 @@ from transformers.trainer_callback import PrinterCallback
 from bitcore.errors import MissingExtraError
 from bitlab_hf.checkpoint.saving import save
 from bitlab_hf.config import BitLabConfig
-from bitlab_hf.demo.corpus import source_files
+from bitlab_hf.demo.corpus import read_articles, source_files
 from bitlab_hf.demo.probe import Answer, probe
 from bitlab_hf.demo.report import PROMPTS, Report, show_table, show_texts
 from bitlab_hf.demo.text import Blocks, Perplexity, make_blocks, measure_perplexity
 from bitlab_hf.model.deploy import deploy
 from bitlab_hf.model.groups import scales_in_words
-from bitlab_hf.train import BitLabTrainer, record_baseline
+from bitlab_hf.train import BitLabTrainer, last_checkpoint, record_baseline
+from bitlab_hf.train.start import calibration_folder
 
 # How often the ternary model is evaluated in training, and on which part of the held-out blocks.
 EVALUATIONS, EVALUATED = 8, 5
+# How often a long training is saved, and how many words of an article are continued.
+SAVES, _PROMPT_WORDS = 20, 12
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,9 @@ class Settings:
         generate: Tokens to generate for each prompt.
         seed: Of the order of the training blocks.
         folder: Its folder, where that is not what it is called.
+        text: A folder of articles to train and score on; see `read_articles`. The full-precision
+            model is not fine-tuned then. None for the standard library's sources.
+        resume: Whether to go on with a run that was killed.
         config: How it is made ternary.
     """
 
@@ -77,6 +84,8 @@ class Settings:
     generate: int = 64
     seed: int = 0
     folder: str | None = None
+    text: Path | None = None
+    resume: bool = False
     config: BitLabConfig = field(default_factory=BitLabConfig)
 
 
@@ -167,13 +176,15 @@ class Demo:
             rounded = deploy(self._latent(original))
             report.rounded = self._perplexity(rounded, heldout, progress, "ternarized, untrained")
             del rounded
-        with self._stage(3, "Fine-tuning: quantization-aware, and in full precision") as progress:
+        beside = "" if settings.text is not None else ", and in full precision"
+        with self._stage(3, f"Fine-tuning: quantization-aware{beside}") as progress:
             ternary = self._latent(original)
             self._train(ternary, train, progress, "ternary", teacher=model, watched=heldout)
-            # A teacher is frozen.
-            model.requires_grad_(True)
-            self._train(model, train, progress, "full precision")
-            report.finetuned = self._perplexity(model, heldout, progress, "full precision")
+            if settings.text is None:
+                # A teacher is frozen.
+                model.requires_grad_(True)
+                self._train(model, train, progress, "full precision")
+                report.finetuned = self._perplexity(model, heldout, progress, "full precision")
             del model
         with self._stage(4, "Deploy and save") as progress:
             dtype = self._load(original).dtype
@@ -189,8 +200,8 @@ class Demo:
             report.logits_identical = torch.equal(expected, logits)
             report.original_bytes = _weight_bytes(original)
             report.ternary_bytes = _weight_bytes(str(settings.output))
-        best = min(report.original.value, report.finetuned.value)
-        report.ratio = report.ternary.value / best
+        best = report.original if report.finetuned is None else report.finetuned
+        report.ratio = report.ternary.value / min(report.original.value, best.value)
         with self._stage(6, "The result"):
             show_texts(report, self._console)
         show_table(report, self._console, settings.output)
@@ -205,11 +216,18 @@ class Demo:
     def _blocks(self, tokenizer: Any, progress: Progress) -> tuple[Blocks, Blocks]:
         settings = self._settings
         task = progress.add_task("tokenize", total=2)
-        train_files = list(source_files("train"))
+        if settings.text is None:
+            train_files, heldout_files = list(source_files("train")), list(source_files("heldout"))
+        else:
+            train_files = read_articles(settings.text, "fit")
+            heldout_files = read_articles(settings.text, "test")
+            # How the first ones begin: nobody has chosen these.
+            begun = [" ".join(file.text.split()[:_PROMPT_WORDS]) for file in heldout_files]
+            self._report.prompts = tuple(begun[: len(PROMPTS)])
         random.Random(settings.seed).shuffle(train_files)
         train = make_blocks(tokenizer, train_files, settings.length)
         progress.advance(task)
-        heldout = make_blocks(tokenizer, source_files("heldout"), settings.length)
+        heldout = make_blocks(tokenizer, heldout_files, settings.length)
         progress.advance(task)
         order = torch.randperm(
             len(train.ids), generator=torch.Generator().manual_seed(settings.seed)
@@ -255,7 +273,9 @@ class Demo:
             bf16=self._bf16,
             use_cpu=True,
             seed=settings.seed,
-            save_strategy="no",
+            save_strategy="steps" if ternary and settings.text is not None else "no",
+            save_steps=1 / SAVES,
+            save_total_limit=1,
             report_to="none",
             logging_steps=5,
             disable_tqdm=True,
@@ -280,14 +300,19 @@ class Demo:
             record_baseline(trainer, teacher, "original")
             trainer.recipe.save(run)
             trainer.evaluate()
-        trainer.train()
+        held = last_checkpoint(run) is not None or calibration_folder(arguments).is_dir()
+        trainer.train(resume_from_checkpoint=(ternary and settings.resume and held) or None)
+        for checkpoint in run.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
         if watched is not None:
             trainer.save_state()
 
     def _probe(self, progress: Progress, model: Path, ids: Any) -> tuple[Answer, torch.Tensor]:
         name = "ternary" if model == self._settings.output else "original"
         task = progress.add_task(f"load, compare, generate: {name}", total=1)
-        result = probe(model, ids, list(PROMPTS), self._settings.generate, self._report.threads)
+        result = probe(
+            model, ids, list(self._report.prompts), self._settings.generate, self._report.threads
+        )
         progress.advance(task)
         return result
 

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,53 @@ def test_short_run_through_the_command_line(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert "bit-identical" in done.stderr
     assert "Scales of the weights: per tensor." in " ".join(done.stderr.split())
+
+
+def write_articles(folder: Path) -> Path:
+    """Makes a text as scripts/real_models.py does, of what the shipped model knows."""
+    folder.mkdir()
+    for part, side in (("fit", "train"), ("test", "heldout")):
+        articles = list(source_files(side))[:12]  # type: ignore[arg-type]
+        lines = [json.dumps({"title": one.path, "text": one.text}) for one in articles]
+        (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.ci
+def test_a_model_and_a_text_of_ones_own_killed_and_resumed(tmp_path: Path) -> None:
+    text, output = write_articles(tmp_path / "text"), tmp_path / "out"
+    command = [str(Path(sys.executable).with_name("bitlab")), "demo", "--quick", "--json"]
+    command += ["--model", str(MODEL), "--text", str(text), "--output", str(output)]
+    command += ["--tokens", "20000", "--resume"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    calibration = output / "run" / "calibration"
+    while process.poll() is None and len(list(calibration.glob("*.safetensors"))) < 9:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() < 0, "it ended before it could be killed"
+    kept = {file: file.stat().st_mtime_ns for file in calibration.glob("*.safetensors")}
+    assert kept
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    report = json.loads(done.stdout)
+    assert report["finetuned"] is None
+    assert report["original"]["nats"] < report["ternary"]["nats"] < report["rounded"]["nats"]
+    begun = [json.loads(line)["text"] for line in (text / "test.jsonl").read_text().splitlines()]
+    assert report["prompts"] == [" ".join(one.split()[:12]) for one in begun[:3]]
+    assert len(report["ternary_probe"]["texts"]) == 3
+    assert not calibration.exists()
+    assert not list((output / "run").glob("checkpoint-*"))
+
+
+def test_text_that_is_not_there(tmp_path: Path) -> None:
+    text = write_articles(tmp_path / "text")
+    (text / "test.jsonl").write_text("{}\n")
+    done = run("demo", "--model", str(MODEL), "--text", str(text))
+    assert done.returncode == 1
+    assert "test.jsonl, line 1 must be an object with a text" in " ".join(done.stderr.split())
+    (text / "test.jsonl").unlink()
+    done = run("demo", "--model", str(MODEL), "--text", str(text))
+    assert done.returncode == 1
+    assert "--text must be a folder with fit.jsonl and test.jsonl" in " ".join(done.stderr.split())
 
 
 def test_usage() -> None:
