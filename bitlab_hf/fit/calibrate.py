@@ -146,21 +146,21 @@ def calibrate(
     layers = _decoder_layers(inner)
     with tapped(inner, _left(inner, layers, blocks)) as (taps, streams):
         finder = SumFinder(streams)
-        units = find_units(inner, layers, ids, taps, streams)
-        wanted = range(len(units)) if blocks is None else _units_of(blocks, units)
-        total = sum(len(unit.taps) for unit, _ in units[wanted.start : wanted.stop])
-        for number, (unit, batches) in enumerate(units[: wanted.stop]):
-            originals = None
-            if number in wanted:
-                originals = unit.originals(batches, finder)
-                for group in originals.groups:
-                    for report in _calibrate_group(group, unit, batches, originals, kept, numbers):
-                        reports.append(report)
-                        if progress is not None:
-                            progress(len(reports), total, report.name)
+        units = find_units(inner, layers, blocks, ids, taps, streams)
+        total = sum(len(unit.taps) for unit, _ in units)
+        for number, (unit, batches) in enumerate(units):
+            originals = unit.originals(batches, finder)
+            for group in originals.groups:
+                for report in _calibrate_group(group, unit, batches, originals, kept, numbers):
+                    reports.append(report)
+                    if progress is not None:
+                        progress(len(reports), total, report.name)
             # What is outside of the blocks runs the whole model, from the token ids.
-            if number + 1 < wanted.stop and not units[number + 1][0].whole:
-                _pass_on(unit, batches, originals, units[number + 1][1])
+            if number + 1 < len(units) and not units[number + 1][0].whole:
+                following = units[number + 1][1]
+                ternary = unit.advance(batches)
+                for batch, *pair in zip(following, originals.outputs, ternary, strict=True):
+                    batch.original, batch.ternary = pair
             # The next block's are made beside nothing of this one.
             batches.clear()
         for tap in taps.values():
@@ -188,28 +188,6 @@ def _left(model: nn.Module, layers: list[nn.Module], blocks: range | None) -> se
         wanted |= set(model.modules()) - inside
     found = {one.module for one in find_modules(model, BitLayerBase)}
     return {module for module in found - wanted if module.quant_strength == 1}
-
-
-def _units_of(blocks: range, units: list[tuple[Unit, list[Batch]]]) -> range:
-    """Returns which units some decoder layers are, with what is outside if they are the last."""
-    inside = sum(not unit.whole for unit, _ in units)
-    if not 0 <= blocks.start < blocks.stop <= inside or blocks.step != 1:
-        raise ArgumentError(
-            f"calibrate: blocks must be of the {inside} decoder layers that run one after another, "
-            f"got {blocks}"
-        )
-    return range(blocks.start, len(units) if blocks.stop == inside else blocks.stop)
-
-
-def _pass_on(
-    unit: Unit, batches: list[Batch], originals: Originals | None, following: list[Batch]
-) -> None:
-    """Gives the next unit what this one makes of its batches, in both streams."""
-    ternary = unit.advance(batches)
-    # Before the first one that is calibrated there is one stream.
-    original = ternary if originals is None else originals.outputs
-    for batch, *pair in zip(following, original, ternary, strict=True):
-        batch.original, batch.ternary = pair
 
 
 def _calibrate_group(

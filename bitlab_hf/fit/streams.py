@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitcore.errors import NonFiniteError
+from bitcore.errors import ArgumentError, NonFiniteError
 from bitlab_hf.fit.solve import Moments
 from bitlab_hf.fit.sums import Place, SumFinder, noting, stopping_at
 from bitlab_hf.fit.taps import Batch, Stop, Streams, Tap
@@ -164,16 +164,23 @@ def _as_multiplied(x: Tensor) -> Tensor:
 
 
 class _Recorder:
-    """Notes what blocks are called with, and whether each takes what the one before gave."""
+    """Notes what blocks are called with, and whether each takes what the one before gave.
 
-    def __init__(self, blocks: list[nn.Module]) -> None:
-        self.blocks = blocks
-        self.calls: dict[nn.Module, list[Batch]] = {block: [] for block in blocks}
+    Args:
+        blocks: The model's.
+        wanted: Whose inputs are needed: the first one's, from which the others' are computed.
+            A pass ends behind the last one, unless that is the model's last.
+    """
+
+    def __init__(self, blocks: list[nn.Module], wanted: range) -> None:
+        self._ends = wanted.stop < len(blocks)
+        self.blocks, self._wanted = blocks[: wanted.stop], wanted
+        self.calls: dict[nn.Module, list[Batch]] = {block: [] for block in self.blocks}
         self.chained = True
         self._last: Any = None
         self._hooks = [
             hook
-            for block in blocks
+            for block in self.blocks
             for hook in (
                 block.register_forward_pre_hook(self._before, with_kwargs=True),
                 block.register_forward_hook(self._after),
@@ -185,12 +192,13 @@ class _Recorder:
         first = args[0] if args else named.pop("hidden_states", None)
         is_first = block is self.blocks[0]
         self.chained &= isinstance(first, Tensor) and (is_first or first is self._last)
-        # The others' inputs are computed from the first one's.
-        kept: Any = first if is_first else None
+        kept: Any = first if block is self.blocks[self._wanted.start] else None
         self.calls[block].append(Batch(kept, kept, args[1:], named))
 
-    def _after(self, _block: nn.Module, _args: Any, output: Any) -> None:
+    def _after(self, block: nn.Module, _args: Any, output: Any) -> None:
         self._last = output[0] if isinstance(output, tuple) else output
+        if self._ends and block is self.blocks[-1]:
+            raise Stop
 
     def close(self, batches: int) -> bool:
         """Ends it; returns whether the blocks can be run one after another."""
@@ -202,6 +210,7 @@ class _Recorder:
 def find_units(
     model: nn.Module,
     blocks: list[nn.Module],
+    wanted: range | None,
     ids: list[Tensor],
     taps: dict[nn.Module, Tap],
     streams: Streams,
@@ -214,17 +223,24 @@ def find_units(
     Args:
         model: The model, with taps in it.
         blocks: Its transformer layers.
+        wanted: Which of them, by number; what is outside comes with the last one. None for all.
         ids: Token ids [B, L] of each batch.
         taps: By their layers.
         streams: Theirs.
 
     Raises:
+        ArgumentError: There are no such blocks, or they do not run one after another.
         NonFiniteError: A layer's input holds NaN or infinity; the message names it.
     """
+    span = range(len(blocks)) if wanted is None else wanted
+    if wanted is not None and not (0 <= span.start < span.stop <= len(blocks) and span.step == 1):
+        raise ArgumentError(
+            f"calibrate: blocks must be of the {len(blocks)} decoder layers, got {wanted}"
+        )
     options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     whole = [Batch(part, part, (), dict(options)) for part in ids]
     everything = Unit(model, list(taps.values()), streams, whole=True)
-    recorder = _Recorder(blocks)
+    recorder = _Recorder(blocks, span)
     try:
         for batch in whole:
             everything.run(_without_logits(model, batch), original=True)
@@ -237,16 +253,20 @@ def find_units(
             streams.calls.clear()
     finally:
         chained = recorder.close(len(whole))
-    units: list[tuple[Unit, list[Batch]]] = []
-    inside: set[nn.Module] = set()
-    for block in blocks if chained else []:
-        layers = [module for module in block.modules() if module in taps]
-        units.append(
-            (Unit(block, [taps[layer] for layer in layers], streams), recorder.calls[block])
+    if wanted is not None and not chained:
+        raise ArgumentError(
+            "calibrate: blocks must be left out for a model whose decoder layers do not run one "
+            f"after another, got {wanted}"
         )
-        inside.update(layers)
+    units: list[tuple[Unit, list[Batch]]] = []
+    for block in blocks[span.start : span.stop] if chained else []:
+        layers = [taps[module] for module in block.modules() if module in taps]
+        units.append((Unit(block, layers, streams), recorder.calls[block]))
+    inside = {module for block in blocks if chained for module in block.modules()}
     outside = [tap for layer, tap in taps.items() if layer not in inside]
-    return [*units, (Unit(model, outside, streams, whole=True), whole)] if outside else units
+    if not outside or span.stop < len(blocks):
+        return units
+    return [*units, (Unit(model, outside, streams, whole=True), whole)]
 
 
 def _without_logits(model: nn.Module, batch: Batch) -> Batch:

@@ -86,7 +86,7 @@ def test_places_are_found(name: str) -> None:
     torch.manual_seed(0)
     model = replace_linear(make().to(dtype))
     with tapped(model) as (taps, streams):
-        units = find_units(model, decoder_layers(model), [tokens()], taps, streams)
+        units = find_units(model, decoder_layers(model), None, [tokens()], taps, streams)
         finder = SumFinder(streams)
         for number, (unit, batches) in enumerate(units[:2]):
             if number:

@@ -178,6 +178,18 @@ def test_blocks_that_are_not_there(source: Path, blocks: range) -> None:
     assert_equal_states(state_of(model), before)
 
 
+def test_blocks_that_do_not_run_one_after_another(source: Path) -> None:
+    model = load(source)
+    layers = model.model.layers
+    # Each block is given what the one before gave, and something on top.
+    layers[0].register_forward_hook(lambda _module, _args, output: output + 1)
+    layers[1].register_forward_pre_hook(lambda _module, args: (args[0] * 2, *args[1:]))
+    before = state_of(model)
+    with pytest.raises(ArgumentError, match="do not run one after another"):
+        calibrate(model, training_data()[:8], blocks=range(1, 2))
+    assert_equal_states(state_of(model), before)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
