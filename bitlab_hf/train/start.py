@@ -135,6 +135,11 @@ class CalibratedStartMixin(_Base):
             except (ArgumentError, ConfigError, LifecycleError) as error:
                 logger.warning("BitLabTrainer: training goes on without calibration: %s", error)
                 return False
+        if self.accelerator.num_processes > 1:
+            # Devices can round otherwise, and a code that comes out otherwise would stay so.
+            for block in decoder_layers(model)[blocks.start : blocks.stop]:
+                for parameter in block.parameters():
+                    torch.distributed.broadcast(parameter.data, src=0)
         before = 0.0 if self.calibration is None else self.calibration.seconds
         self.calibration = replace(
             found, layers=done + found.layers, seconds=before + found.seconds

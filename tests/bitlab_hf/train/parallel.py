@@ -14,6 +14,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,14 @@ from transformers import (
 from bitcore import gradients
 from bitcore.errors import BitLabError
 from bitlab_hf import BitLabConfig, deploy
-from bitlab_hf.train import BitLabTrainer, TernaryStatistics
+from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, TernaryStatistics, start
 from tests.bitlab_hf.models import make_float_model, taught, training_data
 
 # As with many tokens: the backward pass packs the weights again, as shards are gathered again.
 gradients._REPACKED_TOKENS = 1
 STEPS, BATCH = 6, 8
+# Shards are calibrated before they are made, so all of a model at once.
+AT_ONCE = replace(RECIPES["default"], stages=1)
 FSDP2 = {
     "fsdp": True,
     "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
@@ -123,7 +126,7 @@ def train(
     sharded: bool = False,
     resume: str | None = None,
     model: Any = None,
-    recipe: str | None = None,
+    recipe: str | Recipe | None = None,
     statistics: bool = False,
     **changes: Any,
 ) -> Trainer:
@@ -214,15 +217,35 @@ def with_parallelism(source: Path, folder: Path, trainer: Any) -> None:
     trainer(model=load(source), args=arguments, train_dataset=training_data()).train()
 
 
+def staged(source: Path, folder: Path) -> None:
+    """Calibrates in stages, and to other codes in all processes but the main one."""
+    calibrate = start.calibrate
+
+    def otherwise(model: Any, *rest: Any, **options: Any) -> Any:
+        report = calibrate(model, *rest, **options)
+        if not is_main():
+            model.model.layers[options["blocks"].start].mlp.up_proj.weight.mul_(-1)
+        return report
+
+    start.calibrate = otherwise
+    try:
+        trainer = train(source, folder, recipe="default", save_strategy="no")
+    finally:
+        start.calibrate = calibrate
+    state = {name: value.contiguous() for name, value in trainer.model.state_dict().items()}
+    save_file(state, folder.with_name(f"{folder.name}-{os.environ.get('RANK', 0)}.safetensors"))
+
+
 def two(folder: Path, source: Path, known: Path) -> None:
     """What two processes do."""
     messages = {}
+    staged(known, folder / "ddp-staged")
     for name, sharded in (("ddp", False), ("fsdp2", True)):
         run = partial(train, source, sharded=sharded)
         run(folder / name, statistics=True)
         again = str(folder / name / "checkpoint-2")
         run(folder / f"{name}-resumed", resume=again, statistics=True)
-        train(known, folder / f"{name}-teacher", sharded=sharded, recipe="default")
+        train(known, folder / f"{name}-teacher", sharded=sharded, recipe=AT_ONCE)
         for kind, make in MODELS.items():
             run(folder / f"{name}-{kind}", model=make(source), max_steps=2)
         for where in ("loss", "gradient", "weight"):
@@ -276,7 +299,7 @@ def full_disk(folder: Path, source: Path) -> None:
 def eight(folder: Path, source: Path, known: Path) -> None:
     """What eight processes do."""
     train(source, folder / "eight", save_strategy="no")
-    train(known, folder / "eight-teacher", save_strategy="no", recipe="default")
+    train(known, folder / "eight-teacher", save_strategy="no", recipe=AT_ONCE)
 
 
 def _process(rank: int, count: int, store: Path, job: Callable[[], None]) -> None:
@@ -300,7 +323,8 @@ def main(folder: Path) -> None:
     train(source, folder / "one", statistics=True)
     # Random weights know nothing that a calibrated start could keep.
     known = taught(make_float_model("llama", folder / "known"))
-    train(known, folder / "one-teacher", recipe="default")
+    train(known, folder / "one-teacher", recipe=AT_ONCE)
+    staged(known, folder / "one-staged")
     for kind, make in MODELS.items():
         train(source, folder / f"one-{kind}", model=make(source), max_steps=2)
     launch(2, folder / "store-2", partial(two, folder, source, known))
