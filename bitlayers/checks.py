@@ -41,7 +41,7 @@ def check_deployable(layer: LayerState, name: str) -> None:
     Raises:
         LifecycleError: The layer is deployed, on the meta device, sharded or parametrized.
         ArgumentTypeError: The weight has a dtype that cannot be packed.
-        NonFiniteError: The weight holds NaN or infinity, or a learned scale is not positive.
+        NonFiniteError: The weight or a learned scale holds NaN or infinity.
     """
     if layer.is_deployed:
         raise LifecycleError(f"deploy: {name} must be latent, got a layer that is deployed already")

@@ -134,21 +134,23 @@ def pack(layer: LayerState) -> Packed:
 def check_learned_scale(layer: LayerState, name: str) -> None:
     """Checks that a learned scale can be deployed.
 
+    One that training has taken to zero or below is deployed as the forward uses it: as 1e-5, so
+    that its weights say next to nothing.
+
     Args:
         layer: The layer.
         name: What messages call its weight.
 
     Raises:
-        NonFiniteError: The scale holds NaN, infinity, zero or a negative value.
+        NonFiniteError: The scale holds NaN or infinity.
     """
     scale = layer.learned_scale
-    if scale is None or bool((torch.isfinite(scale) & (scale > 0)).all()):
+    if scale is None or bool(torch.isfinite(scale).all()):
         return
-    bad = scale[~(torch.isfinite(scale) & (scale > 0))].flatten()[0].item()
     raise NonFiniteError(
-        f"deploy: {name.removesuffix('weight')}learned_scale must be finite and positive, got "
-        f"{bad}; nothing changed\nTrain with a lower learning rate, or set it anew from the weight "
-        "with bitlayers.training.reset_learned_scale(layer)."
+        f"deploy: {name.removesuffix('weight')}learned_scale must be finite, got NaN or infinity; "
+        "nothing changed\nTrain with a lower learning rate, or set it anew from the weight with "
+        "bitlayers.training.reset_learned_scale(layer)."
     )
 
 

@@ -65,13 +65,30 @@ def test_learned_scale_stays_float32() -> None:
     assert torch.equal(layer.learned_scale, before)
 
 
-@pytest.mark.parametrize("value", [0.0, -0.5, float("nan")])
+@pytest.mark.parametrize("value", [0.0, -0.5])
+@pytest.mark.parametrize(("granularity", "group"), GRANULARITIES)
+def test_a_scale_that_fell_below_zero_is_deployed_as_it_ran(
+    value: float, granularity: str, group: int | None
+) -> None:
+    layer = make("lsq", granularity, group)
+    with torch.no_grad():
+        layer.learned_scale[..., :1] = value
+    x = torch.randn(3, 128)
+    trained = layer(x).detach()
+    latent = layer.eval()(x)
+    assert torch.equal(trained, latent)
+    layer.deploy()
+    assert torch.equal(layer(x), latent)
+    assert bool(latent.isfinite().all())
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_bad_learned_scale_is_not_deployed(value: float) -> None:
     layer = make("lsq")
     with torch.no_grad():
         layer.learned_scale.fill_(value)
     layer(torch.randn(3, 128)).sum().backward()
-    with pytest.raises(NonFiniteError, match=r"learned_scale must be finite and positive, got"):
+    with pytest.raises(NonFiniteError, match=r"learned_scale must be finite, got"):
         layer.deploy()
     assert not layer.is_deployed
 
