@@ -17,6 +17,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from bitlab_hf import Facts, deploy, save
 from bitlab_hf.cli.loading import load_model, read_scheme
 from bitlab_hf.cli.scheme import OPTIONS, pretrained_config
 from bitlab_hf.model.groups import scales_in_words
-from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, last_checkpoint
+from bitlab_hf.train import RECIPES, BitLabTrainer, last_checkpoint
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -95,7 +96,10 @@ def main() -> None:
     if held is None and int(os.environ.get("RANK", "0")) == 0:
         print(f"scales of the weights: {scales_in_words(config)}", file=sys.stderr)
     model = load_model(given.model, quantization_config=config)
-    recipe = Recipe(**{**RECIPES["default"].to_dict(), "quant_warmup": given.quant_warmup})
+    recipe = RECIPES["default"]
+    if given.quant_warmup:
+        # It sets the strength of all layers at once.
+        recipe = replace(recipe, quant_warmup=given.quant_warmup, stages=1)
     warmed = f", warmed up over {given.quant_warmup} of the run" if given.quant_warmup else ""
     checkpoints = str(given.output / "checkpoints")
     trainer = BitLabTrainer(

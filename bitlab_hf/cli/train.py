@@ -109,8 +109,8 @@ def train(
         if resume:
             _check_resumed(run, config.to_dict() if held is None else scheme)
         scales = scales_in_words(config)
-        if held is None:
-            typer.echo(printable(f"scales of the weights: {scales}"), err=True)
+        does = chosen.in_words(learning_rate)
+        typer.echo(printable(f"scales of the weights: {scales}; {does}"), err=True)
         tokenizer = load_tokenizer(folder)
         blocks = _blocks(tokenizer, text, dataset, length)
         judge = _teacher(teacher, folder, folders, chosen)

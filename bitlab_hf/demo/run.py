@@ -40,7 +40,7 @@ from bitlab_hf.demo.report import PROMPTS, Report, show_table, show_texts
 from bitlab_hf.demo.text import Blocks, Perplexity, make_blocks, measure_perplexity
 from bitlab_hf.model.deploy import deploy
 from bitlab_hf.model.groups import scales_in_words
-from bitlab_hf.train import BitLabTrainer, last_checkpoint, record_baseline
+from bitlab_hf.train import RECIPES, BitLabTrainer, last_checkpoint, record_baseline
 from bitlab_hf.train.start import calibration_folder
 
 # How often the ternary model is evaluated in training, and on which part of the held-out blocks.
@@ -164,7 +164,8 @@ class Demo:
         self._console.print(
             f"Model: {report.model}. Device: CPU, {report.threads} threads, {report.isa}; "
             f"training in {'bfloat16 autocast' if self._bf16 else 'float32'}. "
-            f"Scales of the weights: {scales_in_words(settings.config)}.",
+            f"Scales of the weights: {scales_in_words(settings.config)}. The ternary model is "
+            f"{RECIPES['default'].in_words(settings.learning_rate)}.",
             markup=False,
         )
         with self._stage(1, "The original model and its text") as progress:

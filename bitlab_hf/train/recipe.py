@@ -129,6 +129,26 @@ class Recipe:
         """Whether any term needs a teacher."""
         return max(self.logits_weight, self.hidden_weight, self.relation_weight) > 0
 
+    def in_words(self, learning_rate: float) -> str:
+        """Returns what it does, as commands say it.
+
+        Args:
+            learning_rate: Of the run.
+        """
+        terms = {
+            "labels": self.cross_entropy_weight,
+            "the teacher's next tokens": self.logits_weight,
+            "its hidden states": self.hidden_weight,
+            "its attention relations": self.relation_weight,
+        }
+        told = [f"learns from {' and '.join(name for name, weight in terms.items() if weight)}"]
+        if self.calibration_samples:
+            stages = "at once" if self.stages == 1 else f"in {self.stages} stages"
+            told.insert(0, f"calibrated on {self.calibration_samples} examples {stages}")
+        scales, vectors = (learning_rate * one for one in (self.scale_rate, self.vector_rate))
+        told.append(f"rates {learning_rate:g}, scales {scales:g}, norms and biases {vectors:g}")
+        return ", ".join(told)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain values that JSON holds and `from_dict` takes back."""
         values = asdict(self)

@@ -111,7 +111,8 @@ def test_commands(bitlab: Run, quantized: Path, tmp_path: Path) -> None:
                   "--recipe", "distill", "--teacher", quantized, *scheme)  # fmt: skip
     assert done.code == 0, done.err
     # Beside it, only a bar that is gone.
-    assert done.err.strip() == "scales of the weights: per channel"
+    assert done.err.startswith("scales of the weights: per channel; ")
+    assert len(done.err.strip().splitlines()) == 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "latent")
     assert model.config.quantization_config.weight_granularity == "per_channel"
     done = bitlab("generate", quantized, "def", "--max-tokens", 2, "--json")

@@ -190,6 +190,18 @@ def test_blocks_that_do_not_run_one_after_another(source: Path) -> None:
     assert_equal_states(state_of(model), before)
 
 
+def test_a_recipe_in_words() -> None:
+    assert STAGED.in_words(1e-3) == (
+        "calibrated on 8 examples in 2 stages, learns from labels, rates 0.001, scales 0.001, "
+        "norms and biases 0.001"
+    )
+    at_once = Recipe(0.0, 1.0, calibration_samples=8, scale_rate=3.0, vector_rate=10.0)
+    assert at_once.in_words(2e-4) == (
+        "calibrated on 8 examples at once, learns from the teacher's next tokens, rates 0.0002, "
+        "scales 0.0006, norms and biases 0.002"
+    )
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
