@@ -96,10 +96,7 @@ def main() -> None:
     if held is None and int(os.environ.get("RANK", "0")) == 0:
         print(f"scales of the weights: {scales_in_words(config)}", file=sys.stderr)
     model = load_model(given.model, quantization_config=config)
-    recipe = RECIPES["default"]
-    if given.quant_warmup:
-        # It sets the strength of all layers at once.
-        recipe = replace(recipe, quant_warmup=given.quant_warmup, stages=1)
+    recipe = replace(RECIPES["default"], quant_warmup=given.quant_warmup)
     warmed = f", warmed up over {given.quant_warmup} of the run" if given.quant_warmup else ""
     checkpoints = str(given.output / "checkpoints")
     trainer = BitLabTrainer(

@@ -192,15 +192,12 @@ def _wrong(name: str, requirement: str, value: object) -> ConfigError:
 
 
 RECIPES: dict[str, Recipe] = {
-    # The best of docs/quality.md: codes that fit what the layers get to see, a tenth of the layers
-    # at a time, and the original model's whole distribution, which says more about a token than its
-    # label does.
+    # The best of docs/quality.md: codes that fit what the layers get to see, then the original
+    # model's whole distribution, which says more about a token than its label does.
     "default": Recipe(
         cross_entropy_weight=0.0,
         logits_weight=1.0,
         calibration_samples=128,
-        stages=10,
-        stage_share=0.7,
         scale_rate=3.0,
         vector_rate=10.0,
     ),

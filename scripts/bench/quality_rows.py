@@ -75,9 +75,9 @@ ROWS: dict[str, Row] = {
     "budget": replace(
         _DEFAULT, title="default, 51,200 tokens after calibration", tokens=_FITTED + 51_200
     ),
-    "budget-once": replace(
-        _DEFAULT, title="the same, all layers ternary at once", tokens=_FITTED + 51_200,
-        recipe=replace(RECIPES["default"], stages=1),
+    "budget-staged": replace(
+        _DEFAULT, title="the same, in ten stages", tokens=_FITTED + 51_200,
+        recipe=replace(RECIPES["default"], stages=10),
     ),
     "default-64k": _DEFAULT,
     "default-256k": replace(_DEFAULT, title="default, 256 k tokens", tokens=262_144),

@@ -47,7 +47,8 @@ from tests.bitlab_hf.models import make_float_model, taught, training_data
 gradients._REPACKED_TOKENS = 1
 STEPS, BATCH = 6, 8
 # Shards are calibrated before they are made, so all of a model at once.
-AT_ONCE = replace(RECIPES["default"], stages=1)
+AT_ONCE = RECIPES["default"]
+STAGED = replace(AT_ONCE, stages=2)
 FSDP2 = {
     "fsdp": True,
     "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
@@ -229,7 +230,7 @@ def staged(source: Path, folder: Path) -> None:
 
     start.calibrate = otherwise
     try:
-        trainer = train(source, folder, recipe="default", save_strategy="no")
+        trainer = train(source, folder, recipe=STAGED, save_strategy="no")
     finally:
         start.calibrate = calibrate
     state = {name: value.contiguous() for name, value in trainer.model.state_dict().items()}
