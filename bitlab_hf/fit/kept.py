@@ -158,10 +158,11 @@ class KeptLayers:
 
     def _check(self, file: Path, settings: dict[str, Any]) -> None:
         try:
-            held = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            held = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
             raise CheckpointError(
-                f"{_OP}: {file} must be JSON, got {error}\nRemove the folder, or name another one."
+                f"{_OP}: {file} must be a JSON object, got {error}\n"
+                "Remove the folder, or name another one."
             ) from error
         for name in [*settings, *held]:
             if held.get(name) != settings.get(name):

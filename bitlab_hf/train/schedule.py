@@ -38,6 +38,29 @@ def is_length(value: Any) -> bool:
     return (isinstance(value, int) and value >= 0) or (isinstance(value, float) and 0 <= value <= 1)
 
 
+def saved_attributes(callback: ExportableState, state: Any) -> dict[str, Any]:
+    """Returns what a checkpoint keeps of a callback, which has to have the same arguments.
+
+    Args:
+        callback: The one of the run that resumes.
+        state: The Trainer's, as the checkpoint has it.
+
+    Raises:
+        CheckpointError: The checkpoint was made with other arguments, or without such a callback.
+    """
+    name, given = type(callback).__name__, callback.state()["args"]
+    found = state.stateful_callbacks.get(name)
+    saved = found[0] if isinstance(found, list) else found
+    if saved is None or saved["args"] != given:
+        was = "none" if saved is None else saved["args"]
+        raise CheckpointError(
+            f"{name}: the arguments must be the checkpoint's, {was}, got {given}\n"
+            "Resume with the checkpoint's, or start anew from its weights."
+        )
+    attributes: dict[str, Any] = saved["attributes"]
+    return attributes
+
+
 class QuantStrengthWarmup(TrainerCallback, ExportableState):
     """Trains from no quantization to full quantization over the first steps of a run.
 
@@ -112,7 +135,8 @@ class QuantStrengthWarmup(TrainerCallback, ExportableState):
         """Fixes the length in steps; on resuming it is the checkpoint's."""
         steps = self.steps_of(state.max_steps)
         if state.global_step > 0:
-            steps = self._resumed(state)
+            # A share is one of the run as it began, also where it is now trained for longer.
+            steps = int(saved_attributes(self, state)["steps"])
         self.steps = steps
         self._set(model, state.global_step)
 
@@ -135,16 +159,3 @@ class QuantStrengthWarmup(TrainerCallback, ExportableState):
         strength = strength_at(step, self.steps, self.schedule)
         set_quant_strength(model, strength)
         self.strength = strength
-
-    def _resumed(self, state: Any) -> int:
-        found = state.stateful_callbacks.get(type(self).__name__)
-        saved = found[0] if isinstance(found, list) else found
-        given = {"length": self.length, "schedule": self.schedule}
-        if saved is None or saved["args"] != given:
-            was = "none" if saved is None else saved["args"]
-            raise CheckpointError(
-                f"QuantStrengthWarmup: warm-up must be the checkpoint's, {was}, got {given}\n"
-                "Resume with the checkpoint's, or start anew from its weights."
-            )
-        # A share is one of the run as it began, also where it is now trained for longer.
-        return int(saved["attributes"]["steps"])

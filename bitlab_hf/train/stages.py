@@ -9,8 +9,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from bitcore.errors import CheckpointError
 from bitlab_hf.model.tree import decoder_layers, find_modules
+from bitlab_hf.train.schedule import saved_attributes
 from bitlayers import set_quant_strength
 from bitlayers.base import BitLayerBase
 
@@ -83,7 +83,8 @@ class StagedCalibration(TrainerCallback, ExportableState):
         stages = max(1, min(self.stages, len(layers), steps))
         self.starts = stage_starts(stages, self.share, steps)
         if state.global_step > 0:
-            self.starts = self._resumed(state)
+            # Shares are of the run as it began, also where it is now trained for longer.
+            self.starts = list(saved_attributes(self, state)["starts"])
         self.blocks = stage_blocks(len(self.starts), len(layers))
         # A checkpoint is written before the next step's stage.
         self._done = sum(start < state.global_step for start in self.starts)
@@ -116,16 +117,3 @@ class StagedCalibration(TrainerCallback, ExportableState):
     ) -> None:
         """Leaves the model at full strength."""
         set_quant_strength(model, 1.0)
-
-    def _resumed(self, state: Any) -> list[int]:
-        found = state.stateful_callbacks.get(type(self).__name__)
-        saved = found[0] if isinstance(found, list) else found
-        given = {"stages": self.stages, "share": self.share}
-        if saved is None or saved["args"] != given:
-            was = "none" if saved is None else saved["args"]
-            raise CheckpointError(
-                f"StagedCalibration: stages must be the checkpoint's, {was}, got {given}\n"
-                "Resume with the checkpoint's, or start anew from its weights."
-            )
-        # Shares are of the run as it began, also where it is now trained for longer.
-        return list(saved["attributes"]["starts"])

@@ -195,6 +195,8 @@ class CalibratedStartMixin(_Base):
             return calibrate(model, samples, _BATCH, **kept)
         except OtherFitError as error:
             logger.info("calibration begins anew: %s", error)
+        # Not before all have seen what is wrong with it: who came late would find nothing.
+        self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()

@@ -117,9 +117,10 @@ def test_damaged_folder(source: Path, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="q_proj.*must hold a layer"):
         calibrate(load(source), samples(), folder=tmp_path)
-    (tmp_path / "calibration.json").write_text("{")
-    with pytest.raises(CheckpointError, match="must be JSON"):
-        calibrate(load(source), samples(), folder=tmp_path)
+    for text in ("{", "[1]", "7"):
+        (tmp_path / "calibration.json").write_text(text)
+        with pytest.raises(CheckpointError, match="must be a JSON object"):
+            calibrate(load(source), samples(), folder=tmp_path)
 
 
 def test_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError
-from bitlab_hf import deploy
+from bitlab_hf import BitLabConfig, deploy
 from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.train import Recipe, calibrate
 from bitlab_hf.train.stages import stage_blocks, stage_starts
@@ -139,18 +140,22 @@ def test_weights_that_are_ternary_already(
     source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What was trained ternary is worth less in full precision: nothing is staged then."""
-    model = load(source)
+    learned = BitLabConfig(weight_quantizer="lsq")
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=learned)
     calibrate(model, training_data()[:8])
     with torch.no_grad():
         for found in quantized_layers(model):
-            # Far from their codes, on the same side of the thresholds.
-            found.module.weight.mul_(40)
-            if found.module.learned_scale is not None:
-                found.module.learned_scale.mul_(40)
+            weight, scale = found.module.weight, found.module.learned_scale
+            # Further from their thresholds: the codes stay, as floats they mean nothing.
+            factors = 1 + 9 * torch.rand(weight.shape)
+            weight.mul_(torch.where(weight.abs() > scale / 2, factors, 1.0))
     watch = Watch()
     with caplog.at_level(logging.WARNING, "bitlab"):
         make(source, tmp_path, model=model, recipe=STAGED, max_steps=2, callbacks=[watch]).train()
     assert watch.seen == [[1, 1]] * 2
+    said = re.search(r"8 examples is ([\d.]+) in full precision and ([\d.]+) ternary", caplog.text)
+    assert said is not None
+    assert float(said[1]) > 1.5 * float(said[2])
 
 
 def test_blocks_of_calibrate(source: Path) -> None:
