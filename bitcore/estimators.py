@@ -275,7 +275,7 @@ def lsq_gradients(dw: Tensor, weight: Tensor, step: Tensor) -> tuple[Tensor, Ten
     # Half to even: what lies on a threshold is 0, as in the codes themselves.
     codes = ratio.round().clamp_(-1.0, 1.0)
     inside = ratio.abs() < LEARNED_BOUND
-    terms = codes.sub_(ratio.mul_(inside)).mul_(gradient)
+    terms = codes.sub_(ratio * inside).mul_(gradient)
     if shape == (1,) and weight.shape[0] > 1:
         sums = terms.sum().view(1)
     else:
