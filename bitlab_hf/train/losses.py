@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Rows of logits at a time: float32 copies of them stay small beside the logits themselves, and on
-# a CPU in its caches, which is four times faster.
-_CHUNK, _CPU_CHUNK = 512, 32
+# Rows of logits at a time: float32 copies of them stay small beside the logits themselves.
+_CHUNK = 512
+# On a CPU so many values a thread: they stay in its caches, which is eight times faster.
+_CPU_CHUNK = 1 << 18
 
 
 # Of some rows and the logarithms of the student's probabilities there, at the temperature: the sum
@@ -30,7 +31,10 @@ class _SumOfRows(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, temperature: float, divergence: Divergence) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         gradient = torch.empty_like(student)
-        chunk = _CPU_CHUNK if student.device.type == "cpu" else _CHUNK
+        chunk = _CHUNK
+        if student.device.type == "cpu":
+            values = _CPU_CHUNK * torch.get_num_threads()
+            chunk = max(1, values // max(1, student.shape[-1]))
         for start in range(0, len(student), chunk):
             rows = slice(start, start + chunk)
             log_q = (student[rows].float() / temperature).log_softmax(-1)
