@@ -4,10 +4,11 @@
 #   scripts/demo.sh --real [--tokens N] ...    SmolLM2-135M on Wikipedia; goes on if it was killed
 set -euo pipefail
 cd "$(dirname "$0")/.."
-scripts/environment.sh train
 bin=${BITLAB_VENV:-.venv}/bin
 if [ "${1:-}" = --real ]; then
     shift
+    # SmolLM2 comes as a GGUF file.
+    scripts/environment.sh train,gguf
     models=out/models
     if [ ! -e "$models/smollm2-135m/config.json" ] || [ ! -e "$models/wikipedia/test.jsonl" ]; then
         "$bin/python" scripts/real_models.py "$models" --only smollm2 wikipedia
@@ -15,4 +16,5 @@ if [ "${1:-}" = --real ]; then
     exec "$bin/bitlab" demo --model "$models/smollm2-135m" --text "$models/wikipedia" \
         --output out/demo-real --tokens 600000 --resume "$@"
 fi
+scripts/environment.sh train
 exec "$bin/bitlab" demo "$@"

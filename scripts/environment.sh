@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the virtual environment that demo.sh and test.sh use, or brings it up to date.
-#   scripts/environment.sh EXTRA     EXTRA: train or dev
+#   scripts/environment.sh EXTRA     EXTRA: train, dev, or several with commas between
 # BITLAB_VENV names its folder (default .venv). pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honoured.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -48,7 +48,11 @@ def unpack(file: Path, folder: Path) -> None:
     Raises:
         CheckpointError: The file is damaged, a part of a model, or of types that are not known.
         DiskFullError: There is no room for it.
+        MissingExtraError: The package ``gguf`` is not installed.
     """
+    from bitlab_hf.interop.gguf_file import require_gguf
+
+    require_gguf(str(file))
     # Of a folder that holds a tokenizer, or another model, transformers would take parts of these.
     with tempfile.TemporaryDirectory(prefix="bitlab-") as scratch:
         _unpack(file, Path(scratch), folder)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitcore.errors import ArgumentError, ArgumentTypeError, MissingExtraError
+from bitcore.errors import ArgumentError, ArgumentTypeError
 from bitlab_hf.checkpoint.atomic import (
     check_place,
     naming_full_disk,
@@ -28,6 +28,7 @@ from bitlab_hf.checkpoint.atomic import (
     resolved,
     staged_beside,
 )
+from bitlab_hf.interop.gguf_file import require_gguf
 from bitlab_hf.interop.gguf_tokenizer import add_tokenizer, find_tokenizer
 from bitlab_hf.interop.gguf_types import (
     ALTERNATIVES,
@@ -96,13 +97,9 @@ def export_gguf(
             the tokenizer cannot be expressed: the message says why and what can.
         DiskFullError: It does not fit; what was there is as it was.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingExtraError(
-            "export_gguf: the package gguf must be installed, got none\n"
-            'Run `pip install "bitlab-hf[gguf]"`.'
-        ) from error
+    require_gguf("export_gguf")
+    import gguf
+
     if not isinstance(model, PreTrainedModel):
         raise ArgumentTypeError(
             f"export_gguf: model must be a transformers PreTrainedModel, got {type(model).__name__}"

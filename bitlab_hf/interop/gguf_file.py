@@ -13,12 +13,13 @@ import math
 import mmap
 import struct
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bitcore.errors import CheckpointError
+from bitcore.errors import CheckpointError, MissingExtraError
 from bitlab_hf.interop import q2_0
 
 _VERSIONS = (2, 3)
@@ -137,6 +138,22 @@ class _Cursor:
         if number == _STRING:
             return [self.text(what) for _ in range(count)]
         return self.scalars(number, count, what)
+
+
+def require_gguf(caller: str) -> None:
+    """Checks that the package ``gguf`` is there.
+
+    Args:
+        caller: What needs it, as the message says it.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    if find_spec("gguf") is None:
+        raise MissingExtraError(
+            f"{caller}: the package gguf must be installed, got none\n"
+            'Run `pip install "bitlab-hf[gguf]"`.'
+        )
 
 
 def read_gguf(path: Path) -> GgufFile:

@@ -15,7 +15,6 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,14 +24,14 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from bitcore.errors import ArgumentError, CheckpointError, MissingExtraError
+from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf.checkpoint.card import model_card
 from bitlab_hf.checkpoint.headers import LAYERS_KEY
 from bitlab_hf.checkpoint.saving import replacing
 from bitlab_hf.interop import q2_0
 from bitlab_hf.interop.gguf import renamed, row_order
 from bitlab_hf.interop.gguf_config import read_config
-from bitlab_hf.interop.gguf_file import GgufFile, GgufTensor, read_gguf
+from bitlab_hf.interop.gguf_file import GgufFile, GgufTensor, read_gguf, require_gguf
 from bitlab_hf.interop.gguf_tokenizer import rebuild_tokenizer
 from bitlab_hf.interop.packed_stream import (
     check_group_scale_dtype,
@@ -227,11 +226,7 @@ def import_gguf(
 
 
 def _open(path: Path) -> GgufFile:
-    if find_spec("gguf") is None:
-        raise MissingExtraError(
-            "load_gguf: the package gguf must be installed, got none\n"
-            'Run `pip install "bitlab-hf[gguf]"`.'
-        )
+    require_gguf("load_gguf")
     if not path.is_file():
         raise ArgumentError(f"load_gguf: path must be a GGUF file, got {str(path)!r}")
     return read_gguf(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from bitcore.errors import MissingExtraError
 from bitlab_hf import BitLabConfig, deploy, export_gguf
 from bitlab_hf.cli.gguf_source import as_folder
 from bitlab_hf.model.tree import quantized_layers
@@ -199,3 +201,12 @@ def test_where_none_is_taken(bitlab: Run, quantized: Path, tmp_path: Path) -> No
     for command in ("export", "convert"):
         done = bitlab(command, quantized, tmp_path / "out", "--json")
         assert "must be a folder or a hub name, got a GGUF file" in done.json["error"]
+
+
+def test_without_the_package(ternary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with (
+        pytest.raises(MissingExtraError, match=r"(?s)ternary\.gguf: .*bitlab-hf\[gguf"),
+        as_folder(str(ternary)),
+    ):
+        pass
