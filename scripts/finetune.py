@@ -40,6 +40,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, nargs="+", help="files, folders, or a dataset")
     parser.add_argument("--data-config", help="configuration of the dataset")
     parser.add_argument("--output", required=True, type=Path, help="folder to write to")
+    parser.add_argument(
+        "--teach",
+        action="store_true",
+        help="the data is to be learned: the teacher learns it first",
+    )
     parser.add_argument("--quant-warmup", type=float, default=0.0, help="share of the run")
     parser.add_argument("--block", type=int, default=512, help="tokens of a training example")
     parser.add_argument("--batch", type=int, default=8, help="examples of a step and process")
@@ -96,7 +101,8 @@ def main() -> None:
     if held is None and int(os.environ.get("RANK", "0")) == 0:
         print(f"scales of the weights: {scales_in_words(config)}", file=sys.stderr)
     model = load_model(given.model, quantization_config=config)
-    recipe = replace(RECIPES["default"], quant_warmup=given.quant_warmup)
+    chosen = "teach" if given.teach else "default"
+    recipe = replace(RECIPES[chosen], quant_warmup=given.quant_warmup)
     warmed = f", warmed up over {given.quant_warmup} of the run" if given.quant_warmup else ""
     checkpoints = str(given.output / "checkpoints")
     trainer = BitLabTrainer(
@@ -122,7 +128,7 @@ def main() -> None:
         packed = deploy(trainer.accelerator.unwrap_model(model))
         key = f"held-out part of it: {held_out * given.block:,} tokens"
         names = ", ".join(Path(name).name for name in given.data)
-        facts = Facts(recipe="default" + warmed, data=names, perplexities={key: math.exp(after)})
+        facts = Facts(recipe=chosen + warmed, data=names, perplexities={key: math.exp(after)})
         save(packed, given.output, tokenizer=tokenizer, facts=facts)
         result = {
             "perplexity_ternarized_untrained": math.exp(before),

@@ -54,7 +54,11 @@ def train(
         str | None, typer.Option(help="Or a dataset of the hub, its train split's column text.")
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="default, plain, distill, bitdistill, or a JSON file of a Recipe.")
+        str,
+        typer.Option(
+            help="default, to keep what the model knows; teach, where the text is to be learned; "
+            "plain, distill, bitdistill, or a JSON file of a Recipe."
+        ),
     ] = "default",
     teacher: Annotated[
         str | None,
@@ -134,7 +138,9 @@ def train(
             )
             trainer.remove_callback(PrinterCallback)
             trainer.calibration_progress = _calibrating(add)
-            trainer.add_callback(_advancing(add, planned))
+            taught = round(chosen.teacher_share * planned)
+            trainer.teacher_callbacks = [_advancing(add, "teaching the teacher", taught)]
+            trainer.add_callback(_advancing(add, "training", planned))
             trainer.train(resume_from_checkpoint=resume or None)
     data = dataset or ", ".join(file.name for file in text or ())
     # A path would say where things lie on this machine.
@@ -275,13 +281,13 @@ def _calibrating(add: Any) -> Any:
     return advance
 
 
-def _advancing(add: Any, planned: int) -> Any:
-    """Returns the callback that shows the steps of training."""
+def _advancing(add: Any, title: str, planned: int) -> Any:
+    """Returns the callback that shows the steps of a training."""
     from transformers import TrainerCallback
 
     class Advancing(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.advance = add("training", planned)
+            self.advance = add(title, planned)
             self.advance(state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

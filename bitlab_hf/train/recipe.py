@@ -44,6 +44,10 @@ class Recipe:
         teacher_required: Whether training without a teacher is an error; else the terms that need
             one are left out.
         teacher_8bit: Load a teacher given as a path in 8 bits, through bitsandbytes.
+        teacher_share: For which share of the run's steps the teacher itself learns from the labels
+            first, in full precision, beside the run's own steps; 0 for a teacher that stays as it
+            is. See `TaughtTeacherMixin`.
+        teacher_rate: Learning rate of that, in units of the run's.
         quant_warmup: Over how much of the run the quantization strength rises from 0 to 1: a number
             of steps (an int), or a share of the run (a float up to 1.0); 0 for full strength from
             the start. See `QuantStrengthWarmup`.
@@ -73,6 +77,8 @@ class Recipe:
     relation_heads: int = 1
     teacher_required: bool = False
     teacher_8bit: bool = False
+    teacher_share: float = 0.0
+    teacher_rate: float = 1.0
     quant_warmup: int | float = 0
     quant_warmup_schedule: str = "linear"
     calibration_samples: int = 0
@@ -87,7 +93,7 @@ class Recipe:
             value = getattr(self, name)
             if not _is_number(value) or value < 0:
                 raise _wrong(name, "a finite number of at least 0", value)
-        for name in ("temperature", "scale_rate", "vector_rate"):
+        for name in ("temperature", "teacher_rate", "scale_rate", "vector_rate"):
             value = getattr(self, name)
             if not _is_number(value) or value <= 0:
                 raise _wrong(name, "a finite number above 0", value)
@@ -102,6 +108,12 @@ class Recipe:
             raise _wrong("relation_layer", "a layer number", self.relation_layer)
         if not _is_int(self.relation_heads) or self.relation_heads < 1:
             raise _wrong("relation_heads", "an int of at least 1", self.relation_heads)
+        if not _is_number(self.teacher_share) or self.teacher_share < 0:
+            raise _wrong("teacher_share", "a finite number of at least 0", self.teacher_share)
+        if self.teacher_share and not self.distills:
+            raise _wrong("teacher_share", "0 without a term from a teacher", self.teacher_share)
+        if self.teacher_share and self.teacher_8bit:
+            raise _wrong("teacher_share", "0 for a teacher in 8 bits", self.teacher_share)
         if not is_length(self.quant_warmup):
             requirement = "a number of steps (an int), or a share of the run (a float up to 1.0)"
             raise _wrong("quant_warmup", requirement, self.quant_warmup)
@@ -145,6 +157,8 @@ class Recipe:
         if self.calibration_samples:
             stages = "at once" if self.stages == 1 else f"in {self.stages} stages"
             told.insert(0, f"calibrated on {self.calibration_samples} examples {stages}")
+        if self.teacher_share:
+            told.insert(0, f"the teacher learns first, for {self.teacher_share:g} times the steps")
         scales, vectors = (learning_rate * one for one in (self.scale_rate, self.vector_rate))
         told.append(f"rates {learning_rate:g}, scales {scales:g}, norms and biases {vectors:g}")
         return ", ".join(told)
@@ -197,6 +211,16 @@ RECIPES: dict[str, Recipe] = {
     "default": Recipe(
         cross_entropy_weight=0.0,
         logits_weight=1.0,
+        calibration_samples=128,
+        scale_rate=3.0,
+        vector_rate=10.0,
+    ),
+    # For text that is to be learned: a teacher that has learned it says more than labels do.
+    "teach": Recipe(
+        cross_entropy_weight=0.0,
+        logits_weight=1.0,
+        teacher_required=True,
+        teacher_share=1.0,
         calibration_samples=128,
         scale_rate=3.0,
         vector_rate=10.0,

@@ -29,6 +29,7 @@ from bitlab_hf.train.recipe import Recipe
 from bitlab_hf.train.schedule import QuantStrengthWarmup
 from bitlab_hf.train.start import CalibratedStartMixin, calibration_folder
 from bitlab_hf.train.statistics import TernaryStatistics
+from bitlab_hf.train.taught import TaughtTeacherMixin, teacher_folder
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -55,7 +56,8 @@ class GuardMixin(_Base):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trains; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole.
 
-        Where there is none yet, it goes on with a calibrated start that was killed.
+        Where there is none yet, it goes on with a calibrated start, or with a teacher's training,
+        that was killed.
 
         Raises:
             CheckpointError: There is neither, or it was made with another recipe.
@@ -63,7 +65,8 @@ class GuardMixin(_Base):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
-            if resume_from_checkpoint is None and not calibration_folder(self.args).is_dir():
+            begun = calibration_folder(self.args), teacher_folder(self.args)
+            if resume_from_checkpoint is None and not any(one.is_dir() for one in begun):
                 raise CheckpointError(
                     f"BitLabTrainer: {self.args.output_dir} must hold a checkpoint to resume, "
                     "got none that is whole"
@@ -220,7 +223,13 @@ class CallbacksMixin(_Base):
 
 
 class BitLabTrainer(
-    CallbacksMixin, GuardMixin, RatesMixin, CalibratedStartMixin, DistillationMixin, Trainer
+    CallbacksMixin,
+    GuardMixin,
+    RatesMixin,
+    TaughtTeacherMixin,
+    CalibratedStartMixin,
+    DistillationMixin,
+    Trainer,
 ):
     """transformers' Trainer for quantization-aware training.
 

@@ -82,6 +82,17 @@ def test_launchers(text: Path, tmp_path: Path, launcher: tuple[str, ...]) -> Non
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_taught_teacher_in_two_processes(text: Path, tmp_path: Path) -> None:
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    launcher = (torchrun, "--standalone", "--nproc-per-node", "2")
+    done = run(*options(text, tmp_path, 2), "--teach", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / "teacher" / "model")
+    before = AutoModelForCausalLM.from_pretrained(MODEL).lm_head.weight
+    assert 0 < (teacher.lm_head.weight - before).abs().max() < 1e-2
+    assert "| recipe | teach, warmed up" in (tmp_path / "README.md").read_text()
+
+
 def test_bad_input(text: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("  ")
     for data, message in (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError
-from bitlab_hf.train import Recipe
+from bitlab_hf.train import RECIPES, Recipe
 
 Cli = Callable[..., Any]
 
@@ -45,6 +45,17 @@ def test_train_resume_deploy(cli: Cli, states: dict[str, Path], tmp_path: Path) 
     assert "| data | book.txt |" in card
     with pytest.raises(CheckpointError, match="recipe must be the one of"):
         raise cli("train", states["float"], out, *options[:2], *options[4:], "--resume").error
+
+
+def test_a_teacher_that_learns_first(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "latent"
+    options = ("--text", __file__, "--length", 16, "--batch", 2, "--steps", 3, "--threads", 1)
+    done = cli("train", states["float"], out, *options, "--recipe", "teach", "--json")
+    assert done.code == 0, done.error
+    assert done.json["steps"] == 3
+    assert "the teacher learns first, for 1 times the steps" in " ".join(done.err.split())
+    assert (out / "run" / "teacher" / "model" / "config.json").is_file()
+    assert Recipe.load(out / "run" / "checkpoint-3") == RECIPES["teach"]
 
 
 def test_a_resume_of_nothing_leaves_nothing(

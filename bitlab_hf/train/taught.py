@@ -1,0 +1,201 @@
+"""A teacher that learns first: text that is there to be learned, not to keep a model by."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from bitcore.errors import ArgumentError, CheckpointError
+from bitlab_hf.checkpoint.atomic import write_atomically
+from bitlab_hf.checkpoint.saving import save
+from bitlab_hf.train.guard import last_checkpoint
+from bitlab_hf.train.recipe import RECIPES, Recipe
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+logger = logging.getLogger("bitlab")
+
+_FACTS = "taught.json"
+# Examples of the training data that tell one text from another.
+_COMPARED = 64
+
+
+def teacher_folder(args: Any) -> Path:
+    """Returns where a run keeps the teacher that it has taught, and the checkpoints of that."""
+    return Path(args.output_dir) / "teacher"
+
+
+class TaughtTeacherMixin(_Base):
+    """Put before a Trainer class with a ``recipe`` and a teacher: trains the teacher on the labels
+    first, where the recipe asks for it, in full precision.
+
+    The teacher learns for ``teacher_share`` of the run's steps, which are steps beside the run's
+    own, with the Trainer's arguments and data. A model that has the teacher's weights, as one made
+    of it has, goes on from what the teacher has learned; another one only learns from it. The
+    taught teacher stays in ``teacher/model`` below the output directory, an ordinary float model.
+
+    A run that was killed goes on to the same bits, within the teacher's training too.
+
+    Attributes:
+        teacher_callbacks: Of the teacher's training.
+
+    Raises:
+        ArgumentError: There is no teacher that could learn: none, stored logits, one in 8 bits; or
+            the run is one of FSDP or DeepSpeed.
+    """
+
+    recipe: Recipe
+    teacher_callbacks: Sequence[TrainerCallback] = ()
+    _teacher: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.recipe.teacher_share:
+            return
+        learns = self._teacher is not None and not getattr(self._teacher, "is_quantized", False)
+        if not learns:
+            raise ArgumentError(
+                "BitLabTrainer: teacher must be a float model, or the path of one, for a recipe "
+                "with teacher_share\nIt is trained itself; stored logits and 8 bits cannot be."
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ArgumentError(
+                "BitLabTrainer: recipe must have teacher_share 0 under FSDP and DeepSpeed, got "
+                f"{self.recipe.teacher_share}\nFine-tune the float model in a run of its own, then "
+                "make it ternary with itself as the teacher."
+            )
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Teaches the teacher, unless it has been; then trains."""
+        if self.recipe.teacher_share:
+            self._teach(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _teach(self, checkpoint: Any) -> None:
+        model, teacher = self.accelerator.unwrap_model(self.model), self._teacher
+        place = teacher_folder(self.args)
+        taught, dtype = place / "model", next(teacher.parameters()).dtype
+        is_its_own = _has_weights_of(model, teacher)
+        if checkpoint:
+            if not taught.is_dir():
+                raise CheckpointError(
+                    f"BitLabTrainer: {taught} must hold the teacher that the run has taught, got "
+                    "none\nPut it back, or start anew from the checkpoint's weights."
+                )
+        else:
+            self._begin(place, teacher)
+            if not taught.is_dir():
+                self._train_teacher(place, teacher.float())
+        # What was saved, also where it has just been: a run that goes on has no other.
+        state = type(teacher).from_pretrained(taught, dtype=torch.float32).state_dict()
+        teacher.float().load_state_dict(state)
+        if not checkpoint and is_its_own:
+            model.load_state_dict(state, strict=False)
+        teacher.to(dtype).eval().requires_grad_(False)
+        # Whether the teacher learned in this process or in one before, the rest is the same.
+        set_seed(self.args.seed)
+
+    def _begin(self, place: Path, teacher: nn.Module) -> None:
+        """Leaves what an earlier start of the same training has kept, and nothing else."""
+        facts = self._facts(teacher)
+        file = place / _FACTS
+        held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        # All have seen it before it goes.
+        self.accelerator.wait_for_everyone()
+        if held != facts and self.is_world_process_zero():
+            if held is not None:
+                other = [name for name in facts if held.get(name) != facts[name]]
+                logger.info("the teacher is taught anew: other %s", ", ".join(other))
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+            write_atomically(file, json.dumps(facts, indent=2) + "\n")
+        self.accelerator.wait_for_everyone()
+
+    def _facts(self, teacher: nn.Module) -> dict[str, Any]:
+        """Returns what makes two trainings of a teacher the same."""
+        args, recipe = self.args, self.recipe
+        weights = hashlib.sha256()
+        for name, value in teacher.state_dict().items():
+            total = value.double().sum().item(), value.double().abs().sum().item()
+            weights.update(f"{name} {total}".encode())
+        data: Any = self.train_dataset
+        text = hashlib.sha256()
+        if not isinstance(data, torch.utils.data.IterableDataset):
+            for index in range(0, len(data), max(1, len(data) // _COMPARED)):
+                row = data[index]
+                ids = row.get("input_ids") if isinstance(row, dict) else None
+                text.update(f"{index} {row if ids is None else list(map(int, ids))}".encode())
+            text.update(str(len(data)).encode())
+        return {
+            "steps": args.max_steps,
+            "epochs": args.num_train_epochs,
+            "share": recipe.teacher_share,
+            "rate": args.learning_rate * recipe.teacher_rate,
+            "batch": args.train_batch_size * args.gradient_accumulation_steps,
+            "processes": self.accelerator.num_processes,
+            "seed": args.seed,
+            "weights": weights.hexdigest(),
+            "text": text.hexdigest(),
+        }
+
+    def _train_teacher(self, place: Path, teacher: Any) -> None:
+        from bitlab_hf.train.trainer import BitLabTrainer
+
+        given, share = self.args, self.recipe.teacher_share
+        args = copy.copy(given)
+        args.output_dir = str(place)
+        if given.max_steps > 0:
+            args.max_steps = max(1, round(share * given.max_steps))
+        args.num_train_epochs = share * given.num_train_epochs
+        args.learning_rate = given.learning_rate * self.recipe.teacher_rate
+        args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
+        if given.save_strategy == SaveStrategy.BEST:
+            args.save_strategy = SaveStrategy.NO
+        args.save_total_limit, args.push_to_hub, args.report_to = 1, False, []
+        logger.info("the teacher learns first, in full precision")
+        trainer = BitLabTrainer(
+            model=teacher.requires_grad_(True),
+            args=args,
+            data_collator=self.data_collator,
+            train_dataset=self.train_dataset,
+            callbacks=list(self.teacher_callbacks),
+            recipe=RECIPES["plain"],
+        )
+        if not any(isinstance(one, PrinterCallback) for one in self.callback_handler.callbacks):
+            trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=last_checkpoint(place))
+        if self.is_world_process_zero():
+            save(teacher, place / "model")
+            for folder in place.glob("checkpoint-*"):
+                shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+
+def _has_weights_of(model: nn.Module, teacher: nn.Module) -> bool:
+    """Tells whether a model has all of a teacher's weights under the same names, at their values
+    in the coarser dtype of the two.
+    """
+    held = dict(model.named_parameters())
+    for name, theirs in teacher.named_parameters():
+        ours = held.get(name)
+        if ours is None or ours.shape != theirs.shape:
+            return False
+        coarser = min(ours.dtype, theirs.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+        if not torch.equal(ours.to(coarser), theirs.to(ours.device, coarser)):
+            return False
+    return True

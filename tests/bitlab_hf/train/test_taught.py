@@ -1,0 +1,182 @@
+"""A teacher that learns before it teaches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from bitcore.errors import ArgumentError, CheckpointError, ConfigError
+from bitlab_hf.train import RECIPES, Recipe, precompute_logits
+from tests.bitlab_hf.models import make_float_model, taught, training_data
+from tests.bitlab_hf.test_trainer import assert_equal_states, state_of
+from tests.bitlab_hf.train.test_trainer import load, make
+
+TAUGHT = Recipe(0.0, 1.0, teacher_share=2.0, teacher_rate=3.0, calibration_samples=8)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows nothing of its text."""
+    return make_float_model("llama", tmp_path_factory.mktemp("float"))
+
+
+def read(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def loss(model: Any) -> float:
+    ids = torch.stack([row["input_ids"] for row in training_data()])
+    with torch.no_grad():
+        return float(model.eval()(input_ids=ids, labels=ids).loss)
+
+
+class Kill(TrainerCallback):
+    """Ends a training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_it_is_a_run_of_full_precision_first(source: Path, tmp_path: Path) -> None:
+    """The same as fine-tuning the float model, and making that ternary by itself."""
+    options: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-3}
+    make(source, tmp_path / "in-one", recipe=TAUGHT, teacher=read(source), **options).train()
+    tuned = read(source)
+    more = {**options, "max_steps": 6, "learning_rate": 3e-3}
+    make(source, tmp_path / "tuned", model=tuned, recipe="plain", **more).train()
+    found = read(tmp_path / "in-one" / "teacher" / "model")
+    assert_equal_states(state_of(found), state_of(tuned))
+    assert loss(found) < loss(read(source)) - 0.01
+    tuned.save_pretrained(tmp_path / "start")
+    plain = Recipe(0.0, 1.0, calibration_samples=8)
+    after = make(tmp_path / "start", tmp_path / "after", recipe=plain, teacher=tuned, **options)
+    after.train()
+    in_one = make(source, tmp_path / "in-one", recipe=TAUGHT, teacher=read(source), **options)
+    in_one.train()
+    assert_equal_states(state_of(in_one.model), state_of(after.model))
+    assert_equal_states(state_of(in_one._teacher), state_of(tuned))
+    assert not any(parameter.requires_grad for parameter in in_one._teacher.parameters())
+
+
+@pytest.mark.parametrize("killed_at", ["the teacher", "calibration", "a step"])
+def test_resumed_is_straight(source: Path, tmp_path: Path, killed_at: str) -> None:
+    options: dict[str, Any] = {
+        "recipe": TAUGHT, "max_steps": 4, "save_strategy": "steps", "save_steps": 1,
+    }  # fmt: skip
+    straight = make(source, tmp_path / "straight", teacher=read(source), **options)
+    straight.train()
+    calls = [Kill(2)] if killed_at == "a step" else []
+    folder = tmp_path / "killed"
+    killed = make(source, folder, teacher=read(source), callbacks=calls, **options)
+    if killed_at == "the teacher":
+        killed.teacher_callbacks = [Kill(5)]
+
+    def kill(done: int, _total: int, _name: str) -> None:
+        if done == 3 and killed_at == "calibration":
+            raise KeyboardInterrupt
+
+    killed.calibration_progress = kill
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    left = [one.name for one in (folder / "teacher").glob("checkpoint-*")]
+    assert left == (["checkpoint-4"] if killed_at == "the teacher" else [])
+    again = make(source, folder, teacher=read(source), **options)
+    again.train(resume_from_checkpoint=True)
+    assert_equal_states(state_of(straight.model), state_of(again.model))
+    assert_equal_states(state_of(straight._teacher), state_of(again._teacher))
+
+
+def test_another_training_teaches_anew(source: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 2, "learning_rate": 1e-3, "recipe": TAUGHT}
+    make(source, tmp_path, teacher=read(source), **options).train()
+    model = tmp_path / "teacher" / "model"
+    first, other = state_of(read(model)), training_data(40)[8:]
+
+    def again(**changes: Any) -> dict[str, torch.Tensor]:
+        make(source, tmp_path, teacher=read(source), **{**options, **changes}).train()
+        return state_of(read(model))
+
+    assert_equal_states(again(), first)
+    for changes in ({"train_dataset": other}, {"learning_rate": 2e-3}, {"max_steps": 3}):
+        found = again(**changes)
+        assert any(not torch.equal(found[name], first[name]) for name in first)
+
+
+def test_a_teacher_of_its_own_kind(source: Path, tmp_path: Path) -> None:
+    """A model with other weights learns from the teacher, and keeps its start."""
+    other = taught(make_float_model("llama", tmp_path / "other"))
+    recipe = Recipe(0.0, 1.0, teacher_share=1.0)
+    trainer = make(other, tmp_path / "run", recipe=recipe, teacher=read(source), max_steps=1,
+                   learning_rate=1e-3)  # fmt: skip
+    trainer.train()
+    own, theirs = (read(one).lm_head.weight for one in (other, source))
+    assert (own - theirs).abs().max() > 0.05
+    assert (trainer.model.lm_head.weight - own).abs().max() < 0.002
+    adapted = get_peft_model(load(source), LoraConfig(target_modules=["q_proj"]))
+    trainer = make(source, tmp_path / "adapter", model=adapted, recipe=recipe,
+                   teacher=read(source), max_steps=1)  # fmt: skip
+    before = adapted.base_model.model.lm_head.weight.clone()
+    trainer.train()
+    assert torch.equal(adapted.base_model.model.lm_head.weight, before)
+
+
+def test_a_teacher_in_half_precision(source: Path, tmp_path: Path) -> None:
+    """It learns in float32, and teaches in its own dtype."""
+    teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    trainer = make(source, tmp_path, recipe=TAUGHT, teacher=teacher, max_steps=1)
+    trainer.train()
+    assert teacher.dtype == torch.bfloat16
+    kept = json.loads((tmp_path / "teacher" / "model" / "config.json").read_text())
+    assert kept["dtype"] == "float32"
+    found = read(tmp_path / "teacher" / "model")
+    assert_equal_states(state_of(teacher), state_of(found.to(torch.bfloat16)))
+
+
+def test_bad_input(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="teacher must be given"):
+        make(source, tmp_path, recipe="teach")
+    with pytest.raises(ArgumentError, match="teacher must be a float model"):
+        make(source, tmp_path, recipe=TAUGHT)
+    stored = precompute_logits(read(source), training_data(), tmp_path / "logits", k=4)
+    with pytest.raises(ArgumentError, match="stored logits and 8 bits cannot"):
+        make(source, tmp_path, recipe=TAUGHT, teacher=stored)
+    make(source, tmp_path, recipe=TAUGHT, teacher=read(source), max_steps=2, save_steps=1,
+         save_strategy="steps").train()  # fmt: skip
+    (tmp_path / "teacher").rename(tmp_path / "elsewhere")
+    trainer = make(source, tmp_path, recipe=TAUGHT, teacher=read(source), max_steps=3)
+    with pytest.raises(CheckpointError, match="must hold the teacher that the run has taught"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"teacher_share": -1.0}, "teacher_share must be a finite number of at least 0"),
+        ({"teacher_share": 1.0}, "teacher_share must be 0 without a term from a teacher"),
+        ({"teacher_share": 1.0, "logits_weight": 1.0, "teacher_8bit": True}, "0 for a teacher in"),
+        ({"teacher_rate": 0.0}, "teacher_rate must be a finite number above 0"),
+    ],
+)
+def test_fields_of_the_recipe(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Recipe(**fields)
+
+
+def test_in_words() -> None:
+    assert (
+        RECIPES["teach"]
+        .in_words(2e-4)
+        .startswith(
+            "the teacher learns first, for 1 times the steps, calibrated on 128 examples at once, "
+        )
+    )
