@@ -40,8 +40,8 @@ from bitlab_hf.demo.report import PROMPTS, Report, show_table, show_texts
 from bitlab_hf.demo.text import Blocks, Perplexity, make_blocks, measure_perplexity
 from bitlab_hf.model.deploy import deploy
 from bitlab_hf.model.groups import scales_in_words
-from bitlab_hf.train import RECIPES, BitLabTrainer, last_checkpoint, record_baseline
-from bitlab_hf.train.start import calibration_folder
+from bitlab_hf.train import RECIPES, BitLabTrainer, record_baseline
+from bitlab_hf.train.guard import has_begun
 
 # How often the ternary model is evaluated in training, and on which part of the held-out blocks.
 EVALUATIONS, EVALUATED = 8, 5
@@ -301,7 +301,7 @@ class Demo:
             record_baseline(trainer, teacher, "original")
             trainer.recipe.save(run)
             trainer.evaluate()
-        held = last_checkpoint(run) is not None or calibration_folder(arguments).is_dir()
+        held = has_begun(arguments)
         trainer.train(resume_from_checkpoint=(ternary and settings.resume and held) or None)
         for checkpoint in run.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)

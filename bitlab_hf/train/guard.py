@@ -104,6 +104,26 @@ def last_checkpoint(directory: str | Path) -> str | None:
     return max(found)[1] if found else None
 
 
+def calibration_folder(args: Any) -> Path:
+    """Returns where a run keeps, until it has ended, what calibration has found so far."""
+    return Path(args.output_dir) / "calibration"
+
+
+def teacher_folder(args: Any) -> Path:
+    """Returns where a run keeps the teacher that it has taught, and the checkpoints of that."""
+    return Path(args.output_dir) / "teacher"
+
+
+def has_begun(args: Any) -> bool:
+    """Tells whether there is anything that a run could go on with.
+
+    Args:
+        args: The Trainer's.
+    """
+    begun = calibration_folder(args), teacher_folder(args)
+    return last_checkpoint(args.output_dir) is not None or any(one.is_dir() for one in begun)
+
+
 def _is_whole(folder: Path) -> bool:
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))

@@ -24,6 +24,7 @@ from bitlab_hf.fit.calibrate import CalibrationReport, Progress, calibrate
 from bitlab_hf.fit.kept import OtherFitError
 from bitlab_hf.fit.taps import tapped
 from bitlab_hf.model.tree import decoder_layers, quantized_layers
+from bitlab_hf.train.guard import calibration_folder
 from bitlab_hf.train.recipe import Recipe
 from bitlab_hf.train.stages import StagedCalibration
 from bitlayers import set_quant_strength
@@ -37,11 +38,6 @@ logger = logging.getLogger("bitlab")
 
 # Samples that are run at a time.
 _BATCH = 8
-
-
-def calibration_folder(args: Any) -> Path:
-    """Returns where a run keeps, until it has ended, what calibration has found so far."""
-    return Path(args.output_dir) / "calibration"
 
 
 class CalibratedStartMixin(_Base):

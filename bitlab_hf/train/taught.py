@@ -20,7 +20,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf.checkpoint.atomic import write_atomically
 from bitlab_hf.checkpoint.saving import save
-from bitlab_hf.train.guard import last_checkpoint
+from bitlab_hf.train.guard import last_checkpoint, teacher_folder
+from bitlab_hf.train.guarded import GuardMixin
 from bitlab_hf.train.recipe import RECIPES, Recipe
 
 if TYPE_CHECKING:
@@ -35,9 +36,10 @@ _FACTS = "taught.json"
 _COMPARED = 64
 
 
-def teacher_folder(args: Any) -> Path:
-    """Returns where a run keeps the teacher that it has taught, and the checkpoints of that."""
-    return Path(args.output_dir) / "teacher"
+class _TeacherTrainer(GuardMixin, Trainer):
+    """Trains the teacher, guarded as a ternary model's training is."""
+
+    recipe = RECIPES["plain"]
 
 
 class TaughtTeacherMixin(_Base):
@@ -154,8 +156,6 @@ class TaughtTeacherMixin(_Base):
         }
 
     def _train_teacher(self, place: Path, teacher: Any) -> None:
-        from bitlab_hf.train.trainer import BitLabTrainer
-
         given, share = self.args, self.recipe.teacher_share
         args = copy.copy(given)
         args.output_dir = str(place)
@@ -168,13 +168,12 @@ class TaughtTeacherMixin(_Base):
             args.save_strategy = SaveStrategy.NO
         args.save_total_limit, args.push_to_hub, args.report_to = 1, False, []
         logger.info("the teacher learns first, in full precision")
-        trainer = BitLabTrainer(
+        trainer = _TeacherTrainer(
             model=teacher.requires_grad_(True),
             args=args,
             data_collator=self.data_collator,
             train_dataset=self.train_dataset,
             callbacks=list(self.teacher_callbacks),
-            recipe=RECIPES["plain"],
         )
         if not any(isinstance(one, PrinterCallback) for one in self.callback_handler.callbacks):
             trainer.remove_callback(PrinterCallback)
