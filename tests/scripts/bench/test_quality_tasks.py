@@ -46,7 +46,7 @@ def demo() -> tuple[Any, Any]:
 
 def test_tasks(models: Path, demo: tuple[Any, Any]) -> None:
     model, tokenizer = demo
-    tasks = make_tasks(tokenizer, models, "test", 2, 100, length=32)
+    tasks = make_tasks(tokenizer, models / "wikipedia", "test", 2, 100, length=32)
     assert tasks.blocks.shape == (2, 32)
     assert [tokenizer.decode(one.choices[0]) for one in tasks.words] == [
         f" {word}" for word in (*WORDS, "other")
