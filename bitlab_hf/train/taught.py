@@ -184,6 +184,9 @@ class TaughtTeacherMixin(_Base):
             eval_dataset=held,
             callbacks=list(self.teacher_callbacks),
         )
+        # What this Trainer hands to its collator, which may be more than the model takes.
+        self._set_signature_columns_if_needed()
+        trainer._signature_columns = self._signature_columns
         if not any(isinstance(one, PrinterCallback) for one in self.callback_handler.callbacks):
             trainer.remove_callback(PrinterCallback)
         original = {name: value.cpu().clone() for name, value in teacher.state_dict().items()}

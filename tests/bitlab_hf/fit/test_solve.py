@@ -45,7 +45,9 @@ def test_each_step_lowers_the_loss(scheme: str) -> None:
     def loss(codes: Tensor, scales: Scales) -> float:
         return loss_of(target - codes * scales.full(), hessian)
 
-    scales = start_scales(target, hessian, *SCHEMES[scheme])
+    shape, leveled = SCHEMES[scheme]
+    scales = start_scales(target, hessian, shape)
+    scales = scales.in_two_levels() if leveled else scales
     half = scales.full() / 2
     rounding = loss((target > half).double() - (target < -half).double(), scales)
     codes = compensated_codes(target, hessian, scales)
@@ -122,15 +124,17 @@ def hard_problem(kind: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["plain", "large", "zeros", "tiny"])
-def test_scales_are_in_two_levels_wherever_they_are_chosen(kind: str) -> None:
+def test_scales_stay_in_two_levels_and_end_in_them(kind: str) -> None:
     target, hessian = hard_problem(kind)
-    scales = start_scales(target, hessian, (24, 4), leveled=True)
+    scales = start_scales(target, hessian, (24, 4)).in_two_levels()
     on_grid(scales, torch.ones_like(target))
     codes = compensated_codes(target, hessian, scales)
     for _ in range(3):
         scales = refit(target, hessian, codes, scales)
         on_grid(scales, codes)
         codes = descend(target, hessian, codes, scales)
+    codes, scales = solve(target, hessian, (24, 4), 0, leveled=True)
+    on_grid(scales, codes)
     codes, scales = solve(target, hessian, (24, 4), 4, leveled=True)
     multiplier = on_grid(scales, codes)
     if kind == "large":
