@@ -154,6 +154,8 @@ class TaughtTeacherMixin(_Base):
             "epochs": args.num_train_epochs,
             "share": recipe.teacher_share,
             "rate": args.learning_rate * recipe.teacher_rate,
+            "schedule": [str(args.lr_scheduler_type), args.warmup_steps, args.weight_decay],
+            "optimizer": [str(args.optim), args.adam_beta1, args.adam_beta2, args.max_grad_norm],
             "batch": args.train_batch_size * args.gradient_accumulation_steps,
             "processes": self.accelerator.num_processes,
             "seed": args.seed,
