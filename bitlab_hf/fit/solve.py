@@ -45,18 +45,24 @@ class Moments:
 
     def add(self, original: Tensor, inputs: Tensor) -> None:
         """Adds tokens: inputs of both models, float [tokens, K]."""
-        x = inputs.float()
-        self.hessian += (x.t() @ x).double()
-        self.cross += (original.float().t() @ x).double()
-        self.tokens += x.shape[0]
+        self.hessian += _products(inputs, inputs)
+        self.cross += _products(original, inputs)
+        self.tokens += inputs.shape[0]
 
     def add_wanted(self, outputs: Tensor, inputs: Tensor) -> None:
         """Adds tokens: outputs that are wanted, float [tokens, N], and inputs [tokens, K]."""
-        x = inputs.float()
-        self.hessian += (x.t() @ x).double()
-        products = (outputs.float().t() @ x).double()
+        self.hessian += _products(inputs, inputs)
+        products = _products(outputs, inputs)
         self.wanted = products if self.wanted is None else self.wanted + products
-        self.tokens += x.shape[0]
+        self.tokens += inputs.shape[0]
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Returns ``L^T R`` in float64, of products in float32 wherever it is called from: rounded as
+    under autocast, a Hessian with one large direction is not positive definite any more.
+    """
+    with torch.autocast(left.device.type, enabled=False):
+        return (left.float().t() @ right.float()).double()
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:

@@ -95,6 +95,24 @@ def test_the_wanted_weight_takes_drift_back() -> None:
     torch.testing.assert_close(wanted, (weight @ map_back).double(), rtol=1e-4, atol=1e-4)
 
 
+def test_moments_are_the_same_under_autocast() -> None:
+    """Rounded to bfloat16, those of tokens with one huge channel have no Cholesky factor."""
+    torch.manual_seed(0)
+    inputs = torch.randn(2000, 96)
+    # A token in a hundred is huge in one direction, as massive activations are.
+    inputs[::100] += 3000 * torch.randn(96)
+    found = []
+    for enabled in (False, True):
+        moments, wanting = (Moments.zeros(96, inputs.device) for _ in range(2))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            moments.add(inputs, inputs)
+            wanting.add_wanted(inputs[:, :8], inputs)
+        assert wanting.wanted is not None
+        found.append((moments.hessian, moments.cross, wanting.hessian, wanting.wanted))
+        wanted_weight(torch.randn(8, 96), moments, 1e-4)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def on_grid(scales: Scales, codes: Tensor) -> Tensor:
     """Returns the multipliers, after a look at whether estimators would find the same."""
     groups = scales.values.shape[1]
