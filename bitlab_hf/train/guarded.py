@@ -71,7 +71,8 @@ class GuardMixin(_Base):
         model: Any = self.model
         fresh = not getattr(model, "_is_accelerate_prepared", False)
         found: Any = super().evaluate(*args, **kwargs)
-        if fresh and self.accelerator.num_processes > 1 and self.model_wrapped is model:
+        wrapped: Any = self.model_wrapped
+        if fresh and self.accelerator.num_processes > 1 and wrapped is model:
             # accelerate takes a model that was readied for evaluation for one that is ready to
             # train, and each process would train a copy of its own.
             model._is_accelerate_prepared = False
