@@ -9,6 +9,7 @@ import logging
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,10 @@ class TaughtTeacherMixin(_Base):
         """Leaves what an earlier start of the same training has kept, and nothing else."""
         facts = self._facts(teacher)
         file = place / _FACTS
-        held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        held: Any = None
+        # What cannot be read is of no training that could go on.
+        with suppress(OSError, TypeError, ValueError):
+            held = dict(json.loads(file.read_text(encoding="utf-8")))
         # All have seen it before it goes.
         self.accelerator.wait_for_everyone()
         if held != facts and self.is_world_process_zero():
@@ -214,9 +218,9 @@ class TaughtTeacherMixin(_Base):
         data: Any = self.train_dataset
         if self.eval_dataset is not None and not isinstance(self.eval_dataset, dict):
             return data, self.eval_dataset
-        if isinstance(data, torch.utils.data.IterableDataset) or len(data) < 2:
+        if isinstance(data, torch.utils.data.IterableDataset):
             return data, None
-        every = max(2, len(data) // _JUDGED, _HELD_OUT)
+        every = max(len(data) // _JUDGED, _HELD_OUT)
         parts: list[Any] = []
         for wanted in (False, True):
             indices = [at for at in range(len(data)) if (at % every == every - 1) is wanted]

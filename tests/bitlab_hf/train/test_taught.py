@@ -157,6 +157,9 @@ def test_another_training_teaches_anew(source: Path, tmp_path: Path) -> None:
     for changes in ({"train_dataset": other}, {"learning_rate": 2e-3}, {"max_steps": 3}):
         found = again(**changes)
         assert any(not torch.equal(found[name], first[name]) for name in first)
+    for damaged in ("{", "3"):
+        (tmp_path / "teacher" / "taught.json").write_text(damaged)
+        assert_equal_states(again(), first)
 
 
 def test_a_teacher_of_its_own_kind(source: Path, tmp_path: Path) -> None:
@@ -222,10 +225,5 @@ def test_fields_of_the_recipe(fields: dict[str, Any], message: str) -> None:
 
 
 def test_in_words() -> None:
-    assert (
-        RECIPES["teach"]
-        .in_words(2e-4)
-        .startswith(
-            "the teacher learns first, for 1 times the steps, calibrated on 128 examples at once, "
-        )
-    )
+    words = "the teacher learns first, for 1 times the steps, calibrated on 128 examples at once, "
+    assert RECIPES["teach"].in_words(2e-4).startswith(words)
