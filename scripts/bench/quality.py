@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from common import Grid, header, pyplot
 from generate import weight_files
 from quality_methods import load_float
 from quality_model import write_json
-from quality_rows import LENGTH, ROWS, make
+from quality_rows import LENGTH, ROWS, Costs, make
 from quality_tasks import Tasks, make_tasks, pack_blocks, read_articles, score
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -93,20 +91,12 @@ def work(options: argparse.Namespace, name: str, seed: int) -> None:
     making = folder / "making.json"
     if row.tokens or row.config is not None:
         if not deployed.is_dir():
-            started, used = time.monotonic(), time.process_time()
             texts = [one["text"] for one in read_articles(options.models / options.text, "fit")]
             fit = pack_blocks(tokenizer, texts, None, LENGTH, seed)
             scratch = folder / "checkpoints"
-            model = make(row, source, fit, seed, options.bf16, scratch, say)
-            write_json(
-                making,
-                {
-                    "seconds": time.monotonic() - started,
-                    "cpu_seconds": time.process_time() - used,
-                    "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                    "threads": options.threads,
-                },
-            )
+            costs = Costs(scratch, place_of(options) / "starts" / row.start(seed, options.bf16))
+            model = make(row, source, fit, seed, options.bf16, costs, say)
+            write_json(making, {**costs.now(), "threads": options.threads})
             if row.config is not None:
                 save(deploy(model).to(torch.bfloat16), deployed, tokenizer=tokenizer)
             shutil.rmtree(scratch, ignore_errors=True)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import resource
+import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,8 +14,9 @@ from typing import Any
 
 import torch
 from quality_methods import auto_bitlinear, load_bitlab, load_float
+from quality_model import write_json
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, calibrate
@@ -21,6 +27,57 @@ LENGTH = 256
 _BATCH = 2
 # What a calibrated start reads, in blocks.
 SAMPLES = RECIPES["default"].calibration_samples
+
+
+class Costs(TrainerCallback):
+    """What making a row has cost, with what it cost before it was killed.
+
+    Rows that begin with the same calibrated start take it over from the first of them, at the
+    price that this one paid: each would find the same one, bit for bit.
+
+    Args:
+        scratch: Where the row's checkpoints are kept.
+        start: Where the calibrated start is kept.
+    """
+
+    def __init__(self, scratch: Path, start: Path) -> None:
+        self.scratch = scratch
+        self._start, self._taken = start, False
+        self._file = scratch / "costs.json"
+        self._begin(self._file)
+
+    def _begin(self, known: Path) -> None:
+        nothing = {"seconds": 0.0, "cpu_seconds": 0.0, "peak_bytes": 0}
+        self._before = json.loads(known.read_text()) if known.is_file() else nothing
+        self._started, self._used = time.monotonic(), time.process_time()
+
+    def now(self) -> dict[str, float]:
+        """Returns seconds, CPU seconds, and the largest resident memory."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "seconds": self._before["seconds"] + time.monotonic() - self._started,
+            "cpu_seconds": self._before["cpu_seconds"] + time.process_time() - self._used,
+            "peak_bytes": max(self._before["peak_bytes"], peak),
+        }
+
+    def take_start(self) -> None:
+        """Puts the calibrated start that another row has found where the Trainer looks for one."""
+        if (self._start / "costs.json").is_file():
+            shutil.copytree(self._start, self.scratch / "calibration", dirs_exist_ok=True)
+            self._taken = True
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Keeps the calibrated start, or takes its price."""
+        found = self.scratch / "calibration"
+        if self._taken:
+            self._begin(self._start / "costs.json")
+        elif found.is_dir():
+            shutil.copytree(found, self._start, dirs_exist_ok=True)
+            write_json(self._start / "costs.json", self.now())
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Keeps what has been spent up to a checkpoint."""
+        write_json(self._file, self.now())
 
 
 @dataclass(frozen=True)
@@ -53,6 +110,12 @@ class Row:
         fitted = self.recipe.calibration_samples if self.recipe is not None else 0
         taught = self.recipe.teacher_share if self.recipe is not None else 0
         return max(0, int((self.tokens // LENGTH - fitted) / (1 + taught)))
+
+    def start(self, seed: int, bf16: bool) -> str:
+        """Returns a name that rows share which begin with the same calibrated start."""
+        recipe = self.recipe or Recipe()
+        what = self.config, recipe.calibration_samples, recipe.teacher_share, seed, bf16
+        return hashlib.blake2b(repr(what).encode(), digest_size=6).hexdigest()
 
 
 # Its calibration was another one too, which is gone: this one has today's.
@@ -103,7 +166,7 @@ ROWS: dict[str, Row] = {
 
 
 def make(
-    row: Row, source: Path, fit: Tensor, seed: int, bf16: bool, scratch: Path,
+    row: Row, source: Path, fit: Tensor, seed: int, bf16: bool, costs: Costs,
     say: Callable[[str], None],
 ) -> Any:  # fmt: skip
     """Makes a row's model from the float one; a killed training goes on from its checkpoint.
@@ -115,7 +178,7 @@ def make(
             of which training takes as many as it may.
         seed: Of the training.
         bf16: Whether to compute in bfloat16 (autocast).
-        scratch: Where checkpoints are kept.
+        costs: Of making it; they know where checkpoints are kept.
         say: Is told how far it is.
     """
     torch.manual_seed(seed)
@@ -129,7 +192,7 @@ def make(
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             say(str(calibrate(model, samples, progress=_progress(say))))
     if row.blocks and not row.calibrated:
-        _train(row, model, source, fit, seed, bf16, scratch, say)
+        _train(row, model, source, fit, seed, bf16, costs, say)
     return model
 
 
@@ -142,9 +205,10 @@ def _progress(say: Callable[[str], None]) -> Callable[[int, int, str], None]:
 
 
 def _train(
-    row: Row, model: Any, source: Path, blocks: Tensor, seed: int, bf16: bool, scratch: Path,
+    row: Row, model: Any, source: Path, blocks: Tensor, seed: int, bf16: bool, costs: Costs,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
+    scratch = costs.scratch
     arguments = TrainingArguments(
         output_dir=str(scratch), per_device_train_batch_size=_BATCH, max_steps=row.blocks // _BATCH,
         learning_rate=row.rate, lr_scheduler_type="cosine", warmup_steps=0.1, adam_beta2=0.95,
@@ -152,7 +216,9 @@ def _train(
         save_steps=0.1, save_total_limit=1, logging_steps=0.05, disable_tqdm=True,
     )  # fmt: skip
     data = [{"input_ids": ids, "labels": ids} for ids in blocks]
-    common: dict[str, Any] = {"model": model, "args": arguments, "train_dataset": data}
+    common: dict[str, Any] = {
+        "model": model, "args": arguments, "train_dataset": data, "callbacks": [costs],
+    }  # fmt: skip
     if row.recipe is None:
         trainer: Any = Trainer(**common)
     else:
@@ -160,4 +226,6 @@ def _train(
         trainer = BitLabTrainer(**common, recipe=row.recipe, teacher=teacher)
         trainer.calibration_progress = _progress(say)
     last = get_last_checkpoint(str(scratch)) if scratch.is_dir() else None
+    if last is None:
+        costs.take_start()
     trainer.train(resume_from_checkpoint=last)

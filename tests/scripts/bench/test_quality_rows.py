@@ -1,0 +1,81 @@
+"""How the quality benchmark makes its rows, and what it says that they cost: the demo's model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from bitlab_hf.train import RECIPES
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "scripts/bench"))
+
+from quality_rows import LEARNED, LENGTH, ROWS, Costs, Row, make
+
+SOURCE = Path(str(files("bitlab_hf.demo") / "model"))
+RECIPE = replace(RECIPES["default"], calibration_samples=2)
+
+
+def row(steps: int) -> Row:
+    return Row("", LEARNED, recipe=RECIPE, tokens=(2 + 2 * steps) * LENGTH, rate=2e-4)
+
+
+@pytest.fixture(scope="module")
+def fit() -> Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(SOURCE)
+    text = (Path(__file__).parents[3] / "docs/architecture.md").read_text()
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+    return ids[: 16 * LENGTH].view(16, LENGTH)
+
+
+def weights(one: Row, fit: Tensor, folder: Path, start: Path) -> tuple[dict[str, Tensor], Any]:
+    costs = Costs(folder / "checkpoints", start)
+    lines: list[str] = []
+    model = make(one, SOURCE, fit, 1, False, costs, lines.append)
+    return model.state_dict(), costs.now()
+
+
+def test_rows_share_a_start(fit: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second row takes over what the first has found, and its price; the bits are the same."""
+    shared = tmp_path / "starts" / row(1).start(1, False)
+    assert shared.name == row(2).start(1, False) != row(2).start(2, False)
+    weights(row(1), fit, tmp_path / "one", shared)
+    held = json.loads((shared / "costs.json").read_text())
+    assert held["seconds"] > 0
+    (shared / "costs.json").write_text(json.dumps({**held, "seconds": 1e6, "peak_bytes": 1 << 50}))
+    solved = []
+    module: Any = sys.modules["bitlab_hf.fit.calibrate"]
+    solve = module.solve
+    monkeypatch.setattr(module, "solve", lambda *given: (solved.append(given), solve(*given))[1])
+    second, costs = weights(row(2), fit, tmp_path / "two", shared)
+    assert not solved
+    assert costs["seconds"] > 1e6
+    assert costs["peak_bytes"] == 1 << 50
+    alone, _ = weights(row(2), fit, tmp_path / "alone", tmp_path / "nothing")
+    assert solved
+    assert all(torch.equal(second[name], alone[name]) for name in alone)
+
+
+def test_costs_of_a_killed_row(tmp_path: Path) -> None:
+    costs = Costs(tmp_path, tmp_path / "start")
+    costs.on_save()
+    kept = json.loads((tmp_path / "costs.json").read_text())
+    (tmp_path / "costs.json").write_text(json.dumps({**kept, "seconds": 50.0, "cpu_seconds": 40.0}))
+    later = Costs(tmp_path, tmp_path / "start").now()
+    assert later["seconds"] >= 50.0
+    assert later["cpu_seconds"] >= 40.0
+
+
+def test_blocks() -> None:
+    """What is read for the start and by the teacher counts as trained on."""
+    assert ROWS["default-64k"].blocks == 65_536 // LENGTH - 128
+    assert ROWS["stock-64k"].blocks == 65_536 // LENGTH
+    assert ROWS["teach-96k"].blocks == (98_304 // LENGTH - 128) // 2
