@@ -29,6 +29,7 @@ from bitlab_hf.cli.loading import load_model, read_scheme
 from bitlab_hf.cli.scheme import OPTIONS, pretrained_config
 from bitlab_hf.model.groups import scales_in_words
 from bitlab_hf.train import RECIPES, BitLabTrainer, last_checkpoint
+from bitlab_hf.train.batches import batch_size
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--quant-warmup", type=float, default=0.0, help="share of the run")
     parser.add_argument("--block", type=int, default=512, help="tokens of a training example")
-    parser.add_argument("--batch", type=int, default=8, help="examples of a step and process")
+    parser.add_argument("--batch", type=int, help="examples of a step and process; default: 1 to 8")
     parser.add_argument("--max-steps", type=int, default=-1, help="default: one epoch")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--optim", default="adamw_torch", help="such as adamw_bnb_8bit")
@@ -94,12 +95,15 @@ def main() -> None:
     blocks = read_blocks(tokenizer, given.data, given.data_config, given.block)
     examples = [{"input_ids": block, "labels": block} for block in blocks]
     held_out = max(1, len(examples) // 50)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = given.batch or batch_size(len(examples) - held_out, processes)
 
     scheme = {name: getattr(given, name) for name in OPTIONS if getattr(given, name) is not None}
     held = read_scheme(given.model)
     config = pretrained_config("finetune", scheme, held, given.model)
     if held is None and int(os.environ.get("RANK", "0")) == 0:
-        print(f"scales of the weights: {scales_in_words(config)}", file=sys.stderr)
+        scales = scales_in_words(config)
+        print(f"scales of the weights: {scales}; {batch} examples a step", file=sys.stderr)
     model = load_model(given.model, quantization_config=config)
     chosen = "teach" if given.teach else "default"
     recipe = replace(RECIPES[chosen], quant_warmup=given.quant_warmup)
@@ -108,8 +112,8 @@ def main() -> None:
     trainer = BitLabTrainer(
         model=model,
         args=TrainingArguments(
-            output_dir=checkpoints, per_device_train_batch_size=given.batch,
-            per_device_eval_batch_size=given.batch, num_train_epochs=1, max_steps=given.max_steps,
+            output_dir=checkpoints, per_device_train_batch_size=batch,
+            per_device_eval_batch_size=batch, num_train_epochs=1, max_steps=given.max_steps,
             learning_rate=given.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1,
             optim=given.optim, bf16=given.bf16, use_cpu=given.cpu, save_steps=given.save_steps,
             save_total_limit=2, logging_steps=10, report_to="none",

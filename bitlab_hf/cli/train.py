@@ -16,7 +16,6 @@ from bitcore.errors import ArgumentError
 from bitlab_hf.cli.common import (
     LEARNING_RATE,
     MOST,
-    Batch,
     FloatSource,
     Json,
     Length,
@@ -68,7 +67,12 @@ def train(
         int | None,
         typer.Option(min=1, max=MOST, help="Optimizer steps. Default: one pass over the text."),
     ] = None,
-    batch: Batch = 8,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=2**16, help="Blocks a step. Default: what leaves 1000 steps, 1 to 8."
+        ),
+    ] = None,
     length: Length = 512,
     learning_rate: Annotated[
         float, typer.Option(min=0.0, callback=finite, help="Largest one; a cosine.")
@@ -98,6 +102,7 @@ def train(
     from bitlab_hf import Facts, save
     from bitlab_hf.model.groups import scales_in_words
     from bitlab_hf.train import BitLabTrainer
+    from bitlab_hf.train.batches import batch_size
 
     quiet()
     set_threads(threads)
@@ -113,10 +118,11 @@ def train(
         if resume:
             _check_resumed(run, config.to_dict() if held is None else scheme)
         scales = scales_in_words(config)
-        does = chosen.in_words(learning_rate)
-        typer.echo(printable(f"scales of the weights: {scales}; {does}"), err=True)
         tokenizer = load_tokenizer(folder)
         blocks = _blocks(tokenizer, text, dataset, length)
+        batch = batch or batch_size(len(blocks))
+        does = f"{chosen.in_words(learning_rate)}; {batch} blocks a step"
+        typer.echo(printable(f"scales of the weights: {scales}; {does}"), err=True)
         judge = _teacher(teacher, folder, folders, chosen)
         model = load_model(folder, quantization_config=config)
         arguments = TrainingArguments(

@@ -20,11 +20,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, calibrate
+from bitlab_hf.train.batches import batch_size
 
 GROUPS = {"weight_granularity": "per_group", "group_size": 64}
 LEARNED = {**GROUPS, "weight_quantizer": "lsq"}
 LENGTH = 256
-_BATCH = 2
 # What a calibrated start reads, in blocks.
 SAMPLES = RECIPES["default"].calibration_samples
 
@@ -92,6 +92,7 @@ class Row:
         recipe: Of the training; None for a plain Trainer.
         tokens: That it is fitted and trained on, in all; 0 for none.
         rate: Peak learning rate.
+        batch: Blocks of a training step; None for what `bitlab train` takes.
     """
 
     title: str
@@ -101,6 +102,7 @@ class Row:
     recipe: Recipe | None = None
     tokens: int = 0
     rate: float = 0.0
+    batch: int | None = None
 
     @property
     def blocks(self) -> int:
@@ -122,8 +124,10 @@ class Row:
 _FORMER = replace(RECIPES["default"], scale_rate=1.0, vector_rate=1.0)
 _FITTED = SAMPLES * LENGTH
 _DEFAULT = Row("default, 64 k tokens", LEARNED, recipe=RECIPES["default"], tokens=65_536, rate=2e-4)
-_TUNED = Row("full precision, fine-tuned, 96 k", None, rate=2e-4)
-_STOCK = Row("AutoBitLinear online, Trainer, 64 k", None, stock=True, tokens=65_536, rate=1e-3)
+_TUNED = Row("full precision, fine-tuned, 96 k", None, rate=2e-4, batch=2)
+_STOCK = Row(
+    "AutoBitLinear online, Trainer, 64 k", None, stock=True, tokens=65_536, rate=1e-3, batch=2
+)
 _LEARNED = 3 * _FITTED
 ROWS: dict[str, Row] = {
     "original": Row("full precision", None),
@@ -135,7 +139,7 @@ ROWS: dict[str, Row] = {
     "stock-256k": replace(_STOCK, title="AutoBitLinear online, Trainer, 256 k", tokens=262_144),
     "former": Row(
         "the former default's training: per tensor, one rate", recipe=_FORMER,
-        tokens=_FITTED + 51_200, rate=3e-4,
+        tokens=_FITTED + 51_200, rate=3e-4, batch=2,
     ),
     "budget": replace(
         _DEFAULT, title="default, 51,200 tokens after calibration", tokens=_FITTED + 51_200
@@ -208,9 +212,9 @@ def _train(
     row: Row, model: Any, source: Path, blocks: Tensor, seed: int, bf16: bool, costs: Costs,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    scratch = costs.scratch
+    scratch, batch = costs.scratch, row.batch or batch_size(row.blocks)
     arguments = TrainingArguments(
-        output_dir=str(scratch), per_device_train_batch_size=_BATCH, max_steps=row.blocks // _BATCH,
+        output_dir=str(scratch), per_device_train_batch_size=batch, max_steps=row.blocks // batch,
         learning_rate=row.rate, lr_scheduler_type="cosine", warmup_steps=0.1, adam_beta2=0.95,
         weight_decay=0.0, use_cpu=True, bf16=bf16, seed=seed, report_to="none",
         save_steps=0.1, save_total_limit=1, logging_steps=0.05, disable_tqdm=True,
