@@ -8,6 +8,7 @@ import fnmatch
 import logging
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -170,14 +171,26 @@ def _expert_counts(config: Any) -> set[int]:
     return counts.union(*(_expert_counts(one) for one in inner))
 
 
-def check_found(model: nn.Module, linears: list[Found[nn.Linear]]) -> None:
+def check_found(
+    model: nn.Module, linears: list[Found[nn.Linear]], converted: Sequence[Found[nn.Module]]
+) -> None:
     """Raises if there is nothing to convert; warns if experts stay float.
+
+    Args:
+        model: The model, or its skeleton.
+        linears: The linear layers that become ternary.
+        converted: The experts modules that do.
 
     Raises:
         ConfigError: No linear layer is left to convert; the message says what there is.
     """
-    experts = _expert_tensors(model)
-    if not linears:
+    ternary = {id(found.module) for found in converted}
+    experts = [
+        (name, parameter)
+        for name, parameter in _expert_tensors(model)
+        if id(model.get_submodule(name.rpartition(".")[0])) not in ternary
+    ]
+    if not linears and not converted:
         kinds = Counter(type(m).__name__ for m in model.modules() if not list(m.children()))
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6))
         others = sorted(
