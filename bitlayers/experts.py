@@ -24,6 +24,7 @@ from bitcore.errors import LifecycleError
 from bitlayers.checks import check_stack, log_deployed_stays, stack_problem
 from bitlayers.projection import PackedProjection, Projection, TrainedProjection
 from bitlayers.quantized import cast_dtype
+from bitlayers.routing import route
 from bitlayers.stack import Stack
 from bitlayers.state import SCALES, Packed
 from bitlayers.training import Fingerprint, shows_writes
@@ -70,6 +71,16 @@ class BitExperts(nn.Module):
     # The forward.
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Sends each token through its experts; see `run`."""
+        return self.run(hidden_states, top_k_index, top_k_weights)
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        strength: float | None = None,
+    ) -> Tensor:
         """Sends each token through its experts.
 
         Args:
@@ -77,42 +88,32 @@ class BitExperts(nn.Module):
             top_k_index: int [M, k], the experts of each token; one that is not below the number of
                 experts is none, and adds nothing.
             top_k_weights: float [M, k], what each expert's output is multiplied with.
+            strength: How far latent weights are quantized, also in eval mode; None for fully there,
+                and in training for the module's own.
 
         Returns:
             [M, H] of the dtype of hidden_states.
         """
-        chosen = top_k_index.shape[-1]
-        experts = top_k_index.reshape(-1)
-        order = torch.argsort(experts, stable=True)
-        counts = torch.bincount(experts, minlength=self.num_experts)[: self.num_experts].tolist()
-        runs = [self._projection(name, len(hidden_states)) for name in self.stacks]
-        outputs, start = [], 0
-        for expert, count in enumerate(counts):
-            if not count:
-                continue
-            places = order[start : start + count]
-            start += count
-            inner = runs[0](hidden_states.index_select(0, places // chosen), expert)
-            inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-            outer = runs[1](inner, expert)
-            outputs.append(self.post_expert_norm(outer) if self.has_post_expert_norm else outer)
-        if not outputs:
-            return torch.zeros_like(hidden_states)
-        places = order[:start]
-        weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[places].unsqueeze(-1)
-        rows = weighted.new_zeros(experts.numel(), weighted.shape[-1])
-        rows = rows.index_copy(0, places, weighted)
-        # Of a token's experts in the order of its choice: not in that of the experts, and not by
-        # index_add, whose order depends on the device.
-        return rows.view(-1, chosen, rows.shape[-1]).sum(1).to(hidden_states.dtype)
+        first, second = (
+            self._projection(name, len(hidden_states), strength) for name in self.stacks
+        )
 
-    def _projection(self, name: str, tokens: int) -> Projection:
+        def expert(x: Tensor, number: int) -> Tensor:
+            inner = first(x, number)
+            inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+            outer = second(inner, number)
+            return self.post_expert_norm(outer) if self.has_post_expert_norm else outer
+
+        return route(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
+
+    def _projection(self, name: str, tokens: int, strength: float | None) -> Projection:
         """Returns one projection for one forward pass."""
         weight: Tensor | None = self._parameters.get(name)
         bias: Tensor | None = self._parameters.get(f"{name}_bias")
         stack, packed = self.stacks[name], partial(self.packed, name)
-        if weight is not None and self.training:
-            return TrainedProjection(stack, weight, bias, self.quant_strength)
+        if weight is not None and (self.training or strength is not None):
+            strength = self.quant_strength if strength is None else strength
+            return TrainedProjection(stack, weight, bias, strength)
         trains = weight is None and bias is not None and bias.requires_grad
         bias = bias if trains or bias is None else bias.detach()
         kept = None if weight is None else self._kept(name, tokens)
@@ -291,6 +292,17 @@ class BitExperts(nn.Module):
             del self.__dict__[field]
         self.__class__ = kind  # type: ignore[assignment]
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("stacks", ()) and self.is_packed(name):
+            # Its shape and dtype are asked for, not its values: these would be a float model's
+            # memory. On the meta device it cannot be multiplied with by mistake.
+            shape, dtype = self.stacks[name].shape, self.float_dtype
+            stands: Any = torch.empty(shape, dtype=dtype, device="meta")
+            # The model's own initialization would fill it.
+            stands._is_hf_initialized = True
+            return stands
+        return super().__getattr__(name)
 
     # State dict, moves, copies.
 

@@ -15,8 +15,8 @@ from bitlab_hf.model.experts import experts_to_convert, find_experts, projection
 from bitlab_hf.model.tree import Found
 from bitlayers.experts import BitExperts
 
-# A file's own name of one expert's matrix has its number between dots.
-_NUMBER = re.compile(r"\.(\d+)\.(?!.*\.\d+\.)")
+# Where the name of one expert's matrix has its number.
+_NUMBER = re.compile(r"experts?\.(\d+)\.")
 
 
 def plan_experts(

@@ -111,15 +111,19 @@ def _show(result: dict[str, Any], layers: bool) -> None:
         _say(f"codes: {shares}")
         _say(f"{result['bits_per_weight']:.2f} bits a weight, scales included")
     if not layers:
+        held = any("experts" in layer for layer in result["layers"])
+        also = " and tensors of experts" if held else ""
         kinds = Counter(layer["scheme"] for layer in result["layers"])
         for kind, count in kinds.items():
-            _say(f"{count} packed layers, scales {kind}")
+            _say(f"{count} packed layers{also}, scales {kind}")
         return
     names = [printable(layer["name"]) for layer in result["layers"]]
     width = max(map(len, names), default=0)
     for name, layer in zip(names, result["layers"], strict=True):
         codes = " ".join(f"{code} {share:6.1%} " for code, share in layer["codes"].items())
         size = f"{layer['outputs']} x {layer['inputs']}"
+        if "experts" in layer:
+            size = f"{layer['experts']} x {size}"
         bits = f"{layer['bits_per_weight']:.2f} bits a weight"
         typer.echo(f"{name:<{width}}  {size:>13}  {codes} {layer['scheme']}, {bits}")
 

@@ -209,8 +209,6 @@ def swap_experts(
         ternary = convert_experts(module, stacks)
         if packed:
             ternary.make_skeleton()
-            # The model's own initialization looks for float tensors.
-            vars(ternary)["_is_hf_initialized"] = True
         elif config.latent_dtype == "float32":
             for name in ternary.stacks:
                 weight = ternary._parameters[name]

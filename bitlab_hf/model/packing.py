@@ -145,8 +145,6 @@ class PackAtLoad(ConversionOps):
                 f"{name} must be {list(stack.shape)} to be packed, got {list(weight.shape)}"
             )
         module.commit(leaf, *stack.pack_all(weight))
-        # The model's own initialization looks for float tensors.
-        vars(module)["_is_hf_initialized"] = True
         for tensor in module.packed_stack(leaf).values():
             vars(tensor)["_is_hf_initialized"] = True
         finite = torch.isfinite(module.packed_stack(leaf)["qweight_scale"]).flatten(1).all(1)
