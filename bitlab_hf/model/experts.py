@@ -169,8 +169,12 @@ def stacks_of(model: nn.Module, found: Found[nn.Module], config: BitLabConfig) -
     return stacks
 
 
-def check_choice(model: nn.Module) -> None:
+def check_choice(model: nn.Module, count: int) -> None:
     """Checks that a token can have as many experts as the configuration gives it.
+
+    Args:
+        model: The model.
+        count: How many experts a layer has at most.
 
     Raises:
         ConfigError: It speaks of more experts a token than there are.
@@ -178,11 +182,10 @@ def check_choice(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     for one in (config, getattr(config, "get_text_config", lambda: None)()):
         chosen = getattr(one, "num_experts_per_tok", None)
-        counts = [m.num_experts for m in model.modules() if isinstance(m, BitExperts)]
-        if isinstance(chosen, int) and counts and chosen > max(counts):
+        if isinstance(chosen, int) and chosen > count:
             raise ConfigError(
-                f"bitlab: num_experts_per_tok must be at most the number of experts, {max(counts)},"
-                f" got {chosen}"
+                f"bitlab: num_experts_per_tok must be at most the number of experts, {count}, "
+                f"got {chosen}"
             )
 
 
@@ -205,6 +208,8 @@ def swap_experts(
     """
     # All are looked at before the first is changed.
     planned = [(found.module, stacks_of(model, found, config)) for found in experts]
+    if planned:
+        check_choice(model, max(stacks[0].experts for _, stacks in planned))
     for module, stacks in planned:
         ternary = convert_experts(module, stacks)
         if packed:
@@ -217,4 +222,3 @@ def swap_experts(
                     ternary._parameters[name] = nn.Parameter(
                         weight.detach().float(), weight.requires_grad
                     )
-    check_choice(model)
