@@ -122,7 +122,8 @@ def make_plan(
         if not source.was_converted:
             note_new(lacking)
     if not source.was_converted:
-        note_float(model, found, [*(config.modules_to_not_convert or []), *named])
+        alone = [*(config.modules_to_not_convert or []), *named]
+        note_float(model, found, alone, plan.experts)
     plan.layers = found
     config.modules_to_not_convert = sorted({*skip, *named})
     if config.head == "ternary":

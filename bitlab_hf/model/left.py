@@ -233,17 +233,24 @@ def _expert_tensors(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     ]
 
 
-def note_float(model: PreTrainedModel, converted: list[Found[nn.Linear]], named: list[str]) -> None:
+def note_float(
+    model: PreTrainedModel,
+    converted: list[Found[nn.Linear]],
+    named: list[str],
+    experts: Sequence[Found[nn.Module]],
+) -> None:
     """Says what else stays float: as a warning where it is much of the linear weights.
 
     Args:
         model: The model before its layers are swapped.
         converted: The layers that will be.
         named: What the user, or a rule with a warning of its own, left alone.
+        experts: The experts modules that become ternary, whose weights count as linear ones.
     """
     done = {id(layer.module) for layer in converted}
     head = model.get_output_embeddings()
-    total = left_size = 0
+    total = sum(p.numel() for one in experts for p in one.module.parameters(recurse=False))
+    left_size = 0
     plain: list[str] = []
     others: dict[str, list[str]] = {}
     for found in find_modules(model, nn.Module):
