@@ -90,6 +90,11 @@ def _check_float(known: Checkpoint, found: Found[nn.Module], leaf: str) -> None:
             families.setdefault(family, {})[int(number.group(1))] = part
     for family, experts in families.items():
         usual = Counter(part.shape for part in experts.values()).most_common(1)[0][0]
+        if not _fits(usual, tuple(weight.shape[1:]), len(families)):
+            raise CheckpointError(
+                f"{family.format('*')} must be parts of {list(weight.shape[1:])}, got {list(usual)}\n"
+                "config.json and the tensors do not belong together."
+            )
         for expert in range(weight.shape[0]):
             key, stored = family.format(expert), experts.get(expert)
             if stored is None:
@@ -102,6 +107,16 @@ def _check_float(known: Checkpoint, found: Found[nn.Module], leaf: str) -> None:
                     f"{key} must be float32, bfloat16 or float16 {list(usual)} as of the other "
                     f"experts, got {stored.dtype} {list(stored.shape)}"
                 )
+
+
+def _fits(stored: tuple[int, ...], matrix: tuple[int, ...], parts: int) -> bool:
+    """Tells whether so many stored matrices can be an expert's one, whichever way they lie."""
+    split = [
+        sorted(size // parts if axis == at else size for axis, size in enumerate(matrix))
+        for at in range(len(matrix))
+        if matrix[at] % parts == 0
+    ]
+    return sorted(stored) in split
 
 
 def check_packed_experts(found: Found[BitExperts], known: Checkpoint) -> None:

@@ -109,11 +109,19 @@ class ExpertsTap:
     def __init__(self, experts: BitExperts, streams: Streams, rounded: bool) -> None:
         self._experts, self._streams, self._rounded = experts, streams, rounded
 
-    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        strength: float | None = None,
+    ) -> Tensor:
         """Runs the experts on what their forward is given."""
         full = self._streams.original or not self._rounded
         strength = 0.0 if full else None
-        return self._experts.run(hidden_states, top_k_index, top_k_weights, strength)
+        experts = self._experts
+        # The class's: the instance's is this object.
+        return type(experts).run(experts, hidden_states, top_k_index, top_k_weights, strength)
 
 
 @contextmanager
@@ -146,14 +154,14 @@ def tapped(
         # An attribute of the instance hides the method of its class.
         vars(layer)["_eval_forward"] = tap
     for one in experts:
-        vars(one)["forward"] = ExpertsTap(one, streams, rounded is None or one in rounded)
+        vars(one)["run"] = ExpertsTap(one, streams, rounded is None or one in rounded)
     try:
         yield taps, streams
     finally:
         for layer in taps:
             del vars(layer)["_eval_forward"]
         for one in experts:
-            del vars(one)["forward"]
+            del vars(one)["run"]
         for module, was in training.items():
             module.training = was
             if isinstance(module, BitLayerBase | BitExperts):

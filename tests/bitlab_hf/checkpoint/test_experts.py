@@ -262,6 +262,15 @@ def test_bad_float_files(mode: str, change: Any, message: str, tmp_path: Path) -
         load(source, quantization_config=BitLabConfig(mode=mode))
 
 
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_a_configuration_of_other_sizes(mode: str, tmp_path: Path) -> None:
+    source = make_moe("qwen3_moe", tmp_path)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "moe_intermediate_size": 32}))
+    with pytest.raises(CheckpointError, match=r"experts\.\*\.\w+_proj.weight must be parts of \["):
+        load(source, quantization_config=BitLabConfig(mode=mode))
+
+
 def test_bad_float_files_of_whole_tensors(tmp_path: Path) -> None:
     source = make_moe("gpt_oss", tmp_path)
     rewrite(source, put(f"{EXPERTS}.down_proj", lambda one: one[:3].clone()))

@@ -198,7 +198,7 @@ def test_calibration_leaves_experts_as_rounded(tmp_path: Path) -> None:
     assert "experts of 2 layers keep their rounding" in str(report)
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
-    assert "forward" not in vars(model.model.layers[0].mlp.experts)
+    assert "run" not in vars(model.model.layers[0].mlp.experts)
     assert logits_of(deploy(model)).isfinite().all()
 
 
