@@ -89,10 +89,14 @@ def _check_float(known: Checkpoint, found: Found[nn.Module], leaf: str) -> None:
             family = f"{part.key[: number.start(1)]}{{}}{part.key[number.end(1) :]}"
             families.setdefault(family, {})[int(number.group(1))] = part
     for family, experts in families.items():
+        if max(experts) >= weight.shape[0]:
+            # Numbered with those of another module, which transformers tells apart.
+            continue
         usual = Counter(part.shape for part in experts.values()).most_common(1)[0][0]
-        if not _fits(usual, tuple(weight.shape[1:]), len(families)):
+        matrix = tuple(weight.shape[1:])
+        if not _fits(usual, matrix, len(families)):
             raise CheckpointError(
-                f"{family.format('*')} must be parts of {list(weight.shape[1:])}, got {list(usual)}\n"
+                f"{family.format('*')} must be parts of {list(matrix)}, got {list(usual)}\n"
                 "config.json and the tensors do not belong together."
             )
         for expert in range(weight.shape[0]):
