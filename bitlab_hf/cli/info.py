@@ -111,11 +111,12 @@ def _show(result: dict[str, Any], layers: bool) -> None:
         _say(f"codes: {shares}")
         _say(f"{result['bits_per_weight']:.2f} bits a weight, scales included")
     if not layers:
-        held = any("experts" in layer for layer in result["layers"])
-        also = " and tensors of experts" if held else ""
-        kinds = Counter(layer["scheme"] for layer in result["layers"])
-        for kind, count in kinds.items():
-            _say(f"{count} packed layers{also}, scales {kind}")
+        kinds = Counter(
+            ("tensors of experts" if "experts" in layer else "packed layers", layer["scheme"])
+            for layer in result["layers"]
+        )
+        for (kind, scheme), count in kinds.items():
+            _say(f"{count} {kind}, scales {scheme}")
         return
     names = [printable(layer["name"]) for layer in result["layers"]]
     width = max(map(len, names), default=0)

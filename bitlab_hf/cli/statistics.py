@@ -158,7 +158,9 @@ def _examine_layer(
     elif scale.dim() == 2 + len(stacked):
         scheme = f"per group of {columns // scale.shape[-1]} in float32"
     else:
-        scheme = "per tensor" if scale.numel() == 1 else "per channel"
+        # Experts keep a scale a row, of gate and up the two that they have.
+        alone = scale.numel() == 1 or (bool(stacked) and len(scale[0].unique()) <= 2)
+        scheme = "per tensor" if alone else "per channel"
     stored = sum(tensor.nbytes for tensor in (qweight, scale, multiplier) if tensor is not None)
     layer: dict[str, Any] = {
         "name": name,

@@ -29,6 +29,7 @@ from bitlab_hf.model.experts import expert_modules, find_experts, projections
 from bitlab_hf.model.groups import group_fields
 from bitlab_hf.train.run_facts import run_facts
 from bitlayers.experts import BitExperts
+from bitlayers.training import set_quant_strength
 from tests.bitlab_hf.experts import MOE, load, make_moe
 from tests.bitlab_hf.models import logits_of, token_ids, training_data
 
@@ -209,6 +210,20 @@ def test_calibration_fits_to_the_model_with_float_experts(tmp_path: Path) -> Non
     before = (logits_of(rounded) - wanted).square().mean()
     calibrate(rounded, [row["input_ids"] for row in training_data(64)])
     assert (logits_of(rounded) - wanted).square().mean() < before
+
+
+def test_calibration_in_stages(tmp_path: Path) -> None:
+    model = latent("qwen3_moe", tmp_path)
+    set_quant_strength(model, 0.0)
+    samples = [row["input_ids"] for row in training_data(6)]
+    first, second = (one.module for one in expert_modules(model))
+    report = calibrate(model, samples, blocks=range(1))
+    assert report.rounded == ("model.layers.0.mlp.experts",)
+    assert (first.quant_strength, second.quant_strength) == (1.0, 0.0)
+    report = calibrate(model, samples, blocks=range(1, 2))
+    assert report.rounded == ("model.layers.1.mlp.experts",)
+    assert second.quant_strength == 1.0
+    assert torch.equal(logits_of(model.train()), logits_of(model.eval()))
 
 
 def test_other_formats_refuse(tmp_path: Path) -> None:
