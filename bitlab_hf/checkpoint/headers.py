@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from bitcore.errors import CheckpointError
 from bitlab_hf.checkpoint.files import claim_keys, own_safetensors
+from bitlab_hf.model.experts import tensor_names
 from bitlayers.state import SCALES
 
 # In the header of every file of a deployed checkpoint: the names of the converted layers, as JSON.
@@ -184,6 +185,8 @@ class _Renamer:
             if name.endswith(".weight"):
                 base = name.removesuffix("weight")
                 self._keys.update({base + leaf: True for leaf in ("qweight", *SCALES)})
+        for name in tensor_names(model):
+            self._keys.update({f"{name}_{leaf}": True for leaf in ("qweight", *SCALES)})
 
     def _renamed(self, key: str) -> tuple[str, str | None]:
         renamed, pattern = rename_source_key(

@@ -62,6 +62,15 @@ def find_experts(model: nn.Module, skip: list[str]) -> list[Found[nn.Module]]:
     ]
 
 
+def tensor_names(model: nn.Module) -> list[str]:
+    """Returns the names of all tensors of experts that can be ternary, or are."""
+    return [
+        f"{name}.{leaf}"
+        for name, module in model.named_modules(remove_duplicate=False)
+        for leaf in (module.stacks if isinstance(module, BitExperts) else projections(module))
+    ]
+
+
 def _tensor_names(model: nn.Module, found: Found[Any]) -> list[str]:
     module = found.module
     leaves = list(module.stacks) if isinstance(module, BitExperts) else projections(module)

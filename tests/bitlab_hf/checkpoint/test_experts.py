@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModel, Trainer, TrainingArguments
 
 from bitcore.errors import CheckpointError, ConfigError, NonFiniteError
 from bitlab_hf import BitLabConfig, deploy, save
@@ -138,6 +138,22 @@ def test_a_trainer_with_the_models_own_balancing_loss(tmp_path: Path) -> None:
     with torch.no_grad():
         output = model(input_ids=token_ids(), labels=token_ids())
     assert output.aux_loss > 0
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_a_base_model_and_shards(name: str, tmp_path: Path) -> None:
+    model = load(make_moe(name, tmp_path), quantization_config=BitLabConfig())
+    save(model, tmp_path / "latent")
+    save(deploy(model), tmp_path / "packed", max_shard_size="100KB")
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 1
+    assert torch.equal(logits_of(load(tmp_path / "packed", device_map="cpu")), logits_of(model))
+    with torch.no_grad():
+        wanted = model.model(token_ids()).last_hidden_state
+        for folder in ("packed", "latent", "base"):
+            base = AutoModel.from_pretrained(tmp_path / folder).eval()
+            assert torch.equal(base(token_ids()).last_hidden_state, wanted), folder
+            if folder == "packed":
+                save(base, tmp_path / "base")
 
 
 def test_dequantize(tmp_path: Path) -> None:
