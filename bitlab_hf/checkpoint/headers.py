@@ -84,7 +84,9 @@ class Checkpoint:
         return [
             key
             for name, header in self.tensors.items()
-            if header.shape == (0,) and header.dtype == "U8"
+            if name.endswith((".weight", "up_proj", "down_proj"))
+            and header.shape == (0,)
+            and header.dtype == "U8"
             for key in {name, header.key}
         ]
 
