@@ -34,6 +34,8 @@ from bitlab_hf.fit.taps import Tap
 
 _SETTINGS = "calibration.json"
 _OP = "calibrate"
+# Counts what changed the layers that the same samples and settings give: they do not mix.
+_SOLVER = 2
 
 
 class OtherFitError(ArgumentError):
@@ -71,7 +73,12 @@ def settings_of(ids: list[Tensor], numbers: Mapping[str, float]) -> dict[str, An
         digest.update(part.cpu().numpy().tobytes())
     kind = ids[0].device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return {**numbers, "autocast": str(dtype), "samples": digest.hexdigest()}
+    return {
+        **numbers,
+        "autocast": str(dtype),
+        "samples": digest.hexdigest(),
+        "solver": _SOLVER,
+    }
 
 
 class KeptLayers:

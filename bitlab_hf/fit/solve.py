@@ -45,18 +45,24 @@ class Moments:
 
     def add(self, original: Tensor, inputs: Tensor) -> None:
         """Adds tokens: inputs of both models, float [tokens, K]."""
-        x = inputs.float()
-        self.hessian += (x.t() @ x).double()
-        self.cross += (original.float().t() @ x).double()
-        self.tokens += x.shape[0]
+        self.hessian += _products(inputs, inputs)
+        self.cross += _products(original, inputs)
+        self.tokens += inputs.shape[0]
 
     def add_wanted(self, outputs: Tensor, inputs: Tensor) -> None:
         """Adds tokens: outputs that are wanted, float [tokens, N], and inputs [tokens, K]."""
-        x = inputs.float()
-        self.hessian += (x.t() @ x).double()
-        products = (outputs.float().t() @ x).double()
+        self.hessian += _products(inputs, inputs)
+        products = _products(outputs, inputs)
         self.wanted = products if self.wanted is None else self.wanted + products
-        self.tokens += x.shape[0]
+        self.tokens += inputs.shape[0]
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Returns ``L^T R`` in float64, of products in float32 wherever it is called from: rounded as
+    under autocast, a Hessian with one large direction is not positive definite any more.
+    """
+    with torch.autocast(left.device.type, enabled=False):
+        return (left.float().t() @ right.float()).double()
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
@@ -119,6 +125,11 @@ class Scales:
         """Returns others that apply alike."""
         return Scales(values, self.values.shape[1] * self._width, self.leveled)
 
+    def in_two_levels(self) -> Scales:
+        """Returns the nearest ones in two levels."""
+        values = group_scale(*two_levels(self.values.float())).double()
+        return Scales(values, self.values.shape[1] * self._width, True)
+
 
 def rounded(values: Tensor, scale: Tensor) -> Tensor:
     """``clamp(round(values / scale), -1, 1)``."""
@@ -126,16 +137,13 @@ def rounded(values: Tensor, scale: Tensor) -> Tensor:
     return (values > half).double() - (values < -half).double()
 
 
-def start_scales(
-    target: Tensor, hessian: Tensor, shape: tuple[int, int], leveled: bool = False
-) -> Scales:
+def start_scales(target: Tensor, hessian: Tensor, shape: tuple[int, int]) -> Scales:
     """Returns the scales of least squared error for rounding alone, inputs taken as independent.
 
     Args:
         target: float64 [N, K].
         hessian: float64 [K, K]; its diagonal counts.
         shape: Of the scales.
-        leveled: Whether to bring them to two levels; see `Scales`.
     """
     # For any scale the ones are what lies above half of it: the largest, so many of them.
     blocks = (shape[0] * shape[1], -1)
@@ -145,10 +153,7 @@ def start_scales(
     products = magnitudes.mul_(importance).cumsum(1)
     best = (products.square() / over).argmax(1, keepdim=True)
     values = (products.gather(1, best) / over.gather(1, best)).view(shape)
-    scales = Scales(values.clamp(min=_LEAST), target.shape[1], leveled)
-    if leveled:
-        scales.values = group_scale(*two_levels(scales.values.float())).double()
-    return scales
+    return Scales(values.clamp(min=_LEAST), target.shape[1])
 
 
 def compensated_codes(target: Tensor, hessian: Tensor, scales: Scales) -> Tensor:
@@ -292,16 +297,21 @@ def solve(
 ) -> tuple[Tensor, Scales]:
     """Returns codes and scales: GPTQ, then rounds of scales and codes in turn.
 
+    Scales come to two levels in the last round: with them in all rounds a layer is as good, and
+    the model was worse in each of four comparisons.
+
     Args:
         target: float64 [N, K].
         hessian: Damped, float64 [K, K].
         shape: Of the scales: [1, 1], [N, 1] or [N, K / G].
         rounds: How often scales and codes are improved in turn.
-        leveled: Whether scales of groups are in two levels throughout; see `Scales`.
+        leveled: Whether the scales are to be in two levels; see `Scales`.
     """
-    scales = start_scales(target, hessian, shape, leveled)
+    scales = start_scales(target, hessian, shape)
     codes = compensated_codes(target, hessian, scales)
-    for _ in range(rounds):
+    for left in range(rounds, 0, -1):
+        scales = scales.in_two_levels() if leveled and left == 1 else scales
         scales = refit(target, hessian, codes, scales)
         codes = descend(target, hessian, codes, scales)
+    scales = scales.in_two_levels() if leveled and not rounds else scales
     return codes, refit(target, hessian, codes, scales)

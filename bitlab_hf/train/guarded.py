@@ -66,6 +66,19 @@ class GuardMixin(_Base):
             self._check_recipe(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates; before training too, which is then spread over the processes all the same."""
+        model: Any = self.model
+        fresh = not getattr(model, "_is_accelerate_prepared", False)
+        found: Any = super().evaluate(*args, **kwargs)
+        wrapped: Any = self.model_wrapped
+        if fresh and self.accelerator.num_processes > 1 and wrapped is model:
+            # accelerate takes a model that was readied for evaluation for one that is ready to
+            # train, and each process would train a copy of its own.
+            model._is_accelerate_prepared = False
+            self.accelerator._models = [one for one in self.accelerator._models if one is not model]
+        return found
+
     def _check_recipe(self, folder: str) -> None:
         saved = Recipe.load(folder)
         if saved is None or saved == self.recipe:

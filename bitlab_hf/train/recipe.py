@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,26 +205,19 @@ def _wrong(name: str, requirement: str, value: object) -> ConfigError:
     return ConfigError(f"Recipe: {name} must be {requirement}, got {value!r}")
 
 
+# The best of docs/quality.md: codes that fit what the layers get to see, then the original model's
+# whole distribution, which says more about a token than its label does.
+_DEFAULT = Recipe(
+    cross_entropy_weight=0.0,
+    logits_weight=1.0,
+    calibration_samples=128,
+    scale_rate=3.0,
+    vector_rate=10.0,
+)
 RECIPES: dict[str, Recipe] = {
-    # The best of docs/quality.md: codes that fit what the layers get to see, then the original
-    # model's whole distribution, which says more about a token than its label does.
-    "default": Recipe(
-        cross_entropy_weight=0.0,
-        logits_weight=1.0,
-        calibration_samples=128,
-        scale_rate=3.0,
-        vector_rate=10.0,
-    ),
-    # For text that is to be learned: a teacher that has learned it says more than labels do.
-    "teach": Recipe(
-        cross_entropy_weight=0.0,
-        logits_weight=1.0,
-        teacher_required=True,
-        teacher_share=1.0,
-        calibration_samples=128,
-        scale_rate=3.0,
-        vector_rate=10.0,
-    ),
+    "default": _DEFAULT,
+    # For text that is to be learned.
+    "teach": replace(_DEFAULT, teacher_required=True, teacher_share=1.0),
     "plain": Recipe(),
     "distill": Recipe(logits_weight=1.0, cross_entropy_weight=0.0, teacher_required=True),
     # The terms of arXiv 2510.13998. Temperature and weights are a start: none is measured here.

@@ -6,8 +6,10 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,8 @@ logger = logging.getLogger("bitlab")
 _FACTS = "taught.json"
 # Examples of the training data that tell one text from another.
 _COMPARED = 64
+# Without an evaluation's examples: one in so many is held out, about so many at most.
+_HELD_OUT, _JUDGED = 20, 64
 
 
 class _TeacherTrainer(GuardMixin, Trainer):
@@ -51,6 +55,9 @@ class TaughtTeacherMixin(_Base):
     of it has, goes on from what the teacher has learned; another one only learns from it. The
     taught teacher stays in ``teacher/model`` below the output directory, an ordinary float model.
 
+    Where the teacher has become no better on examples held out (the evaluation's, or a twentieth
+    of the training data, at most 64 or so), the text teaches nothing: it stays as it was, with a
+    warning.
     A run that was killed goes on to the same bits, within the teacher's training too.
 
     Attributes:
@@ -116,7 +123,10 @@ class TaughtTeacherMixin(_Base):
         """Leaves what an earlier start of the same training has kept, and nothing else."""
         facts = self._facts(teacher)
         file = place / _FACTS
-        held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        held: Any = None
+        # What cannot be read is of no training that could go on.
+        with suppress(OSError, TypeError, ValueError):
+            held = dict(json.loads(file.read_text(encoding="utf-8")))
         # All have seen it before it goes.
         self.accelerator.wait_for_everyone()
         if held != facts and self.is_world_process_zero():
@@ -148,6 +158,8 @@ class TaughtTeacherMixin(_Base):
             "epochs": args.num_train_epochs,
             "share": recipe.teacher_share,
             "rate": args.learning_rate * recipe.teacher_rate,
+            "schedule": [str(args.lr_scheduler_type), args.warmup_steps, args.weight_decay],
+            "optimizer": [str(args.optim), args.adam_beta1, args.adam_beta2, args.max_grad_norm],
             "batch": args.train_batch_size * args.gradient_accumulation_steps,
             "processes": self.accelerator.num_processes,
             "seed": args.seed,
@@ -167,22 +179,55 @@ class TaughtTeacherMixin(_Base):
         if given.save_strategy == SaveStrategy.BEST:
             args.save_strategy = SaveStrategy.NO
         args.save_total_limit, args.push_to_hub, args.report_to = 1, False, []
+        args.prediction_loss_only = True
         logger.info("the teacher learns first, in full precision")
+        data, held = self._split()
         trainer = _TeacherTrainer(
             model=teacher.requires_grad_(True),
             args=args,
             data_collator=self.data_collator,
-            train_dataset=self.train_dataset,
+            train_dataset=data,
+            eval_dataset=held,
             callbacks=list(self.teacher_callbacks),
         )
+        # What this Trainer hands to its collator, which may be more than the model takes.
+        self._set_signature_columns_if_needed()
+        trainer._signature_columns = self._signature_columns
         if not any(isinstance(one, PrinterCallback) for one in self.callback_handler.callbacks):
             trainer.remove_callback(PrinterCallback)
+        original = {name: value.cpu().clone() for name, value in teacher.state_dict().items()}
+        before = math.inf if held is None else trainer.evaluate()["eval_loss"]
         trainer.train(resume_from_checkpoint=last_checkpoint(place))
+        after = -math.inf if held is None else trainer.evaluate()["eval_loss"]
+        told = f"learning took the loss of held-out examples from {before:.4f} to {after:.4f}"
+        if after < before:
+            logger.info(told)
+        else:
+            logger.warning("BitLabTrainer: the teacher stays as it was: %s", told)
+            teacher.load_state_dict(original)
         if self.is_world_process_zero():
             save(teacher, place / "model")
             for folder in place.glob("checkpoint-*"):
                 shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+
+    def _split(self) -> tuple[Any, Any]:
+        """Returns what the teacher learns from, and what tells whether it has learned: examples
+        for evaluation, or else some of the training data; None for data that cannot be split.
+        """
+        data: Any = self.train_dataset
+        if self.eval_dataset is not None and not isinstance(self.eval_dataset, dict):
+            return data, self.eval_dataset
+        if isinstance(data, torch.utils.data.IterableDataset):
+            return data, None
+        every = max(len(data) // _JUDGED, _HELD_OUT)
+        parts: list[Any] = []
+        for wanted in (False, True):
+            indices = [at for at in range(len(data)) if (at % every == every - 1) is wanted]
+            selects = hasattr(data, "select")
+            part = data.select(indices) if selects else torch.utils.data.Subset(data, indices)
+            parts.append(part)
+        return parts[0], parts[1] if len(parts[1]) else None
 
 
 def _has_weights_of(model: nn.Module, teacher: nn.Module) -> bool:

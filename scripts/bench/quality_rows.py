@@ -59,19 +59,17 @@ class Row:
 _FORMER = replace(RECIPES["default"], scale_rate=1.0, vector_rate=1.0)
 _FITTED = SAMPLES * LENGTH
 _DEFAULT = Row("default, 64 k tokens", LEARNED, recipe=RECIPES["default"], tokens=65_536, rate=2e-4)
-_TUNED = Row("full precision, fine-tuned, 64 k", None, rate=2e-4)
+_TUNED = Row("full precision, fine-tuned, 96 k", None, rate=2e-4)
+_STOCK = Row("AutoBitLinear online, Trainer, 64 k", None, stock=True, tokens=65_536, rate=1e-3)
+_LEARNED = 3 * _FITTED
 ROWS: dict[str, Row] = {
     "original": Row("full precision", None),
     "rounded-tensor": Row("rounded, per tensor"),
     "rounded": Row("rounded, groups of 64", GROUPS),
     "calibrated-tensor": Row("calibrated, per tensor", calibrated=True, tokens=_FITTED),
     "calibrated": Row("calibrated, groups of 64", GROUPS, calibrated=True, tokens=_FITTED),
-    "stock-64k": Row(
-        "AutoBitLinear online, Trainer, 64 k", None, stock=True, tokens=65_536, rate=1e-3
-    ),
-    "stock-256k": Row(
-        "AutoBitLinear online, Trainer, 256 k", None, stock=True, tokens=262_144, rate=1e-3
-    ),
+    "stock-64k": _STOCK,
+    "stock-256k": replace(_STOCK, title="AutoBitLinear online, Trainer, 256 k", tokens=262_144),
     "former": Row(
         "the former default's training: per tensor, one rate", recipe=_FORMER,
         tokens=_FITTED + 51_200, rate=3e-4,
@@ -86,10 +84,14 @@ ROWS: dict[str, Row] = {
     "default-64k": _DEFAULT,
     "default-256k": replace(_DEFAULT, title="default, 256 k tokens", tokens=262_144),
     "default-1m": replace(_DEFAULT, title="default, 1 M tokens", tokens=1_048_576),
-    # For a text that is to be learned.
-    "tuned-64k": replace(_TUNED, tokens=65_536),
+    # For a text that is to be learned: what calibration reads, and twice as much.
+    "tuned-96k": replace(_TUNED, tokens=_LEARNED),
+    "stock-96k": replace(_STOCK, title="AutoBitLinear online, Trainer, 96 k", tokens=_LEARNED),
+    "default-96k": replace(_DEFAULT, title="default, 96 k tokens", tokens=_LEARNED),
+    "teach-96k": replace(
+        _DEFAULT, title="teach, 96 k tokens", recipe=RECIPES["teach"], tokens=_LEARNED
+    ),
     "tuned-256k": replace(_TUNED, title="full precision, fine-tuned, 256 k", tokens=262_144),
-    "teach-64k": replace(_DEFAULT, title="teach, 64 k tokens", recipe=RECIPES["teach"]),
     "teach-256k": replace(
         _DEFAULT, title="teach, 256 k tokens", recipe=RECIPES["teach"], tokens=262_144
     ),

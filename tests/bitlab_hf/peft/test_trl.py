@@ -33,7 +33,7 @@ from trl.trainer.utils import add_fused_lm_head
 from bitcore.errors import LifecycleError
 from bitlab_hf import BitLabConfig, deploy, replace_linear, save
 from bitlab_hf.model.exposed import exposed_head, exposed_weight
-from bitlab_hf.train import sft_trainer
+from bitlab_hf.train import Recipe, sft_trainer
 from bitlayers import BitLinear
 from bitlayers.training import set_quant_strength
 from tests.bitlab_hf.models import VOCABULARY, make_float_model, token_ids
@@ -130,6 +130,37 @@ def test_sfts_first_loss_is_the_models(
             expected = model.train()(**batch).loss.item()
         assert first_loss(trainer) == pytest.approx(expected, rel=2e-5)
         assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=2e-5)
+
+
+def test_a_taught_teacher_learns_what_sft_learns(
+    source: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Completions alone have labels, for the teacher too."""
+    data = Dataset.from_dict({
+        "prompt": [text(i, 6) for i in range(4)], "completion": [text(i + 1, 3) for i in range(4)],
+    })  # fmt: skip
+    teacher = AutoModelForCausalLM.from_pretrained(source)
+    trainer = sft_trainer()(
+        model=load(source),
+        args=arguments(SFTConfig, tmp_path, max_length=16, learning_rate=1e-3),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tokenizer,
+        recipe=Recipe(0.0, 1.0, teacher_share=1.0),
+        teacher=teacher,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert (batch["labels"] == -100).any()
+    names = ("input_ids", "attention_mask", "labels")
+    tuned = AutoModelForCausalLM.from_pretrained(source).train()
+    tuned(**{name: batch[name] for name in names}).loss.backward()
+    trainer.train()
+    before = AutoModelForCausalLM.from_pretrained(source)
+    for name, parameter in tuned.named_parameters():
+        # The first step of AdamW moves a weight against its gradient's sign.
+        moved = dict(teacher.named_parameters())[name] - dict(before.named_parameters())[name]
+        large = parameter.grad.abs() > 1e-3 * parameter.grad.abs().max()
+        assert torch.equal(moved[large].sign(), -parameter.grad[large].sign()), name
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.3, 0.0])

@@ -40,7 +40,7 @@ from transformers import (
 from bitcore import gradients
 from bitcore.errors import BitLabError
 from bitlab_hf import BitLabConfig, deploy
-from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, TernaryStatistics, start
+from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, TernaryStatistics, calibrate, start
 from tests.bitlab_hf.models import make_float_model, taught, training_data
 
 # As with many tokens: the backward pass packs the weights again, as shards are gathered again.
@@ -241,6 +241,11 @@ def two(folder: Path, source: Path, known: Path) -> None:
     """What two processes do."""
     messages = {}
     staged(known, folder / "ddp-staged")
+    train(source, folder / "ddp-taught", recipe="teach", save_strategy="no")
+    # One process alone: both meet a calibration of other samples, and begin anew.
+    if is_main():
+        calibrate(load(known), training_data(4), folder=folder / "ddp-teacher" / "calibration")
+    dist.barrier()
     for name, sharded in (("ddp", False), ("fsdp2", True)):
         run = partial(train, source, sharded=sharded)
         run(folder / name, statistics=True)
@@ -326,6 +331,7 @@ def main(folder: Path) -> None:
     known = taught(make_float_model("llama", folder / "known"))
     train(known, folder / "one-teacher", recipe=AT_ONCE)
     staged(known, folder / "one-staged")
+    train(source, folder / "one-taught", recipe="teach", save_strategy="no")
     for kind, make in MODELS.items():
         train(source, folder / f"one-{kind}", model=make(source), max_steps=2)
     launch(2, folder / "store-2", partial(two, folder, source, known))

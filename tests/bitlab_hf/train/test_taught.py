@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -49,7 +51,9 @@ class Kill(TrainerCallback):
 
 def test_it_is_a_run_of_full_precision_first(source: Path, tmp_path: Path) -> None:
     """The same as fine-tuning the float model, and making that ternary by itself."""
-    options: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-3}
+    options: dict[str, Any] = {
+        "max_steps": 3, "learning_rate": 1e-3, "eval_dataset": training_data(),
+    }  # fmt: skip
     make(source, tmp_path / "in-one", recipe=TAUGHT, teacher=read(source), **options).train()
     tuned = read(source)
     more = {**options, "max_steps": 6, "learning_rate": 3e-3}
@@ -72,6 +76,7 @@ def test_it_is_a_run_of_full_precision_first(source: Path, tmp_path: Path) -> No
 def test_resumed_is_straight(source: Path, tmp_path: Path, killed_at: str) -> None:
     options: dict[str, Any] = {
         "recipe": TAUGHT, "max_steps": 4, "save_strategy": "steps", "save_steps": 1,
+        "eval_dataset": training_data(),
     }  # fmt: skip
     straight = make(source, tmp_path / "straight", teacher=read(source), **options)
     straight.train()
@@ -96,8 +101,50 @@ def test_resumed_is_straight(source: Path, tmp_path: Path, killed_at: str) -> No
     assert_equal_states(state_of(straight._teacher), state_of(again._teacher))
 
 
+def test_text_that_teaches_nothing(source: Path, tmp_path: Path, caplog: Any) -> None:
+    """Told by the evaluation's examples, or by some of the training data, which it leaves out."""
+    options: dict[str, Any] = {"max_steps": 2, "learning_rate": 1e-3}
+    noise = [{"input_ids": row["input_ids"], "labels": row["input_ids"] * 0} for row in
+             training_data(16)]  # fmt: skip
+    trainer = make(source, tmp_path / "kept", recipe=TAUGHT, teacher=read(source),
+                   eval_dataset=training_data(), train_dataset=noise, **options)  # fmt: skip
+    trainer.train()
+    said = re.search(r"stays as it was: .* from ([\d.]+) to ([\d.]+)", caplog.text)
+    assert said is not None
+    assert float(said[1]) < float(said[2])
+    assert_equal_states(state_of(trainer._teacher), state_of(read(source)))
+    plain = make(source, tmp_path / "plain", recipe=Recipe(0.0, 1.0, calibration_samples=8),
+                 teacher=read(source), train_dataset=noise, **options)  # fmt: skip
+    plain.train()
+    assert_equal_states(state_of(trainer.model), state_of(plain.model))
+
+
+@pytest.mark.parametrize("kind", ["list", "datasets", "stream", "few"])
+def test_what_is_held_out(source: Path, tmp_path: Path, kind: str) -> None:
+    rows = training_data(19 if kind == "few" else 45)
+    data: Any = rows
+    if kind == "datasets":
+        columns = {key: [row[key].tolist() for row in rows] for key in rows[0]}
+        data = Dataset.from_dict({**columns, "title": ["none"] * len(rows)})
+    if kind == "stream":
+        data = Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in rows])
+        data = data.to_iterable_dataset()
+    trainer = make(source, tmp_path, recipe=TAUGHT, teacher=read(source), train_dataset=data,
+                   max_steps=1)  # fmt: skip
+    learned, held = trainer._split()
+    trainer.train()
+    if kind in ("stream", "few"):
+        assert held is None
+        return
+    assert (len(learned), len(held)) == (43, 2)
+    for index, at in ((0, 19), (1, 39)):
+        assert torch.as_tensor(held[index]["input_ids"]).equal(rows[at]["input_ids"])
+
+
 def test_another_training_teaches_anew(source: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"max_steps": 2, "learning_rate": 1e-3, "recipe": TAUGHT}
+    options: dict[str, Any] = {
+        "max_steps": 2, "learning_rate": 1e-3, "recipe": TAUGHT, "eval_dataset": training_data(),
+    }  # fmt: skip
     make(source, tmp_path, teacher=read(source), **options).train()
     model = tmp_path / "teacher" / "model"
     first, other = state_of(read(model)), training_data(40)[8:]
@@ -110,6 +157,9 @@ def test_another_training_teaches_anew(source: Path, tmp_path: Path) -> None:
     for changes in ({"train_dataset": other}, {"learning_rate": 2e-3}, {"max_steps": 3}):
         found = again(**changes)
         assert any(not torch.equal(found[name], first[name]) for name in first)
+    for damaged in ("{", "3"):
+        (tmp_path / "teacher" / "taught.json").write_text(damaged)
+        assert_equal_states(again(), first)
 
 
 def test_a_teacher_of_its_own_kind(source: Path, tmp_path: Path) -> None:
@@ -133,12 +183,14 @@ def test_a_teacher_of_its_own_kind(source: Path, tmp_path: Path) -> None:
 def test_a_teacher_in_half_precision(source: Path, tmp_path: Path) -> None:
     """It learns in float32, and teaches in its own dtype."""
     teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    trainer = make(source, tmp_path, recipe=TAUGHT, teacher=teacher, max_steps=1)
+    trainer = make(source, tmp_path, recipe=TAUGHT, teacher=teacher, max_steps=1,
+                   eval_dataset=training_data())  # fmt: skip
     trainer.train()
     assert teacher.dtype == torch.bfloat16
     kept = json.loads((tmp_path / "teacher" / "model" / "config.json").read_text())
     assert kept["dtype"] == "float32"
     found = read(tmp_path / "teacher" / "model")
+    assert not torch.equal(found.lm_head.weight, read(source).lm_head.weight)
     assert_equal_states(state_of(teacher), state_of(found.to(torch.bfloat16)))
 
 
@@ -173,10 +225,5 @@ def test_fields_of_the_recipe(fields: dict[str, Any], message: str) -> None:
 
 
 def test_in_words() -> None:
-    assert (
-        RECIPES["teach"]
-        .in_words(2e-4)
-        .startswith(
-            "the teacher learns first, for 1 times the steps, calibrated on 128 examples at once, "
-        )
-    )
+    words = "the teacher learns first, for 1 times the steps, calibrated on 128 examples at once, "
+    assert RECIPES["teach"].in_words(2e-4).startswith(words)
