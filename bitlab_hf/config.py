@@ -14,13 +14,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from bitcore.config import BitQuantConfig
 from bitcore.errors import ConfigError
 
-# The highest that is read: that of files with groups in two levels. All others are of version 1, in
-# which groups have float32 scales.
-FORMAT_VERSION = 2
+# The highest that is read: that of files with ternary experts. Those with groups in two levels are
+# of version 2, all others of version 1, in which groups have float32 scales.
+FORMAT_VERSION = 3
 QUANT_METHOD = "bitlab"
 _CHOICES = {
     "weight_format": ("latent", "packed"),
     "head": ("keep", "int8", "ternary"),
+    "experts": (None, "keep", "ternary"),
     "mode": ("auto", "train", "infer"),
     "latent_dtype": ("float32", "keep"),
     "verify": (True, False),
@@ -48,6 +49,9 @@ class BitLabConfig(QuantizationConfigMixin):
         head: ``"keep"`` leaves the output head alone. ``"int8"`` stores it, and the embedding tied
             to it, in int8 with a scale per row, from `deploy` or ``mode="infer"`` on; a latent
             model keeps it float. ``"ternary"`` converts it like the other layers.
+        experts: ``None`` converts experts that a model keeps as tensors, where it is known how
+            these lie; ``"ternary"`` insists on it; ``"keep"`` leaves them float. A file says
+            ``"ternary"`` where its experts are.
         sub_norm: Glob patterns of modules, by their whole or their last name (``["o_proj",
             "down_proj"]``), that get an RMS norm of their input, as BitNet does
             (arXiv 2402.17764); its weights start at one.
@@ -78,6 +82,7 @@ class BitLabConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         overrides: dict[str, dict[str, Any]] | None = None,
         head: str = "keep",
+        experts: str | None = None,
         sub_norm: list[str] | None = None,
         activation_dtype: str = "int8",
         activation_granularity: str = "per_token",
@@ -117,6 +122,7 @@ class BitLabConfig(QuantizationConfigMixin):
         given = {
             "weight_format": weight_format,
             "head": head,
+            "experts": experts,
             "mode": mode,
             "latent_dtype": latent_dtype,
             "verify": verify,
@@ -139,6 +145,7 @@ class BitLabConfig(QuantizationConfigMixin):
                 f"BitLabConfig: layer must be 'BitLinear' with sub_norm, got {layer!r}"
             )
         self.head = head
+        self.experts = experts
         self.mode = mode
         self.latent_dtype = latent_dtype
         self.verify = verify
@@ -231,9 +238,11 @@ class BitLabConfig(QuantizationConfigMixin):
 
     @property
     def format_version(self) -> int:
-        """The version that a file of this configuration has: 2 if layers have groups in two levels,
-        which older readers then refuse, else 1.
+        """The version that a file of this configuration has, which older readers then refuse: 3
+        with ternary experts, 2 if layers have groups in two levels, else 1.
         """
+        if self.experts == "ternary":
+            return 3
         base, given = self._base_fields(), [dict[str, Any]()]
         for values in self.overrides.values():
             # Many layers can be named, with few different values.
@@ -272,11 +281,13 @@ class BitLabConfig(QuantizationConfigMixin):
             # Its readers do not know the field.
             for values in (held, *held["overrides"].values()):
                 values.pop("group_scale_dtype", None)
+        if self.experts is None:
+            del held["experts"]
         return held
 
 
 def _check_choice(name: str, value: object) -> None:
-    if value not in _CHOICES[name] or type(value) is not type(_CHOICES[name][0]):
+    if not any(value == one and type(value) is type(one) for one in _CHOICES[name]):
         raise ConfigError(f"BitLabConfig: {name} must be one of {_CHOICES[name]}, got {value!r}")
 
 

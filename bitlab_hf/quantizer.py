@@ -30,6 +30,7 @@ from bitlab_hf.checkpoint.packed_state import packed_state
 from bitlab_hf.checkpoint.plan import Source, make_plan
 from bitlab_hf.config import LOADING_ATTRIBUTES, QUANT_METHOD, BitLabConfig
 from bitlab_hf.model.count import bits_per_weight
+from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.head import restore_float
 from bitlab_hf.model.marks import mark_latent, mark_quantized, unmark
 from bitlab_hf.model.parallel import check_no_tensor_parallel
@@ -128,7 +129,7 @@ class BitLabHfQuantizer(HfQuantizer):
             # Not packed four to a byte, as the layers are.
             return 1
         if self.param_needs_quantization(model, param_name):
-            return bits_per_weight(model.get_submodule(param_name.removesuffix(".weight"))) / 8
+            return bits_per_weight(model.get_submodule(param_name.rpartition(".")[0])) / 8
         size: float = super().param_element_size(model, param_name, param)
         return size
 
@@ -160,12 +161,16 @@ class BitLabHfQuantizer(HfQuantizer):
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
     ) -> PreTrainedModel:
-        """Puts ``nn.Linear`` layers back, with exactly codes times scale (rounded to dtype)."""
+        """Puts ``nn.Linear`` layers and float experts back, with exactly codes times scale (rounded
+        to dtype).
+        """
         if isinstance(dtype, str):
             # As transformers leaves it in a configuration that was saved.
             dtype = getattr(torch, dtype)
         for found in quantized_layers(model):
             _check_dequantizable(found)
+        for one in expert_modules(model):
+            _check_data(one.names[0], next(one.module.parameters(recurse=False)))
         weights: dict[int, nn.Parameter] = {}
         for found in quantized_layers(model):
             layer = found.module
@@ -181,6 +186,8 @@ class BitLabHfQuantizer(HfQuantizer):
             take_hooks(layer, linear.train(layer.training))
             for name in found.names:
                 set_module(model, name, linear)
+        for one in expert_modules(model):
+            one.module.to_float(dtype)
         restore_float(model, dtype)
         # A float model is saved as transformers saves it.
         unmark(model)
@@ -215,10 +222,18 @@ def _check_dequantizable(found: Found[BitLayerBase]) -> None:
         problem = "must be a linear layer alone, got one behind a norm"
     elif layer.packs_itself:
         problem = "must hold packed ternary weights, got a layer that did its own packing"
-    elif layer.is_deployed and layer.qweight.is_meta:
-        problem = "must hold data, got a weight on the meta device or offloaded"
     if problem is not None:
         raise LifecycleError(f"dequantize: {name} {problem}; nothing changed")
+    if layer.is_deployed:
+        _check_data(name, layer.qweight)
+
+
+def _check_data(name: str, qweight: Tensor) -> None:
+    if qweight.is_meta:
+        raise LifecycleError(
+            f"dequantize: {name} must hold data, got a weight on the meta device or offloaded; "
+            "nothing changed"
+        )
 
 
 _DEFAULTS = BitLabConfig()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from bitcore.checks import MOST_MULTIPLIER, check_float, check_group_size, check_in_features
 from bitcore.config import BitQuantConfig
 from bitcore.errors import ArgumentError, LifecycleError, NonFiniteError
-from bitcore.ops import has_invalid_code
-from bitlayers.state import LayerState
+from bitcore.ops import find_invalid_code, has_invalid_code
+from bitlayers.stack import Stack
+from bitlayers.state import SCALES, LayerState
 from bitlayers.training import check_learned_scale
 
 
@@ -81,6 +83,102 @@ def check_whole(module: nn.Module, name: str) -> None:
     check_float("deploy", name, weight)
     if weight.is_meta:
         raise LifecycleError(f"deploy: {name} must hold data, got a tensor on the meta device")
+
+
+def check_stack(module: nn.Module, name: str, said: str) -> None:
+    """Checks that the tensor of all experts' weights can be packed, changing nothing.
+
+    Args:
+        module: Who holds it.
+        name: Its name there.
+        said: What messages call it.
+
+    Raises:
+        LifecycleError: It is on the meta device, sharded or parametrized.
+        ArgumentTypeError: It has a dtype that cannot be packed.
+        NonFiniteError: It holds NaN or infinity; the message names the first such expert.
+    """
+    weight = module._parameters.get(name)
+    if weight is None or {name, f"{name}_bias"} & vars(module).keys():
+        raise LifecycleError(
+            f"deploy: {said} and its bias must be Parameters, got one computed from others"
+        )
+    if type(weight.data) is not Tensor:
+        raise LifecycleError(
+            f"deploy: {said} must be a whole, plain tensor, got a sharded one\n"
+            "Gather the weights first: save the full model, load it in one process, deploy there."
+        )
+    check_float("deploy", said, weight)
+    if weight.is_meta:
+        raise LifecycleError(f"deploy: {said} must hold data, got a tensor on the meta device")
+    # They are NaN where any value is, and make nothing of the tensor's size.
+    if all(math.isfinite(one) for one in weight.detach().aminmax()):
+        return
+    finite = torch.isfinite(weight).flatten(1).all(1)
+    raise NonFiniteError(
+        f"deploy: {said} must be finite, got NaN or infinity in expert "
+        f"{int((~finite).nonzero()[0])}; nothing changed"
+    )
+
+
+def stack_problem(
+    module: nn.Module, stack: Stack, state_dict: Mapping[str, Any], prefix: str
+) -> str | None:
+    """Says what of one projection in a state dict contradicts the state of its experts."""
+    name = prefix + stack.name
+    if module._parameters.get(f"{stack.name}_qweight") is None:
+        if f"{name}_qweight" in state_dict:
+            return (
+                f"{name}_qweight is packed, but the experts are latent; load the deployed "
+                "checkpoint with from_pretrained, or into a deployed model"
+            )
+        return None
+    weight = state_dict.get(name)
+    if weight is not None and weight.numel():
+        return (
+            f"{name} is latent, but the experts are deployed; load it into a latent model and "
+            "call deploy() again"
+        )
+    held = {leaf: state_dict.get(f"{name}_{leaf}") for leaf in ("qweight", *SCALES)}
+    wanted = stack.packed_tensors()
+    for leaf, tensor in held.items():
+        if tensor is None or (leaf in wanted and tensor.dtype == wanted[leaf][0]):
+            continue
+        what = wanted[leaf][0] if leaf in wanted else f"left out for {stack.granularity} weights"
+        return f"{name}_{leaf} must be {what}, got {tensor.dtype}"
+    same = {
+        leaf: tensor
+        for leaf, tensor in held.items()
+        if tensor is not None and not tensor.is_meta and tuple(tensor.shape) == wanted[leaf][1]
+    }
+    found = packed_problem(same)
+    return None if found is None else f"{name}_{found[0]} {found[2]} in expert {found[1]}"
+
+
+def packed_problem(held: Mapping[str, Tensor]) -> tuple[str, int, str] | None:
+    """Says what in the packed tensors of all experts no writer produces; waits for them on a GPU.
+
+    Args:
+        held: ``qweight`` uint8 [E, R, K], ``qweight_scale`` and ``qweight_multiplier``, as far as
+            they are there.
+
+    Returns:
+        The end of the tensor's name, the first expert, and the problem; or None.
+    """
+    qweight, scale = held.get("qweight"), held.get("qweight_scale")
+    multiplier = held.get("qweight_multiplier")
+    if qweight is not None and has_invalid_code(qweight):
+        expert = find_invalid_code(list(qweight))
+        return "qweight", expert or 0, "must hold the codes 0, 1 and 2, got the invalid code 3"
+    if scale is not None and not scales_are_valid(scale):
+        bad = ~(torch.isfinite(scale) & (scale > 0)).flatten(1).all(1)
+        expert = int(bad.nonzero()[0])
+        return "qweight_scale", expert, "must be finite and positive, got other values"
+    for expert, one in enumerate(() if multiplier is None else multiplier):
+        problem = multiplier_problem(one)
+        if problem is not None:
+            return "qweight_multiplier", expert, problem
+    return None
 
 
 def load_problem(layer: LayerState, state_dict: Mapping[str, Any], prefix: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,12 +111,17 @@ def latent_tensors(layer: LayerState) -> list[Tensor] | None:
     it would have to be waited for, a sharded or inference tensor does not tell.
     """
     weight: Tensor = layer.weight
-    if is_watched() or weight.is_inference() or weight.device.type != "cpu":
-        return None
-    if type(weight.data) is not Tensor:
+    if not shows_writes(weight):
         return None
     learned: Tensor | None = layer._parameters["learned_scale"]
     return [weight] if learned is None else [weight, learned]
+
+
+def shows_writes(weight: Tensor) -> bool:
+    """Tells whether a `Fingerprint` of a weight can be taken, and will tell that it was written."""
+    if is_watched() or weight.is_inference() or weight.device.type != "cpu":
+        return False
+    return type(weight.data) is Tensor
 
 
 @torch.no_grad()
@@ -162,7 +168,7 @@ def mixed_linear(layer: LayerState, x: Tensor) -> Tensor:
 
     Source: "Fine-tuning LLMs to 1.58bit: extreme quantization made easy", Hugging Face blog, 2024.
     """
-    strength, dtype = layer.quant_strength, ops.output_dtype(x)
+    strength = layer.quant_strength
     activation, weight = layer.quant_config.activation, layer.weight
     if strength > 0 and layer.learned_scale is not None:
         scale = layer.learned_scale.float()
@@ -175,12 +181,20 @@ def mixed_linear(layer: LayerState, x: Tensor) -> Tensor:
             quantized = ops.unpack_weight(qweight, scale, rows, torch.float32, *multiplier)
             difference = strength * (quantized - weight)
         weight = weight + difference
+    return mixed_product(x, weight, layer.bias, activation, strength)
+
+
+def mixed_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, strength: float
+) -> Tensor:
+    """Returns x, quantized as far as strength says, times a weight [N, K] that is so already."""
+    dtype = ops.output_dtype(x)
     if strength > 0 and activation != "float":
         with torch.no_grad():
             codes, scale = torch.ops.bitlab.quantize_activation(x, activation == "int8_per_tensor")
             difference = strength * (codes.float() * scale - x)
         x = x + difference
-    bias = None if layer.bias is None else layer.bias.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
     return F.linear(x.to(dtype), weight.to(dtype), bias)
 
 
@@ -201,7 +215,8 @@ def set_quant_strength(model: nn.Module, value: float) -> None:
         raise ArgumentError(
             f"set_quant_strength: value must be a number from 0 to 1, got {value!r}"
         )
-    layers = [module for module in model.modules() if isinstance(module, LayerState)]
+    # Layers, and experts, which are no layers of one matrix.
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "quant_strength")]
     if not layers:
         raise ArgumentError("set_quant_strength: model must hold quantized layers, got none")
     for layer in layers:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bitcore.errors import ArgumentError, ArgumentTypeError
 from bitlayers.base import BitLayerBase
+from bitlayers.experts import BitExperts
 
 
 class MemoryUsage(TypedDict):
@@ -40,19 +41,29 @@ def _bytes(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
-def estimate_memory_usage(layer: BitLayerBase) -> MemoryUsage:
-    """Estimates the memory of a quantized layer, in any state, changing none.
+def estimate_memory_usage(layer: BitLayerBase | BitExperts) -> MemoryUsage:
+    """Estimates the memory of a quantized layer or of ternary experts, in any state, changing none.
 
     Args:
-        layer: A layer with in_features and out_features.
+        layer: A layer with in_features and out_features, or a module of experts.
 
     Returns:
         ``original`` (bytes of the latent weight and the bias), ``quantized`` (bytes of the packed
-        weight, its scales and the bias) and ``savings`` (share of the original that is saved).
+        weight, its scales and the bias) and ``savings`` (share of the original that is saved); of
+        experts all of theirs.
 
     Raises:
-        ArgumentTypeError: layer is not a BitLayerBase.
+        ArgumentTypeError: layer is not a BitLayerBase, nor experts.
     """
+    if isinstance(layer, BitExperts):
+        names = [f"{name}_bias" for name in layer.stacks]
+        bias = sum(_bytes(layer._parameters.get(name)) for name in names)
+        # Of a deployed one it is what stands for its float weight.
+        original = sum(
+            stack.weights * getattr(layer, name).dtype.itemsize
+            for name, stack in layer.stacks.items()
+        )
+        return _usage(original + bias, bias, layer.packed_tensors())
     if not isinstance(layer, BitLayerBase):
         raise ArgumentTypeError(
             f"estimate_memory_usage: layer must be a BitLayerBase, got {type(layer).__name__}"
@@ -60,9 +71,13 @@ def estimate_memory_usage(layer: BitLayerBase) -> MemoryUsage:
     bias = _bytes(layer.bias)
     dtype = layer.latent_dtype if layer.is_deployed else layer.weight.dtype
     original = layer.out_features * layer.in_features * dtype.itemsize + bias
-    quantized = bias + sum(
-        dtype.itemsize * math.prod(shape) for dtype, shape in layer.packed_tensors().values()
-    )
+    return _usage(original, bias, layer.packed_tensors())
+
+
+def _usage(
+    original: int, bias: int, packed: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> MemoryUsage:
+    quantized = bias + sum(dtype.itemsize * math.prod(shape) for dtype, shape in packed.values())
     return {"original": original, "quantized": quantized, "savings": 1 - quantized / original}
 
 

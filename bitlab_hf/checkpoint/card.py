@@ -20,6 +20,7 @@ from bitcore.errors import ArgumentError
 from bitlab_hf.checkpoint.atomic import write_atomically
 from bitlab_hf.checkpoint.facts import Facts
 from bitlab_hf.model.count import bits_per_weight
+from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.tree import quantized_layers
 from bitlayers.int8 import Int8Rows
 
@@ -155,7 +156,10 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
         id(layer if layer.packs_itself else layer.qweight): layer.in_features * layer.out_features
         for layer in layers
     }
-    ternary = sum(packed.values())
+    experts = [found.module for found in expert_modules(model)]
+    stacks = [stack for one in experts for stack in one.stacks.values()]
+    ternary = sum(packed.values()) + sum(stack.weights for stack in stacks)
+    matrices = len(packed) + sum(stack.experts * stack.parts for stack in stacks)
     int8 = {
         id(module.qweight): module.qweight.numel()
         for module in model.modules()
@@ -163,6 +167,16 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
     }
     floats = {id(p): p.numel() for p in model.parameters() if p.is_floating_point()}
     schemes = Counter(_scheme(layer.quant_config) for layer in layers)
+    of_experts = Counter(_scheme(stack.config) for stack in stacks)
+    rows = [f"| {count} layers | {scheme} |" for scheme, count in schemes.items()]
+    rows += [f"| {count} tensors of experts | {scheme} |" for scheme, count in of_experts.items()]
+    also = f" and of the experts of {len(experts)} layers" if experts else ""
+    # It stands in the file empty, see `packed_state`.
+    missing = (
+        f"{quantized_layers(model)[0].names[0]}.weight"
+        if layers
+        else f"{expert_modules(model)[0].names[0]}.{stacks[0].name}"
+    )
     architecture = _architecture(model)
     causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     metadata: dict[str, object] = {
@@ -183,20 +197,21 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
         "\n".join(["---", *base, *(f"{k}: {json.dumps(v)}" for k, v in metadata.items()), "---"]),
         f"# {_plain(title)}",
         f"A ternary (1.58-bit) {architecture}, packed by BitLab: the weights of "
-        f"{len(layers)} linear layers are -1, 0 or +1 times a scale, four to a byte.",
+        f"{len(layers)} linear layers{also} are -1, 0 or +1 times a scale, four to a "
+        "byte.",
         "## Load it",
         f"```bash\n{INSTALL}\n```",
         f"```python\nfrom transformers import {auto}\n\nmodel = {auto}.{_call(title)}\n```",
         "No import of BitLab is needed. Without it installed, loading fails with a size mismatch "
-        f"of `{quantized_layers(model)[0].names[0]}.weight` instead of giving random weights.",
+        f"of `{missing}` instead of giving random weights.",
         "## What is in it",
         "| | |\n|---|---|\n"
-        f"| ternary weights | {ternary:,} in {len(packed)} matrices |\n"
+        f"| ternary weights | {ternary:,} in {matrices} matrices |\n"
         f"| bits a weight, scales included | {bits_per_weight(model):.2f} |\n"
         + (f"| output head, int8 | {sum(int8.values()):,} |\n" * bool(int8))
         + f"| other parameters | {sum(floats.values()):,}, {_dtypes(model)} |\n"
         + f"| size | {stored / 1e6:.1f} MB; {half / 1e6:.1f} MB in 16 bits a weight |\n"
-        + "\n".join(f"| {count} layers | {scheme} |" for scheme, count in schemes.items()),
+        + "\n".join(rows),
         _facts_block(facts),
     ]
     return sealed("\n\n".join(lines) + "\n")

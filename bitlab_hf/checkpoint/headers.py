@@ -5,7 +5,7 @@ loaded.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from bitcore.errors import CheckpointError
 from bitlab_hf.checkpoint.files import claim_keys, own_safetensors
+from bitlab_hf.model.experts import tensor_names
 from bitlayers.state import SCALES
 
 # In the header of every file of a deployed checkpoint: the names of the converted layers, as JSON.
@@ -25,6 +26,7 @@ LAYERS_KEY = "bitlab_layers"
 # their way into the model; packed tensors cannot be, so BitLab writes the names of the model.
 NAMES_KEY = "bitlab_names"
 MODEL_NAMES = "model"
+FLOATS = ("F32", "BF16", "F16")
 _INTEGERS = ("I", "U", "BOOL")
 
 
@@ -53,11 +55,13 @@ class Checkpoint:
         layers: Names of the converted layers, as the model calls them; None where the file does
             not tell.
         own_names: Whether the file has the model's own names throughout.
+        sources: All stored tensors that one is put together from, by its name.
     """
 
     tensors: dict[str, TensorHeader]
     layers: set[str] | None
     own_names: bool = False
+    sources: dict[str, list[TensorHeader]] = field(default_factory=dict)
 
     @cached_property
     def _by_module(self) -> dict[str, dict[str, TensorHeader]]:
@@ -80,7 +84,9 @@ class Checkpoint:
         return [
             key
             for name, header in self.tensors.items()
-            if name.endswith(".weight") and header.shape == (0,) and header.dtype == "U8"
+            if name.endswith((".weight", "up_proj", "down_proj"))
+            and header.shape == (0,)
+            and header.dtype == "U8"
             for key in {name, header.key}
         ]
 
@@ -127,10 +133,16 @@ def read_checkpoint(
         if LAYERS_KEY in metadata:
             layers = (layers or set()) | _listed(Path(file).name, metadata[LAYERS_KEY])
     rename = _Renamer(model, None if own_names else quantizer, own_names)
-    tensors = {name: header for key in headers for name, header in rename.header(headers[key])}
+    tensors: dict[str, TensorHeader] = {}
+    sources: dict[str, list[TensorHeader]] = {}
+    for key in headers:
+        for name, header in rename.header(headers[key]):
+            tensors[name] = header
+            if header.converted:
+                sources.setdefault(name, []).append(header)
     if layers is not None:
         layers = {rename.layer(name) for name in layers}
-    return Checkpoint(tensors, layers, own_names)
+    return Checkpoint(tensors, layers, own_names, sources)
 
 
 def check_floats(model: PreTrainedModel, tensors: dict[str, TensorHeader]) -> None:
@@ -175,6 +187,8 @@ class _Renamer:
             if name.endswith(".weight"):
                 base = name.removesuffix("weight")
                 self._keys.update({base + leaf: True for leaf in ("qweight", *SCALES)})
+        for name in tensor_names(model):
+            self._keys.update({f"{name}_{leaf}": True for leaf in ("qweight", *SCALES)})
 
     def _renamed(self, key: str) -> tuple[str, str | None]:
         renamed, pattern = rename_source_key(
@@ -208,3 +222,48 @@ def with_tied(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:
         if known is not None:
             tensors.update({name: tensors.get(name, known) for name in pair})
     return replace(checkpoint, tensors=tensors)
+
+
+_SAFETENSORS_NAMES = {"F32": "float32", "U8": "uint8", "I8": "int8"}
+
+
+def check_headers(
+    names: list[str],
+    wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]],
+    known: Checkpoint,
+    what: str,
+) -> None:
+    """Checks the tensors of one module, by its names: ``{leaf: (dtypes, shape)}``.
+
+    Raises:
+        CheckpointError: One is missing or has another dtype or shape; the message names it.
+    """
+    for leaf, (dtypes, expected) in wanted.items():
+        headers = [known.tensors.get(f"{name}.{leaf}") for name in names]
+        header = next((item for item in headers if item is not None), None)
+        name = f"{names[0]}.{leaf}"
+        if header is None:
+            raise CheckpointError(
+                f"{name} must be in the checkpoint, got none\n"
+                "The checkpoint is incomplete; fetch or write it again."
+            )
+        if header.dtype not in dtypes or header.shape != expected:
+            dtype = _SAFETENSORS_NAMES[dtypes[0]]
+            raise CheckpointError(
+                f"{name} must be {dtype} {list(expected)} for {what}, got {header.dtype} "
+                f"{list(header.shape)}\nconfig.json and the tensors do not belong together."
+            )
+
+
+def check_no_multiplier(names: list[str], known: Checkpoint, what: str) -> None:
+    """Checks that the files hold no multipliers of a module, by its names, that has none.
+
+    Raises:
+        CheckpointError: They do; the message names the tensor.
+    """
+    for name in (f"{name}.qweight_multiplier" for name in names):
+        if name in known.tensors:
+            raise CheckpointError(
+                f"{name} must not be in the checkpoint for {what}, got one\n"
+                "config.json and the tensors do not belong together."
+            )

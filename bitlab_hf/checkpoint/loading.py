@@ -11,8 +11,16 @@ from transformers import PreTrainedModel
 from bitcore.errors import CheckpointError, ConfigError
 from bitcore.ops import find_invalid_code
 from bitlab_hf.checkpoint.aligned import realign
-from bitlab_hf.checkpoint.headers import Checkpoint, TensorHeader
-from bitlab_hf.checkpoint.plan import FLOATS, Plan, check_headers, check_no_multiplier
+from bitlab_hf.checkpoint.experts import check_packed_experts
+from bitlab_hf.checkpoint.headers import (
+    FLOATS,
+    Checkpoint,
+    TensorHeader,
+    check_headers,
+    check_no_multiplier,
+)
+from bitlab_hf.checkpoint.plan import Plan
+from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.head import finish, int8_modules, is_borrower, swap_skeletons
 from bitlab_hf.model.learned import (
     deploy_learned,
@@ -26,7 +34,13 @@ from bitlab_hf.model.replace import OwnTensors, swap_latent, swap_packed
 from bitlab_hf.model.tree import Found, quantized_layers
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
-from bitlayers.checks import int8_problem, multiplier_problem, scales_are_valid
+from bitlayers.checks import (
+    int8_problem,
+    multiplier_problem,
+    packed_problem,
+    scales_are_valid,
+)
+from bitlayers.experts import BitExperts
 from bitlayers.int8 import Int8Rows
 from bitlayers.registry import get_layer
 from bitlayers.rmsnorm import InputRMSNorm
@@ -70,7 +84,7 @@ class Loading:
         if plan.source.is_packed:
             self._swap_packed(model)
         else:
-            swap_latent(model, plan.layers, plan.config)
+            swap_latent(model, plan.layers, plan.config, plan.experts)
             stored = self._holds("learned_scale")
             self._unlearned = expect_learned_scales(model, stored)
             if plan.source.builds_packed:
@@ -95,7 +109,9 @@ class Loading:
             for found in plan.layers
             if (tensors := self._own_tensors(found.names, plan.stored(found.names)))
         }
-        swap_packed(model, plan.layers, plan.config, own)
+        swap_packed(model, plan.layers, plan.config, own, plan.experts)
+        for experts in expert_modules(model):
+            check_packed_experts(experts, plan.checkpoint)
         for rows in plan.int8:
             swap_skeletons(model, rows)
         for found in quantized_layers(model):
@@ -149,6 +165,14 @@ class Loading:
                 if unknown and dtype != torch.float32:
                     # transformers would round it to the model's dtype before packing.
                     keep.add(name)
+        for experts in expert_modules(model):
+            self.packing.add_experts(experts)
+            for name in (
+                f"{name}.{leaf}" for name in experts.names for leaf in experts.module.stacks
+            ):
+                header = checkpoint.tensors.get(name) if checkpoint else None
+                if dtype != torch.float32 and (header is None or header.dtype == "F32"):
+                    keep.add(name)
         for rows in self.plan.int8:
             # Quantized from the model's dtype, as `deploy` does it.
             self.packing.add_head(rows)
@@ -193,6 +217,15 @@ class Loading:
             for parameter in (layer._parameters.get("qweight"), layer.bias):
                 if parameter is not None:
                     parameter.requires_grad_(False)
+        experts = expert_modules(model)
+        for one in experts:
+            lost = [leaf for leaf in one.module.stacks if not one.module.is_packed(leaf)]
+            if lost:
+                raise CheckpointError(
+                    f"{one.names[0]}.{lost[0]} must be in the checkpoint to be packed, got none"
+                )
+            for parameter in one.module.parameters(recurse=False):
+                parameter.requires_grad_(False)
         for rows in self.plan.int8:
             if not isinstance(rows.members[0].module, Int8Rows):
                 raise CheckpointError(
@@ -203,6 +236,7 @@ class Loading:
             realign(model)
         if self.plan.source.is_packed and self.plan.config.verify:
             verify_packed(layers)
+            verify_experts(experts)
             verify_int8(model)
         retie_packed(model, set(self.plan.stored_apart))
 
@@ -269,6 +303,24 @@ def verify_packed(layers: list[Found[BitLayerBase]]) -> None:
             if problem is not None:
                 raise CheckpointError(
                     f"{name}.qweight_multiplier {problem}\nFetch or write the file again."
+                )
+
+
+def verify_experts(experts: list[Found[BitExperts]]) -> None:
+    """Scans packed tensors of experts for what no writer produces.
+
+    Raises:
+        CheckpointError: As `verify_packed`; the message names the module and the expert.
+    """
+    for found in experts:
+        for name in found.module.stacks:
+            held = found.module.packed_stack(name)
+            problem = None if held["qweight"].is_meta else packed_problem(held)
+            if problem is not None:
+                leaf, expert, what = problem
+                raise CheckpointError(
+                    f"{found.names[0]}.{name}_{leaf} of expert {expert} {what}\n"
+                    "The file is damaged; fetch or write it again."
                 )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitlab_hf.checkpoint.headers import LAYERS_KEY, MODEL_NAMES, NAMES_KEY
+from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.head import int8_modules, is_borrower
 from bitlab_hf.model.tree import quantized_layers
 from bitlayers.state import SCALES
@@ -46,9 +47,16 @@ def packed_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, s
     sentinel = next(
         (found.names[0] for found in layers if f"{found.names[0]}.weight" not in state), None
     )
+    experts = expert_modules(model)
+    for one in experts:
+        _drop(state, one.names[1:])
     if sentinel is not None:
         state[f"{sentinel}.weight"] = torch.empty(0, dtype=torch.uint8)
-    names = [found.names[0] for found in layers] + [rows.names[0] for rows in int8]
+    elif experts:
+        first = next(iter(experts[0].module.stacks))
+        state[f"{experts[0].names[0]}.{first}"] = torch.empty(0, dtype=torch.uint8)
+    names = [layer.names[0] for layer in layers]
+    names += [one.names[0] for one in experts] + [rows.names[0] for rows in int8]
     return state, {LAYERS_KEY: json.dumps(names), NAMES_KEY: MODEL_NAMES}
 
 

@@ -14,14 +14,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bitcore.errors import CheckpointError, ConfigError
-from bitlab_hf.checkpoint.headers import Checkpoint, TensorHeader, check_floats, with_tied
+from bitlab_hf.checkpoint.experts import check_claimed, plan_experts
+from bitlab_hf.checkpoint.headers import (
+    FLOATS,
+    Checkpoint,
+    TensorHeader,
+    check_floats,
+    check_headers,
+    check_no_multiplier,
+    with_tied,
+)
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.model.head import Rows, check_supported, find_head, find_rows, input_embeddings
 from bitlab_hf.model.left import leave_float, note_float, note_new
 from bitlab_hf.model.replace import find_linears, skipped_modules
 from bitlab_hf.model.tree import Found
-
-FLOATS = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Plan:
         checkpoint: What the files hold, a tied tensor under each of its names; None where there
             are no safetensors files.
         layers: The linear layers that become ternary ones.
+        experts: The modules of experts that become ternary.
         int8: What becomes int8: an output head with what is tied to it, and an embedding.
         stored_apart: Layers that the model ties to another and the files hold all the same.
         borrowers: By a layer that the files do not hold, the one that it is tied to.
@@ -58,6 +66,7 @@ class Plan:
     source: Source
     checkpoint: Checkpoint | None
     layers: list[Found[nn.Linear]] = field(default_factory=list)
+    experts: list[Found[nn.Module]] = field(default_factory=list)
     int8: list[Rows] = field(default_factory=list)
     stored_apart: list[str] = field(default_factory=list)
     borrowers: dict[str, str] = field(default_factory=dict)
@@ -98,6 +107,11 @@ def make_plan(
         left = leave_float(model, found, config)
         found = [layer for layer in found if layer not in left]
         named += [name for layer in left for name in layer.names]
+    plan.experts, lost = plan_experts(
+        model, config, skip, known, source.was_converted, source.is_packed
+    )
+    named += lost
+    config.experts = "ternary" if plan.experts else None
     if known is not None:
         if source.was_converted:
             _check_format(known, source.is_packed, found)
@@ -108,7 +122,8 @@ def make_plan(
         if not source.was_converted:
             note_new(lacking)
     if not source.was_converted:
-        note_float(model, found, [*(config.modules_to_not_convert or []), *named])
+        alone = [*(config.modules_to_not_convert or []), *named]
+        note_float(model, found, alone, plan.experts)
     plan.layers = found
     config.modules_to_not_convert = sorted({*skip, *named})
     if config.head == "ternary":
@@ -293,51 +308,6 @@ def _check_int8_headers(rows: Rows, known: Checkpoint) -> None:
                 )
 
 
-_SAFETENSORS_NAMES = {"F32": "float32", "U8": "uint8", "I8": "int8"}
-
-
-def check_headers(
-    names: list[str],
-    wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]],
-    known: Checkpoint,
-    what: str,
-) -> None:
-    """Checks the tensors of one module, by its names: ``{leaf: (dtypes, shape)}``.
-
-    Raises:
-        CheckpointError: One is missing or has another dtype or shape; the message names it.
-    """
-    for leaf, (dtypes, expected) in wanted.items():
-        headers = [known.tensors.get(f"{name}.{leaf}") for name in names]
-        header = next((item for item in headers if item is not None), None)
-        name = f"{names[0]}.{leaf}"
-        if header is None:
-            raise CheckpointError(
-                f"{name} must be in the checkpoint, got none\n"
-                "The checkpoint is incomplete; fetch or write it again."
-            )
-        if header.dtype not in dtypes or header.shape != expected:
-            dtype = _SAFETENSORS_NAMES[dtypes[0]]
-            raise CheckpointError(
-                f"{name} must be {dtype} {list(expected)} for {what}, got {header.dtype} "
-                f"{list(header.shape)}\nconfig.json and the tensors do not belong together."
-            )
-
-
-def check_no_multiplier(names: list[str], known: Checkpoint, what: str) -> None:
-    """Checks that the files hold no multipliers of a module, by its names, that has none.
-
-    Raises:
-        CheckpointError: They do; the message names the tensor.
-    """
-    for name in (f"{name}.qweight_multiplier" for name in names):
-        if name in known.tensors:
-            raise CheckpointError(
-                f"{name} must not be in the checkpoint for {what}, got one\n"
-                "config.json and the tensors do not belong together."
-            )
-
-
 def _check_all_claimed(model: PreTrainedModel, plan: Plan) -> None:
     """Checks that every packed tensor of the files belongs to a module that becomes packed.
 
@@ -348,6 +318,8 @@ def _check_all_claimed(model: PreTrainedModel, plan: Plan) -> None:
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     claimed = {name for layer in plan.layers for name in layer.names}
     claimed |= {name for rows in plan.int8 for name in rows.names}
+    claimed |= {name for experts in plan.experts for name in experts.names}
+    check_claimed(modules, claimed, plan.checkpoint)
     packed = {
         name.removesuffix(f".{leaf}"): leaf
         for leaf in ("qweight_multiplier", "qweight")

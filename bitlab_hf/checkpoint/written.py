@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from bitcore.errors import CheckpointError
 from bitlab_hf.checkpoint.headers import Checkpoint, read_checkpoint, with_tied
+from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.tree import quantized_layers
 from bitlayers.state import SCALES
 
@@ -37,7 +38,8 @@ def check_written(model: PreTrainedModel, folder: Path, given: bool) -> None:
     """
     files = sorted(str(file) for file in folder.glob("model*.safetensors"))
     layers = quantized_layers(model)
-    if not files or not layers:
+    experts = expert_modules(model)
+    if not files or not (layers or experts):
         return
     checkpoint = read_checkpoint(model, files, getattr(model, "hf_quantizer", None), str(folder))
     assert checkpoint is not None
@@ -58,6 +60,11 @@ def check_written(model: PreTrainedModel, folder: Path, given: bool) -> None:
             names = {f"{name}.{leaf}" for name in found.names}
             if not names & (known.tensors.keys() | tied):
                 raise _unreadable(f"{found.names[0]}.{leaf}", "must be in the files, got none")
+    for one in experts:
+        leaves = one.module.packed_tensors() if one.module.is_deployed else one.module.stacks
+        for leaf in leaves:
+            if not {f"{name}.{leaf}" for name in one.names} & known.tensors.keys():
+                raise _unreadable(f"{one.names[0]}.{leaf}", "must be in the files, got none")
     if checkpoint.own_names and not given:
         _check_all(model, known, tied)
 

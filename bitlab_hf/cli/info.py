@@ -111,15 +111,20 @@ def _show(result: dict[str, Any], layers: bool) -> None:
         _say(f"codes: {shares}")
         _say(f"{result['bits_per_weight']:.2f} bits a weight, scales included")
     if not layers:
-        kinds = Counter(layer["scheme"] for layer in result["layers"])
-        for kind, count in kinds.items():
-            _say(f"{count} packed layers, scales {kind}")
+        kinds = Counter(
+            ("tensors of experts" if "experts" in layer else "packed layers", layer["scheme"])
+            for layer in result["layers"]
+        )
+        for (kind, scheme), count in kinds.items():
+            _say(f"{count} {kind}, scales {scheme}")
         return
     names = [printable(layer["name"]) for layer in result["layers"]]
     width = max(map(len, names), default=0)
     for name, layer in zip(names, result["layers"], strict=True):
         codes = " ".join(f"{code} {share:6.1%} " for code, share in layer["codes"].items())
         size = f"{layer['outputs']} x {layer['inputs']}"
+        if "experts" in layer:
+            size = f"{layer['experts']} x {size}"
         bits = f"{layer['bits_per_weight']:.2f} bits a weight"
         typer.echo(f"{name:<{width}}  {size:>13}  {codes} {layer['scheme']}, {bits}")
 

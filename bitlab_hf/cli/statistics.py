@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from operator import mul
@@ -36,7 +37,8 @@ class Found:
         bytes: Size of the weight files.
         scheme: The quantization_config, or None.
         parts: Tensors by kind: ternary layers, their scales, embeddings and the rest.
-        layers: Name, sizes, scheme, bits a weight and shares of the codes of every packed layer.
+        layers: Name, sizes, scheme, bits a weight and shares of the codes of every packed layer,
+            and of every packed tensor of experts, with their number.
         codes: Shares of -1, 0 and +1 over all packed layers; None without any.
         bits_per_weight: Bits that the packed layers take for each weight, scales included; None
             without any.
@@ -85,7 +87,7 @@ def examine(folder: Path, advance: Callable[[float], None]) -> Found:
             ) from error
     if found.layers:
         found.codes = _shares(total)
-        weights = [layer["outputs"] * layer["inputs"] for layer in found.layers]
+        weights = [_weights(layer) for layer in found.layers]
         bits = [layer["bits_per_weight"] for layer in found.layers]
         found.bits_per_weight = sum(map(mul, bits, weights)) / sum(weights)
     found.layers.sort(key=lambda layer: str(layer["name"]))
@@ -106,17 +108,19 @@ def _examine_file(handle: Any, found: Found, advance: Callable[[float], None]) -
         base, _, leaf = key.rpartition(".")
         # BitLab's and bitnet's names of packed weights.
         packed = leaf in ("qweight", "weight") and tensor.dtype == torch.uint8 and tensor.dim() == 2
+        experts = leaf.endswith("_qweight") and tensor.dtype == torch.uint8 and tensor.dim() == 3
         weights = tensor.numel()
-        if packed:
+        if packed or experts:
             scale_key, multiplier_key = f"{key}_scale", f"{key}_multiplier"
             scale = handle.get_tensor(scale_key) if scale_key in keys else torch.ones(1)
             multiplier = handle.get_tensor(multiplier_key) if multiplier_key in keys else None
-            layer, counts = _examine_layer(base, tensor, scale, multiplier)
+            name = key.removesuffix("_qweight") if experts else base
+            layer, counts = _examine_layer(name, tensor, scale, multiplier)
             found.layers.append(layer)
             total += counts
-            weights = layer["outputs"] * layer["inputs"]
-            kind = "ternary layers"
-        elif leaf in ("qweight_scale", "qweight_multiplier", "weight_scale"):
+            weights = _weights(layer)
+            kind = "ternary experts" if experts else "ternary layers"
+        elif leaf.endswith(("qweight_scale", "qweight_multiplier")) or leaf == "weight_scale":
             kind = "their scales"
         elif leaf == "qweight":
             kind = "int8 layers"
@@ -144,26 +148,35 @@ def _examine_layer(
             code = value >> 2 * lane & 3
             if code < 3:
                 counts[code] += histogram[value]
-    rows, columns = qweight.shape
+    *stacked, rows, columns = qweight.shape
+    experts = math.prod(stacked)
     # Only scales of rows tell how many of the last rows are padding, which is written as code 0.
-    outputs = len(scale) if scale.numel() > 1 else 4 * rows
-    counts[1] -= (4 * rows - outputs) * columns
+    outputs = scale.shape[len(stacked)] if scale.numel() > 1 else 4 * rows
+    counts[1] -= experts * (4 * rows - outputs) * columns
     if multiplier is not None:
-        scheme = f"per group of {columns // multiplier.shape[1]}"
-    elif scale.dim() == 2:
-        scheme = f"per group of {columns // scale.shape[1]} in float32"
+        scheme = f"per group of {columns // multiplier.shape[-1]}"
+    elif scale.dim() == 2 + len(stacked):
+        scheme = f"per group of {columns // scale.shape[-1]} in float32"
     else:
-        scheme = "per tensor" if scale.numel() == 1 else "per channel"
+        # Experts keep a scale a row, of gate and up the two that they have.
+        alone = scale.numel() == 1 or (bool(stacked) and len(scale[0].unique()) <= 2)
+        scheme = "per tensor" if alone else "per channel"
     stored = sum(tensor.nbytes for tensor in (qweight, scale, multiplier) if tensor is not None)
-    layer = {
+    layer: dict[str, Any] = {
         "name": name,
         "outputs": outputs,
         "inputs": columns,
         "scheme": scheme,
-        "bits_per_weight": 8 * stored / (outputs * columns),
+        "bits_per_weight": 8 * stored / (experts * outputs * columns),
         "codes": _shares(counts),
     }
+    if stacked:
+        layer["experts"] = experts
     return layer, counts
+
+
+def _weights(layer: dict[str, Any]) -> int:
+    return int(layer["outputs"] * layer["inputs"] * layer.get("experts", 1))
 
 
 def _shares(counts: Tensor) -> dict[str, float]:

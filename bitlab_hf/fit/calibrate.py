@@ -27,6 +27,7 @@ from bitlab_hf.fit.solve import Moments, damped, loss_of, solve, wanted_weight
 from bitlab_hf.fit.streams import Originals, Unit, find_units
 from bitlab_hf.fit.sums import SumFinder
 from bitlab_hf.fit.taps import Batch, Tap, tapped
+from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.tree import decoder_layers, find_modules
 from bitlayers.base import BitLayerBase
 
@@ -42,12 +43,15 @@ class CalibrationReport:
         samples: How many there were.
         tokens: How many they hold.
         seconds: How long it took.
+        rounded: Names of the experts modules that keep the codes of their rounding: experts are not
+            calibrated, and the layers behind them are fitted to them as they are.
     """
 
     layers: tuple[LayerReport, ...]
     samples: int
     tokens: int
     seconds: float
+    rounded: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         before = sum(layer.rounding_error for layer in self.layers) / len(self.layers)
@@ -56,6 +60,8 @@ class CalibrationReport:
             f"{len(self.layers)} layers calibrated on {self.samples} samples ({self.tokens} "
             f"tokens) in {self.seconds:.0f} s; mean relative error of their outputs "
             f"{after:.3f}, rounded {before:.3f}"
+            + f"; experts of {len(self.rounded)} layers keep their rounding"
+            * bool(self.rounded)
         )
 
 
@@ -144,7 +150,9 @@ def calibrate(
         kept = KeptLayers(folder, settings_of(ids, asdict(numbers)), writes=_is_first_process())
     reports: list[LayerReport] = []
     layers = _decoder_layers(inner)
-    with tapped(inner, _left(inner, layers, blocks)) as (taps, streams):
+    wanted = _wanted(inner, layers, blocks)
+    experts = {one.module: one.names[0] for one in expert_modules(inner) if one.module in wanted}
+    with tapped(inner, _left(inner, wanted), experts) as (taps, streams):
         finder = SumFinder(streams)
         units = find_units(inner, layers, blocks, ids, taps, streams)
         total = sum(len(unit.taps) for unit, _ in units)
@@ -165,10 +173,12 @@ def calibrate(
             batches.clear()
         for tap in taps.values():
             tap.commit()
+        for one in experts:
+            one.quant_strength = 1.0
     tokens = sum(part.numel() for part in ids)
-    return CalibrationReport(
-        tuple(reports), sum(len(part) for part in ids), tokens, time.monotonic() - started
-    )
+    samples_run = sum(len(part) for part in ids)
+    seconds = time.monotonic() - started
+    return CalibrationReport(tuple(reports), samples_run, tokens, seconds, tuple(experts.values()))
 
 
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -178,15 +188,21 @@ def _decoder_layers(model: nn.Module) -> list[nn.Module]:
         return []
 
 
-def _left(model: nn.Module, layers: list[nn.Module], blocks: range | None) -> set[nn.Module]:
-    """Returns the quantized layers that stay ternary while some decoder layers are calibrated."""
+def _wanted(model: nn.Module, layers: list[nn.Module], blocks: range | None) -> set[nn.Module]:
+    """Returns the modules that are calibrated with some decoder layers; None for all of them."""
     if blocks is None:
-        return set()
+        return set(model.modules())
     wanted = {module for layer in layers[blocks.start : blocks.stop] for module in layer.modules()}
     if blocks.stop == len(layers):
         inside = {module for layer in layers for module in layer.modules()}
         wanted |= set(model.modules()) - inside
-    found = {one.module for one in find_modules(model, BitLayerBase)}
+    return wanted
+
+
+def _left(model: nn.Module, wanted: set[nn.Module]) -> set[nn.Module]:
+    """Returns the quantized layers and experts that stay ternary while these are calibrated."""
+    found: set[Any] = {one.module for one in find_modules(model, BitLayerBase)}
+    found |= {one.module for one in expert_modules(model)}
     return {module for module in found - wanted if module.quant_strength == 1}
 
 

@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from bitcore.quantize import quantize_activation
 from bitlab_hf.fit.latent import latent_weight
 from bitlab_hf.fit.solve import Scales
+from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.tree import Found, find_modules
 from bitlayers.base import BitLayerBase
+from bitlayers.experts import BitExperts
 
 
 @dataclass
@@ -95,15 +97,45 @@ class Tap:
         return (codes.float() * scale).to(x.dtype)
 
 
+class ExpertsTap:
+    """Stands in for the forward of latent experts: in full precision in the original stream.
+
+    Args:
+        experts: The experts.
+        streams: Whose stream at work counts.
+        rounded: Whether they are ternary in the ternary stream; else in full precision there, too.
+    """
+
+    def __init__(self, experts: BitExperts, streams: Streams, rounded: bool) -> None:
+        self._experts, self._streams, self._rounded = experts, streams, rounded
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        strength: float | None = None,
+    ) -> Tensor:
+        """Runs the experts on what their forward is given."""
+        full = self._streams.original or not self._rounded
+        strength = 0.0 if full else None
+        experts = self._experts
+        # The class's: the instance's is this object.
+        return type(experts).run(experts, hidden_states, top_k_index, top_k_weights, strength)
+
+
 @contextmanager
 def tapped(
-    model: nn.Module, left: Container[nn.Module] = ()
+    model: nn.Module,
+    left: Container[nn.Module] = (),
+    rounded: Container[nn.Module] | None = None,
 ) -> Iterator[tuple[dict[nn.Module, Tap], Streams]]:
     """Puts taps into quantized layers, in eval mode; puts everything back at the end.
 
     Args:
         model: Any module tree.
-        left: Layers that stay as they are.
+        left: Layers, and experts, that stay as they are.
+        rounded: The experts that are ternary in the ternary stream; None for all.
     """
     streams = Streams()
     taps: dict[nn.Module, Tap] = {
@@ -111,17 +143,26 @@ def tapped(
         for found in find_modules(model, BitLayerBase)
         if found.module not in left
     }
+    experts = [
+        found.module
+        for found in expert_modules(model)
+        if found.module not in left and not found.module.is_deployed
+    ]
     training = {module: module.training for module in model.modules()}
     model.eval()
     for layer, tap in taps.items():
         # An attribute of the instance hides the method of its class.
         vars(layer)["_eval_forward"] = tap
+    for one in experts:
+        vars(one)["run"] = ExpertsTap(one, streams, rounded is None or one in rounded)
     try:
         yield taps, streams
     finally:
         for layer in taps:
             del vars(layer)["_eval_forward"]
+        for one in experts:
+            del vars(one)["run"]
         for module, was in training.items():
             module.training = was
-            if isinstance(module, BitLayerBase):
+            if isinstance(module, BitLayerBase | BitExperts):
                 module.invalidate_cache()

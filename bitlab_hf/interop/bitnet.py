@@ -32,6 +32,7 @@ from bitlab_hf.model.tree import Found, find_modules, quantized_layers
 from bitlab_hf.quantizer import BitLabHfQuantizer
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
+from bitlayers.experts import BitExperts
 from bitlayers.rmsnorm import EPSILON, RMSNormBitLinear
 
 _METHOD = "bitnet-as-bitlab"
@@ -356,7 +357,9 @@ def _check_expressible(model: PreTrainedModel, layers: list[Found[BitLayerBase]]
     for name, module in model.named_modules():
         tensors: dict[str, Tensor | None] = {**module._parameters, **module._buffers}
         layer = type(module) in (BitLinear, RMSNormBitLinear)
-        foreign = isinstance(module, BitLayerBase) or tensors.get("qweight") is not None
+        foreign = (
+            isinstance(module, BitLayerBase | BitExperts) or tensors.get("qweight") is not None
+        )
         if (foreign and not layer) or hasattr(module, "base_layer"):
             raise ArgumentError(
                 f"export_bitnet: {name} must be a BitLinear or a plain module, got "

@@ -16,6 +16,7 @@ from bitlab_hf.interop.packed_stream import relative_change
 from bitlab_hf.model.tree import quantized_layers
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
+from bitlayers.experts import BitExperts
 
 # Inputs that share a scale, by type.
 _BLOCKS = {"Q2_0": q2_0.BLOCK, "TQ2_0": 256, "TQ1_0": 256}
@@ -64,7 +65,9 @@ def check_layers(model: PreTrainedModel, qtype: str) -> float:
         raise ArgumentError("export_gguf: model must hold quantized layers, got none")
     for name, module in model.named_modules():
         tensors: dict[str, Tensor | None] = {**module._parameters, **module._buffers}
-        foreign = isinstance(module, BitLayerBase) or tensors.get("qweight") is not None
+        foreign = (
+            isinstance(module, BitLayerBase | BitExperts) or tensors.get("qweight") is not None
+        )
         if (foreign and type(module) is not BitLinear) or hasattr(module, "base_layer"):
             raise ArgumentError(
                 f"export_gguf: {name} must be a BitLinear or a plain module, got "

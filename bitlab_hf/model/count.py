@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError
+from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.tree import quantized_layers
 from bitlayers.base import BitLayerBase
 from bitlayers.int8 import Int8Embedding
@@ -41,6 +42,10 @@ def bits_per_weight(model: nn.Module) -> float:
             held = layer.packed_tensors().values()
             stored = sum(dtype.itemsize * math.prod(shape) for dtype, shape in held)
         bits[key], weights[key] = 8 * stored, layer.out_features * layer.in_features
+    for one in expert_modules(model):
+        held = one.module.packed_tensors().values()
+        bits[id(one.module)] = 8 * sum(dtype.itemsize * math.prod(shape) for dtype, shape in held)
+        weights[id(one.module)] = sum(stack.weights for stack in one.module.stacks.values())
     if not weights:
         raise ArgumentError(
             f"bits_per_weight: model must hold ternary layers, got {type(model).__name__} without"
@@ -64,6 +69,10 @@ def uncounted_weights(model: nn.Module, exclude_embeddings: bool = False) -> int
             missing += layer.out_features * layer.in_features - parameter.numel()
         elif isinstance(layer, Int8Embedding) and exclude_embeddings:
             missing -= parameter.numel()
+    for one in expert_modules(model):
+        for name, stack in one.module.stacks.items():
+            if one.module.is_packed(name):
+                missing += stack.weights - one.module.packed_stack(name)["qweight"].numel()
     return missing
 
 

@@ -12,6 +12,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from bitcore.errors import LifecycleError
 from bitlab_hf.config import QUANT_METHOD, BitLabConfig
+from bitlab_hf.model.experts import expert_modules, find_experts
 from bitlab_hf.model.head import int8_modules, plan_head
 from bitlab_hf.model.marks import mark_quantized, retie_packed
 from bitlab_hf.model.replace import check_single_weight
@@ -30,7 +31,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def deploy(model: Model) -> Model:
-    """Packs every quantized layer of a model for good, or none.
+    """Packs every quantized layer of a model, and all ternary experts, for good, or none.
 
     First every layer is checked and packed beside the weights, then all are committed, so an error
     leaves the model as it was. With ``head="int8"`` the output head, and the embedding tied to it,
@@ -52,18 +53,22 @@ def deploy(model: Model) -> Model:
     _check_unwrapped(model)
     # torch.compile wraps the module that is meant.
     inner: nn.Module = getattr(model, "_orig_mod", model)
-    layers = quantized_layers(inner)
-    if not layers:
+    layers, experts = quantized_layers(inner), expert_modules(inner)
+    modules = [*(one.module for one in layers), *(one.module for one in experts)]
+    if not modules:
         raise LifecycleError(
             "deploy: model must hold quantized layers, got none\n"
             "Load it with quantization_config=BitLabConfig(), or call replace_linear(model)."
         )
-    if all(layer.module.is_deployed for layer in layers):
+    if all(one.is_deployed for one in modules):
         raise LifecycleError("deploy: model must be latent, got one that is deployed already")
     latent = [layer for layer in layers if not layer.module.is_deployed]
     for layer in latent:
         check_deployable(layer.module, f"{layer.names[0]}.weight")
-    if any(p.grad is not None for layer in latent for p in layer.module.parameters()):
+    experts = [one for one in experts if not one.module.is_deployed]
+    for one in experts:
+        one.module.check_deployable(one.names[0])
+    if any(p.grad is not None for module in modules for p in module.parameters()):
         logger.warning(
             "bitlab: deploy() found gradients; an optimizer that is still alive keeps the latent "
             "weights in memory"
@@ -71,12 +76,16 @@ def deploy(model: Model) -> Model:
     groups = check_single_weight(latent)
     head = plan_head(inner)
     built = [_build(group) for group in groups.values()]
+    packed = [one.module.build_deployment() for one in experts]
     for group, deployments in zip(groups.values(), built, strict=True):
         for layer, deployment in zip(group, deployments, strict=True):
             layer.module.commit(deployment)
             if isinstance(deployment, tuple):
                 # One Parameter for all: counted, moved and saved once.
                 layer.module.qweight = group[0].module.qweight
+    for one, projections in zip(experts, packed, strict=True):
+        for name, tensors in projections.items():
+            one.module.commit(name, *tensors)
     model.eval()
     if isinstance(inner, PreTrainedModel):
         if head is not None:
@@ -167,6 +176,15 @@ def described(model: PreTrainedModel) -> BitLabConfig:
             name: layer.module.quant_config.to_dict() for layer in layers for name in layer.names
         },
     )
+    experts = expert_modules(model)
+    if experts:
+        config.experts = "ternary"
+    config.overrides |= {
+        f"{name}.{leaf}": stack.config.to_dict()
+        for one in experts
+        for leaf, stack in one.module.stacks.items()
+        for name in one.names
+    }
     if config.layer == "BitLinear":
         config.sub_norm = [
             name
@@ -182,4 +200,9 @@ def described(model: PreTrainedModel) -> BitLabConfig:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name not in names
     )
+    if experts:
+        # Those beside them that stay float.
+        config.modules_to_not_convert += [
+            name for one in find_experts(model, []) for name in one.names
+        ]
     return config

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from bitcore.checks import GROUP_SIZES
 from bitlab_hf.config import BitLabConfig
+from bitlab_hf.model.experts import experts_to_convert, stacks_of
 from bitlab_hf.model.left import reasons_to_leave
 from bitlab_hf.model.replace import find_linears, skipped_modules
 
@@ -39,12 +40,16 @@ def group_fields(model: PreTrainedModel, config: BitLabConfig) -> dict[str, Any]
         model: The float model, or its skeleton.
         config: How it is made ternary otherwise.
     """
-    found = find_linears(model, skipped_modules(model, config, defaults=True))
+    skip = skipped_modules(model, config, defaults=True)
+    found = find_linears(model, skip)
     reasons = reasons_to_leave(model, found, config)
     left = {name for layers in reasons.values() for layer in layers for name in layer.names}
     inputs = {
         layer.names[0]: layer.module.in_features for layer in found if layer.names[0] not in left
     }
+    for one in experts_to_convert(model, config, skip):
+        stacks = stacks_of(model, one, config)
+        inputs |= {f"{one.names[0]}.{stack.name}": stack.in_features for stack in stacks}
     size, rest = choose_groups(inputs)
     rows = {"weight_granularity": "per_channel", "group_size": None}
     if size is None:

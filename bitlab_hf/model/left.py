@@ -8,6 +8,7 @@ import fnmatch
 import logging
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -170,14 +171,26 @@ def _expert_counts(config: Any) -> set[int]:
     return counts.union(*(_expert_counts(one) for one in inner))
 
 
-def check_found(model: nn.Module, linears: list[Found[nn.Linear]]) -> None:
+def check_found(
+    model: nn.Module, linears: list[Found[nn.Linear]], converted: Sequence[Found[nn.Module]]
+) -> None:
     """Raises if there is nothing to convert; warns if experts stay float.
+
+    Args:
+        model: The model, or its skeleton.
+        linears: The linear layers that become ternary.
+        converted: The experts modules that do.
 
     Raises:
         ConfigError: No linear layer is left to convert; the message says what there is.
     """
-    experts = _expert_tensors(model)
-    if not linears:
+    ternary = {id(found.module) for found in converted}
+    experts = [
+        (name, parameter)
+        for name, parameter in _expert_tensors(model)
+        if id(model.get_submodule(name.rpartition(".")[0])) not in ternary
+    ]
+    if not linears and not converted:
         kinds = Counter(type(m).__name__ for m in model.modules() if not list(m.children()))
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6))
         others = sorted(
@@ -220,17 +233,24 @@ def _expert_tensors(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     ]
 
 
-def note_float(model: PreTrainedModel, converted: list[Found[nn.Linear]], named: list[str]) -> None:
+def note_float(
+    model: PreTrainedModel,
+    converted: list[Found[nn.Linear]],
+    named: list[str],
+    experts: Sequence[Found[nn.Module]],
+) -> None:
     """Says what else stays float: as a warning where it is much of the linear weights.
 
     Args:
         model: The model before its layers are swapped.
         converted: The layers that will be.
         named: What the user, or a rule with a warning of its own, left alone.
+        experts: The experts modules that become ternary, whose weights count as linear ones.
     """
     done = {id(layer.module) for layer in converted}
     head = model.get_output_embeddings()
-    total = left_size = 0
+    total = sum(p.numel() for one in experts for p in one.module.parameters(recurse=False))
+    left_size = 0
     plain: list[str] = []
     others: dict[str, list[str]] = {}
     for found in find_modules(model, nn.Module):

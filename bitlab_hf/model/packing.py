@@ -15,6 +15,7 @@ from bitlab_hf.model.head import Rows, swap_quantized
 from bitlab_hf.model.marks import retie_packed
 from bitlab_hf.model.tree import Found
 from bitlayers.base import BitLayerBase
+from bitlayers.experts import BitExperts
 from bitlayers.int8 import Int8Rows
 
 
@@ -34,6 +35,14 @@ class PackAtLoad(ConversionOps):
         self._names: dict[str, set[str]] = {}
         self._tied: dict[str, list[BitLayerBase]] = {}
         self._head: Rows | None = None
+        self._experts: dict[str, BitExperts] = {}
+
+    def add_experts(self, found: Found[BitExperts]) -> None:
+        """Takes the tensors of latent experts."""
+        for leaf in found.module.stacks:
+            names = {f"{name}.{leaf}" for name in found.names}
+            self._names.update(dict.fromkeys(names, names))
+            self._experts.update(dict.fromkeys(names, found.module))
 
     def add_layers(self, tied: list[Found[BitLayerBase]]) -> None:
         """Takes the weight of a latent layer, and of those that are tied to it, under whichever of
@@ -95,10 +104,13 @@ class PackAtLoad(ConversionOps):
                 rest[name] = value
                 continue
             weight = value[0] if isinstance(value, list) else value
-            pack = self._quantize_head if self.is_head(name) else self._pack_layer
-            scale = pack(model, name, weight.detach())
-            if not bool(torch.isfinite(scale).all()):
-                self.nonfinite.append(name)
+            if name in self._experts:
+                self._pack_experts(name, weight.detach())
+            else:
+                pack = self._quantize_head if self.is_head(name) else self._pack_layer
+                scale = pack(model, name, weight.detach())
+                if not bool(torch.isfinite(scale).all()):
+                    self.nonfinite.append(name)
             if missing_keys is not None:
                 # One module can stand under several names.
                 missing_keys -= self._names.get(name, {name})
@@ -124,6 +136,19 @@ class PackAtLoad(ConversionOps):
         if layer.packs_itself:
             return torch.ones(())
         return layer.qweight_scale
+
+    def _pack_experts(self, name: str, weight: Tensor) -> None:
+        module, leaf = self._experts[name], name.rpartition(".")[2]
+        stack = module.stacks[leaf]
+        if tuple(weight.shape) != stack.shape:
+            raise CheckpointError(
+                f"{name} must be {list(stack.shape)} to be packed, got {list(weight.shape)}"
+            )
+        module.commit(leaf, *stack.pack_all(weight))
+        for tensor in module.packed_stack(leaf).values():
+            vars(tensor)["_is_hf_initialized"] = True
+        finite = torch.isfinite(module.packed_stack(leaf)["qweight_scale"]).flatten(1).all(1)
+        self.nonfinite += [f"{name} of expert {int(one)}" for one in (~finite).nonzero()[:1]]
 
     def _compare(self, name: str, weight: Tensor, layer: BitLayerBase) -> Tensor:
         """Takes a weight that is stored under a second name: it has to be the same one."""

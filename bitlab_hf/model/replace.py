@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from bitcore.errors import ArgumentError, BitLabError, ConfigError
 from bitlab_hf.config import BitLabConfig
+from bitlab_hf.model.experts import experts_to_convert, names_for_overrides, swap_experts
 from bitlab_hf.model.head import HEAD_ATTRIBUTE, find_head
 from bitlab_hf.model.left import check_found, leave_float
 from bitlab_hf.model.reads import find_reads
@@ -101,9 +103,12 @@ def _tied_linears(model: PreTrainedModel) -> set[str]:
 
 
 def check_overrides(
-    model: nn.Module, linears: list[Found[nn.Linear]], config: BitLabConfig
+    model: nn.Module,
+    linears: list[Found[nn.Linear]],
+    config: BitLabConfig,
+    experts: Sequence[Found[nn.Module]],
 ) -> None:
-    """Raises if an override's pattern names no layer that is converted.
+    """Raises if an override's pattern names no layer, and no experts, that are converted.
 
     Raises:
         ConfigError: A pattern matches nothing.
@@ -116,17 +121,19 @@ def check_overrides(
             f"BitLabConfig: sub_norm must match converted layers, got {config.sub_norm!r}, which "
             "match none"
         )
+    names += names_for_overrides(model, experts)
     for pattern in config.overrides:
         if not fnmatch.filter(names, pattern):
             raise ConfigError(
                 f"BitLabConfig: overrides must match converted layers, got {pattern!r}, which "
-                f"matches none\nPatterns match whole names such as {linears[0].names[0]!r}; "
+                f"matches none\nPatterns match whole names such as {names[0]!r}; "
                 f"try '*{pattern}'."
             )
 
 
 def replace_linear(model: nn.Module, config: BitLabConfig | None = None) -> nn.Module:
-    """Swaps the linear layers of any model for latent quantized ones that share their weights.
+    """Swaps the linear layers of any model for latent quantized ones that share their weights, and
+    makes experts that are kept as tensors ternary where they lie.
 
     Weights become float32 unless ``config.latent_dtype == "keep"``; two layers that shared a
     weight share it still. A model outside transformers has no known output head: name it in
@@ -156,8 +163,9 @@ def replace_linear(model: nn.Module, config: BitLabConfig | None = None) -> nn.M
     linears = find_linears(model, skip)
     left = leave_float(model, linears, config)
     linears = [found for found in linears if found not in left]
+    experts = experts_to_convert(model, config, skip)
     _check_in_place(linears)
-    swap_latent(model, linears, config)
+    swap_latent(model, linears, config, experts)
     if config.head == "int8":
         # Such a model has no quantization config of its own; `deploy` looks here.
         setattr(model, HEAD_ATTRIBUTE, config.head)
@@ -184,10 +192,15 @@ def _check_int8_head(model: nn.Module) -> None:
         )
 
 
-def swap_latent(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLabConfig) -> None:
-    """Swaps these layers for latent ones."""
-    check_found(model, linears)
-    check_overrides(model, linears, config)
+def swap_latent(
+    model: nn.Module,
+    linears: list[Found[nn.Linear]],
+    config: BitLabConfig,
+    experts: Sequence[Found[nn.Module]],
+) -> None:
+    """Swaps these layers for latent ones, and makes these experts latent ternary ones."""
+    check_found(model, linears, experts)
+    check_overrides(model, linears, config, experts)
     weights: dict[int, nn.Parameter] = {}
     scales: dict[int, nn.Parameter] = {}
     layers = []
@@ -212,6 +225,7 @@ def swap_latent(model: nn.Module, linears: list[Found[nn.Linear]], config: BitLa
     for found, layer in zip(linears, layers, strict=True):
         # A packed layer's `weight` has the dtype that the float one had; a latent one can be wider.
         layer.casts_input = bool(dtypes.intersection(found.names))
+    swap_experts(model, experts, config)
     _swap(model, linears, layers)
 
 
@@ -220,6 +234,7 @@ def swap_packed(
     linears: list[Found[nn.Linear]],
     config: BitLabConfig,
     own: dict[str, OwnTensors] | None = None,
+    experts: Sequence[Found[nn.Module]] = (),
 ) -> None:
     """Swaps these layers for deployed ones whose packed tensors a loader fills.
 
@@ -228,8 +243,9 @@ def swap_packed(
         linears: The layers.
         config: How they are quantized.
         own: By the first name of a layer that packed itself, the tensors that it registered.
+        experts: What becomes deployed ternary experts.
     """
-    check_found(model, linears)
+    check_found(model, linears, experts)
     layers = []
     for found in linears:
         linear = found.module
@@ -247,6 +263,7 @@ def swap_packed(
             if tensors is not None:
                 expect_own(layer, tensors)
         layers.append(layer)
+    swap_experts(model, experts, config, packed=True)
     _swap(model, linears, layers)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.tree import quantized_layers
 
 _ARGUMENTS = (
@@ -46,7 +47,10 @@ def run_facts(model: nn.Module, args: Any, max_steps: int) -> dict[str, Any]:
         "model": name,
         "architecture": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "ternary_weights": sum(layer.out_features * layer.in_features for layer in layers),
+        "ternary_weights": sum(layer.out_features * layer.in_features for layer in layers)
+        + sum(
+            stack.weights for one in expert_modules(model) for stack in one.module.stacks.values()
+        ),
         "scheme": {
             key: value
             for key, value in (

@@ -9,10 +9,9 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from bitlab_hf.model.tree import decoder_layers, find_modules
+from bitlab_hf.model.tree import decoder_layers
 from bitlab_hf.train.schedule import saved_attributes
 from bitlayers import set_quant_strength
-from bitlayers.base import BitLayerBase
 
 
 def stage_starts(stages: int, share: float, steps: int) -> list[int]:
@@ -93,8 +92,8 @@ class StagedCalibration(TrainerCallback, ExportableState):
         set_quant_strength(model, 0.0)
         for blocks in self.blocks[: self._done]:
             for block in layers[blocks.start : blocks.stop]:
-                for layer in find_modules(block, BitLayerBase):
-                    layer.module.quant_strength = 1.0
+                # Layers, and experts, which are none.
+                set_quant_strength(block, 1.0)
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any

@@ -57,8 +57,10 @@ def test_a_value_that_is_not_allowed_lists_those_that_are(name: str, value: obje
     ("fields", "message"),
     [
         ({"weight_granularty": "per_tensor"}, "fields must be among .*got 'weight_granularty'"),
-        ({"format_version": 3}, "at most 2, got 3: the checkpoint was written by a newer BitLab"),
-        ({"format_version": 3, "new_field": 1}, "newer BitLab"),
+        ({"format_version": 4}, "at most 3, got 4: the checkpoint was written by a newer BitLab"),
+        ({"format_version": 4, "new_field": 1}, "newer BitLab"),
+        ({"experts": "float"}, r"experts must be one of \(None, 'keep', 'ternary'\), got 'float'"),
+        ({"experts": True}, "experts must be one of"),
         ({"format_version": 0}, "must be at least 1, got 0"),
         ({"format_version": "1"}, "must be an int"),
         ({"quant_method": "bitnet"}, "quant_method must be 'bitlab'"),

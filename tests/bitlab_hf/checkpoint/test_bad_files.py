@@ -135,7 +135,7 @@ def test_packed_config_over_float_tensors(tmp_path: Path) -> None:
 
 
 def test_newer_format(deployed: Path) -> None:
-    rewrite_config(deployed, format_version=3, something_new=True)
+    rewrite_config(deployed, format_version=4, something_new=True)
     with pytest.raises(ConfigError, match="newer BitLab"):
         load(deployed)
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bitlayers.base import BitLayerBase
+from bitlayers.experts import BitExperts
 
 HEAD = "output head"
 LAST = "last layer of the model, which transformers leaves alone"
@@ -79,7 +80,7 @@ def _candidates(model: PreTrainedModel) -> list[tuple[str, str]]:
         owner = model.get_submodule(parent)
         if type(owner).__module__.startswith("torch.") or parent in linear:
             continue
-        if isinstance(owner, (BitLayerBase, nn.Embedding, nn.modules.conv._ConvNd)):
+        if isinstance(owner, (BitLayerBase, BitExperts, nn.Embedding, nn.modules.conv._ConvNd)):
             continue
         inside = re.search("expert|moe", f"{name} {type(owner).__name__}", re.IGNORECASE)
         outside = _OTHERS.search(name)

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from bitcore.errors import BitLabError
 from bitlab_hf import BitLabConfig, deploy, save
-from bitlab_hf.model.tree import quantized_layers
+from bitlab_hf.model.experts import expert_modules
+from bitlab_hf.model.tree import Found, quantized_layers
 from tests.bitlab_hf.sweep.compare import describe, difference, equal, listed
 from tests.bitlab_hf.sweep.configs import small
 from tests.bitlab_hf.sweep.floats import left_float
@@ -33,7 +34,11 @@ from tests.bitlab_hf.sweep.models import (
     model_class,
 )
 from tests.bitlab_hf.sweep.results import Result
-from tests.bitlab_hf.sweep.training import fill, heard, negate_zeros, train
+from tests.bitlab_hf.sweep.training import fill, heard, multiplied, negate_zeros, train
+
+
+def _ternary(model: nn.Module) -> list[Found[Any]]:
+    return [*quantized_layers(model), *expert_modules(model)]
 
 
 def _note_call(called: set[str], names: set[str], *_: Any) -> None:
@@ -71,7 +76,7 @@ class _Life:
         self._float()
         latent = self._latent()
         eval_outputs = self._eval(latent)
-        names = sorted(found.names[0] for found in quantized_layers(latent))
+        names = sorted(found.names[0] for found in _ternary(latent))
         with self._step("hidden weights"):
             self._only_ternary(latent, train=False)
         if self.stock_trains is None:
@@ -129,8 +134,7 @@ class _Life:
             self.result.notes.append("transformers' own float model changes by a reload")
         self.stock_depends_on_place = not equal(before, self._outputs(copy.deepcopy(stock)), 0.0)
         self.stock_trains, self.stock_gradients = train(stock, self.inputs, before)
-        linears = {name for name, module in stock.named_modules() if isinstance(module, nn.Linear)}
-        self.had_gradient = linears & self.stock_gradients
+        self.had_gradient = self.stock_gradients
 
     def _find_inputs(self, model: PreTrainedModel) -> None:
         """Finds inputs that the model takes: with its images and sounds, else its text alone."""
@@ -160,7 +164,9 @@ class _Life:
             latent = self._load("float", quantization_config=BitLabConfig())
         layers = quantized_layers(latent)
         weights = {id(found.module.weight): found.module.weight.numel() for found in layers}
-        self.result.converted = len(layers)
+        for one in expert_modules(latent):
+            weights[id(one.module)] = sum(stack.weights for stack in one.module.stacks.values())
+        self.result.converted = len(_ternary(latent))
         self.result.share = sum(weights.values()) / sum(p.numel() for p in latent.parameters())
         left, unexplained = left_float(latent, self.said)
         self.result.left = left
@@ -184,7 +190,7 @@ class _Life:
         """
         hidden = copy.deepcopy(model)
         before = self._outputs(hidden)
-        layers = quantized_layers(hidden)
+        layers = _ternary(hidden)
         undo = negate_zeros([found.module for found in layers])
         after = self._outputs(hidden)
         if equal(after, before, 0.0):
@@ -209,8 +215,8 @@ class _Life:
         # A layer is used where one is called that holds the same weight.
         holders: dict[int, set[str]] = {}
         handles = []
-        for found in quantized_layers(latent):
-            names = holders.setdefault(id(found.module.weight), set())
+        for found in _ternary(latent):
+            names = holders.setdefault(id(multiplied(found.module)[0]), set())
             names.add(found.names[0])
             hook = partial(_note_call, called, names)
             handles.append(found.module.register_forward_hook(hook))
@@ -229,7 +235,7 @@ class _Life:
             self._fault("training", f"no gradient reaches {listed(without)}")
         silent = sorted(
             found.names[0]
-            for found in quantized_layers(latent)
+            for found in _ternary(latent)
             if found.names[0] not in called and found.names[0] in self.had_gradient
         )
         # A router may choose other experts; what no forward of ours ever calls is something else.
@@ -269,7 +275,7 @@ class _Life:
             self.result.notes.append(f"{step}: outputs differ by {difference(got, want)}")
 
     def _same_layers(self, step: str, model: PreTrainedModel, names: list[str]) -> None:
-        got = sorted(found.names[0] for found in quantized_layers(model))
+        got = sorted(found.names[0] for found in _ternary(model))
         if got != names:
             self._fault(step, f"other layers are ternary: {listed(set(got) ^ set(names))}")
 

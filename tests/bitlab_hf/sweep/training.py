@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bitlayers.experts import BitExperts
 from tests.bitlab_hf.sweep.compare import equal
 from tests.bitlab_hf.sweep.models import flat
 
@@ -55,9 +56,7 @@ def train(
     gradients = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module.weight is not None
-        and module.weight.grad is not None
+        if (weights := multiplied(module)) and all(weight.grad is not None for weight in weights)
     }
     # What a norm of the batch computes in training is close to eval mode only by chance.
     batch = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
@@ -76,11 +75,28 @@ def _with_gradient(output: Any) -> list[Tensor]:
     return []
 
 
+def multiplied(module: nn.Module) -> list[Tensor]:
+    """Returns the weights of a linear layer, or of experts that are kept as tensors."""
+    if isinstance(module, nn.Linear):
+        return [] if module.weight is None else [module.weight]
+    own = module._parameters.values()
+    return [one for one in own if one is not None and one.dim() == 3]
+
+
 def negate_zeros(layers: list[Any]) -> Callable[[], None]:
-    """Negates the weights whose code is zero; returns what undoes it."""
+    """Negates the weights whose code is zero, of layers and of experts; returns what undoes it."""
     held = []
     with torch.no_grad():
         for layer in layers:
+            for name in layer.stacks if isinstance(layer, BitExperts) else ():
+                weight = layer._parameters[name]
+                assert weight is not None
+                held.append((weight, weight.detach().clone()))
+                codes = layer.dequantized(name)
+                weight.copy_(torch.where(codes == 0, -weight, weight))
+                assert torch.equal(layer.dequantized(name), codes)
+            if isinstance(layer, BitExperts):
+                continue
             weight = layer.weight
             held.append((weight, weight.detach().clone()))
             was_training = layer.training

@@ -1,0 +1,233 @@
+"""Experts that a model keeps as tensors: which modules hold them, and how they become ternary.
+
+transformers' decorator for such classes, ``use_experts_implementation``, leaves on each module how
+its tensors lie. That is all that is asked here: no class is known by its name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from bitcore import estimators
+from bitcore.errors import BitLabError, ConfigError
+from bitlab_hf.config import BitLabConfig
+from bitlab_hf.model.tree import Found, aliases_of, find_modules
+from bitlayers.experts import BitExperts, convert_experts
+from bitlayers.stack import Stack
+
+logger = logging.getLogger("bitlab")
+# What the decorator sets, which is also what the forward needs to know.
+_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+
+
+def expert_modules(model: nn.Module) -> list[Found[BitExperts]]:
+    """Returns the ternary experts of a model, each module once."""
+    return find_modules(model, BitExperts)
+
+
+def projections(module: nn.Module) -> list[str]:
+    """Returns the names of the tensors of a float experts module in the order of use; none of a
+    module that is no such, or whose tensors lie in another way than its class says.
+    """
+    fields = vars(module)
+    if isinstance(module, BitExperts) or not all(isinstance(fields.get(f), bool) for f in _FLAGS):
+        return []
+    names = ["gate_up_proj" if fields["has_gate"] else "up_proj", "down_proj"]
+    tensors = [module._parameters.get(name) for name in names]
+    experts = fields.get("num_experts")
+    known = all(
+        one is not None and one.dim() == 3 and one.shape[0] == experts and one.is_floating_point()
+        for one in tensors
+    )
+    return names if known else []
+
+
+def find_experts(model: nn.Module, skip: list[str]) -> list[Found[nn.Module]]:
+    """Returns the float experts modules that no pattern of ``skip`` names."""
+    return [
+        found
+        for found in find_modules(model, nn.Module)
+        if projections(found.module)
+        and all(
+            should_convert_module(alias, skip)
+            for name in found.names
+            for alias in (*aliases_of(model, name), *_tensor_names(model, found))
+        )
+    ]
+
+
+def tensor_names(model: nn.Module) -> list[str]:
+    """Returns the names of all tensors of experts that can be ternary, or are."""
+    return [
+        f"{name}.{leaf}"
+        for name, module in model.named_modules(remove_duplicate=False)
+        for leaf in (module.stacks if isinstance(module, BitExperts) else projections(module))
+    ]
+
+
+def _tensor_names(model: nn.Module, found: Found[Any]) -> list[str]:
+    module = found.module
+    leaves = list(module.stacks) if isinstance(module, BitExperts) else projections(module)
+    return [
+        f"{alias}.{leaf}" for name in found.names for alias in aliases_of(model, name)
+        for leaf in leaves
+    ]  # fmt: skip
+
+
+def names_for_overrides(model: nn.Module, experts: Iterable[Found[Any]]) -> list[str]:
+    """Returns the names of experts modules and of their tensors that a pattern can match."""
+    return [
+        name
+        for found in experts
+        for name in (
+            *(alias for one in found.names for alias in aliases_of(model, one)),
+            *_tensor_names(model, found),
+        )
+    ]
+
+
+def experts_to_convert(
+    model: nn.Module, config: BitLabConfig, skip: list[str]
+) -> list[Found[nn.Module]]:
+    """Returns the experts that become ternary by a configuration, and says which stay float.
+
+    Args:
+        model: The float model, or its skeleton.
+        config: ``experts`` says whether; ``None`` where they can be.
+        skip: Patterns of modules to leave alone.
+
+    Raises:
+        ConfigError: ``experts="ternary"`` is asked of a model that has none, or of a layer or an
+            estimator that experts cannot have.
+    """
+    if config.experts == "keep":
+        return []
+    found = find_experts(model, skip)
+    problem = None
+    if config.layer != "BitLinear":
+        problem = f"layer {config.layer!r} is one of linear layers"
+    elif learned := [name for name in _estimators(model, config, found) if name is not None]:
+        problem = f"weight_quantizer {learned[0]!r} trains a scale for each linear layer"
+    if config.experts == "ternary" and (problem or not found):
+        raise ConfigError(
+            'BitLabConfig: experts="ternary" must find experts that can be converted, got '
+            f"{problem or 'none in ' + type(model).__name__}"
+        )
+    if not found:
+        return []
+    if problem:
+        logger.warning("bitlab: experts such as %s stay float: %s", found[0].names[0], problem)
+        return []
+    names = [name for one in found for name in _tensor_names(model, one)]
+    if any(map(config.norms, names)):
+        logger.warning("bitlab: sub_norm gives no norm to experts, such as %s", names[0])
+    return found
+
+
+def _estimators(
+    model: nn.Module, config: BitLabConfig, found: list[Found[nn.Module]]
+) -> list[str | None]:
+    """Returns the estimators of these experts that train a scale, None for any other."""
+    held = [
+        quantized.weight_quantizer
+        for one in found
+        for leaf in projections(one.module)
+        for quantized in [config.layer_config(*_names_of(model, one, leaf))]
+    ]
+    return [name if estimators.get_estimator(name).learned else None for name in held]
+
+
+def _names_of(model: nn.Module, found: Found[Any], leaf: str) -> list[str]:
+    """Returns by what names the configuration can speak of one tensor: its own, its module's."""
+    aliases = [alias for name in found.names for alias in aliases_of(model, name)]
+    return [*aliases, *(f"{alias}.{leaf}" for alias in aliases)]
+
+
+def stacks_of(model: nn.Module, found: Found[nn.Module], config: BitLabConfig) -> list[Stack]:
+    """Returns how the tensors of a float experts module lie, and how each is quantized.
+
+    Raises:
+        ConfigError: A projection cannot be quantized as asked.
+    """
+    module: Any = found.module
+    stacks = []
+    for place, name in enumerate(projections(module)):
+        experts, *sizes = getattr(module, name).shape
+        rows, columns = reversed(sizes) if module.is_transposed else sizes
+        try:
+            stacks.append(
+                Stack(
+                    name,
+                    experts,
+                    rows,
+                    columns,
+                    config.layer_config(*_names_of(model, found, name)),
+                    parts=2 if module.has_gate and place == 0 else 1,
+                    interleaved=not module.is_concatenated and place == 0,
+                    transposed=module.is_transposed,
+                )
+            )
+        except BitLabError as error:
+            raise ConfigError(f"{found.names[0]}.{error}") from error
+    return stacks
+
+
+def check_choice(model: nn.Module, count: int) -> None:
+    """Checks that a token can have as many experts as the configuration gives it.
+
+    Args:
+        model: The model.
+        count: How many experts a layer has at most.
+
+    Raises:
+        ConfigError: It speaks of more experts a token than there are.
+    """
+    config: Any = getattr(model, "config", None)
+    for one in (config, getattr(config, "get_text_config", lambda: None)()):
+        chosen = getattr(one, "num_experts_per_tok", None)
+        if isinstance(chosen, int) and chosen > count:
+            raise ConfigError(
+                f"bitlab: num_experts_per_tok must be at most the number of experts, {count}, "
+                f"got {chosen}"
+            )
+
+
+def swap_experts(
+    model: nn.Module,
+    experts: Iterable[Found[nn.Module]],
+    config: BitLabConfig,
+    packed: bool = False,
+) -> None:
+    """Makes these experts ternary: latent, or with empty packed tensors for a loader to fill.
+
+    Args:
+        model: The model, or its skeleton.
+        experts: The modules.
+        config: How they are quantized.
+        packed: Whether they are to hold packed tensors.
+
+    Raises:
+        ConfigError: One cannot be quantized as asked; nothing is changed.
+    """
+    # All are looked at before the first is changed.
+    planned = [(found.module, stacks_of(model, found, config)) for found in experts]
+    if planned:
+        check_choice(model, max(stacks[0].experts for _, stacks in planned))
+    for module, stacks in planned:
+        ternary = convert_experts(module, stacks)
+        if packed:
+            ternary.make_skeleton()
+        elif config.latent_dtype == "float32":
+            for name in ternary.stacks:
+                weight = ternary._parameters[name]
+                assert weight is not None
+                if weight.dtype != torch.float32:
+                    ternary._parameters[name] = nn.Parameter(
+                        weight.detach().float(), weight.requires_grad
+                    )

@@ -1,0 +1,391 @@
+"""BitExperts: the life of a `BitLinear` for the experts of a layer, which a model keeps as tensors.
+
+Most mixtures of experts hold the matrices of all experts of a layer in one Parameter, and the gate
+and up projections in one matrix each. The module that holds them keeps its class, its activation
+and its place in the tree: it becomes an instance of a subclass that adds the three states. LATENT,
+its Parameters are the float model's, under the float model's keys. DEPLOYED, each is replaced by
+``<name>_qweight``, ``<name>_qweight_scale`` and with groups ``<name>_qweight_multiplier``.
+
+A module of its own was the alternative. It would lose whatever the model's class does between the
+two products, which differs from model to model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from bitcore import ops
+from bitcore.errors import LifecycleError
+from bitlayers.checks import check_stack, log_deployed_stays, stack_problem
+from bitlayers.projection import PackedProjection, Projection, TrainedProjection
+from bitlayers.quantized import cast_dtype
+from bitlayers.routing import route
+from bitlayers.stack import Stack
+from bitlayers.state import SCALES, Packed
+from bitlayers.training import Fingerprint, shows_writes
+
+# A forward pass of up to so many tokens uses what was packed before, as it may be a decoding step
+# of a batch: tokens arrive here in one row.
+_STEP_TOKENS = 16
+_LEAVES = ("qweight", *SCALES)
+
+
+class BitExperts(nn.Module):
+    """The part that a ternary experts module adds to the model's own class.
+
+    `convert_experts` makes one. Training, evaluation and the deployed module compute the same
+    forward, as those of a `BitLinear` do: with int8 activations their float32 outputs are equal
+    bit for bit.
+
+    Attributes:
+        stacks: The projections, by the names of their Parameters, in the order of use.
+        quant_strength: How far the training forward is quantized; see `set_quant_strength`.
+        float_dtype: dtype of the float Parameters that the module stands for.
+    """
+
+    stacks: dict[str, Stack]
+    quant_strength: float
+    float_dtype: torch.dtype
+    num_experts: int
+    has_gate: bool
+    has_post_expert_norm: bool
+    _apply_gate: Callable[[Tensor], Tensor]
+    act_fn: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+    _cache: dict[str, tuple[Fingerprint, dict[int, Packed]]]
+
+    @property
+    def is_deployed(self) -> bool:
+        """Whether the float weights are gone for good."""
+        return all(self.is_packed(name) for name in self.stacks)
+
+    def is_packed(self, name: str) -> bool:
+        """Tells whether one projection has been deployed."""
+        return self._parameters.get(f"{name}_qweight") is not None
+
+    # The forward.
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Sends each token through its experts; see `run`."""
+        return self.run(hidden_states, top_k_index, top_k_weights)
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        strength: float | None = None,
+    ) -> Tensor:
+        """Sends each token through its experts.
+
+        Args:
+            hidden_states: [M, H].
+            top_k_index: int [M, k], the experts of each token; one that is not below the number of
+                experts is none, and adds nothing.
+            top_k_weights: float [M, k], what each expert's output is multiplied with.
+            strength: How far latent weights are quantized, also in eval mode; None for fully there,
+                and in training for the module's own.
+
+        Returns:
+            [M, H] of the dtype of hidden_states.
+        """
+        first, second = (
+            self._projection(name, len(hidden_states), strength) for name in self.stacks
+        )
+
+        def expert(x: Tensor, number: int) -> Tensor:
+            inner = first(x, number)
+            inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+            outer = second(inner, number)
+            return self.post_expert_norm(outer) if self.has_post_expert_norm else outer
+
+        return route(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
+
+    def _projection(self, name: str, tokens: int, strength: float | None) -> Projection:
+        """Returns one projection for one forward pass."""
+        weight: Tensor | None = self._parameters.get(name)
+        bias: Tensor | None = self._parameters.get(f"{name}_bias")
+        stack, packed = self.stacks[name], partial(self.packed, name)
+        if weight is not None and (self.training or strength is not None):
+            strength = self.quant_strength if strength is None else strength
+            return TrainedProjection(stack, weight, bias, strength)
+        trains = weight is None and bias is not None and bias.requires_grad
+        bias = bias if trains or bias is None else bias.detach()
+        kept = None if weight is None else self._kept(name, tokens)
+        return PackedProjection(stack, packed, bias, kept)
+
+    def packed_stack(self, name: str) -> dict[str, Tensor]:
+        """Returns the packed tensors of all experts of a deployed projection: ``qweight``,
+        ``qweight_scale``, and ``qweight_multiplier`` where there is one.
+        """
+        held = {leaf: self._leaf(name, leaf) for leaf in _LEAVES}
+        return {leaf: tensor for leaf, tensor in held.items() if tensor is not None}
+
+    def packed(self, name: str, expert: int) -> Packed:
+        """Returns an expert's ``(qweight, qweight_scale)``, with multipliers these too, of one
+        projection: as deployed, else packed now.
+        """
+        if self.is_packed(name):
+            return tuple(tensor[expert] for tensor in self.packed_stack(name).values())
+        # What was made under inference_mode could not be saved for a later backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            return self.stacks[name].pack(self._parameters[name][expert])  # type: ignore[index]
+
+    def _leaf(self, name: str, leaf: str) -> Tensor | None:
+        table: Any = self._parameters if leaf == "qweight" else self._buffers
+        held: Tensor | None = table.get(f"{name}_{leaf}")
+        return held
+
+    def _kept(self, name: str, tokens: int) -> dict[int, Packed]:
+        """Returns where a forward pass in eval mode keeps what it packs, by the expert.
+
+        Args:
+            name: The projection.
+            tokens: How many tokens the pass has.
+        """
+        weight = self._parameters[name]
+        assert weight is not None
+        if tokens > _STEP_TOKENS or not shows_writes(weight):
+            self._cache.pop(name, None)
+            return {}
+        held = self._cache.get(name)
+        if held is None or not held[0].matches([weight]):
+            held = self._cache[name] = Fingerprint([weight]), {}
+        return held[1]
+
+    def invalidate_cache(self) -> None:
+        """Drops the packed weights of eval mode; see `bitlayers.training.Fingerprint`."""
+        self._cache = {}
+
+    # Life.
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training or eval mode; a deployed module stays in eval mode and says so once."""
+        self.invalidate_cache()
+        if self.is_deployed:
+            if mode:
+                log_deployed_stays()
+            mode = False
+        return super().train(mode)
+
+    def deploy(self) -> Self:
+        """Packs the weights for good: the float weights are dropped and nothing trains any more.
+
+        Raises:
+            LifecycleError: The module is deployed, on the meta device, sharded or parametrized.
+            NonFiniteError: An expert's weights hold NaN or infinity; nothing is changed.
+        """
+        self.check_deployable("experts")
+        for name, packed in self.build_deployment().items():
+            self.commit(name, *packed)
+        return self
+
+    def check_deployable(self, module: str) -> None:
+        """Checks that the module can be deployed, changing nothing.
+
+        Args:
+            module: What messages call it.
+
+        Raises:
+            LifecycleError, NonFiniteError: See `deploy`.
+            ArgumentTypeError: The weights have a dtype that cannot be packed.
+        """
+        if self.is_deployed:
+            raise LifecycleError(
+                f"deploy: {module} must be latent, got experts that are deployed already"
+            )
+        for name in self.stacks:
+            check_stack(self, name, f"{module}.{name}")
+
+    def build_deployment(self) -> dict[str, Packed]:
+        """Returns the packed tensors of all experts, by the projection; the module stays as it
+        is.
+        """
+        return {
+            name: stack.pack_all(self._parameters[name])  # type: ignore[arg-type]
+            for name, stack in self.stacks.items()
+        }
+
+    def commit(
+        self,
+        name: str,
+        qweight: Tensor,
+        qweight_scale: Tensor,
+        qweight_multiplier: Tensor | None = None,
+    ) -> None:
+        """Makes one projection deployed with these packed tensors, which it keeps.
+
+        Args:
+            name: The projection.
+            qweight: uint8 [E, ceil(N / 4), K].
+            qweight_scale: float32 [E, N], or [E, N, K / G].
+            qweight_multiplier: uint8 [E, N, K / G] beside a scale [E, N], or None.
+        """
+        self.invalidate_cache()
+        # Not `del`: who asks the module for it finds that it is none.
+        self.register_parameter(name, None)
+        packed = nn.Parameter(qweight, requires_grad=False)
+        self.register_parameter(f"{name}_qweight", packed)
+        self.register_buffer(f"{name}_qweight_scale", qweight_scale)
+        if qweight_multiplier is not None:
+            self.register_buffer(f"{name}_qweight_multiplier", qweight_multiplier)
+        bias = self._parameters.get(f"{name}_bias")
+        if bias is not None:
+            bias.requires_grad_(False)
+        if self.is_deployed:
+            super().train(False)
+
+    def make_skeleton(self) -> None:
+        """Makes a latent module deployed with empty packed tensors, for a loader to fill."""
+        for name, stack in self.stacks.items():
+            weight = self._parameters[name]
+            assert weight is not None
+            shapes = stack.packed_tensors().values()
+            self.commit(
+                name,
+                *(torch.empty(shape, dtype=kind, device=weight.device) for kind, shape in shapes),
+            )
+
+    def dequantized(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns codes times scale of all experts as the float model has them: exactly what the
+        module multiplies with, rounded once to dtype (default float32).
+        """
+        stack, dtype = self.stacks[name], dtype or torch.float32
+        matrices = []
+        for expert in range(stack.experts):
+            qweight, scale, *multiplier = self.packed(name, expert)
+            rows = stack.out_features
+            matrix = ops.unpack_weight(qweight, scale, rows, dtype, *multiplier)
+            matrices.append(stack.stored(matrix))
+        return torch.stack(matrices)
+
+    def packed_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Returns dtype and shape of each packed tensor of the deployed module, by name."""
+        return {
+            f"{name}_{leaf}": held
+            for name, stack in self.stacks.items()
+            for leaf, held in stack.packed_tensors().items()
+        }
+
+    def float_class(self) -> type[nn.Module]:
+        """Returns the model's own class."""
+        return cast(type[nn.Module], type(self).__bases__[1])
+
+    def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Makes the module one of the model's own class again, with float weights of dtype."""
+        for name in self.stacks:
+            weight = nn.Parameter(self.dequantized(name, dtype))
+            for leaf in _LEAVES:
+                table = self._parameters if leaf == "qweight" else self._buffers
+                table.pop(f"{name}_{leaf}", None)
+            self._parameters[name] = weight
+            bias = self._parameters.get(f"{name}_bias")
+            if bias is not None:
+                self._parameters[f"{name}_bias"] = nn.Parameter(bias.detach().to(weight.dtype))
+        kind = self.float_class()
+        for field in ("stacks", "quant_strength", "float_dtype", "_cache"):
+            del self.__dict__[field]
+        self.__class__ = kind  # type: ignore[assignment]
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("stacks", ()) and self.is_packed(name):
+            # Its shape and dtype are asked for, not its values: these would be a float model's
+            # memory. On the meta device it cannot be multiplied with by mistake.
+            shape, dtype = self.stacks[name].shape, self.float_dtype
+            stands: Any = torch.empty(shape, dtype=dtype, device="meta")
+            # The model's own initialization would fill it.
+            stands._is_hf_initialized = True
+            return stands
+        return super().__getattr__(name)
+
+    # State dict, moves, copies.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.invalidate_cache()
+        names = [f"{name}_qweight_scale" for name in self.stacks]
+        exact = {name: self._buffers[name] for name in names if name in self._buffers}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, scale in exact.items():
+            moved = self._buffers[name]
+            if scale is not None and moved is not None and moved.dtype != torch.float32:
+                # `.to(bfloat16)` moves the scale but must not round it.
+                self._buffers[name] = scale.to(moved.device)
+        self.float_dtype = cast_dtype(fn, self.float_dtype)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self.invalidate_cache()
+        for stack in self.stacks.values():
+            problem = stack_problem(self, stack, state_dict, prefix)
+            if problem is not None:
+                error_msgs.append(problem)
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: everything but the cache."""
+        return {**self.__dict__, "_cache": {}}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles by the model's own class, since the subclass stands in no module."""
+        return _blank, (self.float_class(),), self.__getstate__()
+
+    def extra_repr(self) -> str:
+        """Returns what ``repr`` shows: state, and sizes and scheme of each projection."""
+        state = "deployed" if self.is_deployed else "latent"
+        return ", ".join([state, *(f"{name}={stack}" for name, stack in self.stacks.items())])
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _ternary_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Returns the subclass of a model's experts class that lives as ternary ones do."""
+    if kind not in _CLASSES:
+        fields = {"__module__": __name__, "__doc__": BitExperts.__doc__}
+        _CLASSES[kind] = type(f"Bit{kind.__name__}", (BitExperts, kind), fields)
+    return _CLASSES[kind]
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    ternary = _ternary_class(kind)
+    return ternary.__new__(ternary)
+
+
+def convert_experts(module: nn.Module, stacks: Iterable[Stack]) -> BitExperts:
+    """Makes a float experts module a latent ternary one, in place; its Parameters stay.
+
+    Args:
+        module: It has ``num_experts``, ``has_gate``, ``has_post_expert_norm``, and what these ask
+            for of ``_apply_gate``, ``act_fn`` and ``post_expert_norm``.
+        stacks: Its two projections, in the order of use.
+
+    Raises:
+        LifecycleError: The module is ternary already.
+    """
+    if isinstance(module, BitExperts):
+        raise LifecycleError("convert_experts: module must be float, got ternary experts")
+    held = {stack.name: stack for stack in stacks}
+    first = module._parameters[next(iter(held))]
+    assert first is not None
+    fields = {"stacks": held, "quant_strength": 1.0, "float_dtype": first.dtype, "_cache": {}}
+    module.__dict__.update(fields)
+    module.__class__ = _ternary_class(type(module))
+    return cast(BitExperts, module)

@@ -1,0 +1,144 @@
+"""Stack: how one tensor holds the matrices of all experts, and how each becomes ternary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitcore import ops
+from bitcore.checks import check_group_size, check_in_features
+from bitcore.config import BitQuantConfig
+from bitlayers.state import Packed
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One projection of all experts.
+
+    Each expert's part of the tensor is a matrix of N rows, which can be two logical ones: the gate
+    and the up projection, one above the other or their rows in turn. With a scale a tensor each of
+    these has its own. Scales are kept a row, so that one product serves both.
+
+    Attributes:
+        name: The Parameter's name.
+        experts: E.
+        out_features: N, the rows of an expert's matrix.
+        in_features: K.
+        config: How it is quantized.
+        parts: Logical matrices in an expert's matrix.
+        interleaved: Whether their rows take turns.
+        transposed: Whether the tensor is [E, K, N].
+    """
+
+    name: str
+    experts: int
+    out_features: int
+    in_features: int
+    config: BitQuantConfig
+    parts: int = 1
+    interleaved: bool = False
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the sizes.
+
+        Raises:
+            ArgumentError: K is too large, or groups do not divide it.
+        """
+        check_in_features(self.name, self.in_features)
+        granularity, size = self.config.granularity, self.config.group_size
+        check_group_size(self.name, self.in_features, granularity, size or 0)
+
+    def __str__(self) -> str:
+        config = self.config
+        group = f" of {config.group_size}" if config.group_size else ""
+        return (
+            f"{self.experts} x [{self.out_features}, {self.in_features}] "
+            f"{config.weight_granularity}{group}, activation {config.activation}"
+        )
+
+    @property
+    def granularity(self) -> str:
+        """Which scales an expert's matrix is multiplied with: one a tensor is kept a row."""
+        held = self.config.granularity
+        return "per_channel" if held == "per_tensor" else held
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of the float tensor."""
+        sizes = self.out_features, self.in_features
+        return self.experts, *(reversed(sizes) if self.transposed else sizes)
+
+    @property
+    def weights(self) -> int:
+        """How many weights all experts have."""
+        return self.experts * self.out_features * self.in_features
+
+    def oriented(self, matrix: Tensor) -> Tensor:
+        """Returns an expert's part of the tensor as [N, K]."""
+        return matrix.t().contiguous() if self.transposed else matrix
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """Returns a matrix [N, K] as the tensor holds it."""
+        return matrix.t().contiguous() if self.transposed else matrix
+
+    def scales(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Returns step and scale a row, and multipliers of groups, of an expert's [N, K]; see
+        `bitcore.ops.estimate`.
+        """
+        config = self.config
+        quantizer, granularity = config.weight_quantizer, config.granularity
+        if granularity != "per_tensor":
+            return ops.estimate(weight, quantizer, granularity, config.group_size)
+        held = [
+            ops.estimate(part.contiguous(), quantizer, granularity, None)
+            for part in self._split(weight.detach())
+        ]
+        return tuple(self._rows(list(values)) for values in zip(*held, strict=True))
+
+    def _split(self, weight: Tensor) -> list[Tensor]:
+        if self.interleaved:
+            return [weight[part :: self.parts] for part in range(self.parts)]
+        return list(weight.chunk(self.parts))
+
+    def _rows(self, values: list[Tensor]) -> Tensor:
+        """Returns values [1] of the logical matrices as one a row, [N]."""
+        each = self.out_features // self.parts
+        if self.interleaved:
+            return torch.cat(values).repeat(each)
+        return torch.cat(values).repeat_interleave(each)
+
+    @torch.no_grad()
+    def pack(self, matrix: Tensor) -> Packed:
+        """Packs an expert's part of the tensor: qweight, its scale a row, and multipliers."""
+        weight = self.oriented(matrix)
+        step, *scales = self.scales(weight)
+        return ops.pack_codes(weight, step), *scales
+
+    def pack_all(self, weight: Tensor) -> Packed:
+        """Packs the tensor of all experts."""
+        made: Packed = ()
+        for expert in range(self.experts):
+            packed = self.pack(weight[expert])
+            if not made:
+                made = tuple(one.new_empty(self.experts, *one.shape) for one in packed)
+            for whole, one in zip(made, packed, strict=True):
+                whole[expert] = one
+        return made
+
+    def packed_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Returns dtype and shape of each packed tensor of all experts, by the end of its name."""
+        experts, rows, size = self.experts, self.out_features, self.config.group_size
+        qweight = torch.uint8, (experts, (rows + 3) // 4, self.in_features)
+        if size is None:
+            return {"qweight": qweight, "qweight_scale": (torch.float32, (experts, rows))}
+        groups = (experts, rows, self.in_features // size)
+        if self.granularity != "per_group":
+            return {"qweight": qweight, "qweight_scale": (torch.float32, groups)}
+        return {
+            "qweight": qweight,
+            "qweight_scale": (torch.float32, groups[:2]),
+            "qweight_multiplier": (torch.uint8, groups),
+        }
