@@ -207,8 +207,12 @@ class CalibratedStartMixin(_Base):
         if isinstance(data, torch.utils.data.IterableDataset):
             rows = list(islice(iter(data), count))
         else:
-            generator = torch.Generator().manual_seed(self.args.seed)
-            order = torch.randperm(len(data), generator=generator)[:count]
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            generator = torch.Generator().manual_seed(seed)
+            # The sampler draws the same order, so these are what training comes to last: a layer
+            # that was fitted to an example is nearer to the original there than elsewhere, and the
+            # first steps would learn little.
+            order = torch.randperm(len(data), generator=generator)[-count:]
             rows = [data[index] for index in order.tolist()]
         collate: Any = self._get_collator_with_removed_columns(self.data_collator)
         with torch.random.fork_rng(devices=()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,44 @@ def test_it_is_calibrate_on_the_training_data(source: Path, tmp_path: Path, bars
     order = torch.randperm(32, generator=torch.Generator().manual_seed(trainer.args.seed))
     data = training_data()
     calibrated = load(source)
-    report = calibrate(calibrated, [data[index] for index in order[:SAMPLES].tolist()])
+    report = calibrate(calibrated, [data[index] for index in order[-SAMPLES:].tolist()])
     assert report.layers == trainer.calibration.layers
     assert_equal_states(state_of(trainer.model), state_of(calibrated))
     floating = loss(AutoModelForCausalLM.from_pretrained(source))
     rounded, ours = loss(load(source)), loss(trainer.model)
     assert ours - floating < 0.6 * (rounded - floating)
+
+
+@pytest.mark.parametrize("data_seed", [None, 5])
+def test_training_comes_to_its_samples_last(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_seed: int | None
+) -> None:
+    """The first steps learn from what the layers have not been fitted to."""
+    fitted: list[Any] = []
+    module: Any = sys.modules["bitlab_hf.train.start"]
+
+    def record(model: Any, samples: list[Any], *given: Any, **named: Any) -> Any:
+        fitted.extend(tuple(one["input_ids"].tolist()) for one in samples)
+        return calibrate(model, samples, *given, **named)
+
+    monkeypatch.setattr(module, "calibrate", record)
+    recipe = Recipe(calibration_samples=SAMPLES)
+    rest = len(training_data()) - SAMPLES
+    trainer = make(
+        source, tmp_path, recipe=recipe, per_device_train_batch_size=1, max_steps=rest + 2,
+        gradient_accumulation_steps=1, data_seed=data_seed,
+    )  # fmt: skip
+    trained: list[Any] = []
+
+    def note(model: Any, _: Any, given: dict[str, Any]) -> None:
+        if model.training:
+            trained.extend(map(tuple, given["input_ids"].tolist()))
+
+    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    assert len(set(fitted)) == SAMPLES
+    assert not set(fitted) & set(trained[:rest])
+    assert set(trained[rest:]) <= set(fitted)
 
 
 def test_the_default_recipe_asks_for_it(source: Path, tmp_path: Path) -> None:
