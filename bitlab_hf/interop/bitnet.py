@@ -32,7 +32,7 @@ from bitlab_hf.model.tree import Found, find_modules, quantized_layers
 from bitlab_hf.quantizer import BitLabHfQuantizer
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
-from bitlayers.rmsnorm import EPSILON, RMSNormBitLinear
+from bitlayers.rmsnorm import RMSNormBitLinear
 
 _METHOD = "bitnet-as-bitlab"
 _HUB_OPTIONS = (

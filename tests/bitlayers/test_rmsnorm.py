@@ -8,7 +8,8 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from bitlayers import BitLinear, RMSNormBitLinear
-from bitlayers.rmsnorm import EPSILON, InputRMSNorm
+from bitcore.norm import EPSILON
+from bitlayers.rmsnorm import InputRMSNorm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
