@@ -146,5 +146,6 @@ def _sums(codes: Tensor, qweight: Tensor, rows: int, multiplier: Tensor | None) 
     halves = F.pad(torch.cat([low, high]), (0, 1), value=127.0)
     ones = torch.ones(rows, dtype=torch.float32, device=codes.device)
     found = _multiply(halves, qweight, ones, rows, "int8_per_token", multiplier).to(torch.int32)
-    low_sums, high_sums = found.split(codes.shape[0])
-    return high_sums * 16 + low_sums
+    count = codes.shape[0]
+    sums = found[count:] * 16 + found[:count]
+    return sums

@@ -55,8 +55,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A stored layer cut to size; those of one kind that follow each other are multiplied as one.
-    """
+    """A stored layer cut to size; neighbours of one kind are multiplied as one."""
 
     kind: tuple[Any, ...]
     codes: Codes | None = None

@@ -77,7 +77,8 @@ class Int8Method(QuantizeMethodBase):
         """Looks rows up: ids int [...]; returns [..., K] of the model's dtype."""
         codes = F.embedding(input_, layer.qweight).float()
         scale = layer.qweight_scale[input_].unsqueeze(-1)
-        return (codes * scale).to(layer.params_dtype)
+        rows: Tensor = (codes * scale).to(layer.params_dtype)
+        return rows
 
     def tie_weights(self, layer: nn.Module, embed_tokens: Any) -> nn.Module:
         """Makes the head use the embedding's rows."""

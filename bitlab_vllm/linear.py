@@ -82,7 +82,7 @@ class TernaryLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -108,7 +108,7 @@ class TernaryLinearMethod(LinearMethodBase):
             layer.rms_norm = nn.Module()
             layer.rms_norm.register_parameter("weight", arriving.placeholder(NORM))
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Puts what has arrived in its place."""
         arriving = layer.__dict__.pop("bitlab_arriving", None)
         if arriving is None:
@@ -126,9 +126,9 @@ class TernaryLinearMethod(LinearMethodBase):
             layer.bitlab_reduced = layer.reduce_results
             layer.reduce_results = False
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Runs the layer on x [..., k]."""
-        parts: Any = layer.bitlab_parts
+        parts = layer.bitlab_parts
         if layer.bitlab_across:
             return self._apply_across(layer, parts[0], x)
         if len(parts) == 1:
@@ -172,9 +172,7 @@ def _slices(layer: Any, names: list[str], sizes: list[int], columns: int) -> lis
     if isinstance(layer, RowParallelLinear):
         width = columns // processes
         rows = (0, sizes[0])
-        return [
-            Slice(names[0], (sizes[0], columns), (rows,), (rank * width, (rank + 1) * width))
-        ]
+        return [Slice(names[0], (sizes[0], columns), (rows,), (rank * width, (rank + 1) * width))]
     if not hasattr(layer, "output_size_per_partition"):
         rank, processes = 0, 1
     # Heads of keys and values that are fewer than the processes are held by several.

@@ -148,9 +148,7 @@ def _group_columns(part: Slice, config: BitQuantConfig, groups: Tensor) -> Tenso
 
 def _check_values(name: str, tensors: dict[str, Tensor]) -> None:
     if has_invalid_code(tensors["qweight"]):
-        raise CheckpointError(
-            f"{name}.qweight must hold the codes 0, 1 and 2, got 3\n{_DAMAGED}"
-        )
+        raise CheckpointError(f"{name}.qweight must hold the codes 0, 1 and 2, got 3\n{_DAMAGED}")
     scale = tensors["qweight_scale"]
     if not bool(((scale > 0) & torch.isfinite(scale)).all()):
         raise CheckpointError(

@@ -12,6 +12,7 @@ from bitcore.norm import rms_norm
 from bitlayers.bitlinear import BitLinear
 from bitlayers.registry import register_layer
 
+
 class InputRMSNorm(nn.Module):
     """`bitcore.norm.rms_norm` with its weight.
 

@@ -23,6 +23,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod
 
 from bitcore.errors import ArgumentError, ArgumentTypeError, CheckpointError, ConfigError
+from bitcore.norm import EPSILON
 from bitlab_hf.checkpoint.files import own_safetensors, read_config, shard_keys
 from bitlab_hf.checkpoint.headers import Checkpoint, TensorHeader, read_checkpoint
 from bitlab_hf.checkpoint.saving import save

@@ -47,7 +47,9 @@ def test_ranges_of_rows_and_columns(granularity: str, columns: tuple[int, int]) 
     packed = join([take(part, config, tensors)])
     found = unpack_weight(packed[0], packed[1], part.count, torch.float32, packed[2])
     whole = weight_of(tensors, 27)[:, slice(*columns)]
-    assert torch.equal(found, torch.cat([whole[3:10], whole[20:27], torch.zeros(3, found.shape[1])]))
+    assert torch.equal(
+        found, torch.cat([whole[3:10], whole[20:27], torch.zeros(3, found.shape[1])])
+    )
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

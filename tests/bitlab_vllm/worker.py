@@ -1,6 +1,6 @@
 """Runs in vLLM's environment: what vLLM generates from folders, as JSON lines.
 
-    python worker.py '{"folders": [...], "processes": 1, "compiled": false}'
+python worker.py '{"folders": [...], "processes": 1, "compiled": false}'
 """
 
 from __future__ import annotations

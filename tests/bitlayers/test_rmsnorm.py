@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from bitlayers import BitLinear, RMSNormBitLinear
 from bitcore.norm import EPSILON
+from bitlayers import BitLinear, RMSNormBitLinear
 from bitlayers.rmsnorm import InputRMSNorm
 
 
