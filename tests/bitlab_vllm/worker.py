@@ -1,10 +1,11 @@
 """Runs in vLLM's environment: what vLLM generates from folders, as JSON lines.
 
-python worker.py '{"folders": [...], "processes": 1, "compiled": false}'
+python worker.py '{"jobs": [{"folder": ..., "processes": 1}], "compiled": false, "spread": false}'
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -26,7 +27,6 @@ def generate(folder: Path, processes: int, compiled: bool) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
-    expected = json.loads((folder / "answers.json").read_text())
     config = json.loads((folder / "config.json").read_text())
     know(*config["architectures"])
     model = LLM(
@@ -34,6 +34,7 @@ def generate(folder: Path, processes: int, compiled: bool) -> dict[str, Any]:
         tensor_parallel_size=processes, dtype=config["dtype"], enforce_eager=not compiled,
         enable_prefix_caching=False,
     )  # fmt: skip
+    expected = json.loads((folder / "answers.json").read_text())
     sampling = SamplingParams(
         temperature=0, max_tokens=len(expected["greedy"][0]), ignore_eos=True, logprobs=0,
         prompt_logprobs=0, detokenize=False,
@@ -48,26 +49,27 @@ def generate(folder: Path, processes: int, compiled: bool) -> dict[str, Any]:
         values = [given[token].logprob for token, given in places]
         places = zip(tokens, one.outputs[0].logprobs, strict=True)
         logs.append(values + [given[token].logprob for token, given in places])
+    model.llm_engine.engine_core.shutdown()
     return {"greedy": greedy, "logprobs": logs}
 
 
 def main() -> None:
-    job = json.loads(sys.argv[1])
-    os.environ |= {
-        "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }  # fmt: skip
-    if job["processes"] == 1:
+    given = json.loads(sys.argv[1])
+    jobs = given["jobs"]
+    os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if not given["spread"]:
         # The engine in this process: vLLM is imported once for all models.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     else:
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(job["processes"])))
-    for folder in map(Path, job["folders"]):
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    for job in jobs:
+        folder = Path(job["folder"])
         try:
-            result = generate(folder, job["processes"], job["compiled"])
+            result = generate(folder, job["processes"], given["compiled"])
         except Exception as error:
             result = {"error": str(error), "trace": traceback.format_exc()}
         print(json.dumps({"name": folder.name, **result}), flush=True)
+        gc.collect()
 
 
 if __name__ == "__main__":
