@@ -5,6 +5,11 @@ It needs bitcore and vLLM only: neither transformers in a version of BitLab's, n
 
 from __future__ import annotations
 
+import logging
+
+# Whose interfaces the plugin is written to; its tests run this one.
+VLLM_VERSION = "0.32.0"
+
 
 def register() -> None:
     """Tells vLLM of ``quant_method: bitlab``; each of its processes calls this, some repeatedly."""
@@ -16,7 +21,15 @@ def register() -> None:
     import bitcore  # noqa: F401  (registers the ops)
     from bitlab_vllm.scheme import METHOD
 
-    if METHOD not in QUANTIZATION_METHODS:
+    if METHOD in QUANTIZATION_METHODS:
+        return
+    try:
         from bitlab_vllm.config import BitLabVllmConfig
-
-        register_quantization_config(METHOD)(BitLabVllmConfig)
+    except ImportError:
+        # An error here would end vLLM for every model.
+        logging.getLogger("bitlab").exception(
+            "bitlab: vLLM must have the interfaces of version %s to serve BitLab's checkpoints",
+            VLLM_VERSION,
+        )
+        return
+    register_quantization_config(METHOD)(BitLabVllmConfig)

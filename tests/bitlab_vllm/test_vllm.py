@@ -46,7 +46,9 @@ def run(
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"name"')]
     found = {one["name"]: one for one in map(json.loads, lines)}
-    assert len(found) == len(pairs), done.stdout[-3000:] + done.stderr[-3000:]
+    assert len(found) == len(pairs) + 1, done.stdout[-3000:] + done.stderr[-3000:]
+    # vLLM's transformers is too old for them.
+    assert found.pop("imported")["others"] == []
     return found
 
 

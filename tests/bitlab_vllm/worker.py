@@ -70,6 +70,8 @@ def main() -> None:
             result = {"error": str(error), "trace": traceback.format_exc()}
         print(json.dumps({"name": folder.name, **result}), flush=True)
         gc.collect()
+    others = [name for name in ("bitlab_hf", "bitlayers") if name in sys.modules]
+    print(json.dumps({"name": "imported", "others": others}), flush=True)
 
 
 if __name__ == "__main__":
