@@ -86,7 +86,7 @@ class BitLabVllmConfig(QuantizationConfig):
                for name in self.stored if name.endswith(".qweight")):  # fmt: skip
             raise ConfigError(
                 f"bitlab: {prefix} must be a linear layer to be served packed, "
-                f"got {type(layer).__name__}\nServe it with `transformers serve`."
+                f"got {type(layer).__name__}\nRun `bitlab serve FOLDER --with-transformers`."
             )
         return None
 

@@ -22,6 +22,7 @@ _LAYERS = ("BitLinear", "RMSNormBitLinear")
 # that is not registered here.
 _LAYER_FIELDS = {field.name for field in fields(BitQuantConfig)} - {"weight_quantizer"}
 _KNOWN = _LAYER_FIELDS | {
+    "experts",
     "format_version",
     "head",
     "latent_dtype",
@@ -73,6 +74,13 @@ class Scheme:
             raise ConfigError(
                 f"bitlab: format_version must be an int of at least 1, got {version!r}"
             )
+        # Before the version, which is a higher one for their sake.
+        _check(
+            "experts",
+            config.get("experts"),
+            (None, "keep"),
+            "Run `bitlab serve FOLDER --with-transformers`.",
+        )
         if version > FORMAT_VERSION:
             raise ConfigError(
                 f"bitlab: format_version must be at most {FORMAT_VERSION} to be served, got "
@@ -91,7 +99,7 @@ class Scheme:
             "layer",
             config.get("layer", "BitLinear"),
             _LAYERS,
-            "vLLM runs no layers of your own; serve with `transformers serve`.",
+            "vLLM runs no layers of your own: `bitlab serve FOLDER --with-transformers`.",
         )
         head = config.get("head", "keep")
         _check("head", head, _HEADS)
@@ -143,7 +151,7 @@ class Scheme:
         return any(fnmatch.fnmatchcase(end, p) for p in self.sub_norm for end in ends)
 
 
-def _check(field: str, value: object, allowed: tuple[str, ...], fix: str = "") -> None:
+def _check(field: str, value: object, allowed: tuple[str | None, ...], fix: str = "") -> None:
     if value not in allowed:
         wanted = repr(allowed[0]) if len(allowed) == 1 else f"one of {allowed}"
         raise ConfigError(

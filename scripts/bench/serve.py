@@ -114,7 +114,9 @@ def measure(
 
 def equal(answers: list[Answer], texts: list[str]) -> int:
     """How many whole answers have the text at their place."""
-    return sum(not one.error and one.text == text for one, text in zip(answers, texts, strict=False))
+    return sum(
+        not one.error and one.text == text for one, text in zip(answers, texts, strict=False)
+    )
 
 
 def row(name: str, found: dict[str, Any], reference: list[str]) -> list[str]:

@@ -50,7 +50,14 @@ def test_layers_are_read_as_bitlab_hf_reads_them(fields: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 9}, "at most 2 to be served, got 9.*newer BitLab\npip|newer BitLab"),
+        (
+            {"format_version": 9},
+            "at most 2 to be served, got 9: .*newer BitLab\nRun `pip install --upgrade --no-deps",
+        ),
+        (
+            {"format_version": 3, "experts": "ternary"},
+            "experts must be one of .*'keep'.* got 'ternary'\nRun `bitlab serve FOLDER --with",
+        ),
         ({"format_version": None}, "format_version must be an int"),
         ({"format_version": True}, "format_version must be an int"),
         ({"weight_format": "latent"}, "'packed' to be served, got 'latent'\nPack it first"),
