@@ -12,12 +12,11 @@ from vllm.model_executor.layers.linear import LinearMethodBase, RowParallelLinea
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from bitcore.config import BitQuantConfig
-from bitcore.errors import CheckpointError
 from bitcore.norm import rms_norm
 from bitlab_vllm.across import Group, across
 from bitlab_vllm.arriving import NORM, Arriving, Stored
 from bitlab_vllm.parts import TernaryPart
-from bitlab_vllm.slices import Slice
+from bitlab_vllm.slices import Slice, output_slices
 
 # The file's empty sentinel, and the weight of a part that stays float, come as `weight`.
 _LEAVES = ("qweight", "qweight_scale", "qweight_multiplier", "weight")
@@ -176,23 +175,5 @@ def _slices(layer: Any, names: list[str], sizes: list[int], columns: int) -> lis
     if not hasattr(layer, "output_size_per_partition"):
         rank, processes = 0, 1
     # Heads of keys and values that are fewer than the processes are held by several.
-    copies = [1] * len(sizes)
-    if hasattr(layer, "num_kv_head_replicas"):
-        copies[1:] = [layer.num_kv_head_replicas] * (len(sizes) - 1)
-    stored = [size * processes // many for size, many in zip(sizes, copies, strict=True)]
-    fused = len(names) == 1
-    ranges, offset = [], 0
-    for size, many, whole in zip(sizes, copies, stored, strict=True):
-        start = offset + rank // many * size
-        ranges.append((start, start + size))
-        offset += whole if fused else 0
-    if fused:
-        return [Slice(names[0], (sum(stored), columns), tuple(ranges), (0, columns))]
-    if len(names) != len(sizes):
-        raise CheckpointError(
-            f"bitlab: {names[0]} must be one of {len(sizes)} layers that vLLM fuses, got {names}"
-        )
-    return [
-        Slice(name, (whole, columns), (rows,), (0, columns))
-        for name, whole, rows in zip(names, stored, ranges, strict=True)
-    ]
+    copies = [1] + [getattr(layer, "num_kv_head_replicas", 1)] * (len(sizes) - 1)
+    return output_slices(names, columns, sizes, copies, rank, processes)

@@ -51,6 +51,43 @@ class Slice:
         return F.pad(taken, (0, 0) * (taken.dim() - 1) + (0, self.padding))
 
 
+def output_slices(
+    names: Sequence[str],
+    columns: int,
+    sizes: Sequence[int],
+    copies: Sequence[int],
+    rank: int,
+    processes: int,
+) -> list[Slice]:
+    """What one process has of the stored layers whose rows are spread over processes.
+
+    Args:
+        names: The stored layers: one for each of vLLM's parts, or one that holds all of them.
+        columns: Their number of inputs.
+        sizes: Rows of each part in one process.
+        copies: By how many processes each row of a part is held.
+        rank: Which process.
+        processes: How many there are.
+
+    Raises:
+        CheckpointError: There are neither as many stored layers as parts, nor one.
+    """
+    wholes = [size * processes // many for size, many in zip(sizes, copies, strict=True)]
+    starts = [rank // many * size for size, many in zip(sizes, copies, strict=True)]
+    if len(names) == 1:
+        starts = [sum(wholes[:at]) + start for at, start in enumerate(starts)]
+        rows = tuple((start, start + size) for start, size in zip(starts, sizes, strict=True))
+        return [Slice(names[0], (sum(wholes), columns), rows, (0, columns))]
+    if len(names) != len(sizes):
+        raise CheckpointError(
+            f"bitlab: layers that vLLM fuses must be one or {len(sizes)}, got {list(names)}"
+        )
+    return [
+        Slice(name, (whole, columns), ((start, start + size),), (0, columns))
+        for name, whole, start, size in zip(names, wholes, starts, sizes, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class Codes:
     """Ternary codes with their scales, not yet packed.

@@ -11,7 +11,7 @@ from torch import Tensor
 from bitcore.config import BitQuantConfig
 from bitcore.errors import CheckpointError, ConfigError
 from bitcore.ops import linear, pack_weight, unpack_weight
-from bitlab_vllm.slices import Slice, join, take
+from bitlab_vllm.slices import Slice, join, output_slices, take
 
 GRANULARITIES: dict[str, dict[str, Any]] = {
     "tensor": {},
@@ -69,6 +69,38 @@ def test_joined_matrices_multiply_as_each_does(granularity: str) -> None:
         for part, held in zip(slices, matrices, strict=True)
     ]  # fmt: skip
     assert torch.equal(y, torch.cat(each, -1))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("processes", "copies"), [(1, 1), (2, 1), (4, 2)])
+def test_rows_of_fused_layers_over_processes(fused: bool, processes: int, copies: int) -> None:
+    """Queries of eight heads, keys and values of two, of three rows each."""
+    wholes = {"q": 24, "k": 6, "v": 6}
+    sizes = [24 // processes, 6 * copies // processes, 6 * copies // processes]
+    names = ["qkv"] if fused else list(wholes)
+    stored_rows = {"qkv": list(range(36))} if fused else {
+        "q": list(range(24)), "k": list(range(24, 30)), "v": list(range(30, 36)),
+    }  # fmt: skip
+    for rank in range(processes):
+        slices = output_slices(names, 64, sizes, [1, copies, copies], rank, processes)
+        found = [
+            row
+            for part in slices
+            for start, stop in part.rows
+            for row in stored_rows[part.name][start:stop]
+        ]
+        assert all(part.shape == (len(stored_rows[part.name]), 64) for part in slices)
+        queries, keys = rank * sizes[0], 24 + rank // copies * sizes[1]
+        assert found == [
+            *range(queries, queries + sizes[0]),
+            *range(keys, keys + sizes[1]),
+            *range(keys + 6, keys + 6 + sizes[1]),
+        ]
+
+
+def test_layers_that_are_neither_one_nor_all_are_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"must be one or 3, got \['a', 'b'\]"):
+        output_slices(["a", "b"], 64, [1, 1, 1], [1, 1, 1], 0, 1)
 
 
 @pytest.mark.parametrize("scales", ["uint8", "float32"])
