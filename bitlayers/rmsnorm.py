@@ -8,23 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from bitcore.config import BitQuantConfig
+from bitcore.norm import rms_norm
 from bitlayers.bitlinear import BitLinear
 from bitlayers.registry import register_layer
 
-# transformers' default for its BitNet layers.
-EPSILON = 1e-6
-
 
 class InputRMSNorm(nn.Module):
-    """``weight * (x / sqrt(mean(x^2) + 1e-6))`` over the last axis, in float32 up to the weight.
+    """`bitcore.norm.rms_norm` with its weight.
 
     Args:
         features: Length of the last axis.
         device: Where the weight is made.
         dtype: Its dtype.
-
-    Source: Zhang and Sennrich, arXiv 1910.07467; the order of operations is that of transformers'
-    Llama.
     """
 
     def __init__(
@@ -38,9 +33,7 @@ class InputRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes x [..., features]; the result has its dtype, or the weight's if wider."""
-        values = x.float()
-        scale = torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + EPSILON)
-        return self.weight * (values * scale).to(x.dtype)
+        return rms_norm(x, self.weight)
 
 
 @register_layer("RMSNormBitLinear")

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("bitcore", "bitlayers", "bitlab_hf", "bitlab_autoload")
+PACKAGES = ("bitcore", "bitlayers", "bitlab_hf", "bitlab_autoload", "bitlab_vllm")
 
 
 def module_name(path: Path) -> str:

@@ -104,6 +104,8 @@ def test_contents(wheels: dict[str, Path], platform: str) -> None:
         "bitlab_hf/py.typed",
         "bitlab_autoload/py.typed",
         "bitlab_autoload/__init__.py",
+        "bitlab_vllm/py.typed",
+        "bitlab_vllm/config.py",
         "bitlab_hf/demo/model/model.safetensors",
         "bitlab_hf/demo/model/tokenizer.json",
     ):
@@ -115,6 +117,7 @@ def test_contents(wheels: dict[str, Path], platform: str) -> None:
     assert files[f"{info}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
     entries = files[f"{info}/entry_points.txt"].decode()
     assert re.search(r"\[torch\.backends\]\nbitlab ?= ?bitlab_autoload:install", entries)
+    assert re.search(r"\[vllm\.general_plugins\]\nbitlab ?= ?bitlab_vllm:register", entries)
     assert re.search(r"\[console_scripts\]\nbitlab ?= ?bitlab_hf\.cli:main", entries)
     assert "License-Expression: Apache-2.0" in files[f"{info}/METADATA"].decode()
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from bitlab_hf.cli import bench, demo, info, models, report, text, train
+from bitlab_hf.cli import bench, demo, info, models, report, serve, text, train
 from bitlab_hf.cli.common import examples
 from bitlab_hf.cli.errors import run
 
@@ -91,6 +91,12 @@ app.command(
 app.command(
     epilog=examples("bitlab chat my-model", 'bitlab chat my-model --system "Answer in one line."')
 )(text.chat)
+app.command(
+    epilog=examples(
+        "bitlab serve out/demo",
+        "bitlab serve out/demo --port 8080 --vllm ~/vllm -- --max-model-len 4096",
+    )
+)(serve.serve)
 app.command(
     epilog=examples(
         "bitlab bench", "bitlab bench out/demo --tokens 1 --threads 1 --threads 2 --json"

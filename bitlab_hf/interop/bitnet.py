@@ -23,6 +23,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod
 
 from bitcore.errors import ArgumentError, ArgumentTypeError, CheckpointError, ConfigError
+from bitcore.norm import EPSILON
 from bitlab_hf.checkpoint.files import own_safetensors, read_config, shard_keys
 from bitlab_hf.checkpoint.headers import Checkpoint, TensorHeader, read_checkpoint
 from bitlab_hf.checkpoint.saving import save
@@ -33,7 +34,7 @@ from bitlab_hf.quantizer import BitLabHfQuantizer
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
 from bitlayers.experts import BitExperts
-from bitlayers.rmsnorm import EPSILON, RMSNormBitLinear
+from bitlayers.rmsnorm import RMSNormBitLinear
 
 _METHOD = "bitnet-as-bitlab"
 _HUB_OPTIONS = (

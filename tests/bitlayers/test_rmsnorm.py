@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from bitcore.norm import EPSILON
 from bitlayers import BitLinear, RMSNormBitLinear
-from bitlayers.rmsnorm import EPSILON, InputRMSNorm
+from bitlayers.rmsnorm import InputRMSNorm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

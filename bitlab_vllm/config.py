@@ -1,0 +1,153 @@
+"""The entry to vLLM: its configuration class for ``quant_method: bitlab``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+from bitcore.errors import CheckpointError, ConfigError
+from bitlab_vllm.int8 import Int8Method
+from bitlab_vllm.linear import TernaryLinearMethod
+from bitlab_vllm.scheme import METHOD, Scheme
+
+
+class BitLabVllmConfig(QuantizationConfig):
+    """Which of a model's layers are ternary, int8 or float.
+
+    What is packed is what the files' headers say, and not what patterns of names in the
+    configuration match.
+
+    Args:
+        scheme: The checkpoint's ``quantization_config``.
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__()
+        self.scheme = scheme
+        # By vLLM's names: the checkpoint's name and the dtype, as safetensors calls it.
+        self.stored: dict[str, tuple[str, str]] = {}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> BitLabVllmConfig:
+        """Reads ``quantization_config``; see `Scheme.from_dict` for errors."""
+        return cls(Scheme.from_dict(config))
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Reads the headers of the checkpoint's files.
+
+        Raises:
+            CheckpointError: They hold no packed tensor.
+        """
+        found: Mapping[str, Any] = get_safetensors_params_metadata(model_name, revision=revision)
+        # Of local files the headers' own fields are among them.
+        self.stored = {
+            name: (name, header["dtype"]) for name, header in found.items() if "dtype" in header
+        }
+        if not any(name.endswith(".qweight") for name in self.stored):
+            raise CheckpointError(
+                f"bitlab: {model_name} must hold packed tensors in safetensors files, got none\n"
+                "Fetch or write it again."
+            )
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Follows the names of the checkpoint to those of vLLM's model."""
+        renamed = {hf_to_vllm_mapper.map_name(name): held for name, held in self.stored.items()}
+        self.stored = {name: held for name, held in renamed.items() if name is not None}
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Returns how a layer loads and multiplies its weights.
+
+        Raises:
+            ConfigError: The checkpoint packs what is not served yet, or what cannot be served.
+        """
+        if isinstance(layer, LinearBase):
+            names = self._names(prefix)
+            if not any(map(self._is_packed, names)):
+                return UnquantizedLinearMethod()
+            return self._ternary(names)
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._vocabulary(layer, prefix)
+        if any(name.startswith(f"{prefix}.") and self._is_packed(name[: -len(".qweight")])
+               for name in self.stored if name.endswith(".qweight")):  # fmt: skip
+            raise ConfigError(
+                f"bitlab: {prefix} must be a linear layer to be served packed, "
+                f"got {type(layer).__name__}\nRun `bitlab serve FOLDER --with-transformers`."
+            )
+        return None
+
+    def _ternary(self, names: list[str]) -> TernaryLinearMethod:
+        layers, norms = {}, set()
+        for name in names:
+            packed = self._is_packed(name)
+            stored = self.stored.get(f"{name}.{'qweight' if packed else 'weight'}")
+            original = name if stored is None else stored[0].rpartition(".")[0]
+            layers[original] = self.scheme.layer_config(original) if packed else None
+            if packed and f"{name}.rms_norm.weight" in self.stored:
+                norms.add(original)
+            elif packed and self.scheme.norms(original):
+                raise CheckpointError(
+                    f"{original}.rms_norm.weight must be in the checkpoint with sub_norm, got none"
+                    "\nThe file is incomplete; fetch or write it again."
+                )
+        return TernaryLinearMethod(layers, norms)
+
+    def _vocabulary(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """An embedding or an output head, which may be tied to it and then has no tensors."""
+        is_head = isinstance(layer, ParallelLMHead)
+        if is_head and self._is_packed(prefix):
+            return self._ternary([prefix])
+        if f"{prefix}.weight" in self.stored:
+            return None
+        int8 = {
+            name.rpartition(".")[0]: held[0].rpartition(".")[0]
+            for name, held in self.stored.items()
+            if name.endswith(".qweight") and held[1] == "I8"
+        }
+        # A tied head has no tensors of its own, and vLLM's Llama gives its embedding no name.
+        if is_head or not prefix:
+            ends = "" if is_head else ".embed_tokens"
+            tied = [name for name in int8 if name.endswith(ends)]
+            prefix = prefix if prefix in int8 else next(iter(tied), prefix)
+        return Int8Method(int8[prefix]) if prefix in int8 else None
+
+    def _names(self, prefix: str) -> list[str]:
+        """The names of the layers that vLLM fuses into one."""
+        stem, dot, last = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(last, [last])
+        return [f"{stem}{dot}{part}" for part in parts]
+
+    def _is_packed(self, name: str) -> bool:
+        return self.stored.get(f"{name}.qweight", ("", ""))[1] == "U8"
+
+    def get_name(self) -> Any:
+        """The name of the method."""
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """The dtypes that the kernels take."""
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """The oldest GPUs that the kernels are built for."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: the scheme stands in config.json."""
+        return []
