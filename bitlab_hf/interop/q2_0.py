@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitlab_hf.interop.two_bits import pack_fields, unpack_fields
+
 # GGUF's numbers of the type, and of a file that is mostly of it.
 NUMBER, FILE_TYPE = 42, 41
 BLOCK, SIZE = 64, 18
-_SHIFTS = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
 
 
 def encode(codes: Tensor, scale: Tensor) -> Tensor:
@@ -27,11 +28,9 @@ def encode(codes: Tensor, scale: Tensor) -> Tensor:
         scale: float32 [N, K / 64]; rounded to float16.
     """
     rows, blocks = scale.shape
-    fields = (codes + 1).to(torch.uint8).view(rows, blocks, BLOCK // 4, 4) << _SHIFTS
     data = torch.empty(rows, blocks, SIZE, dtype=torch.uint8)
     data[..., :2] = scale.to(torch.float16).unsqueeze(-1).view(torch.uint8)
-    # The fields do not overlap.
-    data[..., 2:] = fields.sum(-1, dtype=torch.uint8)
+    data[..., 2:] = pack_fields(codes, 1).view(rows, blocks, -1)
     return data.view(rows, -1)
 
 
@@ -43,5 +42,4 @@ def decode(data: np.ndarray[Any, Any]) -> Tensor:
     """
     blocks = torch.from_numpy(data).view(len(data), -1, SIZE)
     scale = blocks[..., :2].contiguous().view(torch.float16).float()
-    fields = blocks[..., 2:].unsqueeze(-1) >> _SHIFTS & 3
-    return ((fields.float() - 1).flatten(2) * scale).flatten(1)
+    return (unpack_fields(blocks[..., 2:], 1).float() * scale).flatten(1)

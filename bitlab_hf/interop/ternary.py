@@ -16,14 +16,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError
 from bitlab_hf.checkpoint.card import CARD, model_card
@@ -38,7 +36,7 @@ from bitlab_hf.interop.packed_stream import (
     same_values,
     write_packed,
 )
-from bitlab_hf.interop.skeleton import building
+from bitlab_hf.interop.skeleton import model_of
 from bitlab_hf.interop.stream import Entry, StreamWriter
 from bitlab_hf.interop.structure import Structure, find_structure
 from bitlab_hf.model.replace import find_linears, swap_packed
@@ -109,9 +107,14 @@ def convert_ternary(
             f"convert_ternary: directory must not be the source, got {directory}\n"
             "Name another folder; the source stays as it is."
         )
-    read_config(source)
+    held = read_config(source).get("quantization_config")
     files = weight_files(source, "convert_ternary")
-    model = _skeleton(source, len(shard_keys(files, "convert_ternary")))
+    if held is not None:
+        method = held.get("quant_method") if isinstance(held, dict) else held
+        raise ConfigError(
+            f"convert_ternary: the checkpoint must be a float one, got quant_method {method!r:.80}"
+        )
+    model = model_of(source, len(shard_keys(files, "convert_ternary")), "convert_ternary")
     checkpoint = read_checkpoint(model, [str(file) for file in files], None)
     assert checkpoint is not None
     _check_whole(model, with_tied(checkpoint, model))
@@ -149,30 +152,6 @@ def convert_ternary(
         title = Path(directory).resolve().name
         (staged / CARD).write_text(model_card(model, title), encoding="utf-8")
     return report
-
-
-def _skeleton(source: Path, tensors: int) -> PreTrainedModel:
-    """Returns the model of a folder without weights; the folder holds so many tensors."""
-    held = read_config(source).get("quantization_config")
-    if held is not None:
-        method = held.get("quant_method") if isinstance(held, dict) else held
-        raise ConfigError(
-            f"convert_ternary: the checkpoint must be a float one, got quant_method {method!r:.80}"
-        )
-    with building("config.json", "convert_ternary"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-        if isinstance(layers, int) and layers > tensors:
-            raise CheckpointError(
-                f"convert_ternary: num_hidden_layers must fit the {tensors} tensors, got {layers}"
-            )
-        architectures: list[str] = getattr(config, "architectures", None) or []
-        model_class: Any = getattr(transformers, architectures[0], None) if architectures else None
-        if model_class is None:
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        else:
-            model = model_class._from_config(config)
-    return model
 
 
 def _check_whole(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
