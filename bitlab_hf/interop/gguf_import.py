@@ -26,7 +26,8 @@ from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf.checkpoint.card import model_card
 from bitlab_hf.checkpoint.saving import replacing
 from bitlab_hf.interop import q2_0
-from bitlab_hf.interop.gguf import renamed, row_order
+from bitlab_hf.interop.gguf import renamed
+from bitlab_hf.interop.gguf_architectures import BY_NAME, row_order, shift_of
 from bitlab_hf.interop.gguf_config import read_config
 from bitlab_hf.interop.gguf_file import GgufFile, GgufTensor, read_gguf, require_gguf
 from bitlab_hf.interop.gguf_tokenizer import rebuild_tokenizer
@@ -48,13 +49,15 @@ class _Matrix:
     Args:
         item: The tensor.
         order: Where each row lies in the file, or None for as they are.
+        shift: What the file has added to each value.
 
     Attributes:
         kind: GGUF's name of its type.
         ternary, shape, dtype, n_bytes: See `packed_file.Source`.
     """
 
-    def __init__(self, item: GgufTensor, order: Tensor | None) -> None:
+    def __init__(self, item: GgufTensor, order: Tensor | None, shift: float = 0.0) -> None:
+        self._shift = shift
         self._data, self._order = item.data, None if order is None else order.numpy()
         self.kind, self.shape, self.n_bytes = item.kind, item.shape, item.data.nbytes
         self.dtype, self.ternary = _FLOATS.get(self.kind, torch.float32), self.kind in _TERNARY
@@ -79,7 +82,8 @@ class _Matrix:
             with np.errstate(all="ignore"):
                 # Scales that are not finite are found by their values.
                 part = gguf.quants.dequantize(part, gguf.GGMLQuantizationType[self.kind])
-        return torch.from_numpy(part).view(self.dtype).view(shape)
+        values = torch.from_numpy(part).view(self.dtype).view(shape)
+        return values - self._shift if self._shift else values
 
 
 def load_gguf(
@@ -131,9 +135,9 @@ def import_gguf(
     """Writes a ternary GGUF file as a deployed model with its tokenizer, in place in one step.
 
     Args:
-        path: A file of the architecture ``llama``, ``qwen2``, ``qwen3`` or ``bitnet`` with tensors
-            of the types TQ2_0, TQ1_0, BF16, F16 and F32. Linear layers in floats that are exactly
-            ternary are packed too, others stay float.
+        path: A file of an architecture that `export_gguf` writes, with tensors of the types Q2_0,
+            TQ2_0, TQ1_0, BF16, F16 and F32. Linear layers in floats that are exactly ternary are
+            packed too, others stay float.
         directory: The folder to write.
         activation_dtype: ``"int8"`` or ``"float32"``, see `BitLabConfig`; the file does not say.
             Default int8 where a tensor is of a ternary type, for which llama.cpp quantizes
@@ -255,9 +259,10 @@ def _sources(
             raise CheckpointError(
                 f"load_gguf: {name} must be in the file, got none\nThe file is incomplete."
             )
-        rotated = architecture == "llama"
-        order = row_order(model.config, key.rpartition(".")[0]) if rotated else None
-        source = _Matrix(items[name], None if order is None else order.argsort())
+        layer = key.rpartition(".")[0]
+        order = row_order(model.config, layer) if BY_NAME[architecture].pairs else None
+        shift = shift_of(BY_NAME[architecture], key)
+        source = _Matrix(items[name], None if order is None else order.argsort(), shift)
         if source.shape != tuple(parameter.shape):
             raise CheckpointError(
                 f"load_gguf: {name} must be of shape {list(parameter.shape)}, "
