@@ -30,6 +30,7 @@ from bitlab_hf.checkpoint.saving import replacing
 from bitlab_hf.interop.compressed import FORMAT, METHOD, PACKED, SCALE, SHAPE, WORD, unpack_words
 from bitlab_hf.interop.packed_file import Source, find_structures, prove_file, write_file
 from bitlab_hf.interop.packed_stream import check_group_scale_dtype
+from bitlab_hf.interop.rotated import check_not_rotated
 from bitlab_hf.interop.skeleton import model_of
 from bitlab_hf.interop.ternary import packed_configuration
 from bitlab_hf.model.replace import find_linears, swap_packed
@@ -120,6 +121,7 @@ def import_compressed_tensors(
             "Name another folder; the source stays as it is."
         )
     fields = read_config(source)
+    check_not_rotated(_OP, fields)
     quantizes = _check_configuration(fields.get("quantization_config"))
     keys = shard_keys(weight_files(source, _OP), _OP)
     model = model_of(source, len(keys), _OP)

@@ -33,12 +33,15 @@ from bitlab_hf.interop.gguf_file import GgufFile, GgufTensor, read_gguf, require
 from bitlab_hf.interop.gguf_tokenizer import rebuild_tokenizer
 from bitlab_hf.interop.packed_file import Source, find_structures, prove_file, write_file
 from bitlab_hf.interop.packed_stream import check_group_scale_dtype
+from bitlab_hf.interop.rotated import check_not_rotated
 from bitlab_hf.interop.skeleton import building
 from bitlab_hf.interop.ternary import packed_configuration
 from bitlab_hf.model.replace import find_linears, swap_packed
 
 logger = logging.getLogger("bitlab")
-_TERNARY = ("Q2_0", "TQ2_0", "TQ1_0")
+# Bytes of a block of each layout of Q2_0.
+_Q2_0 = {"Q2_0": q2_0.SIZE, "Q2_0 of 128": q2_0.WIDE_SIZE}
+_TERNARY = (*_Q2_0, "TQ2_0", "TQ1_0")
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _FACTORS = "rope_freqs.weight"
 
@@ -76,8 +79,8 @@ class _Matrix:
         shape = (len(part), *self.shape[1:])
         if not len(part):
             return torch.zeros(shape, dtype=self.dtype)
-        if self.kind == "Q2_0":
-            return q2_0.decode(part)
+        if self.kind in _Q2_0:
+            return q2_0.decode(part, _Q2_0[self.kind])
         if self.kind in _TERNARY:
             with np.errstate(all="ignore"):
                 # Scales that are not finite are found by their values.
@@ -136,8 +139,8 @@ def import_gguf(
 
     Args:
         path: A file of an architecture that `export_gguf` writes, with tensors of the types Q2_0,
-            TQ2_0, TQ1_0, BF16, F16 and F32. Linear layers in floats that are exactly ternary are
-            packed too, others stay float.
+            in blocks of 64 or, as other programs write it, of 128, TQ2_0, TQ1_0, BF16, F16 and F32.
+            Linear layers in floats that are exactly ternary are packed too, others stay float.
         directory: The folder to write.
         activation_dtype: ``"int8"`` or ``"float32"``, see `BitLabConfig`; the file does not say.
             Default int8 where a tensor is of a ternary type, for which llama.cpp quantizes
@@ -153,6 +156,7 @@ def import_gguf(
     Raises:
         MissingExtraError: The package ``gguf`` is not installed.
         ArgumentError: There is no such file, or group_scale_dtype is another.
+        ConfigError: Its weights are rotated.
         CheckpointError: The file is truncated or damaged, of an unknown architecture, holds a
             tensor of another type or one that the model does not have, or no ternary layer.
     """
@@ -160,6 +164,7 @@ def import_gguf(
     advance = advance or (lambda size: None)
     file = _open(Path(path))
     fields, items = file.fields, file.tensors
+    check_not_rotated("load_gguf", fields)
     if fields.get("split.count", 1) not in (0, 1):
         raise CheckpointError(
             "load_gguf: the model must be in one file, got a part of one\n"

@@ -2,7 +2,8 @@
 
 A block is 18 bytes: the scale ``d``, then 16 bytes, of which byte ``j // 4`` holds ``code + 1`` of
 value j in its bits ``2 (j % 4)`` and the one above. The package ``gguf`` 0.19 does not know the
-type; llama.cpp does.
+type; llama.cpp does. Other files have the same number for blocks of 128 values, of 34 bytes, which
+llama.cpp does not read and BitLab does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from bitlab_hf.interop.two_bits import pack_fields, unpack_fields
 # GGUF's numbers of the type, and of a file that is mostly of it.
 NUMBER, FILE_TYPE = 42, 41
 BLOCK, SIZE = 64, 18
+WIDE_BLOCK, WIDE_SIZE = 128, 34
 
 
 def encode(codes: Tensor, scale: Tensor) -> Tensor:
@@ -34,12 +36,13 @@ def encode(codes: Tensor, scale: Tensor) -> Tensor:
     return data.view(rows, -1)
 
 
-def decode(data: np.ndarray[Any, Any]) -> Tensor:
+def decode(data: np.ndarray[Any, Any], size: int = SIZE) -> Tensor:
     """Returns the values of a matrix, float32 [N, K]; a field of 3 is twice the scale.
 
     Args:
-        data: uint8 [N, K / 64 * 18].
+        data: uint8 [N, K / 64 * 18], or [N, K / 128 * 34].
+        size: Bytes of a block.
     """
-    blocks = torch.from_numpy(data).view(len(data), -1, SIZE)
+    blocks = torch.from_numpy(data).view(len(data), -1, size)
     scale = blocks[..., :2].contiguous().view(torch.float16).float()
     return (unpack_fields(blocks[..., 2:], 1).float() * scale).flatten(1)

@@ -36,6 +36,7 @@ from bitlab_hf.interop.packed_stream import (
     same_values,
     write_packed,
 )
+from bitlab_hf.interop.rotated import check_not_rotated
 from bitlab_hf.interop.skeleton import model_of
 from bitlab_hf.interop.stream import Entry, StreamWriter
 from bitlab_hf.interop.structure import Structure, find_structure
@@ -43,6 +44,8 @@ from bitlab_hf.model.replace import find_linears, swap_packed
 
 Advance = Callable[[int], None]
 _FLOATS = ("F32", "BF16", "F16")
+# What older files hold although it follows from the configuration.
+_LEFT_OVER = (r"rotary_emb\.inv_freq$", r"\.masked_bias$")
 
 
 @dataclass
@@ -92,10 +95,10 @@ def convert_ternary(
 
     Raises:
         ArgumentError: The folder holds no config.json, or group_scale_dtype is another.
-        ConfigError: The checkpoint is quantized already.
+        ConfigError: The checkpoint is quantized already, or rotated.
         CheckpointError: A layer is not exactly ternary (the message says by how much), none is; a
-            parameter of the model is in no file, in two, or of another shape; or the files are
-            damaged.
+            parameter of the model is in no file, in two, or of another shape; a tensor is none
+            that the model has; or the files are damaged.
     """
     check_group_scale_dtype("convert_ternary", group_scale_dtype)
     source = Path(path_or_repo)
@@ -107,7 +110,9 @@ def convert_ternary(
             f"convert_ternary: directory must not be the source, got {directory}\n"
             "Name another folder; the source stays as it is."
         )
-    held = read_config(source).get("quantization_config")
+    fields = read_config(source)
+    check_not_rotated("convert_ternary", fields)
+    held = fields.get("quantization_config")
     files = weight_files(source, "convert_ternary")
     if held is not None:
         method = held.get("quant_method") if isinstance(held, dict) else held
@@ -118,6 +123,7 @@ def convert_ternary(
     checkpoint = read_checkpoint(model, [str(file) for file in files], None)
     assert checkpoint is not None
     _check_whole(model, with_tied(checkpoint, model))
+    _check_nothing_more(model, checkpoint)
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     names = {
         checkpoint.tensors[f"{name}.weight"].key: name
@@ -185,6 +191,23 @@ def _check_whole(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
                 f"convert_ternary: {header.key} must be {_kind(tensor)} {list(tensor.shape)} as "
                 f"{found}, got {header.dtype} {list(header.shape)}\n"
                 "config.json and the tensors do not belong together."
+            )
+
+
+def _check_nothing_more(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Checks that the model has a place for every tensor: without it, it computes something else.
+
+    Raises:
+        CheckpointError: It has none for one, which may rotate or scale what a layer gets.
+    """
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), *_LEFT_OVER]
+    places = {*model.state_dict(), *model.all_tied_weights_keys}
+    for name, header in checkpoint.tensors.items():
+        if name not in places and not any(re.search(pattern, name) for pattern in ignored):
+            raise CheckpointError(
+                f"convert_ternary: every tensor must be one that {type(model).__name__} has, got "
+                f"{header.key!r}\nWhat it does to the others, such as a rotation, would be left "
+                "out; run the checkpoint with the library that made it."
             )
 
 

@@ -350,7 +350,10 @@ def test_other_refusals(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.Monk
     ("change", "message"),
     [
         ({"model": {"type": "WordPiece"}}, "must be a BPE, got WordPiece"),
-        ({"model": {"type": "BPE", "byte_fallback": True}}, "normalizer must be SentencePiece's"),
+        (
+            {"model": {"type": "BPE", "byte_fallback": True}},
+            "pre_tokenizer must be SentencePiece's",
+        ),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "known to llama.cpp"),
     ],
 )
