@@ -7,6 +7,11 @@ from bitlab_hf.checkpoint.facts import Facts
 from bitlab_hf.checkpoint.saving import save
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.interop.bitnet import export_bitnet, load_bitnet
+from bitlab_hf.interop.compressed import export_compressed_tensors
+from bitlab_hf.interop.compressed_import import (
+    import_compressed_tensors,
+    load_compressed_tensors,
+)
 from bitlab_hf.interop.gguf import export_gguf
 from bitlab_hf.interop.gguf_import import import_gguf, load_gguf
 from bitlab_hf.interop.hub import HubError, push
@@ -35,9 +40,12 @@ __all__ = [
     "convert_ternary",
     "deploy",
     "export_bitnet",
+    "export_compressed_tensors",
     "export_gguf",
+    "import_compressed_tensors",
     "import_gguf",
     "load_bitnet",
+    "load_compressed_tensors",
     "load_gguf",
     "merge_and_requantize",
     "push",

@@ -58,6 +58,9 @@ def check_written(model: PreTrainedModel, folder: Path, given: bool) -> None:
             continue
         for leaf in found.module.packed_tensors() if found.module.is_deployed else ("weight",):
             names = {f"{name}.{leaf}" for name in found.names}
+            if given:
+                # As compressed-tensors calls the weight.
+                names |= {f"{name}.weight_packed" for name in found.names}
             if not names & (known.tensors.keys() | tied):
                 raise _unreadable(f"{found.names[0]}.{leaf}", "must be in the files, got none")
     for one in experts:

@@ -66,6 +66,7 @@ app.command(
 app.command(
     epilog=examples(
         "bitlab export out/demo out/for-everyone --to bitnet",
+        "bitlab export out/demo out/two-bits --to compressed-tensors",
         "bitlab export out/demo out/demo.gguf --to gguf --qtype TQ1_0",
     )
 )(models.export)

@@ -28,6 +28,7 @@ from bitlab_hf.cli.loading import (
     DAMAGED,
     check_source,
     check_unpacked,
+    find_scheme,
     load_model,
     load_whole,
     tokenizer_if_any,
@@ -116,29 +117,37 @@ def import_(
     ],
     output: Output,
     activation: Annotated[
-        str | None, typer.Option(help="Activations of a GGUF model: int8 or float32.")
+        str | None,
+        typer.Option(help="Activations, where the source does not say: int8 or float32."),
     ] = None,
     group_scale_dtype: GroupScales | None = None,
     as_json: Json = False,
 ) -> None:
-    """Turns a checkpoint of transformers' bitnet method, or a ternary GGUF file, into BitLab's own.
+    """Turns a ternary checkpoint of transformers' bitnet method or of compressed-tensors, or a
+    ternary GGUF file, into BitLab's own.
 
     Not needed to run a bitnet one (load_bitnet, eval, generate and chat take it as it is); a packed
     one becomes a deployed model, a latent one a latent model for training.
     """
     from bitcore.errors import ArgumentError
-    from bitlab_hf import import_gguf, load_bitnet, save
+    from bitlab_hf import import_compressed_tensors, import_gguf, load_bitnet, save
+    from bitlab_hf.interop.compressed import METHOD
 
     quiet()
     started = time.perf_counter()
-    if source.endswith(".gguf"):
-        check_output(None, output)
-        file = Path(source)
-        check_files([file])
-        total = file.stat().st_size if file.is_file() else None
+    place, gguf = Path(source), source.endswith(".gguf")
+    held = None if gguf else find_scheme(source)
+    compressed = isinstance(held, dict) and held.get("quant_method") == METHOD
+    if gguf or compressed:
+        check_output(None if gguf else source, output)
+        check_files([place])
+        total = folder_bytes(place) if place.is_dir() else None
+        if place.is_file():
+            total = place.stat().st_size
+        turn = import_compressed_tensors if compressed else import_gguf
         with progress("importing", total) as advance, doing(f"importing {source}", DAMAGED, source):
-            change = import_gguf(
-                file, output, activation_dtype=activation,
+            change = turn(
+                source, output, activation_dtype=activation,
                 group_scale_dtype=group_scale_dtype or "float32", advance=advance,
             )  # fmt: skip
         _report("imported", source, output, started, as_json, change, _faster(output))
@@ -160,7 +169,11 @@ def export(
     source: Source,
     output: Annotated[Path, typer.Argument(help="Folder, or .gguf file, to write.")],
     to: Annotated[
-        str, typer.Option(help="bitnet: for transformers without BitLab; gguf: for llama.cpp.")
+        str,
+        typer.Option(
+            help="bitnet or compressed-tensors: for transformers without BitLab; gguf: for "
+            "llama.cpp."
+        ),
     ] = "bitnet",
     qtype: Annotated[
         str | None,
@@ -172,28 +185,33 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Writes a BitLab model in a format that runs without BitLab."""
-    from bitlab_hf import export_bitnet, export_gguf
+    from bitlab_hf import export_bitnet, export_compressed_tensors, export_gguf
     from bitlab_hf.interop.gguf import check_target
 
     quiet()
-    if to not in ("bitnet", "gguf"):
-        raise typer.BadParameter(f"must be bitnet or gguf, got {to}", param_hint="--to")
+    if to not in ("bitnet", "compressed-tensors", "gguf"):
+        raise typer.BadParameter(
+            f"must be bitnet, compressed-tensors or gguf, got {to}", param_hint="--to"
+        )
     started = time.perf_counter()
     if to == "gguf":
         check_output_file(output)
         check_target(output)
     else:
         check_output(source, output)
-    change: float | None = None
+    change, note = None, ""
     with library_bars() as add:
         model, tokenizer = load_model(check_source(source)), tokenizer_if_any(source)
         with doing(f"writing {output}"):
             if to == "gguf":
                 advance = add("exporting", 1.0)
                 change = export_gguf(model, output, qtype, tokenizer=tokenizer, advance=advance)
+            elif to == "compressed-tensors":
+                rounded = export_compressed_tensors(model, output, tokenizer=tokenizer)
+                note = _weights_alone(model, rounded)
             else:
                 export_bitnet(model, output, tokenizer=tokenizer)
-    _report("exported", source, output, started, as_json, change)
+    _report("exported", source, output, started, as_json, change, note)
 
 
 def push(
@@ -223,6 +241,20 @@ def push(
 
 def _changed(change: float) -> str:
     return f"scales rounded by up to {change:.2g} of themselves"
+
+
+def _weights_alone(model: Any, change: float) -> str:
+    """Returns what readers of a format of weights alone make of a model, in lines of their own."""
+    from bitlab_hf import quantized_layers
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    lines = [f"readers round scales to {dtype}, by up to {change:.2g} of themselves"] * bool(change)
+    if any(f.module.quant_config.activation_dtype == "int8" for f in quantized_layers(model)):
+        lines.append(
+            "activations are int8 in BitLab and floats in readers of this format; "
+            "scripts/check_compressed.py measures what that changes"
+        )
+    return "".join(f"\n{line}" for line in lines)
 
 
 def _faster(output: Path) -> str:

@@ -1,4 +1,4 @@
-"""Models as GGUF files for llama.cpp: Llama, Qwen2, Qwen3 and BitNet, tokenizer included.
+"""Models as GGUF files for llama.cpp, tokenizer included.
 
 The ternary types of GGUF hold the codes as they are and one float16 scale for every 64 inputs
 (Q2_0) or 256 (TQ2_0, TQ1_0), so nothing but that rounding is lost. What a file cannot express is
@@ -28,6 +28,13 @@ from bitlab_hf.checkpoint.atomic import (
     resolved,
     staged_beside,
 )
+from bitlab_hf.interop.gguf_architectures import (
+    Architecture,
+    add_metadata,
+    check_architecture,
+    row_order,
+    shift_of,
+)
 from bitlab_hf.interop.gguf_file import require_gguf
 from bitlab_hf.interop.gguf_tokenizer import add_tokenizer, find_tokenizer
 from bitlab_hf.interop.gguf_types import (
@@ -35,7 +42,6 @@ from bitlab_hf.interop.gguf_types import (
     QTYPES,
     check_layers,
     default_type,
-    file_type,
     ggml_type,
     layer_values,
 )
@@ -44,15 +50,6 @@ from bitlayers.base import BitLayerBase
 
 if TYPE_CHECKING:
     import gguf
-
-_ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "BitNetForCausalLM": "bitnet",
-}
-# BitNet's file has no activation's name: llama.cpp computes this one.
-_ACTIVATION = "silu"
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ def export_gguf(
     if qtype not in (None, *QTYPES):
         raise ArgumentError(f"export_gguf: qtype must be one of {QTYPES}, got {qtype!r}")
     check_target(path)
-    architecture = _check_model(model)
+    architecture = check_architecture(model)
     qtype = qtype or default_type(model)
     change = check_layers(model, qtype)
     tokenizer = find_tokenizer(model, tokenizer)
@@ -119,8 +116,8 @@ def export_gguf(
         naming_full_disk(path, "export_gguf"),
         staged_beside(target, "export_gguf") as staged,
     ):
-        writer = gguf.GGUFWriter(staged, architecture)
-        _add_metadata(writer, model, qtype)
+        writer = gguf.GGUFWriter(staged, architecture.name)
+        add_metadata(writer, model, architecture, qtype)
         add_tokenizer(writer, tokenizer, model.config.vocab_size, pre_tokenizer)
         _write(writer, tensors, advance)
         put_in_place(staged, target)
@@ -151,79 +148,19 @@ def check_target(path: str | os.PathLike[str]) -> None:
         )
 
 
-def _check_model(model: PreTrainedModel) -> str:
-    """Returns llama.cpp's name of the architecture."""
-    config, kind = model.config, type(model).__name__
-    if kind not in _ARCHITECTURES:
-        raise ArgumentError(
-            f"export_gguf: the model must be one of {sorted(_ARCHITECTURES)}, got {kind}"
-            f"{ALTERNATIVES}"
-        )
-    if config.hidden_act != _ACTIVATION:
-        raise ArgumentError(
-            f"export_gguf: hidden_act must be {_ACTIVATION!r}, the one that llama.cpp computes for "
-            f"{_ARCHITECTURES[kind]!r}, got {config.hidden_act!r}{ALTERNATIVES}"
-        )
-    rope = (config.rope_parameters or {}).get("rope_type", "default")
-    allowed = ("default", "linear", "llama3") if kind == "LlamaForCausalLM" else ("default",)
-    if rope not in allowed:
-        raise ArgumentError(
-            f"export_gguf: rope_type must be one of {allowed} for {kind}, got {rope!r}"
-            f"{ALTERNATIVES}"
-        )
-    if getattr(config, "use_sliding_window", False):
-        raise ArgumentError(
-            f"export_gguf: use_sliding_window must be False, got True{ALTERNATIVES}"
-        )
-    if kind == "BitNetForCausalLM" and not config.tie_word_embeddings:
-        raise ArgumentError(
-            "export_gguf: tie_word_embeddings must be True, since llama.cpp's 'bitnet' has no head "
-            f"of its own, got False{ALTERNATIVES}"
-        )
-    return _ARCHITECTURES[kind]
-
-
-def _add_metadata(writer: gguf.GGUFWriter, model: PreTrainedModel, qtype: str) -> None:
-    import gguf
-
-    config = model.config
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    rope = config.rope_parameters or {}
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(Path(str(getattr(config, "_name_or_path", "") or "model")).name)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
-    if rope.get("rope_type") == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(file_type(qtype))
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-
-
-def _tensors(model: PreTrainedModel, architecture: str, qtype: str) -> Iterator[_Tensor]:
+def _tensors(model: PreTrainedModel, known: Architecture, qtype: str) -> Iterator[_Tensor]:
     """Yields the file's tensors, each under llama.cpp's name."""
     import gguf
 
     config = model.config
-    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == known.name)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     layers = {name: found.module for found in quantized_layers(model) for name in found.names}
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if config.tie_word_embeddings and module is head:
             continue
-        order = row_order(config, name) if architecture == "llama" else None
+        order = row_order(config, name) if known.pairs else None
         if name in layers:
             yield _layer(renamed(names, f"{name}.weight"), layers[name], qtype, order)
         for leaf, tensor in module.named_parameters(recurse=False):
@@ -231,11 +168,13 @@ def _tensors(model: PreTrainedModel, architecture: str, qtype: str) -> Iterator[
                 continue
             wide = tensor.dim() == 2
             kind = _float_kind(tensor.dtype) if wide else "F32"
+            ordered = tensor if order is None else tensor[order]
+            shift = shift_of(known, f"{name}.{leaf}")
             yield _Tensor(
                 renamed(names, f"{name}.{leaf}"),
                 tuple(tensor.shape),
                 kind,
-                _floats(tensor if order is None else tensor[order], kind),
+                _floats(ordered, kind, shift),
             )
     if (config.rope_parameters or {}).get("rope_type") == "llama3":
         factors = _rope_factors(model)
@@ -265,27 +204,18 @@ def renamed(names: Any, key: str) -> str:
     return renamed
 
 
-def row_order(config: Any, name: str) -> Tensor | None:
-    """Returns where llama.cpp's rows of a query or key matrix are found, for the ``llama`` kind.
-
-    It rotates neighbouring pairs of a head's rows, transformers the two halves of the head.
-    """
-    leaf = name.rpartition(".")[2]
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(leaf)
-    if heads is None:
-        return None
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rows = torch.arange(heads * head_dim).view(heads, 2, head_dim // 2)
-    return rows.transpose(1, 2).reshape(-1)
-
-
 def _float_kind(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "BF16", torch.float16: "F16"}.get(dtype, "F32")
 
 
-def _floats(tensor: Tensor, kind: str) -> Callable[[], Tensor]:
+def _floats(tensor: Tensor, kind: str, shift: float) -> Callable[[], Tensor]:
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[kind]
-    return lambda: tensor.detach().to("cpu", dtype)
+
+    def make() -> Tensor:
+        values = tensor.detach().to("cpu", dtype)
+        return values + shift if shift else values
+
+    return make
 
 
 def _layer(name: str, layer: BitLayerBase, qtype: str, order: Tensor | None) -> _Tensor:

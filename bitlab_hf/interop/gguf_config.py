@@ -8,16 +8,40 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BitNetConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    BitNetConfig,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from bitcore.errors import CheckpointError
+from bitlab_hf.interop.gguf_architectures import (
+    BY_NAME,
+    GEMMA_PERIOD,
+    SMOLLM_PERIOD,
+    attention_scalar,
+    layer_types,
+    rotating_layers,
+)
 
 _KINDS: dict[str, tuple[Any, str]] = {
     "llama": (LlamaConfig, "LlamaForCausalLM"),
     "qwen2": (Qwen2Config, "Qwen2ForCausalLM"),
     "qwen3": (Qwen3Config, "Qwen3ForCausalLM"),
     "bitnet": (BitNetConfig, "BitNetForCausalLM"),
+    "gemma3": (Gemma3TextConfig, "Gemma3ForCausalLM"),
+    "phi3": (Phi3Config, "Phi3ForCausalLM"),
+    "granite": (GraniteConfig, "GraniteForCausalLM"),
+    "smollm3": (SmolLM3Config, "SmolLM3ForCausalLM"),
 }
+# What a file may hold besides the one value that is computed without it.
+_WINDOWED = ("gemma3",)
 _LARGEST = 2**31 - 1
 
 
@@ -67,12 +91,16 @@ def read_config(
     if head_dim % 2:
         raise CheckpointError(f"load_gguf: a head's size must be even, got {head_dim}")
     blocks = number("block_count")
+    rotated = number("rope.dimension_count", head_dim)
     for name, required in (
         ("attention.value_length", head_dim),
-        ("rope.dimension_count", head_dim),
+        ("rope.dimension_count", rotated if architecture == "phi3" else head_dim),
         ("attention.sliding_window", 0),
+        ("attention.sliding_window_pattern", GEMMA_PERIOD),
         ("expert_count", 0),
     ):
+        if name == "attention.sliding_window" and architecture in _WINDOWED:
+            continue
         value = fields.get(f"{architecture}.{name}", required)
         if value != required:
             raise CheckpointError(
@@ -103,15 +131,58 @@ def read_config(
         head_dim=head_dim,
         max_position_embeddings=number("context_length"),
         rms_norm_eps=real("attention.layer_norm_rms_epsilon"),
-        rope_parameters=rope,
-        hidden_act="silu",
         tie_word_embeddings="output.weight" not in shapes,
         attention_bias="blk.0.attn_q.bias" in shapes,
         mlp_bias="blk.0.ffn_up.bias" in shapes,
+        **_own(architecture, number, real, rope, rotated / head_dim),
         **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **special},
     )
     config.architectures = [name]
     return config
+
+
+def _own(
+    architecture: str, number: Any, real: Any, rope: dict[str, Any], partial: float
+) -> dict[str, Any]:
+    """Returns the fields that not every architecture has, or has under this name.
+
+    Args:
+        architecture: llama.cpp's name.
+        number: Gives a positive integer of the file.
+        real: Gives a positive number of the file.
+        rope: Parameters of the rotary embedding.
+        partial: The share of a head's rows that is rotated.
+    """
+    activation = BY_NAME[architecture].activation
+    own: dict[str, Any] = {"rope_parameters": rope, "hidden_act": activation}
+    layers = number("block_count")
+    if architecture == "phi3":
+        own["rope_parameters"] = {**rope, "partial_rotary_factor": partial}
+        own["original_max_position_embeddings"] = number("context_length")
+    if architecture == "granite":
+        own.update(
+            attention_multiplier=real("attention.scale"),
+            embedding_multiplier=real("embedding_scale"),
+            residual_multiplier=real("residual_scale"),
+            logits_scaling=real("logit_scale"),
+        )
+    if architecture == "smollm3":
+        own["no_rope_layers"] = rotating_layers(layers)
+        own["no_rope_layer_interval"] = SMOLLM_PERIOD
+    if architecture == "gemma3":
+        hidden, heads = number("embedding_length"), number("attention.head_count")
+        whole = number("attention.key_length", max(1, hidden // heads))
+        local = {"rope_type": "default", "rope_theta": real("rope.freq_base_swa", 10000.0)}
+        own = {
+            "rope_parameters": {"full_attention": rope, "sliding_attention": local},
+            "hidden_activation": activation,
+            "sliding_window": number("attention.sliding_window"),
+            "layer_types": layer_types(layers),
+            "query_pre_attn_scalar": attention_scalar(layers, hidden // heads, whole),
+            "use_bidirectional_attention": False,
+            "attn_logit_softcapping": None,
+        }
+    return own
 
 
 def _token(fields: dict[str, Any], name: str, rows: int) -> int:

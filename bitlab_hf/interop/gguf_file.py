@@ -169,7 +169,7 @@ def read_gguf(path: Path) -> GgufFile:
                 raise _FileError("an empty file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 fields, records, start = _header(_Cursor(content))
-        return GgufFile(fields, _tensors(path, records, start, _alignment(fields)))
+        return GgufFile(fields, _found(path, records, start, _alignment(fields)))
     except _FileError as error:
         raise CheckpointError(
             f"load_gguf: {path.name} must be a whole GGUF file, got: {error}\n"
@@ -216,8 +216,24 @@ def _alignment(fields: dict[str, Any]) -> int:
     return value
 
 
-def _tensors(
+def _found(
     path: Path, records: list[_Record], header_end: int, alignment: int
+) -> dict[str, GgufTensor]:
+    """Maps the tensors; those of Q2_0 in whichever of its two sizes of blocks fill the file."""
+    try:
+        return _tensors(path, records, header_end, alignment, wide=False)
+    except _FileError:
+        if all(record.number != q2_0.NUMBER for record in records):
+            raise
+        try:
+            return _tensors(path, records, header_end, alignment, wide=True)
+        except _FileError:
+            pass
+        raise
+
+
+def _tensors(
+    path: Path, records: list[_Record], header_end: int, alignment: int, wide: bool
 ) -> dict[str, GgufTensor]:
     """Maps the tensors, which must fill the file from the header to its end."""
     content = np.memmap(path, np.uint8, "r")
@@ -225,7 +241,7 @@ def _tensors(
     end = at
     tensors: dict[str, GgufTensor] = {}
     for record in sorted(records, key=lambda record: record.offset):
-        kind, size = _size(record)
+        kind, size = _size(record, wide)
         if start + record.offset != at:
             raise _FileError(
                 f"{record.name} at {record.offset}, where {at - start} is the end of the one before"
@@ -249,12 +265,14 @@ def _aligned(offset: int, alignment: int) -> int:
     return (offset + alignment - 1) // alignment * alignment
 
 
-def _size(record: _Record) -> tuple[str, int]:
+def _size(record: _Record, wide: bool) -> tuple[str, int]:
     """Returns the name of a tensor's type, and its bytes."""
     import gguf
 
     if record.number == q2_0.NUMBER:
         name, block, size = "Q2_0", q2_0.BLOCK, q2_0.SIZE
+        if wide:
+            name, block, size = "Q2_0 of 128", q2_0.WIDE_BLOCK, q2_0.WIDE_SIZE
     else:
         try:
             kind = gguf.GGMLQuantizationType(record.number)

@@ -9,7 +9,6 @@ Nothing of the file is used as a path.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -20,56 +19,51 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf.checkpoint.card import model_card
-from bitlab_hf.checkpoint.headers import LAYERS_KEY
 from bitlab_hf.checkpoint.saving import replacing
 from bitlab_hf.interop import q2_0
-from bitlab_hf.interop.gguf import renamed, row_order
+from bitlab_hf.interop.gguf import renamed
+from bitlab_hf.interop.gguf_architectures import BY_NAME, row_order, shift_of
 from bitlab_hf.interop.gguf_config import read_config
 from bitlab_hf.interop.gguf_file import GgufFile, GgufTensor, read_gguf, require_gguf
 from bitlab_hf.interop.gguf_tokenizer import rebuild_tokenizer
-from bitlab_hf.interop.packed_stream import (
-    check_group_scale_dtype,
-    packed_entries,
-    same_values,
-    write_packed,
-)
+from bitlab_hf.interop.packed_file import Source, find_structures, prove_file, write_file
+from bitlab_hf.interop.packed_stream import check_group_scale_dtype
+from bitlab_hf.interop.rotated import check_not_rotated
 from bitlab_hf.interop.skeleton import building
-from bitlab_hf.interop.stream import Entry, StreamWriter
-from bitlab_hf.interop.structure import Structure, find_structure, row_blocks
 from bitlab_hf.interop.ternary import packed_configuration
 from bitlab_hf.model.replace import find_linears, swap_packed
 
 logger = logging.getLogger("bitlab")
-_TERNARY = ("Q2_0", "TQ2_0", "TQ1_0")
+# Bytes of a block of each layout of Q2_0.
+_Q2_0 = {"Q2_0": q2_0.SIZE, "Q2_0 of 128": q2_0.WIDE_SIZE}
+_TERNARY = (*_Q2_0, "TQ2_0", "TQ1_0")
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _FACTORS = "rope_freqs.weight"
 
 
-class Source:
+class _Matrix:
     """A tensor of the file as floats, its rows in transformers' order.
 
     Args:
         item: The tensor.
         order: Where each row lies in the file, or None for as they are.
+        shift: What the file has added to each value.
 
     Attributes:
-        shape: Rows first.
-        dtype: Of the values that it gives; float32 for ternary types.
         kind: GGUF's name of its type.
-        n_bytes: Its size in the file.
+        ternary, shape, dtype, n_bytes: See `packed_file.Source`.
     """
 
-    def __init__(self, item: GgufTensor, order: Tensor | None) -> None:
+    def __init__(self, item: GgufTensor, order: Tensor | None, shift: float = 0.0) -> None:
+        self._shift = shift
         self._data, self._order = item.data, None if order is None else order.numpy()
         self.kind, self.shape, self.n_bytes = item.kind, item.shape, item.data.nbytes
-        self.dtype = _FLOATS.get(self.kind, torch.float32)
+        self.dtype, self.ternary = _FLOATS.get(self.kind, torch.float32), self.kind in _TERNARY
 
     def numel(self) -> int:
         """Returns the number of values."""
@@ -85,13 +79,14 @@ class Source:
         shape = (len(part), *self.shape[1:])
         if not len(part):
             return torch.zeros(shape, dtype=self.dtype)
-        if self.kind == "Q2_0":
-            return q2_0.decode(part)
+        if self.kind in _Q2_0:
+            return q2_0.decode(part, _Q2_0[self.kind])
         if self.kind in _TERNARY:
             with np.errstate(all="ignore"):
                 # Scales that are not finite are found by their values.
                 part = gguf.quants.dequantize(part, gguf.GGMLQuantizationType[self.kind])
-        return torch.from_numpy(part).view(self.dtype).view(shape)
+        values = torch.from_numpy(part).view(self.dtype).view(shape)
+        return values - self._shift if self._shift else values
 
 
 def load_gguf(
@@ -143,9 +138,9 @@ def import_gguf(
     """Writes a ternary GGUF file as a deployed model with its tokenizer, in place in one step.
 
     Args:
-        path: A file of the architecture ``llama``, ``qwen2``, ``qwen3`` or ``bitnet`` with tensors
-            of the types TQ2_0, TQ1_0, BF16, F16 and F32. Linear layers in floats that are exactly
-            ternary are packed too, others stay float.
+        path: A file of an architecture that `export_gguf` writes, with tensors of the types Q2_0,
+            in blocks of 64 or, as other programs write it, of 128, TQ2_0, TQ1_0, BF16, F16 and F32.
+            Linear layers in floats that are exactly ternary are packed too, others stay float.
         directory: The folder to write.
         activation_dtype: ``"int8"`` or ``"float32"``, see `BitLabConfig`; the file does not say.
             Default int8 where a tensor is of a ternary type, for which llama.cpp quantizes
@@ -161,6 +156,7 @@ def import_gguf(
     Raises:
         MissingExtraError: The package ``gguf`` is not installed.
         ArgumentError: There is no such file, or group_scale_dtype is another.
+        ConfigError: Its weights are rotated.
         CheckpointError: The file is truncated or damaged, of an unknown architecture, holds a
             tensor of another type or one that the model does not have, or no ternary layer.
     """
@@ -168,6 +164,7 @@ def import_gguf(
     advance = advance or (lambda size: None)
     file = _open(Path(path))
     fields, items = file.fields, file.tensors
+    check_not_rotated("load_gguf", fields)
     if fields.get("split.count", 1) not in (0, 1):
         raise CheckpointError(
             "load_gguf: the model must be in one file, got a part of one\n"
@@ -194,10 +191,16 @@ def import_gguf(
         if f"{name}.weight" in sources
     }
     structures = {
-        key: found.kept_as(group_scale_dtype) for key, found in _structures(sources, names).items()
+        key: found.kept_as(group_scale_dtype)
+        for key, found in find_structures("load_gguf", sources, names).items()
     }
+    if not structures:
+        raise CheckpointError(
+            "load_gguf: at least one linear layer must be ternary, got none\n"
+            "transformers loads other GGUF files: from_pretrained(folder, gguf_file=...)."
+        )
     if activation_dtype is None:
-        ternary = any(sources[key].kind in _TERNARY for key in structures)
+        ternary = any(sources[key].ternary for key in structures)
         activation_dtype = "int8" if ternary else "float32"
     quantization = packed_configuration(
         model, names, structures, group_scale_dtype, activation_dtype
@@ -211,8 +214,9 @@ def import_gguf(
             fields.get("tokenizer.ggml.pre"),
         )
     with replacing(directory, "import_gguf") as staged:
-        change = _write(staged / "model.safetensors", sources, structures, advance)
-        _prove(staged / "model.safetensors", sources, structures)
+        weights = staged / "model.safetensors"
+        change = write_file("load_gguf", weights, sources, structures, advance)
+        prove_file(weights, sources, structures)
         config.quantization_config = quantization.to_dict()
         config.save_pretrained(staged)
         if tokenizer is not None:
@@ -239,7 +243,7 @@ def _rope_factors(item: GgufTensor | None) -> Tensor | None:
         raise CheckpointError(
             f"load_gguf: {item.name} must be a vector of floats, got {item.kind} {list(item.shape)}"
         )
-    return Source(item, None)[:].float()
+    return _Matrix(item, None)[:].float()
 
 
 def _sources(
@@ -260,15 +264,16 @@ def _sources(
             raise CheckpointError(
                 f"load_gguf: {name} must be in the file, got none\nThe file is incomplete."
             )
-        rotated = architecture == "llama"
-        order = row_order(model.config, key.rpartition(".")[0]) if rotated else None
-        source = Source(items[name], None if order is None else order.argsort())
+        layer = key.rpartition(".")[0]
+        order = row_order(model.config, layer) if BY_NAME[architecture].pairs else None
+        shift = shift_of(BY_NAME[architecture], key)
+        source = _Matrix(items[name], None if order is None else order.argsort(), shift)
         if source.shape != tuple(parameter.shape):
             raise CheckpointError(
                 f"load_gguf: {name} must be of shape {list(parameter.shape)}, "
                 f"got {list(source.shape)}"
             )
-        if source.kind in _TERNARY and len(source.shape) != 2:
+        if source.ternary and len(source.shape) != 2:
             raise CheckpointError(f"load_gguf: {name} must be of a float type, got {source.kind}")
         sources[key] = source
         used.add(name)
@@ -279,81 +284,3 @@ def _sources(
             f"got {further[0]!r}\nRun the file with llama.cpp."
         )
     return sources
-
-
-def _structures(sources: dict[str, Source], names: dict[str, str]) -> dict[str, Structure]:
-    structures: dict[str, Structure] = {}
-    for key in names:
-        structure = find_structure(cast(Tensor, sources[key]))
-        if structure.scheme is not None:
-            structures[key] = structure
-        elif sources[key].kind in _TERNARY:
-            raise CheckpointError(
-                f"load_gguf: {key} must have finite scales and codes of -1, 0 and 1, got "
-                f"{structure.label}\n"
-                "The file is damaged; fetch or write it again."
-            )
-    if not structures:
-        raise CheckpointError(
-            "load_gguf: at least one linear layer must be ternary, got none\n"
-            "transformers loads other GGUF files: from_pretrained(folder, gguf_file=...)."
-        )
-    return structures
-
-
-def _write(
-    target: Path,
-    sources: dict[str, Source],
-    structures: dict[str, Structure],
-    advance: Callable[[int], None],
-) -> float:
-    """Writes the weights; returns the largest relative change of a scale."""
-    change = 0.0
-    entries: list[Entry] = []
-    for key, source in sources.items():
-        if key in structures:
-            rows, columns = source.shape
-            entries += packed_entries(key, (rows, columns), structures[key])
-        else:
-            entries.append(Entry(key, _STORED[source.dtype], source.shape))
-    # Without BitLab, this key makes a load fail instead of giving random weights.
-    entries.append(Entry(next(iter(structures)), "U8", (0,)))
-    layers = [key.removesuffix(".weight") for key in structures]
-    with StreamWriter(target, entries, {"format": "pt", LAYERS_KEY: json.dumps(layers)}) as out:
-        for key, source in sources.items():
-            if key not in structures:
-                for rows in _blocks(source):
-                    part = source[rows]
-                    if not bool(torch.isfinite(part).all()):
-                        raise CheckpointError(
-                            f"load_gguf: {key} must be finite, got NaN or infinity\n"
-                            "The file is damaged; fetch or write it again."
-                        )
-                    out.write(key, part)
-            else:
-                change = max(change, write_packed(out, key, source, structures[key]))
-            advance(source.n_bytes)
-    return change
-
-
-def _blocks(source: Source) -> Any:
-    return row_blocks(source.shape[0], math.prod(source.shape[1:]))
-
-
-def _prove(target: Path, sources: dict[str, Source], structures: dict[str, Structure]) -> None:
-    """Reads what was written back and compares it with the file, value for value."""
-    with safe_open(target, "pt") as written:
-        for key, source in sources.items():
-            if key in structures:
-                same = same_values(written, key, source, structures[key])
-            else:
-                tensor = written.get_tensor(key)
-                same = all(
-                    torch.equal(
-                        source[rows].contiguous().view(torch.uint8),
-                        tensor[rows].contiguous().view(torch.uint8),
-                    )
-                    for rows in _blocks(source)
-                )
-            if not same:
-                raise CheckpointError(f"{key} must come back as it was, got other values")

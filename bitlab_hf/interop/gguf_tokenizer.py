@@ -1,4 +1,4 @@
-"""A tokenizer in a GGUF file: byte-level BPE, the kind of Llama 3, Qwen, BitNet and GPT-2."""
+"""A tokenizer in a GGUF file: byte-level BPE, as Llama 3 and Qwen have it, or SentencePiece's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from bitcore.errors import ArgumentError, CheckpointError
+from bitlab_hf.interop.gguf_sentencepiece import is_byte, rebuild, scores_of, space_prefix
 
 if TYPE_CHECKING:
     import gguf
@@ -60,20 +61,21 @@ def add_tokenizer(
         pre_tokenizer: llama.cpp's name of how text is split, or None to find it.
 
     Raises:
-        ArgumentError: It is no byte-level BPE, its way of splitting is unknown, or it has more
-            tokens than the embedding has rows.
+        ArgumentError: It is no BPE, its way of splitting is unknown, or it has more tokens than
+            the embedding has rows.
     """
     import gguf
 
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model = content["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        kind = "BPE with byte_fallback" if model.get("byte_fallback") else model.get("type")
+    if model.get("type") != "BPE":
         raise ArgumentError(
-            f"export_gguf: tokenizer must be a byte-level BPE, got {kind}\n"
+            f"export_gguf: tokenizer must be a BPE, got {model.get('type')}\n"
             "Convert the float model with llama.cpp's own script, or use bitlab_hf.save."
         )
-    pre = pre_tokenizer or _pre_tokenizer(content.get("pre_tokenizer"))
+    pieces = bool(model.get("byte_fallback"))
+    prefix = space_prefix(content) if pieces else False
+    pre = "default" if pieces else pre_tokenizer or _pre_tokenizer(content.get("pre_tokenizer"))
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     if max(vocabulary.values()) >= rows:
         raise ArgumentError(
@@ -83,18 +85,25 @@ def add_tokenizer(
     tokens = [f"[PAD{index}]" for index in range(rows)]
     types = [gguf.TokenType.UNUSED] * rows
     for text, index in vocabulary.items():
-        tokens[index], types[index] = text, gguf.TokenType.NORMAL
+        kind = gguf.TokenType.BYTE if pieces and is_byte(text) else gguf.TokenType.NORMAL
+        tokens[index], types[index] = text, kind
     for added in content.get("added_tokens", []):
         special = added["special"]
         kinds = gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED
         types[added["id"]] = kinds
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("llama" if pieces else "gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
+    if pieces:
+        own = {added["content"] for added in content.get("added_tokens", [])}
+        writer.add_token_scores(scores_of(model, own, tokens))
+        writer.add_add_space_prefix(prefix)
+        if model.get("unk_token") in vocabulary:
+            types[vocabulary[model["unk_token"]]] = gguf.TokenType.UNKNOWN
     writer.add_token_types(types)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        special_tokens = gguf.SpecialVocab(folder, load_merges=True, n_vocab=rows)
+        special_tokens = gguf.SpecialVocab(folder, load_merges=not pieces, n_vocab=rows)
         special_tokens.add_to_gguf(writer, quiet=True)
     if "bos" not in special_tokens.add_special_token:
         # What the tokenizer itself puts before a text.
@@ -143,12 +152,13 @@ def rebuild_tokenizer(fields: dict[str, Any]) -> Any:
         return value
 
     tokens, pre = field("tokens", list, []), field("pre", str, "")
-    if field("model", str, "") != "gpt2" or (pre != "gpt-2" and pre not in _SPLITS):
+    pieces = field("model", str, "") == "llama" and pre in ("", "default")
+    if not pieces and (field("model", str, "") != "gpt2" or pre not in ("gpt-2", *_SPLITS)):
         return None
     types = field("token_type", list, [gguf.TokenType.NORMAL] * len(tokens))
     pairs = field("merges", list, [])
     texts = all(isinstance(text, str) for text in (*tokens, *pairs))
-    merges = [tuple(merge.split(" ")) for merge in pairs] if texts else []
+    merges: list[Any] = [tuple(merge.split(" ")) for merge in pairs] if texts else []
     held = [n for n in ("bos", "eos", "pad", "unk") if f"tokenizer.ggml.{n}_token_id" in fields]
     special = {name: field(f"{name}_token_id", int, 0) for name in held}
     whole = texts and len(set(tokens)) == len(types) == len(tokens)
@@ -158,21 +168,17 @@ def rebuild_tokenizer(fields: dict[str, Any]) -> Any:
     kinds = dict(zip(tokens, types, strict=True))
     unused = {text for text, kind in kinds.items() if kind == gguf.TokenType.UNUSED}
     vocabulary = {text: index for index, text in enumerate(tokens) if text not in unused}
-    try:
-        bpe = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
-    except Exception as error:
-        # Of no class of its own: a merge of a token that is not there.
-        raise CheckpointError(
-            f"load_gguf: the merges must be of tokens in the vocabulary, got: {error}"
-        ) from error
-    backend = Tokenizer(bpe)
-    if pre == "qwen2":
-        backend.normalizer = normalizers.NFC()
-    level = splitting.ByteLevel(add_prefix_space=False, use_regex=pre == "gpt-2")
-    split = [splitting.Split(Regex(_SPLITS[pre]), "isolated")] if pre in _SPLITS else []
-    backend.pre_tokenizer = splitting.Sequence([*split, level]) if split else level
-    backend.decoder = decoders.ByteLevel()
-    if field("add_bos_token", bool, False) and "bos" in special:
+    if pieces:
+        named = [text for text, kind in kinds.items() if kind == gguf.TokenType.UNKNOWN]
+        scores = field("scores", list, [])
+        prefix = field("add_space_prefix", bool, True)
+        pieces_alone = (gguf.TokenType.NORMAL, gguf.TokenType.BYTE)
+        added = {text for text, kind in kinds.items() if kind not in pieces_alone}
+        backend = rebuild(vocabulary, added, scores, named[0] if named else None, prefix)
+    else:
+        backend = _byte_level(vocabulary, merges, pre)
+    # llama.cpp puts the first token before such texts unless the file says otherwise.
+    if field("add_bos_token", bool, pieces) and "bos" in special:
         first = tokens[special["bos"]]
         backend.post_processor = TemplateProcessing(
             single=[first, "$A"],
@@ -192,3 +198,22 @@ def rebuild_tokenizer(fields: dict[str, Any]) -> Any:
     template = fields.get("tokenizer.chat_template")
     tokenizer.chat_template = template if isinstance(template, str) else None
     return tokenizer
+
+
+def _byte_level(vocabulary: dict[str, int], merges: list[Any], pre: str) -> Tokenizer:
+    """Returns a byte-level BPE without its special tokens."""
+    try:
+        bpe = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
+    except Exception as error:
+        # Of no class of its own: a merge of a token that is not there.
+        raise CheckpointError(
+            f"load_gguf: the merges must be of tokens in the vocabulary, got: {error}"
+        ) from error
+    backend = Tokenizer(bpe)
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    level = splitting.ByteLevel(add_prefix_space=False, use_regex=pre == "gpt-2")
+    split = [splitting.Split(Regex(_SPLITS[pre]), "isolated")] if pre in _SPLITS else []
+    backend.pre_tokenizer = splitting.Sequence([*split, level]) if split else level
+    backend.decoder = decoders.ByteLevel()
+    return backend

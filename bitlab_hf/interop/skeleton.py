@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bitcore.errors import BitLabError, CheckpointError
 
@@ -35,3 +39,31 @@ def building(source: str, op: str) -> Iterator[None]:
             f"{op}: {source} must describe a model, got: {said:.300}\n"
             "It is damaged; fetch or write it again."
         ) from error
+
+
+def model_of(source: Path, tensors: int, op: str) -> PreTrainedModel:
+    """Returns the model of a folder without weights, as if it were not quantized.
+
+    Args:
+        source: The folder.
+        tensors: How many its files hold.
+        op: Who asks, for error messages.
+
+    Raises:
+        CheckpointError: config.json makes no model, or one of more layers than there are tensors.
+    """
+    with building("config.json", op):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config.__dict__.pop("quantization_config", None)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if isinstance(layers, int) and layers > tensors:
+            raise CheckpointError(
+                f"{op}: num_hidden_layers must fit the {tensors} tensors, got {layers}"
+            )
+        architectures: list[str] = getattr(config, "architectures", None) or []
+        model_class: Any = getattr(transformers, architectures[0], None) if architectures else None
+        if model_class is None:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        else:
+            model = model_class._from_config(config)
+    return model

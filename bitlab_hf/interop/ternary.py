@@ -16,14 +16,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError
 from bitlab_hf.checkpoint.card import CARD, model_card
@@ -38,13 +36,16 @@ from bitlab_hf.interop.packed_stream import (
     same_values,
     write_packed,
 )
-from bitlab_hf.interop.skeleton import building
+from bitlab_hf.interop.rotated import check_not_rotated
+from bitlab_hf.interop.skeleton import model_of
 from bitlab_hf.interop.stream import Entry, StreamWriter
 from bitlab_hf.interop.structure import Structure, find_structure
 from bitlab_hf.model.replace import find_linears, swap_packed
 
 Advance = Callable[[int], None]
 _FLOATS = ("F32", "BF16", "F16")
+# What older files hold although it follows from the configuration.
+_LEFT_OVER = (r"rotary_emb\.inv_freq$", r"\.masked_bias$")
 
 
 @dataclass
@@ -94,10 +95,10 @@ def convert_ternary(
 
     Raises:
         ArgumentError: The folder holds no config.json, or group_scale_dtype is another.
-        ConfigError: The checkpoint is quantized already.
+        ConfigError: The checkpoint is quantized already, or rotated.
         CheckpointError: A layer is not exactly ternary (the message says by how much), none is; a
-            parameter of the model is in no file, in two, or of another shape; or the files are
-            damaged.
+            parameter of the model is in no file, in two, or of another shape; a tensor is none
+            that the model has; or the files are damaged.
     """
     check_group_scale_dtype("convert_ternary", group_scale_dtype)
     source = Path(path_or_repo)
@@ -109,12 +110,20 @@ def convert_ternary(
             f"convert_ternary: directory must not be the source, got {directory}\n"
             "Name another folder; the source stays as it is."
         )
-    read_config(source)
+    fields = read_config(source)
+    check_not_rotated("convert_ternary", fields)
+    held = fields.get("quantization_config")
     files = weight_files(source, "convert_ternary")
-    model = _skeleton(source, len(shard_keys(files, "convert_ternary")))
+    if held is not None:
+        method = held.get("quant_method") if isinstance(held, dict) else held
+        raise ConfigError(
+            f"convert_ternary: the checkpoint must be a float one, got quant_method {method!r:.80}"
+        )
+    model = model_of(source, len(shard_keys(files, "convert_ternary")), "convert_ternary")
     checkpoint = read_checkpoint(model, [str(file) for file in files], None)
     assert checkpoint is not None
     _check_whole(model, with_tied(checkpoint, model))
+    _check_nothing_more(model, checkpoint)
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     names = {
         checkpoint.tensors[f"{name}.weight"].key: name
@@ -151,30 +160,6 @@ def convert_ternary(
     return report
 
 
-def _skeleton(source: Path, tensors: int) -> PreTrainedModel:
-    """Returns the model of a folder without weights; the folder holds so many tensors."""
-    held = read_config(source).get("quantization_config")
-    if held is not None:
-        method = held.get("quant_method") if isinstance(held, dict) else held
-        raise ConfigError(
-            f"convert_ternary: the checkpoint must be a float one, got quant_method {method!r:.80}"
-        )
-    with building("config.json", "convert_ternary"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-        if isinstance(layers, int) and layers > tensors:
-            raise CheckpointError(
-                f"convert_ternary: num_hidden_layers must fit the {tensors} tensors, got {layers}"
-            )
-        architectures: list[str] = getattr(config, "architectures", None) or []
-        model_class: Any = getattr(transformers, architectures[0], None) if architectures else None
-        if model_class is None:
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        else:
-            model = model_class._from_config(config)
-    return model
-
-
 def _check_whole(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Checks that the files hold every tensor of the model, and the linear layers' as they are.
 
@@ -206,6 +191,23 @@ def _check_whole(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
                 f"convert_ternary: {header.key} must be {_kind(tensor)} {list(tensor.shape)} as "
                 f"{found}, got {header.dtype} {list(header.shape)}\n"
                 "config.json and the tensors do not belong together."
+            )
+
+
+def _check_nothing_more(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Checks that the model has a place for every tensor: without it, it computes something else.
+
+    Raises:
+        CheckpointError: It has none for one, which may rotate or scale what a layer gets.
+    """
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), *_LEFT_OVER]
+    places = {*model.state_dict(), *model.all_tied_weights_keys}
+    for name, header in checkpoint.tensors.items():
+        if name not in places and not any(re.search(pattern, name) for pattern in ignored):
+            raise CheckpointError(
+                f"convert_ternary: every tensor must be one that {type(model).__name__} has, got "
+                f"{header.key!r}\nWhat it does to the others, such as a rotation, would be left "
+                "out; run the checkpoint with the library that made it."
             )
 
 

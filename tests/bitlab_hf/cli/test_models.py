@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitcore.errors import ArgumentError
@@ -147,6 +148,27 @@ def test_groups_to_gguf_and_back(cli: Cli, states: dict[str, Path], tmp_path: Pa
     stock = build("llama", tmp_path / "stock")
     done = cli("import", stock, tmp_path / "no", "--group-scale-dtype", "uint8")
     assert "--group-scale-dtype must be left out for a bitnet checkpoint" in str(done.error)
+
+
+def test_compressed_tensors_and_back(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:
+    scheme = ("--weight", "per_group", "--group-size", 64)
+    cli("deploy", states["float"], tmp_path / "groups", *scheme)
+    to = ("--to", "compressed-tensors")
+    done = cli("export", tmp_path / "groups", tmp_path / "ct", *to)
+    assert done.code == 0, done.error
+    assert "activations are int8 in BitLab and floats in readers" in done.out
+    back = ("--activation", "int8", "--group-scale-dtype", "uint8")
+    done = cli("import", tmp_path / "ct", tmp_path / "again", *back, "--json")
+    assert done.code == 0, done.error
+    assert done.json["scale_change"] == 0
+    ours, theirs = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "groups", tmp_path / "again")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    other = cli("export", tmp_path / "again", tmp_path / "again/config.json", *to)
+    assert other.code == 1
 
 
 def test_import_and_export(cli: Cli, tmp_path: Path) -> None:

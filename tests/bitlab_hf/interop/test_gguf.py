@@ -349,8 +349,11 @@ def test_other_refusals(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": {"type": "WordPiece"}}, "must be a byte-level BPE, got WordPiece"),
-        ({"model": {"type": "BPE", "byte_fallback": True}}, "got BPE with byte_fallback"),
+        ({"model": {"type": "WordPiece"}}, "must be a BPE, got WordPiece"),
+        (
+            {"model": {"type": "BPE", "byte_fallback": True}},
+            "pre_tokenizer must be SentencePiece's",
+        ),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "known to llama.cpp"),
     ],
 )

@@ -24,6 +24,7 @@ from bitcore import unpack_ternary
 from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf import BitLabConfig, export_gguf, import_gguf, load_gguf
 from bitlab_hf.cli import main
+from bitlab_hf.interop import q2_0
 from bitlab_hf.interop.gguf_file import read_gguf
 from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.interop.test_gguf import DEMO, LLAMA3, build
@@ -145,6 +146,29 @@ def test_the_code_for_two_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     content[at + 2] |= 3
     (tmp_path / "model.gguf").write_bytes(content)
     with pytest.raises(CheckpointError, match="q_proj.weight must have finite scales and codes of"):
+        load_gguf(tmp_path / "model.gguf")
+
+
+def test_q2_0_in_blocks_of_128(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same number as that of 64; which it is, shows by the size of the file."""
+    scheme = BitLabConfig(weight_granularity="per_group", group_size=128)
+    model = build("qwen3", scheme)
+    with monkeypatch.context() as other:
+        other.setattr(q2_0, "BLOCK", q2_0.WIDE_BLOCK)
+        other.setattr(q2_0, "SIZE", q2_0.WIDE_SIZE)
+        export_gguf(model, tmp_path / "model.gguf", "Q2_0", tokenizer=tokenizer)
+    item = read_gguf(tmp_path / "model.gguf").tensors["blk.0.attn_q.weight"]
+    assert (item.kind, 8 * item.data.nbytes) == ("Q2_0 of 128", 2.125 * 512 * 256)
+    again = load_gguf(tmp_path / "model.gguf", group_scale_dtype="uint8")
+    for ours, theirs in zip(quantized_layers(model), quantized_layers(again), strict=True):
+        assert theirs.module.quant_config.group_size == 128
+        assert torch.equal(ours.module.qweight, theirs.module.qweight)
+        assert torch.equal(ours.module.qweight_multiplier, theirs.module.qweight_multiplier)
+    content = (tmp_path / "model.gguf").read_bytes()
+    (tmp_path / "model.gguf").write_bytes(content[:-40])
+    with pytest.raises(CheckpointError, match="must be a whole GGUF file"):
         load_gguf(tmp_path / "model.gguf")
 
 

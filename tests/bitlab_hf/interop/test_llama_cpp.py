@@ -8,6 +8,7 @@ known.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bitcore import unpack_ternary
 from bitlab_hf import BitLabConfig, convert_ternary, deploy, export_gguf, load_gguf
 from bitlab_hf.demo.corpus import source_files
+from bitlab_hf.interop import q2_0
 from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.interop.test_gguf import DEMO, NAMES, read, rotated
 
@@ -204,6 +206,34 @@ def test_the_file_is_of_one_ternary_type(file: Path) -> None:
 def said(name: str, expected: Tensor, found: Tensor) -> str:
     same, nats = agreement(expected, found), divergence(expected, found)
     return f"{name}: same most likely token {same:.2%}, KL {nats:.2e} nats"
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (33, 576), (5, 11008)])
+def test_q2_0_is_what_ggml_reads(shape: tuple[int, int]) -> None:
+    """The type's number and sizes, and every value of it, by ggml's own code."""
+    import llama_cpp
+
+    ggml = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib/libggml-base.so"))
+    ggml.ggml_type_name.restype = ctypes.c_char_p
+    ggml.ggml_blck_size.restype = ctypes.c_int64
+    ggml.ggml_type_size.restype = ctypes.c_size_t
+    assert ggml.ggml_type_name(q2_0.NUMBER) == b"q2_0"
+    assert ggml.ggml_blck_size(q2_0.NUMBER) == q2_0.BLOCK
+    assert ggml.ggml_type_size(q2_0.NUMBER) == q2_0.SIZE
+    torch.manual_seed(0)
+    codes = torch.randint(-1, 2, shape, dtype=torch.int8)
+    scale = torch.rand(shape[0], shape[1] // 64) + 1e-3
+    data = q2_0.encode(codes, scale).contiguous()
+    # The code for +2, which only others write, too.
+    data[0, 2] = 0b11_01_00_10
+    found = torch.full(shape, torch.nan)
+    read: Any = ggml.dequantize_row_q2_0
+    read.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    read.restype = None
+    read(data.data_ptr(), found.data_ptr(), found.numel())
+    assert torch.equal(found, q2_0.decode(data.numpy()))
+    first = scale[0, 0].half().float()
+    assert torch.equal(found[0, :4] / first, torch.tensor([1.0, -1.0, 0.0, 2.0]))
 
 
 def test_groups_of_64(

@@ -1,0 +1,175 @@
+"""Every architecture in a GGUF file: there and back, and what llama.cpp makes of it in CI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from bitcore.errors import ArgumentError, CheckpointError
+from bitlab_hf import BitLabConfig, deploy, export_gguf, load_gguf, replace_linear
+from bitlab_hf.interop.gguf_architectures import ARCHITECTURES
+from bitlab_hf.interop.gguf_file import read_gguf
+from bitlab_hf.model.tree import quantized_layers
+from tests.bitlab_hf.interop.test_gguf import DEMO, SIZES
+
+# Eight layers: Gemma 3 and SmolLM3 have periods of six and four.
+COMMON = {**SIZES, "num_hidden_layers": 8, "max_position_embeddings": 256, "pad_token_id": 0}
+# The configuration's class, its fields, and a change of them that llama.cpp must not confuse.
+KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "LlamaForCausalLM": ("LlamaConfig", {}, {"rope_parameters": {"rope_theta": 1e6}}),
+    "MistralForCausalLM": ("MistralConfig", {}, {"sliding_window": 16}),
+    "Qwen2ForCausalLM": ("Qwen2Config", {}, {"rope_parameters": {"rope_theta": 100.0}}),
+    "Qwen3ForCausalLM": (
+        "Qwen3Config", {"head_dim": 128}, {"rope_parameters": {"rope_theta": 100.0}},
+    ),
+    "BitNetForCausalLM": (
+        "BitNetConfig", {"hidden_act": "silu", "tie_word_embeddings": True}, {"rms_norm_eps": 0.5},
+    ),
+    "Gemma3ForCausalLM": (
+        "Gemma3TextConfig",
+        {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 32},
+        {"sliding_window": 16},
+    ),
+    "Phi3ForCausalLM": (
+        "Phi3Config",
+        {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+        {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+    ),
+    "GraniteForCausalLM": (
+        "GraniteConfig",
+        {"attention_multiplier": 0.1, "embedding_multiplier": 2.0, "residual_multiplier": 0.5,
+         "logits_scaling": 4.0},
+        {"attention_multiplier": 0.2},
+    ),
+    "SmolLM3ForCausalLM": ("SmolLM3Config", {}, {"no_rope_layers": [1] * 8}),
+}  # fmt: skip
+LENGTH = 96
+
+
+def latent(name: str, **changes: Any) -> Any:
+    config_class, fields, _ = KINDS[name]
+    window = {} if name != "MistralForCausalLM" else {"sliding_window": None}
+    config = getattr(transformers, config_class)(**{**COMMON, **window, **fields, **changes})
+    torch.manual_seed(0)
+    return getattr(transformers, name)(config).eval()
+
+
+def build(name: str, **changes: Any) -> Any:
+    """A deployed model whose weights bfloat16 holds exactly, with norms and biases of all kinds."""
+    model = latent(name, **changes)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key or key.endswith("bias"):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            elif "embed" in key or "lm_head" in key:
+                parameter.copy_(parameter.bfloat16().float())
+    replace_linear(model, BitLabConfig(activation_dtype="float32"))
+    deploy(model)
+    for found in quantized_layers(model):
+        found.module.qweight_scale = torch.full_like(found.module.qweight_scale, 2.0**-4)
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    ids = torch.randint(3, 2000, (1, LENGTH), generator=torch.Generator().manual_seed(3))
+    found: Tensor = model(input_ids=ids).logits[0].float()
+    return found
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(DEMO)
+
+
+def test_all_are_here() -> None:
+    assert KINDS.keys() == ARCHITECTURES.keys()
+
+
+@pytest.mark.parametrize("qtype", ["Q2_0", "BF16"])
+@pytest.mark.parametrize("name", KINDS)
+def test_there_and_back(name: str, qtype: str, tokenizer: Any, tmp_path: Path) -> None:
+    model = build(name)
+    assert export_gguf(model, tmp_path / "model.gguf", qtype, tokenizer=tokenizer) == 0
+    again = load_gguf(tmp_path / "model.gguf", dtype=torch.float32, activation_dtype="float32")
+    # llama.cpp has one architecture for both.
+    assert type(again).__name__ == name.replace("Mistral", "Llama")
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=2e-6)
+    for ours, theirs in zip(quantized_layers(model), quantized_layers(again), strict=True):
+        assert torch.equal(ours.module.packed()[0], theirs.module.packed()[0])
+
+
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "Phi3ForCausalLM"])
+def test_a_window_becomes_the_context(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    """llama.cpp looks at everything: the same as long as everything is within the window."""
+    model = build(name, sliding_window=100)
+    export_gguf(model, tmp_path / "model.gguf", tokenizer=tokenizer)
+    fields = read_gguf(tmp_path / "model.gguf").fields
+    assert fields[f"{ARCHITECTURES[name].name}.context_length"] == 100
+    again = load_gguf(tmp_path / "model.gguf", dtype=torch.float32, activation_dtype="float32")
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("Gemma3ForCausalLM", {"query_pre_attn_scalar": 256}, "query_pre_attn_scalar must be 64"),
+        ("Gemma3ForCausalLM", {"hidden_activation": "silu"}, "must be 'gelu_pytorch_tanh'"),
+        ("Gemma3ForCausalLM", {"layer_types": ["full_attention"] * 8}, "layer_types must be"),
+        ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping must be"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1] * 8}, "no_rope_layers must be"),
+        ("MistralForCausalLM", {"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
+        (
+            "GraniteForCausalLM",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type must be one of",
+        ),
+    ],
+)
+def test_what_llama_cpp_does_not_compute(
+    name: str, changes: dict[str, Any], message: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = build(name, **changes)
+    with pytest.raises(ArgumentError, match=message):
+        export_gguf(model, tmp_path / "model.gguf", tokenizer=tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_field_that_is_missing(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    export_gguf(build("GraniteForCausalLM"), file, tokenizer=tokenizer)
+    file.write_bytes(file.read_bytes().replace(b"granite.logit_scale", b"granite.logit_scalf"))
+    with pytest.raises(CheckpointError, match=r"granite\.logit_scale must be a positive number"):
+        load_gguf(file)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", KINDS)
+def test_llama_cpp(
+    name: str, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same logits but for activations in bfloat16; of a model that differs, others."""
+    from llama_cpp import GGML_TYPE_F32, Llama
+
+    model = build(name)
+    export_gguf(model, tmp_path / "model.gguf", "BF16", tokenizer=tokenizer)
+    llama: Any = Llama(
+        str(tmp_path / "model.gguf"), n_ctx=LENGTH + 32, logits_all=True, verbose=False,
+        n_threads=2, type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32,
+    )  # fmt: skip
+    ids = torch.randint(3, 2000, (1, LENGTH), generator=torch.Generator().manual_seed(3))
+    llama.eval(ids[0].tolist())
+    found = torch.tensor(llama.scores[:LENGTH], dtype=torch.float32)
+    expected, other = logits(model), logits(build(name, **KINDS[name][2]))
+    spread = expected.std()
+    right, wrong = ((other_one - found).std() / spread for other_one in (expected, other))
+    with capsys.disabled():
+        print(f"\n{name}: {float(right):.2e} of the logits' spread; changed, {float(wrong):.2e}")
+    assert right <= 0.02
+    assert wrong >= 5 * right
