@@ -6,7 +6,8 @@ is what this same expert makes of the same token in the original stream, also wh
 router sent it elsewhere: the two streams stay token by token beside each other, and an expert is
 never asked to imitate another one, whose weights its own are far from.
 
-A token counts by the square of its router's weight, as its error does in the sum of its experts.
+Where the sum of the experts goes into the stream, the second matrices also take back what is
+missing there, one expert after another.
 """
 
 from __future__ import annotations
@@ -146,8 +147,7 @@ def _first_moments(matrix: ExpertMatrix, shares: _Shares) -> Moments:
     for visits, share in shares:
         if len(share.rows):
             inputs = quantized(visits.ternary[share.rows], matrix.config)
-            original = visits.original[share.rows]
-            moments.add(original * share.weights, inputs * share.weights)
+            moments.add(visits.original[share.rows], inputs)
     return moments
 
 
@@ -200,8 +200,7 @@ def _second_moments(
         if gaps is None:
             moments.add(original * share.weights, weighted)
         else:
-            wanted = F.linear(weighted, weight.to(weighted.dtype)).float() + gaps[at][share.rows]
-            moments.add_wanted(wanted, weighted)
+            moments.add_wanted(_product(weighted, weight) + gaps[at][share.rows], weighted)
     return moments
 
 
@@ -217,4 +216,10 @@ def _pass_on(
         return
     error = matrix.weight.float() - ternary
     for (_, share), (_, inner), gap in zip(shares, inputs, gaps, strict=True):
-        gap.index_add_(0, share.rows, F.linear(inner.float() * share.weights, error))
+        gap.index_add_(0, share.rows, _product(inner * share.weights, error))
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns ``x @ W^T`` in float32, also under autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float())
