@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bitcore.errors import ArgumentError, LifecycleError, NonFiniteError
-from bitlab_hf.fit.experts import LEAST_TOKENS, fit_experts
+from bitlab_hf.fit.experts import fit_experts
 from bitlab_hf.fit.kept import KeptLayers, LayerReport, settings_of
 from bitlab_hf.fit.latent import check_estimator
 from bitlab_hf.fit.matrix import Matrix
@@ -46,8 +46,8 @@ class CalibrationReport:
         samples: How many there were.
         tokens: How many they hold.
         seconds: How long it took.
-        rounded: The experts that keep the codes of their rounding, ``MODULE.NUMBER``: too few
-            tokens, or none, have reached them.
+        rounded: The experts that keep the codes of their rounding, ``MODULE.NUMBER``: no token
+            has reached them.
     """
 
     layers: tuple[LayerReport, ...]
@@ -63,8 +63,8 @@ class CalibrationReport:
             f"{len(self.layers)} layers calibrated on {self.samples} samples ({self.tokens} "
             f"tokens) in {self.seconds:.0f} s; mean relative error of their outputs "
             f"{after:.3f}, rounded {before:.3f}"
-            + f"; {len(self.rounded)} experts that less than {LEAST_TOKENS} tokens reached keep "
-            f"their rounding, such as {next(iter(self.rounded), None)}" * bool(self.rounded)
+            + f"; {len(self.rounded)} experts that no token reached keep their rounding, such as "
+            f"{next(iter(self.rounded), None)}" * bool(self.rounded)
         )
 
 

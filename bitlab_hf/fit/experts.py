@@ -27,8 +27,6 @@ from bitlab_hf.fit.streams import Originals, Unit
 from bitlab_hf.fit.taps import Batch, ExpertsTap
 
 Solve = Callable[[Matrix, Moments], LayerReport]
-# An expert that fewer tokens reached keeps its rounding: what is fitted to so few fits no others.
-LEAST_TOKENS = 16
 
 
 @dataclass
@@ -133,10 +131,11 @@ def _fit(
     if kept is not None and kept.has([matrix]):
         return _read(matrix, kept)
     report = None
-    if sum(len(share.rows) for _, share in shares) < LEAST_TOKENS:
-        matrix.keeps_rounding = True
-    else:
+    # One token is enough to be better than rounding, on others too: damping does the rest.
+    if any(len(share.rows) for _, share in shares):
         report = solve(matrix, moments())
+    else:
+        matrix.keeps_rounding = True
     if kept is not None:
         kept.write(matrix, report)
     return report
