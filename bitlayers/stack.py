@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -128,11 +129,11 @@ class Stack:
         step, *scales = self.scales(weight)
         return ops.pack_codes(weight, step), *scales
 
-    def pack_all(self, weight: Tensor) -> Packed:
-        """Packs the tensor of all experts."""
+    def pack_all(self, weight: Iterable[Tensor]) -> Packed:
+        """Packs the tensor of all experts, or their parts of it one after another."""
         made: Packed = ()
-        for expert in range(self.experts):
-            packed = self.pack(weight[expert])
+        for expert, matrix in enumerate(weight):
+            packed = self.pack(matrix)
             if not made:
                 made = tuple(one.new_empty(self.experts, *one.shape) for one in packed)
             for whole, one in zip(made, packed, strict=True):
