@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 
@@ -224,6 +225,22 @@ def test_whatever_experts_implementation_is_asked_for(tmp_path: Path) -> None:
         assert torch.equal(logits_of(model), wanted)
         deploy(model)
         assert torch.equal(logits_of(model), wanted)
+
+
+@pytest.mark.parametrize("mode", ["infer", "auto"])
+def test_adapters_are_beside_experts_and_not_on_them(mode: str, tmp_path: Path) -> None:
+    model = latent("qwen3_moe", tmp_path, mode=mode)
+    kinds = [type(module) for module in model.modules()]
+    for target in ("mlp.experts.down_proj", "model.layers.1.mlp.experts.gate_up_proj"):
+        config = LoraConfig(target_modules=["q_proj"], target_parameters=[target])
+        with pytest.raises(LifecycleError, match="must name float Parameters, got model.layers"):
+            get_peft_model(model, config)
+        assert [type(module) for module in model.modules()] == kinds
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    moved = [p for name, p in adapted.named_parameters() if "lora_" in name]
+    assert len(moved) == 4
+    assert all(p.grad is not None and p.grad.any() for p in moved)
 
 
 def test_generate_with_a_batch_and_a_static_cache(tmp_path: Path) -> None:
