@@ -51,7 +51,8 @@ class BitLabConfig(QuantizationConfigMixin):
             model keeps it float. ``"ternary"`` converts it like the other layers.
         experts: ``None`` converts experts that a model keeps as tensors, where it is known how
             these lie; ``"ternary"`` insists on it; ``"keep"`` leaves them float. A file says
-            ``"ternary"`` where its experts are.
+            ``"ternary"`` where its experts are. An estimator that trains a scale does so for
+            linear layers; experts get ``"absmean"`` beside it.
         sub_norm: Glob patterns of modules, by their whole or their last name (``["o_proj",
             "down_proj"]``), that get an RMS norm of their input, as BitNet does
             (arXiv 2402.17764); its weights start at one.

@@ -29,6 +29,7 @@ from bitlab_hf.checkpoint.loading import Loading
 from bitlab_hf.checkpoint.packed_state import packed_state
 from bitlab_hf.checkpoint.plan import Source, make_plan
 from bitlab_hf.config import LOADING_ATTRIBUTES, QUANT_METHOD, BitLabConfig
+from bitlab_hf.model.by_expert import by_expert
 from bitlab_hf.model.count import bits_per_weight
 from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.head import restore_float
@@ -107,7 +108,8 @@ class BitLabHfQuantizer(HfQuantizer):
         if self.own_names:
             return []
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
-        return conversions
+        packs = self.build_packed and not self.file_is_packed
+        return by_expert(conversions) if packs else conversions
 
     # While the weights arrive.
 

@@ -71,16 +71,6 @@ class BitExperts(nn.Module):
     # The forward.
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sends each token through its experts; see `run`."""
-        return self.run(hidden_states, top_k_index, top_k_weights)
-
-    def run(
-        self,
-        hidden_states: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        strength: float | None = None,
-    ) -> Tensor:
         """Sends each token through its experts.
 
         Args:
@@ -88,32 +78,40 @@ class BitExperts(nn.Module):
             top_k_index: int [M, k], the experts of each token; one that is not below the number of
                 experts is none, and adds nothing.
             top_k_weights: float [M, k], what each expert's output is multiplied with.
-            strength: How far latent weights are quantized, also in eval mode; None for fully there,
-                and in training for the module's own.
 
         Returns:
             [M, H] of the dtype of hidden_states.
         """
-        first, second = (
-            self._projection(name, len(hidden_states), strength) for name in self.stacks
-        )
+        first, second = (self._projection(name, len(hidden_states)) for name in self.stacks)
+        return self.through(first, second, hidden_states, top_k_index, top_k_weights)
+
+    def through(
+        self,
+        first: Projection,
+        second: Projection,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        """Does as `forward` does, with these two projections."""
 
         def expert(x: Tensor, number: int) -> Tensor:
-            inner = first(x, number)
-            inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-            outer = second(inner, number)
+            outer = second(self.activated(first(x, number)), number)
             return self.post_expert_norm(outer) if self.has_post_expert_norm else outer
 
         return route(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
 
-    def _projection(self, name: str, tokens: int, strength: float | None) -> Projection:
+    def activated(self, inner: Tensor) -> Tensor:
+        """Returns what the second projection reads of what the first gives."""
+        return self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+
+    def _projection(self, name: str, tokens: int) -> Projection:
         """Returns one projection for one forward pass."""
         weight: Tensor | None = self._parameters.get(name)
         bias: Tensor | None = self._parameters.get(f"{name}_bias")
         stack, packed = self.stacks[name], partial(self.packed, name)
-        if weight is not None and (self.training or strength is not None):
-            strength = self.quant_strength if strength is None else strength
-            return TrainedProjection(stack, weight, bias, strength)
+        if weight is not None and self.training:
+            return TrainedProjection(stack, weight, bias, self.quant_strength)
         trains = weight is None and bias is not None and bias.requires_grad
         bias = bias if trains or bias is None else bias.detach()
         kept = None if weight is None else self._kept(name, tokens)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bitcore import ops
+from bitlayers.parts import Parts
 from bitlayers.stack import Stack
 from bitlayers.state import Packed
 from bitlayers.training import mixed_product
@@ -77,11 +78,13 @@ class TrainedProjection(Projection):
 
     def __init__(self, stack: Stack, weight: Tensor, bias: Tensor | None, strength: float) -> None:
         super().__init__(stack, bias)
-        self._weights, self._strength = weight.unbind(0), strength
+        self._weights, self._strength = Parts(weight), strength
 
     def _product(self, x: Tensor, expert: int, bias: Tensor | None) -> Tensor:
         stack, config = self.stack, self.stack.config
-        weight = stack.oriented(self._weights[expert])
+        # No copy where it is transposed: what is saved for the backward pass is the Parameter.
+        part = self._weights[expert]
+        weight = part.t() if stack.transposed else part
         step, scale, *multiplier = stack.scales(weight)
         if self._strength < 1:
             with torch.no_grad():

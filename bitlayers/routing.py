@@ -37,7 +37,8 @@ def route(
     index = top_k_index.reshape(-1)
     order = torch.argsort(index, stable=True)
     counts = torch.bincount(index, minlength=experts)[:experts].tolist()
-    outputs, start = [], 0
+    outputs: list[Tensor] = []
+    start = 0
     for number, count in enumerate(counts):
         if count:
             places = order[start : start + count]
@@ -45,8 +46,11 @@ def route(
             outputs.append(expert(hidden_states.index_select(0, places // chosen), number))
     if not outputs:
         return torch.zeros_like(hidden_states)
-    places = order[:start]
-    weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[places].unsqueeze(-1)
-    rows = weighted.new_zeros(index.numel(), weighted.shape[-1])
-    rows = rows.index_copy(0, places, weighted)
-    return rows.view(-1, chosen, rows.shape[-1]).sum(1).to(hidden_states.dtype)
+    # In place, and weighted where they stand: no copy of them outlives this but the one that the
+    # weights' gradient needs.
+    given = torch.cat(outputs)
+    del outputs
+    rows = given.new_zeros(index.numel(), given.shape[-1]).index_copy_(0, order[:start], given)
+    del given
+    weighted = rows.view(-1, chosen, rows.shape[-1]) * top_k_weights.unsqueeze(-1)
+    return weighted.sum(1).to(hidden_states.dtype)

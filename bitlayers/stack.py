@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -94,14 +95,25 @@ class Stack:
             return ops.estimate(weight, quantizer, granularity, config.group_size)
         held = [
             ops.estimate(part.contiguous(), quantizer, granularity, None)
-            for part in self._split(weight.detach())
+            for part in self.split(weight.detach())
         ]
         return tuple(self._rows(list(values)) for values in zip(*held, strict=True))
 
-    def _split(self, weight: Tensor) -> list[Tensor]:
+    def split(self, matrix: Tensor) -> list[Tensor]:
+        """Returns the rows of an expert's [N, K], or of what has as many, that can have a scale in
+        common: the logical matrices with a scale a tensor, else all in one.
+        """
+        if self.config.granularity != "per_tensor":
+            return [matrix]
         if self.interleaved:
-            return [weight[part :: self.parts] for part in range(self.parts)]
-        return list(weight.chunk(self.parts))
+            return [matrix[part :: self.parts] for part in range(self.parts)]
+        return list(matrix.chunk(self.parts))
+
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """Returns what `split` has parted."""
+        if self.interleaved and len(parts) > 1:
+            return torch.stack(parts, 1).flatten(0, 1)
+        return torch.cat(parts)
 
     def _rows(self, values: list[Tensor]) -> Tensor:
         """Returns values [1] of the logical matrices as one a row, [N]."""
@@ -117,11 +129,11 @@ class Stack:
         step, *scales = self.scales(weight)
         return ops.pack_codes(weight, step), *scales
 
-    def pack_all(self, weight: Tensor) -> Packed:
-        """Packs the tensor of all experts."""
+    def pack_all(self, weight: Iterable[Tensor]) -> Packed:
+        """Packs the tensor of all experts, or their parts of it one after another."""
         made: Packed = ()
-        for expert in range(self.experts):
-            packed = self.pack(weight[expert])
+        for expert, matrix in enumerate(weight):
+            packed = self.pack(matrix)
             if not made:
                 made = tuple(one.new_empty(self.experts, *one.shape) for one in packed)
             for whole, one in zip(made, packed, strict=True):

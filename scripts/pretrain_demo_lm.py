@@ -7,6 +7,11 @@ Hidden matrices are trained with Muon, which needs fewer tokens than AdamW at th
 is passed over as few times as possible; the rest with AdamW.
 
     python scripts/pretrain_demo_lm.py --output bitlab_hf/demo/model
+
+With ``--experts`` it is a small mixture of experts instead, of Qwen3-MoE's architecture and with
+its own loss for an even load: a model to try what BitLab does with one, ready in minutes.
+
+    python scripts/pretrain_demo_lm.py --output out/moe --experts 16 --steps 400 --batch 8
 """
 
 from __future__ import annotations
@@ -17,10 +22,18 @@ import time
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+)
 
 from bitlab_hf.demo.corpus import Split, source_files
 
@@ -51,23 +64,35 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model() -> LlamaForCausalLM:
-    """Builds the model with random weights."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2 * BLOCK,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        initializer_range=0.02,
-    )
-    return LlamaForCausalLM(config)
+def build_model(experts: int) -> PreTrainedModel:
+    """Builds the model with random weights: a mixture of so many experts, or a dense one at 0."""
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2 * BLOCK,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "initializer_range": 0.02,
+    }
+    if experts:
+        config: PreTrainedConfig = Qwen3MoeConfig(
+            **common,
+            hidden_size=128,
+            head_dim=32,
+            moe_intermediate_size=128,
+            num_hidden_layers=4,
+            num_experts=experts,
+            num_experts_per_tok=min(4, experts),
+            norm_topk_prob=True,
+            output_router_logits=True,
+        )
+    else:
+        config = LlamaConfig(**common, hidden_size=256, intermediate_size=768, num_hidden_layers=6)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def blocks_of(tokenizer: PreTrainedTokenizerFast, split: Split, with_tests: bool) -> torch.Tensor:
@@ -81,10 +106,16 @@ def blocks_of(tokenizer: PreTrainedTokenizerFast, split: Split, with_tests: bool
 
 
 @torch.no_grad()
-def heldout_loss(model: LlamaForCausalLM, blocks: torch.Tensor) -> float:
-    """Returns the mean loss in nats a token over the held-out blocks, in float32."""
+def heldout_loss(model: PreTrainedModel, blocks: torch.Tensor) -> float:
+    """Returns the mean loss in nats a token over the held-out blocks, in float32, without what an
+    uneven load of experts adds to it.
+    """
     model.eval()
-    losses = [model(input_ids=part, labels=part).loss * len(part) for part in blocks.split(16)]
+    balanced = getattr(model.config, "output_router_logits", False)
+    alone = {"output_router_logits": False} if balanced else {}
+    losses = [
+        model(input_ids=part, labels=part, **alone).loss * len(part) for part in blocks.split(16)
+    ]
     model.train()
     return float(sum(losses) / len(blocks))
 
@@ -104,6 +135,9 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="the folder to write the model to"
     )
+    parser.add_argument(
+        "--experts", type=int, default=0, help="a mixture of so many, of which a token visits 4"
+    )
     parser.add_argument("--steps", type=int, default=1900)
     parser.add_argument("--batch", type=int, default=16, help="blocks of 512 tokens a step")
     parser.add_argument("--muon-lr", type=float, default=0.01)
@@ -116,7 +150,7 @@ def main() -> None:
     tokenizer = train_tokenizer(file.text for file in source_files("train"))
     train = blocks_of(tokenizer, "train", with_tests=True)
     heldout = blocks_of(tokenizer, "heldout", with_tests=False)
-    model = build_model().train()
+    model = build_model(args.experts).train()
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{parameters / 1e6:.2f} M parameters, {train.numel() / 1e6:.2f} M training tokens, "
@@ -160,6 +194,8 @@ def main() -> None:
             )
 
     model.to(torch.bfloat16).eval()
+    if args.experts:
+        model.config.output_router_logits = False
     model.generation_config.do_sample = False
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)

@@ -21,15 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from bitcore.errors import ArgumentError, LifecycleError, NonFiniteError
+from bitlab_hf.fit.experts import fit_experts
 from bitlab_hf.fit.kept import KeptLayers, LayerReport, settings_of
 from bitlab_hf.fit.latent import check_estimator
+from bitlab_hf.fit.matrix import Matrix
 from bitlab_hf.fit.solve import Moments, damped, loss_of, solve, wanted_weight
 from bitlab_hf.fit.streams import Originals, Unit, find_units
 from bitlab_hf.fit.sums import SumFinder
-from bitlab_hf.fit.taps import Batch, Tap, tapped
+from bitlab_hf.fit.taps import AnyTap, Batch, ExpertsTap, Tap, tapped
 from bitlab_hf.model.experts import expert_modules
-from bitlab_hf.model.tree import decoder_layers, find_modules
+from bitlab_hf.model.tree import Found, decoder_layers, find_modules
 from bitlayers.base import BitLayerBase
+from bitlayers.experts import BitExperts
 
 Progress = Callable[[int, int, str], None]
 
@@ -39,12 +42,12 @@ class CalibrationReport:
     """What calibration did.
 
     Attributes:
-        layers: One entry for each calibrated layer, in order.
+        layers: One entry for each calibrated layer, and for each matrix of an expert, in order.
         samples: How many there were.
         tokens: How many they hold.
         seconds: How long it took.
-        rounded: Names of the experts modules that keep the codes of their rounding: experts are not
-            calibrated, and the layers behind them are fitted to them as they are.
+        rounded: The experts that keep the codes of their rounding, ``MODULE.NUMBER``: no token
+            has reached them.
     """
 
     layers: tuple[LayerReport, ...]
@@ -60,8 +63,8 @@ class CalibrationReport:
             f"{len(self.layers)} layers calibrated on {self.samples} samples ({self.tokens} "
             f"tokens) in {self.seconds:.0f} s; mean relative error of their outputs "
             f"{after:.3f}, rounded {before:.3f}"
-            + f"; experts of {len(self.rounded)} layers keep their rounding"
-            * bool(self.rounded)
+            + f"; {len(self.rounded)} experts that no token reached keep their rounding, such as "
+            f"{next(iter(self.rounded), None)}" * bool(self.rounded)
         )
 
 
@@ -97,7 +100,8 @@ def calibrate(
     folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> CalibrationReport:
-    """Chooses the ternary codes and scales of a latent model by what its layers get to see.
+    """Chooses the ternary codes and scales of a latent model by what its layers, and its experts,
+    get to see.
 
     The latent weights are replaced by ones that the model's own estimator ternarizes to these
     codes: train from there, or `deploy` at once.
@@ -149,20 +153,26 @@ def calibrate(
     if folder is not None:
         kept = KeptLayers(folder, settings_of(ids, asdict(numbers)), writes=_is_first_process())
     reports: list[LayerReport] = []
+    rounded: dict[str, None] = {}
+    done = 0
     layers = _decoder_layers(inner)
     wanted = _wanted(inner, layers, blocks)
-    experts = {one.module: one.names[0] for one in expert_modules(inner) if one.module in wanted}
-    with tapped(inner, _left(inner, wanted), experts) as (taps, streams):
+    with tapped(inner, _left(inner, wanted)) as (taps, streams):
         finder = SumFinder(streams)
         units = find_units(inner, layers, blocks, ids, taps, streams)
-        total = sum(len(unit.taps) for unit, _ in units)
+        total = sum(len(tap.matrices) for unit, _ in units for tap in unit.taps)
         for number, (unit, batches) in enumerate(units):
             originals = unit.originals(batches, finder)
             for group in originals.groups:
-                for report in _calibrate_group(group, unit, batches, originals, kept, numbers):
-                    reports.append(report)
+                found = _calibrate_group(group, unit, batches, originals, kept, numbers)
+                for matrix, report in found:
+                    done += 1
+                    if report is None:
+                        rounded[matrix.name.rpartition(".")[0]] = None
+                    else:
+                        reports.append(report)
                     if progress is not None:
-                        progress(len(reports), total, report.name)
+                        progress(done, total, matrix.name)
             # What is outside of the blocks runs the whole model, from the token ids.
             if number + 1 < len(units) and not units[number + 1][0].whole:
                 following = units[number + 1][1]
@@ -171,14 +181,21 @@ def calibrate(
                     batch.original, batch.ternary = pair
             # The next block's are made beside nothing of this one.
             batches.clear()
-        for tap in taps.values():
-            tap.commit()
-        for one in experts:
-            one.quant_strength = 1.0
+        for module, tap in taps.items():
+            if module in wanted:
+                tap.commit()
     tokens = sum(part.numel() for part in ids)
     samples_run = sum(len(part) for part in ids)
     seconds = time.monotonic() - started
-    return CalibrationReport(tuple(reports), samples_run, tokens, seconds, tuple(experts.values()))
+    return CalibrationReport(tuple(reports), samples_run, tokens, seconds, tuple(rounded))
+
+
+def count_matrices(model: nn.Module) -> int:
+    """Returns how many matrices `calibrate` solves in a whole model: layers, and two an expert."""
+    experts = [
+        stack.experts for one in expert_modules(model) for stack in one.module.stacks.values()
+    ]
+    return len(find_modules(model, BitLayerBase)) + sum(experts)
 
 
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -207,46 +224,58 @@ def _left(model: nn.Module, wanted: set[nn.Module]) -> set[nn.Module]:
 
 
 def _calibrate_group(
-    group: list[Tap],
+    group: list[AnyTap],
     unit: Unit,
     batches: list[Batch],
     originals: Originals,
     kept: KeptLayers | None,
     numbers: _Numbers,
-) -> Iterator[LayerReport]:
-    """Gives taps that read one tensor their ternary weights, or those that are kept."""
-    found = None if kept is None else kept.read(group)
-    if found is not None:
-        yield from found
+) -> Iterator[tuple[Matrix, LayerReport | None]]:
+    """Gives taps that read one tensor, or experts, their ternary weights, or those that are kept;
+    the report is None of what keeps its rounding.
+    """
+
+    def solved(matrix: Matrix, moments: Moments) -> LayerReport:
+        return _calibrate(matrix, moments, numbers)
+
+    first = group[0]
+    taps = [tap for tap in group if isinstance(tap, Tap)]
+    if isinstance(first, ExpertsTap):
+        yield from fit_experts(first, unit, batches, originals, kept, solved)
+    elif kept is not None and kept.has(taps):
+        yield from ((tap, kept.read(tap)) for tap in taps)
     else:
-        moments = unit.moments(group, batches, originals)
-        for tap in group:
-            report = _calibrate(tap, moments, numbers)
+        moments = unit.moments(taps, batches, originals)
+        for tap in taps:
+            report = solved(tap, moments)
             if kept is not None:
                 kept.write(tap, report)
-            yield report
-    originals.inputs.pop(group[0], None)
+            yield tap, report
+    originals.inputs.pop(first, None)
 
 
-def _calibrate(tap: Tap, moments: Moments, numbers: _Numbers) -> LayerReport:
-    """Gives a tap its ternary weight."""
-    layer = tap.layer
+def _calibrate(matrix: Matrix, moments: Moments, numbers: _Numbers) -> LayerReport:
+    """Gives a matrix its ternary weight."""
     if not bool(torch.isfinite(moments.hessian.diagonal()).all()):
         raise NonFiniteError(
-            f"calibrate: what {tap.name} reads behind ternary layers must be finite, got NaN or "
+            f"calibrate: what {matrix.name} reads behind ternary layers must be finite, got NaN or "
             "infinity; nothing changed"
         )
     hessian = damped(moments.hessian, numbers.damping)
-    target = wanted_weight(layer.weight, moments, numbers.damping)
-    rows, *groups = layer.estimated_shape()
-    leveled = layer.quant_config.granularity == "per_group"
-    codes, scales = solve(target, hessian, (rows, math.prod(groups)), numbers.rounds, leveled)
-    tap.set(codes, scales)
+    target = wanted_weight(matrix.weight, moments, numbers.damping)
+    leveled = matrix.config.granularity == "per_group"
+    codes, scales = matrix.joined(
+        [
+            solve(part, hessian, matrix.scale_shape(part), numbers.rounds, leveled)
+            for part in matrix.split(target)
+        ]
+    )
+    matrix.set(codes, scales)
     whole = float(((target @ hessian) * target).sum())
-    roundings = layer.dequantized_weight().double()
+    rounding = matrix.rounding().double()
     return LayerReport(
-        name=tap.name,
-        rounding_error=loss_of(target - roundings, hessian) / whole if whole else 0.0,
+        name=matrix.name,
+        rounding_error=loss_of(target - rounding, hessian) / whole if whole else 0.0,
         error=loss_of(target - codes * scales.full(), hessian) / whole if whole else 0.0,
         zeros=float((codes == 0).double().mean()),
     )
@@ -254,7 +283,9 @@ def _calibrate(tap: Tap, moments: Moments, numbers: _Numbers) -> LayerReport:
 
 def _check(model: nn.Module) -> None:
     """Checks the model before anything is run."""
-    layers = find_modules(model, BitLayerBase) if isinstance(model, nn.Module) else []
+    known = isinstance(model, nn.Module)
+    layers: list[Found[Any]] = [*find_modules(model, BitLayerBase)] if known else []
+    layers += expert_modules(model) if known else []
     if not layers:
         raise LifecycleError(
             "calibrate: model must hold quantized layers, got none\n"
@@ -264,23 +295,30 @@ def _check(model: nn.Module) -> None:
         id(parameter) for module in model.modules() for parameter in module._parameters.values()
     )
     for found in layers:
-        name, weight = f"{found.names[0]}.weight", found.module._parameters.get("weight")
-        if found.module.is_deployed or weight is None:
-            raise LifecycleError(
-                f"calibrate: {name} must be latent, got a layer that is deployed\n"
-                "Calibrate the latent model, then deploy it."
-            )
-        if type(weight.data) is not Tensor or weight.is_meta:
-            raise LifecycleError(
-                f"calibrate: {name} must be a whole tensor with data, got a sharded or meta one"
-            )
-        if holders[id(weight)] > 1:
-            raise LifecycleError(
-                f"calibrate: {name} must belong to one module, got one that is shared or tied"
-            )
-        if not bool(torch.isfinite(weight).all()):
-            raise NonFiniteError(f"calibrate: {name} must be finite, got NaN or infinity")
-        check_estimator(found.module.quant_config)
+        stacks = found.module.stacks if isinstance(found.module, BitExperts) else {}
+        for leaf in stacks or ["weight"]:
+            weight = found.module._parameters.get(leaf)
+            _check_weight(f"{found.names[0]}.{leaf}", weight, holders)
+            check_estimator(stacks[leaf].config if stacks else found.module.quant_config)
+
+
+def _check_weight(name: str, weight: Tensor | None, holders: Mapping[int, int]) -> None:
+    """Checks a latent weight; ``holders`` counts those that have it, by its id."""
+    if weight is None:
+        raise LifecycleError(
+            f"calibrate: {name} must be latent, got a layer that is deployed\n"
+            "Calibrate the latent model, then deploy it."
+        )
+    if type(weight.data) is not Tensor or weight.is_meta:
+        raise LifecycleError(
+            f"calibrate: {name} must be a whole tensor with data, got a sharded or meta one"
+        )
+    if holders[id(weight)] > 1:
+        raise LifecycleError(
+            f"calibrate: {name} must belong to one module, got one that is shared or tied"
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFiniteError(f"calibrate: {name} must be finite, got NaN or infinity")
 
 
 def _is_first_process() -> bool:

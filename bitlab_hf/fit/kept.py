@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,13 @@ from bitlab_hf.checkpoint.atomic import (
     staged_beside,
     write_atomically,
 )
+from bitlab_hf.fit.matrix import Matrix
 from bitlab_hf.fit.solve import Scales
-from bitlab_hf.fit.taps import Tap
 
 _SETTINGS = "calibration.json"
 _OP = "calibrate"
 # Counts what changed the layers that the same samples and settings give: they do not mix.
-_SOLVER = 2
+_SOLVER = 3
 
 
 class OtherFitError(ArgumentError):
@@ -44,10 +44,10 @@ class OtherFitError(ArgumentError):
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What calibration did to a layer.
+    """What calibration did to a layer, or to an expert's matrix.
 
     Attributes:
-        name: Of the layer.
+        name: Of the layer; of an expert ``MODULE.NUMBER.TENSOR``.
         rounding_error: ``|Y - Y_t|^2 / |Y|^2`` over the calibration tokens if its weight were
             rounded: Y the wanted outputs, Y_t the ternary ones.
         error: The same, calibrated.
@@ -105,63 +105,70 @@ class KeptLayers:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomically(file, json.dumps(settings, indent=2) + "\n")
 
-    def read(self, taps: list[Tap]) -> list[LayerReport] | None:
-        """Makes layers as they are kept; returns their reports, or None if one is missing.
+    def has(self, matrices: Iterable[Matrix]) -> bool:
+        """Tells whether all of these are kept."""
+        return all(self._file(matrix).exists() for matrix in matrices)
+
+    def read(self, matrix: Matrix) -> LayerReport | None:
+        """Makes a matrix as it is kept; returns its report, None of one that keeps its rounding.
 
         Raises:
-            OtherFitError: The layer's weight or configuration was another one.
+            OtherFitError: The weight or its configuration was another one.
             CheckpointError: The file is damaged.
         """
-        if not all(self._file(tap).exists() for tap in taps):
-            return None
-        return [self._read(tap) for tap in taps]
-
-    def _read(self, tap: Tap) -> LayerReport:
-        file = self._file(tap)
+        file, tensors = self._file(matrix), dict[str, Tensor]()
         try:
             with safe_open(file, "pt") as opened:
                 about = json.loads(opened.metadata()["layer"])
-                qweight, values = opened.get_tensor("qweight"), opened.get_tensor("scales")
+                if about["report"] is not None:
+                    tensors = {name: opened.get_tensor(name) for name in ("qweight", "scales")}
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{_OP}: {file} must hold a layer, got a file that cannot be read: {error}\n"
                 "Remove it: the layer is calibrated again."
             ) from error
-        if about["of"] != _mark(tap):
+        if about["of"] != _mark(matrix):
             raise OtherFitError(
-                f"{_OP}: folder must be of this model, got one whose {tap.name} had another weight "
-                f"or configuration: {self._folder}\nName another folder, or remove this one."
+                f"{_OP}: folder must be of this model, got one whose {matrix.name} had another "
+                f"weight or configuration: {self._folder}\n"
+                "Name another folder, or remove this one."
             )
-        rows, columns = tap.layer.weight.shape
-        device = tap.layer.weight.device
-        tap.set(
-            unpack_ternary(qweight, rows).to(device),
-            Scales(values.to(device), columns, about["leveled"]),
+        if not tensors:
+            return None
+        rows, columns = matrix.weight.shape
+        device = matrix.weight.device
+        matrix.set(
+            unpack_ternary(tensors["qweight"].to(device), rows),
+            Scales(tensors["scales"].to(device), columns, about["leveled"]),
         )
-        return LayerReport(tap.name, **about["report"])
+        return LayerReport(matrix.name, **about["report"])
 
-    def write(self, tap: Tap, report: LayerReport) -> None:
-        """Keeps a tap's layer.
+    def write(self, matrix: Matrix, report: LayerReport | None) -> None:
+        """Keeps a matrix, or that it keeps its rounding.
 
         Raises:
             DiskFullError: It does not fit; what is kept already stays.
         """
-        if not self._writes or tap.codes is None or tap.scales is None:
+        codes, scales = matrix.codes, matrix.scales
+        if not self._writes:
             return
-        values = asdict(report)
-        del values["name"]
-        about = {"of": _mark(tap), "report": values, "leveled": tap.scales.leveled}
-        tensors = {
-            "qweight": pack_codes(tap.codes).cpu(),
-            "scales": tap.scales.values.contiguous().cpu(),
-        }
-        file = self._file(tap)
+        about: dict[str, Any] = {"of": _mark(matrix), "report": None}
+        tensors = {}
+        if report is not None and codes is not None and scales is not None:
+            values = asdict(report)
+            del values["name"]
+            about |= {"report": values, "leveled": scales.leveled}
+            tensors = {
+                "qweight": pack_codes(codes).cpu(),
+                "scales": scales.values.contiguous().cpu(),
+            }
+        file = self._file(matrix)
         with naming_full_disk(file, _OP), staged_beside(file, _OP) as staged:
             save_file(tensors, staged, {"layer": json.dumps(about)})
             put_in_place(staged, file)
 
-    def _file(self, tap: Tap) -> Path:
-        return self._folder / f"{tap.name}.safetensors"
+    def _file(self, matrix: Matrix) -> Path:
+        return self._folder / f"{matrix.name}.safetensors"
 
     def _check(self, file: Path, settings: dict[str, Any]) -> None:
         try:
@@ -180,8 +187,8 @@ class KeptLayers:
                 )
 
 
-def _mark(tap: Tap) -> list[Any]:
-    """Returns what tells a layer's weight and configuration from others."""
-    weight = tap.layer.weight.detach().contiguous()
-    data = weight.cpu().view(torch.uint8).numpy()
-    return [list(weight.shape), zlib.crc32(data), tap.layer.quant_config.to_dict()]
+def _mark(matrix: Matrix) -> list[Any]:
+    """Returns what tells a weight and its configuration from others."""
+    weight = matrix.weight.detach().contiguous()
+    data: Any = weight.cpu().view(torch.uint8).numpy()
+    return [list(weight.shape), zlib.crc32(data), matrix.config.to_dict()]

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from bitcore.errors import ArgumentError, NonFiniteError
 from bitlab_hf.fit.solve import Moments
 from bitlab_hf.fit.sums import Place, SumFinder, noting, stopping_at
-from bitlab_hf.fit.taps import Batch, Stop, Streams, Tap
+from bitlab_hf.fit.taps import AnyTap, Batch, ExpertsTap, Stop, Streams, Tap
 
 
 class Unit:
     """A part of the model that is run by itself: a block, or all of it."""
 
     def __init__(
-        self, module: nn.Module, taps: list[Tap], streams: Streams, whole: bool = False
+        self, module: nn.Module, taps: list[AnyTap], streams: Streams, whole: bool = False
     ) -> None:
         self.module, self.taps, self.whole = module, taps, whole
         self._streams = streams
 
-    def run(self, batch: Batch, original: bool, last: Tap | None = None) -> Any:
+    def run(self, batch: Batch, original: bool, last: AnyTap | None = None) -> Any:
         """Runs it in one of the streams; returns its output, or None if it ended before."""
         self._streams.original, self._streams.last = original, last
         self._streams.calls.clear()
@@ -60,9 +60,7 @@ class Unit:
             last: Tensor | None = None
             for tap, x in self._streams.calls:
                 if tap in wanted and tap not in seen:
-                    same = x is last and tap.layer.quant_config.activation == (
-                        kept.groups[-1][0].layer.quant_config.activation
-                    )
+                    same = x is last and _multiply_alike(kept.groups[-1][0], tap)
                     kept.groups[-1].append(tap) if same else kept.groups.append([tap])
                     seen.add(tap)
                     if not same and not self.whole:
@@ -84,29 +82,53 @@ class Unit:
             batches: What the unit is called with.
             kept: What it does in the original stream.
         """
-        tap, originals = group[0], kept.inputs.get(group[0])
-        moments = Moments.zeros(tap.layer.weight.shape[1], tap.layer.weight.device)
+        tap = group[0]
+        moments = Moments.zeros(tap.weight.shape[1], tap.weight.device)
         is_added = len(group) == 1 and tap in kept.places
         for number, batch in enumerate(batches):
             if is_added:
-                self._add_sum(tap, number, batch, kept, moments)
+                output, missing = self._sum(tap, number, batch, kept)
+                x = next(x for other, x in self._streams.calls if other is tap)
+                wanted = output.float() + missing
+                if tap.layer.bias is not None:
+                    wanted = wanted - tap.layer.bias.float()
+                moments.add_wanted(wanted.flatten(0, -2), tap.quantized(x).flatten(0, -2))
                 continue
-            original_x = (
-                self._input(tap, batch, original=True) if originals is None else originals[number]
-            )
-            x = self._input(tap, batch, original=False)
-            if x is not None:
-                inputs = tap.quantized(x)
-                # Routed tokens can be others in the two streams: then there is no original of them.
-                if original_x is None or original_x.shape != inputs.shape:
-                    original_x = inputs
-                moments.add(original_x.flatten(0, -2), inputs.flatten(0, -2))
+            pair = self.inputs(tap, number, batch, kept)
+            if pair is not None:
+                original_x, x = pair
+                moments.add(original_x.flatten(0, -2), tap.quantized(x).flatten(0, -2))
         return moments
 
-    def _add_sum(
-        self, tap: Tap, number: int, batch: Batch, kept: Originals, moments: Moments
-    ) -> None:
-        """Adds a batch of a tap whose output is added to something: the sum is to be as it was."""
+    def inputs(
+        self, tap: AnyTap, number: int, batch: Batch, kept: Originals
+    ) -> tuple[Tensor, Tensor] | None:
+        """Returns what a tap is first called with in both streams; None where it is not.
+
+        Args:
+            tap: The tap.
+            number: Of the batch.
+            batch: What the unit is called with.
+            kept: What it does in the original stream.
+        """
+        held = kept.inputs.get(tap)
+        original = self._input(tap, batch, original=True) if held is None else held[number]
+        x = self._input(tap, batch, original=False)
+        if x is None:
+            return None
+        # Routed tokens can be others in the two streams: then there is no original of them.
+        return x if original is None or original.shape != x.shape else original, x
+
+    def missing(self, tap: AnyTap, number: int, batch: Batch, kept: Originals) -> Tensor | None:
+        """Returns what a tap's output would have to have more of, float32 of its shape, for the
+        sum to be the original one; None of an output that is not added to anything.
+        """
+        return self._sum(tap, number, batch, kept)[1] if tap in kept.places else None
+
+    def _sum(
+        self, tap: AnyTap, number: int, batch: Batch, kept: Originals
+    ) -> tuple[Tensor, Tensor]:
+        """Returns a tap's output in the ternary stream, and what is missing of it."""
         place, outputs, sums = kept.places[tap], list[Tensor](), list[Tensor]()
 
         def note(output: Tensor) -> Tensor:
@@ -119,15 +141,11 @@ class Unit:
                 whole = self.run(batch, original=False)
         finally:
             self._streams.heard = None
-        x = next(x for other, x in self._streams.calls if other is tap)
         now = whole if place is None else sums[0]
         before = kept.outputs[number] if place is None else kept.sums[place][number]
-        wanted = outputs[0].float() + (before.float() - now.float())
-        if tap.layer.bias is not None:
-            wanted = wanted - tap.layer.bias.float()
-        moments.add_wanted(wanted.flatten(0, -2), tap.quantized(x).flatten(0, -2))
+        return outputs[0], (before.float() - now.float()).view(outputs[0].shape)
 
-    def _input(self, tap: Tap, batch: Batch, original: bool) -> Tensor | None:
+    def _input(self, tap: AnyTap, batch: Batch, original: bool) -> Tensor | None:
         """Returns what a tap is first called with, if it is."""
         self.run(batch, original, last=tap)
         return next((x for other, x in self._streams.calls if other is tap), None)
@@ -150,11 +168,18 @@ class Originals:
         sums: Of the places in the block, the sums in each batch.
     """
 
-    groups: list[list[Tap]] = field(default_factory=list)
-    inputs: dict[Tap, list[Tensor | None]] = field(default_factory=dict)
+    groups: list[list[AnyTap]] = field(default_factory=list)
+    inputs: dict[AnyTap, list[Tensor | None]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
-    places: dict[Tap, Place] = field(default_factory=dict)
+    places: dict[AnyTap, Place] = field(default_factory=dict)
     sums: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
+
+
+def _multiply_alike(one: AnyTap, other: AnyTap) -> bool:
+    """Tells whether two taps make the same of an input; experts get tokens of their own."""
+    if isinstance(one, ExpertsTap) or isinstance(other, ExpertsTap):
+        return False
+    return one.config.activation == other.config.activation
 
 
 def _as_multiplied(x: Tensor) -> Tensor:
@@ -212,7 +237,7 @@ def find_units(
     blocks: list[nn.Module],
     wanted: range | None,
     ids: list[Tensor],
-    taps: dict[nn.Module, Tap],
+    taps: dict[nn.Module, AnyTap],
     streams: Streams,
 ) -> list[tuple[Unit, list[Batch]]]:
     """Runs the original model once; returns its units in order, with what they are called with.
@@ -225,7 +250,7 @@ def find_units(
         blocks: Its transformer layers.
         wanted: Which of them, by number; what is outside comes with the last one. None for all.
         ids: Token ids [B, L] of each batch.
-        taps: By their layers.
+        taps: By their modules.
         streams: Theirs.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitlab_hf.fit.taps import Batch, Stop, Streams, Tap
+from bitlab_hf.fit.taps import AnyTap, Batch, Stop, Streams
 
 # A module whose input the sum is; None for the unit's output.
 Place = nn.Module | None
@@ -45,7 +45,7 @@ def stopping_at(place: Place, noted: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def noting(places: Mapping[Tap, Place], sums: dict[nn.Module, list[Tensor]]) -> Iterator[None]:
+def noting(places: Mapping[AnyTap, Place], sums: dict[nn.Module, list[Tensor]]) -> Iterator[None]:
     """Notes the sums that stand inside of a block in each pass."""
 
     def note(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -71,7 +71,9 @@ class SumFinder:
         self._streams = streams
         self._known: dict[Any, dict[str, str | None]] = {}
 
-    def find(self, module: nn.Module, taps: list[Tap], batch: Batch, run: Run) -> dict[Tap, Place]:
+    def find(
+        self, module: nn.Module, taps: list[AnyTap], batch: Batch, run: Run
+    ) -> dict[AnyTap, Place]:
         """Returns the taps whose output is added to something, with the place of the sum.
 
         Args:
@@ -82,12 +84,12 @@ class SumFinder:
         """
         names = {inner: name for name, inner in module.named_modules()}
         modules = dict(module.named_modules())
-        own = {names[tap.layer]: tap for tap in taps}
+        own = {names[tap.module]: tap for tap in taps}
         key = (type(module), tuple(own))
         if key not in self._known:
             found = self._try(module, taps, batch, run)
             self._known[key] = {
-                names[tap.layer]: None if place is None else names[place]
+                names[tap.module]: None if place is None else names[place]
                 for tap, place in found.items()
             }
         return {
@@ -95,31 +97,34 @@ class SumFinder:
             for tap, place in self._known[key].items()
         }
 
-    def _try(self, module: nn.Module, taps: list[Tap], batch: Batch, run: Run) -> dict[Tap, Place]:
+    def _try(
+        self, module: nn.Module, taps: list[AnyTap], batch: Batch, run: Run
+    ) -> dict[AnyTap, Place]:
         stream = batch.original
         before = _trace(module, stream.shape, run)
         size = stream.float().abs().mean().clamp(min=1e-6)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(stream.shape, generator=generator).to(stream.device) * size
-        found: dict[Tap, Place] = {}
+        found: dict[AnyTap, Place] = {}
         for tap in taps:
             outputs: list[Tensor] = []
 
             def shift(output: Tensor, outputs: list[Tensor] = outputs) -> Tensor:
                 outputs.append(output)
-                if output.shape != noise.shape:
+                if not _is_stream(output, noise):
                     return output
-                return output + noise.to(output.dtype)
+                return output + noise.to(output.dtype).view(output.shape)
 
             self._streams.heard = (tap, shift)
             try:
                 after = _trace(module, stream.shape, run)
             finally:
                 self._streams.heard = None
-            if len(outputs) != 1 or outputs[0].shape != noise.shape:
+            if len(outputs) != 1 or not _is_stream(outputs[0], noise):
                 continue
+            output = outputs[0].reshape(noise.shape)
             for place in before:
-                if place in after and _is_sum(before[place], after[place], outputs[0], noise):
+                if place in after and _is_sum(before[place], after[place], output, noise):
                     found[tap] = place
                     break
         return found
@@ -150,6 +155,11 @@ def _trace(module: nn.Module, shape: torch.Size, run: Run) -> dict[Place, Tensor
         for place, given in noted.items()
         if len(given) == 1 and isinstance(given[0], Tensor) and given[0].shape == shape
     }
+
+
+def _is_stream(output: Tensor, stream: Tensor) -> bool:
+    """Tells whether an output is of the stream's shape, or of its tokens in one row."""
+    return output.shape[-1] == stream.shape[-1] and output.numel() == stream.numel()
 
 
 def _is_sum(before: Tensor, after: Tensor, output: Tensor, shift: Tensor) -> bool:

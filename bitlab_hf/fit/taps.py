@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitcore.quantize import quantize_activation
 from bitlab_hf.fit.latent import latent_weight
+from bitlab_hf.fit.matrix import ExpertMatrix, Matrix, quantized
 from bitlab_hf.fit.solve import Scales
 from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.tree import Found, find_modules
 from bitlayers.base import BitLayerBase
 from bitlayers.experts import BitExperts
+from bitlayers.projection import Projection
+from bitlayers.stack import Stack
 
 
 @dataclass
@@ -46,122 +49,206 @@ class Streams:
     """
 
     original: bool = True
-    calls: list[tuple[Tap, Tensor]] = field(default_factory=list)
-    last: Tap | None = None
-    heard: tuple[Tap, Callable[[Tensor], Tensor]] | None = None
+    calls: list[tuple[AnyTap, Tensor]] = field(default_factory=list)
+    last: AnyTap | None = None
+    heard: tuple[AnyTap, Callable[[Tensor], Tensor]] | None = None
+
+    def begin(self, tap: AnyTap, x: Tensor) -> None:
+        """Notes a call; ends the pass if it is the last one."""
+        self.calls.append((tap, x))
+        if self.last is tap:
+            raise Stop
+
+    def end(self, tap: AnyTap, output: Tensor) -> Tensor:
+        """Returns what goes on of a tap's output."""
+        heard = self.heard
+        return heard[1](output) if heard is not None and heard[0] is tap else output
 
 
-class Tap:
+class Tap(Matrix):
     """Stands in for a layer's forward: notes what it multiplies, and runs it in either stream."""
 
     def __init__(self, found: Found[BitLayerBase], streams: Streams) -> None:
         self.name, self.layer = found.names[0], found.module
+        self.config = self.layer.quant_config
         # None until they are known. A byte a code: the float form is made anew in every pass.
-        self.codes: Tensor | None = None
-        self.scales: Scales | None = None
+        self._codes: Tensor | None = None
+        self._scales: Scales | None = None
         self._streams = streams
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer."""
+        return self.layer
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """Itself."""
+        return [self]
+
+    @property
+    def weight(self) -> Tensor:
+        """The latent weight."""
+        weight: Tensor = self.layer.weight
+        return weight
+
+    @property
+    def codes(self) -> Tensor | None:
+        """What was chosen."""
+        return self._codes
+
+    @property
+    def scales(self) -> Scales | None:
+        """Of the codes."""
+        return self._scales
 
     def set(self, codes: Tensor, scales: Scales) -> None:
         """Makes the layer ternary in the ternary stream."""
-        self.codes, self.scales = codes.to(torch.int8), scales
+        self._codes, self._scales = codes.to(torch.int8), scales
+
+    def rounding(self) -> Tensor:
+        """Returns the rounded weight."""
+        return self.layer.dequantized_weight()
+
+    def scale_shape(self, part: Tensor) -> tuple[int, int]:
+        """Returns the shape of all scales."""
+        rows, *groups = self.layer.estimated_shape()
+        return rows, math.prod(groups)
 
     def commit(self) -> None:
         """Gives the layer itself a latent weight with these codes and scales, if it has any."""
         layer, codes, scales = self.layer, self.codes, self.scales
         if codes is None or scales is None:
             return
-        layer.weight.copy_(latent_weight(layer.weight, codes.double(), scales, layer.quant_config))
+        layer.weight.copy_(latent_weight(layer.weight, codes.double(), scales, self.config))
         if layer.learned_scale is not None:
             layer.learned_scale.copy_(scales.values.reshape(layer.learned_scale.shape))
         layer.quant_strength = 1.0
 
     def __call__(self, x: Tensor) -> Tensor:
         """Runs the layer on x [..., K] in the stream at work."""
-        self._streams.calls.append((self, x))
-        if self._streams.last is self:
-            raise Stop
-        weight: Tensor = self.layer.weight
+        self._streams.begin(self, x)
+        weight = self.weight
         if self.codes is not None and self.scales is not None and not self._streams.original:
             x, weight = self.quantized(x), self.codes * self.scales.full().float()
         bias = None if self.layer.bias is None else self.layer.bias.to(x.dtype)
-        output = F.linear(x, weight.to(x.dtype), bias)
-        heard = self._streams.heard
-        return heard[1](output) if heard is not None and heard[0] is self else output
+        return self._streams.end(self, F.linear(x, weight.to(x.dtype), bias))
 
     def quantized(self, x: Tensor) -> Tensor:
         """Returns activations as the ternary layer multiplies them, in their dtype."""
-        activation = self.layer.quant_config.activation
-        if activation == "float":
-            return x
-        codes, scale = quantize_activation(x, activation == "int8_per_tensor")
-        return (codes.float() * scale).to(x.dtype)
+        return quantized(x, self.config)
+
+
+class _StreamedProjection(Projection):
+    """Multiplies as the stream at work does."""
+
+    def __init__(
+        self, stack: Stack, bias: Tensor | None, matrices: list[ExpertMatrix], streams: Streams
+    ) -> None:
+        super().__init__(stack, bias)
+        self._matrices, self._streams = matrices, streams
+
+    def _product(self, x: Tensor, expert: int, bias: Tensor | None) -> Tensor:
+        matrix = self._matrices[expert]
+        weight = None if self._streams.original else matrix.ternary()
+        if weight is None:
+            weight = matrix.weight
+        else:
+            x = quantized(x, matrix.config)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class ExpertsTap:
-    """Stands in for the forward of latent experts: in full precision in the original stream.
+    """Stands in for the forward of latent experts: notes what goes where, and runs them in either
+    stream.
 
-    Args:
-        experts: The experts.
-        streams: Whose stream at work counts.
-        rounded: Whether they are ternary in the ternary stream; else in full precision there, too.
+    Attributes:
+        stages: The projections, in the order of use: each expert's matrix.
+        routing: What the first call of the pass at work was given beside the tokens: the experts of
+            each [M, k], and their weights [M, k].
     """
 
-    def __init__(self, experts: BitExperts, streams: Streams, rounded: bool) -> None:
-        self._experts, self._streams, self._rounded = experts, streams, rounded
+    def __init__(self, found: Found[BitExperts], streams: Streams) -> None:
+        self.name, self.experts = found.names[0], found.module
+        self.stages = [
+            [ExpertMatrix(self.name, found.module, stack, one) for one in range(stack.experts)]
+            for stack in found.module.stacks.values()
+        ]
+        self.routing: tuple[Tensor, Tensor] | None = None
+        self._streams = streams
 
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        strength: float | None = None,
-    ) -> Tensor:
+    @property
+    def module(self) -> nn.Module:
+        """The experts."""
+        return self.experts
+
+    @property
+    def matrices(self) -> list[ExpertMatrix]:
+        """All of them, in the order in which they are solved."""
+        return [matrix for stage in self.stages for matrix in stage]
+
+    def projection(self, stage: int) -> Projection:
+        """Returns the first or the second projection."""
+        name, stack = list(self.experts.stacks.items())[stage]
+        bias = self.experts._parameters.get(f"{name}_bias")
+        return _StreamedProjection(stack, bias, self.stages[stage], self._streams)
+
+    def inner(self, x: Tensor, number: int, original: bool) -> Tensor:
+        """Returns what an expert's second projection reads for tokens [m, H] in a stream."""
+        self._streams.original = original
+        return self.experts.activated(self.projection(0)(x, number))
+
+    def commit(self) -> None:
+        """Gives the experts latent weights with what was chosen."""
+        for matrix in self.matrices:
+            matrix.commit()
+        self.experts.quant_strength = 1.0
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Runs the experts on what their forward is given."""
-        full = self._streams.original or not self._rounded
-        strength = 0.0 if full else None
-        experts = self._experts
-        # The class's: the instance's is this object.
-        return type(experts).run(experts, hidden_states, top_k_index, top_k_weights, strength)
+        if all(tap is not self for tap, _ in self._streams.calls):
+            self.routing = top_k_index, top_k_weights
+        self._streams.begin(self, hidden_states)
+        output = self.experts.through(
+            self.projection(0), self.projection(1), hidden_states, top_k_index, top_k_weights
+        )
+        return self._streams.end(self, output)
+
+
+AnyTap = Tap | ExpertsTap
 
 
 @contextmanager
 def tapped(
-    model: nn.Module,
-    left: Container[nn.Module] = (),
-    rounded: Container[nn.Module] | None = None,
-) -> Iterator[tuple[dict[nn.Module, Tap], Streams]]:
-    """Puts taps into quantized layers, in eval mode; puts everything back at the end.
+    model: nn.Module, left: Container[nn.Module] = ()
+) -> Iterator[tuple[dict[nn.Module, AnyTap], Streams]]:
+    """Puts taps into quantized layers and experts, in eval mode; puts everything back at the end.
 
     Args:
         model: Any module tree.
         left: Layers, and experts, that stay as they are.
-        rounded: The experts that are ternary in the ternary stream; None for all.
     """
     streams = Streams()
-    taps: dict[nn.Module, Tap] = {
-        found.module: Tap(found, streams)
-        for found in find_modules(model, BitLayerBase)
-        if found.module not in left
-    }
+    layers = [one for one in find_modules(model, BitLayerBase) if one.module not in left]
     experts = [
-        found.module
-        for found in expert_modules(model)
-        if found.module not in left and not found.module.is_deployed
+        one
+        for one in expert_modules(model)
+        if one.module not in left and not one.module.is_deployed
+    ]
+    # An attribute of the instance hides the method of its class.
+    hidden: list[tuple[nn.Module, str, AnyTap]] = [
+        *((one.module, "_eval_forward", Tap(one, streams)) for one in layers),
+        *((one.module, "forward", ExpertsTap(one, streams)) for one in experts),
     ]
     training = {module: module.training for module in model.modules()}
     model.eval()
-    for layer, tap in taps.items():
-        # An attribute of the instance hides the method of its class.
-        vars(layer)["_eval_forward"] = tap
-    for one in experts:
-        vars(one)["run"] = ExpertsTap(one, streams, rounded is None or one in rounded)
+    for module, method, tap in hidden:
+        vars(module)[method] = tap
     try:
-        yield taps, streams
+        yield {module: tap for module, _, tap in hidden}, streams
     finally:
-        for layer in taps:
-            del vars(layer)["_eval_forward"]
-        for one in experts:
-            del vars(one)["run"]
+        for module, method, _ in hidden:
+            del vars(module)[method]
         for module, was in training.items():
             module.training = was
             if isinstance(module, BitLayerBase | BitExperts):

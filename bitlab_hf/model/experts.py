@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from bitcore import estimators
+from bitcore.config import BitQuantConfig
 from bitcore.errors import BitLabError, ConfigError
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.model.tree import Found, aliases_of, find_modules
@@ -103,8 +105,8 @@ def experts_to_convert(
         skip: Patterns of modules to leave alone.
 
     Raises:
-        ConfigError: ``experts="ternary"`` is asked of a model that has none, or of a layer or an
-            estimator that experts cannot have.
+        ConfigError: ``experts="ternary"`` is asked of a model that has none, or of a layer that
+            experts cannot have.
     """
     if config.experts == "keep":
         return []
@@ -112,8 +114,6 @@ def experts_to_convert(
     problem = None
     if config.layer != "BitLinear":
         problem = f"layer {config.layer!r} is one of linear layers"
-    elif learned := [name for name in _estimators(model, config, found) if name is not None]:
-        problem = f"weight_quantizer {learned[0]!r} trains a scale for each linear layer"
     if config.experts == "ternary" and (problem or not found):
         raise ConfigError(
             'BitLabConfig: experts="ternary" must find experts that can be converted, got '
@@ -130,17 +130,22 @@ def experts_to_convert(
     return found
 
 
-def _estimators(
-    model: nn.Module, config: BitLabConfig, found: list[Found[nn.Module]]
-) -> list[str | None]:
-    """Returns the estimators of these experts that train a scale, None for any other."""
-    held = [
-        quantized.weight_quantizer
-        for one in found
-        for leaf in projections(one.module)
-        for quantized in [config.layer_config(*_names_of(model, one, leaf))]
-    ]
-    return [name if estimators.get_estimator(name).learned else None for name in held]
+def _quantized(
+    model: nn.Module, found: Found[Any], leaf: str, config: BitLabConfig
+) -> BitQuantConfig:
+    """Returns how one tensor of experts is quantized: an estimator that trains a scale does so for
+    linear layers, and experts beside them get absmean's.
+    """
+    asked = config.layer_config(*_names_of(model, found, leaf))
+    if not estimators.get_estimator(asked.weight_quantizer).learned:
+        return asked
+    logger.info(
+        "bitlab: %s.%s gets the scales of absmean: %s trains one for each linear layer",
+        found.names[0],
+        leaf,
+        asked.weight_quantizer,
+    )
+    return replace(asked, weight_quantizer="absmean")
 
 
 def _names_of(model: nn.Module, found: Found[Any], leaf: str) -> list[str]:
@@ -167,7 +172,7 @@ def stacks_of(model: nn.Module, found: Found[nn.Module], config: BitLabConfig) -
                     experts,
                     rows,
                     columns,
-                    config.layer_config(*_names_of(model, found, name)),
+                    _quantized(model, found, name, config),
                     parts=2 if module.has_gate and place == 0 else 1,
                     interleaved=not module.is_concatenated and place == 0,
                     transposed=module.is_transposed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from bitlab_hf.model.tree import Found
 from bitlayers.base import BitLayerBase
 from bitlayers.experts import BitExperts
 from bitlayers.int8 import Int8Rows
+from bitlayers.stack import Stack
 
 
 class PackAtLoad(ConversionOps):
@@ -105,12 +107,12 @@ class PackAtLoad(ConversionOps):
                 continue
             weight = value[0] if isinstance(value, list) else value
             if name in self._experts:
-                self._pack_experts(name, weight.detach())
-            else:
-                pack = self._quantize_head if self.is_head(name) else self._pack_layer
-                scale = pack(model, name, weight.detach())
-                if not bool(torch.isfinite(scale).all()):
-                    self.nonfinite.append(name)
+                self.pack_experts(name, weight.detach(), missing_keys)
+                continue
+            pack = self._quantize_head if self.is_head(name) else self._pack_layer
+            scale = pack(model, name, weight.detach())
+            if not bool(torch.isfinite(scale).all()):
+                self.nonfinite.append(name)
             if missing_keys is not None:
                 # One module can stand under several names.
                 missing_keys -= self._names.get(name, {name})
@@ -137,18 +139,32 @@ class PackAtLoad(ConversionOps):
             return torch.ones(())
         return layer.qweight_scale
 
-    def _pack_experts(self, name: str, weight: Tensor) -> None:
+    def has_experts(self, name: str) -> bool:
+        """Tells whether a parameter is the tensor of latent experts."""
+        return name in self._experts
+
+    def pack_experts(
+        self, name: str, matrices: Iterable[Tensor], missing_keys: set[str] | None
+    ) -> None:
+        """Packs the tensor of experts.
+
+        Args:
+            name: Of the parameter.
+            matrices: Each expert's, as the model holds it; read one by one.
+            missing_keys: Names of what has not arrived, from which it is taken.
+
+        Raises:
+            CheckpointError: An expert's has another shape, or there are more or less of them.
+        """
         module, leaf = self._experts[name], name.rpartition(".")[2]
         stack = module.stacks[leaf]
-        if tuple(weight.shape) != stack.shape:
-            raise CheckpointError(
-                f"{name} must be {list(stack.shape)} to be packed, got {list(weight.shape)}"
-            )
-        module.commit(leaf, *stack.pack_all(weight))
+        module.commit(leaf, *stack.pack_all(_checked(name, matrices, stack)))
         for tensor in module.packed_stack(leaf).values():
             vars(tensor)["_is_hf_initialized"] = True
         finite = torch.isfinite(module.packed_stack(leaf)["qweight_scale"]).flatten(1).all(1)
         self.nonfinite += [f"{name} of expert {int(one)}" for one in (~finite).nonzero()[:1]]
+        if missing_keys is not None:
+            missing_keys -= self._names[name]
 
     def _compare(self, name: str, weight: Tensor, layer: BitLayerBase) -> Tensor:
         """Takes a weight that is stored under a second name: it has to be the same one."""
@@ -179,3 +195,20 @@ class PackAtLoad(ConversionOps):
         elif not torch.equal(built.qweight, qweight) or not torch.equal(built.qweight_scale, scale):
             self.differing.append(name)
         return scale
+
+
+def _checked(name: str, matrices: Iterable[Tensor], stack: Stack) -> Iterator[Tensor]:
+    """Yields each expert's matrix; there have to be as many as there are experts."""
+    _, *sizes = stack.shape
+    count = 0
+    for matrix in matrices:
+        if list(matrix.shape) != sizes:
+            raise CheckpointError(
+                f"{name} must be {list(stack.shape)} to be packed, got {list(matrix.shape)} of "
+                f"expert {count}"
+            )
+        count += 1
+        if count <= stack.experts:
+            yield matrix
+    if count != stack.experts:
+        raise CheckpointError(f"{name} must be of {stack.experts} experts, got {count}")

@@ -18,6 +18,7 @@ from bitlab_hf.model.count import uncounted_weights
 from bitlab_hf.peft.arrival import when_imported
 from bitlab_hf.peft.seal import base_of, is_packed, plain, refusal, sealed, try_adapter, unwritten
 from bitlayers.base import BitLayerBase
+from bitlayers.experts import BitExperts
 from bitlayers.int8 import Int8Embedding, Int8Rows
 
 # These write the weight minus the adapter back; ternarized again, it is another model.
@@ -76,6 +77,29 @@ def check_adapter(config: Any, target: nn.Module, name: str) -> None:
             f"{name}, got {config.init_lora_weights!r}: it works on the float weight, which the "
             "layer lacks or ternarizes again\nLeave init_lora_weights at its default."
         )
+
+
+def check_parameters(config: Any, model: nn.Module) -> None:
+    """Refuses adapters of the tensors of ternary experts: they would be added to a float tensor of
+    all experts, which deployed ones do not have and latent ones ternarize.
+
+    Args:
+        config: PEFT's configuration of the adapter.
+        model: What it is for.
+
+    Raises:
+        LifecycleError: It names such a tensor.
+    """
+    wanted = getattr(config, "target_parameters", None) or ()
+    for module_name, module in model.named_modules():
+        for leaf in module.stacks if isinstance(module, BitExperts) else ():
+            name = plain(f"{module_name}.{leaf}")
+            if any(f".{name}".endswith(f".{one}") for one in wanted):
+                raise LifecycleError(
+                    f"LoRA: target_parameters must name float Parameters, got {name} of ternary "
+                    "experts\nAdapt linear layers with target_modules, or load the model with "
+                    'BitLabConfig(experts="keep").'
+                )
 
 
 def install() -> None:
@@ -178,6 +202,7 @@ def _guarded(method: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(method)
     def guarded(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_parameters(self.peft_config[adapter_name], model)
         if not any(isinstance(one, (BitLayerBase, Int8Rows)) for one in model.modules()):
             method(self, model, adapter_name, *args, **kwargs)
             return

@@ -13,21 +13,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils.logging import tqdm
 
 from bitcore.errors import ArgumentError, ConfigError, LifecycleError
-from bitlab_hf.fit.calibrate import CalibrationReport, Progress, calibrate
-from bitlab_hf.fit.kept import OtherFitError
+from bitlab_hf.fit.calibrate import CalibrationReport, Progress, calibrate, count_matrices
+from bitlab_hf.fit.kept import LayerReport, OtherFitError
 from bitlab_hf.fit.taps import tapped
+from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.tree import decoder_layers, quantized_layers
 from bitlab_hf.train.guard import calibration_folder
 from bitlab_hf.train.recipe import Recipe
 from bitlab_hf.train.stages import StagedCalibration
-from bitlayers import set_quant_strength
+from bitlayers import BitLayerBase, set_quant_strength
+from bitlayers.experts import BitExperts
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -119,12 +121,15 @@ class CalibratedStartMixin(_Base):
         """Calibrates decoder layers in the midst of training; tells whether it could."""
         model = self.accelerator.unwrap_model(self.model)
         samples = [row for batch in self._calibration_batches() for row in _rows(batch)]
-        done = () if self.calibration is None else self.calibration.layers
+        done: tuple[LayerReport, ...] = ()
+        rounded: tuple[str, ...] = ()
+        if self.calibration is not None:
+            done, rounded = self.calibration.layers, self.calibration.rounded
         with self.accelerator.autocast(), self._calibration_bar() as progress:
-            total = len(quantized_layers(model))
+            total = count_matrices(model)
 
             def advance(count: int, _total: int, name: str) -> None:
-                progress(len(done) + count, total, name)
+                progress(len(done) + 2 * len(rounded) + count, total, name)
 
             try:
                 found = self._calibrate_kept(model, samples, advance, blocks)
@@ -138,7 +143,10 @@ class CalibratedStartMixin(_Base):
                     torch.distributed.broadcast(parameter.data, src=0)
         before = 0.0 if self.calibration is None else self.calibration.seconds
         self.calibration = replace(
-            found, layers=done + found.layers, seconds=before + found.seconds
+            found,
+            layers=done + found.layers,
+            seconds=before + found.seconds,
+            rounded=rounded + found.rounded,
         )
         return True
 
@@ -146,7 +154,8 @@ class CalibratedStartMixin(_Base):
     def _calibrate(self, model: Any) -> CalibrationReport | None:
         if not _is_trainable(model):
             return None
-        layers = [one.module for one in quantized_layers(model)]
+        layers: list[BitLayerBase | BitExperts] = [one.module for one in quantized_layers(model)]
+        layers += [one.module for one in expert_modules(model)]
         if is_deepspeed_zero3_enabled():
             logger.warning(
                 "BitLabTrainer: training starts without calibration: ZeRO-3 holds the weights in "
@@ -246,9 +255,12 @@ def _rows(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _is_trainable(model: nn.Module) -> bool:
-    """Tells whether there are latent layers, and all of them learn."""
+    """Tells whether there are latent layers or experts, and all of them learn."""
     layers = [one.module for one in quantized_layers(model) if not one.module.is_deployed]
-    return bool(layers) and all(layer.weight.requires_grad for layer in layers)
+    weights: list[Tensor | None] = [layer.weight for layer in layers]
+    for found in expert_modules(model):
+        weights += [found.module._parameters.get(name) for name in found.module.stacks]
+    return bool(weights) and all(one is not None and one.requires_grad for one in weights)
 
 
 def _has_decoder_layers(model: nn.Module) -> bool:

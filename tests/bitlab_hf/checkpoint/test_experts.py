@@ -229,14 +229,25 @@ def test_what_experts_cannot_have(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         load(
             source, quantization_config=BitLabConfig(weight_granularity="per_group", group_size=64)
         )
-    with pytest.raises(ConfigError, match="trains a scale for each linear layer"):
-        load(source, quantization_config=BitLabConfig(weight_quantizer="lsq", experts="ternary"))
-    with caplog.at_level(logging.WARNING):
-        model = load(source, quantization_config=BitLabConfig(weight_quantizer="lsq"))
-    assert not expert_modules(model)
-    assert "experts such as model.layers.0.mlp.experts stay float" in caplog.text
     with pytest.raises(ConfigError, match="overrides must match converted layers"):
         load(source, quantization_config=BitLabConfig(overrides={"*.expert": {}}))
+
+
+def test_a_learned_scale_is_one_of_layers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = make_moe("qwen3_moe", tmp_path)
+    with caplog.at_level(logging.INFO):
+        model = load(source, quantization_config=BitLabConfig(weight_quantizer="lsq"))
+    assert "experts.down_proj gets the scales of absmean: lsq trains one" in caplog.text
+    experts = [one.module for one in expert_modules(model)]
+    assert {s.config.weight_quantizer for one in experts for s in one.stacks.values()} == {
+        "absmean"
+    }
+    assert model.model.layers[0].self_attn.q_proj.learned_scale is not None
+    before = logits_of(model)
+    save(model, tmp_path / "latent")
+    assert torch.equal(logits_of(load(tmp_path / "latent")), before)
+    save(deploy(model), tmp_path / "packed")
+    assert torch.equal(logits_of(load(tmp_path / "packed")), before)
 
 
 # Bad files.

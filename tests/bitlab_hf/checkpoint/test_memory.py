@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors import safe_open
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from bitlab_hf import BitLabConfig, save
 
@@ -125,3 +126,28 @@ def test_the_int8_head_quantized_at_load(folder: Path) -> None:
 @pytest.mark.parametrize("verify", [True, False])
 def test_the_int8_head_stays_mapped(folder: Path, verify: bool) -> None:
     assert measure(folder / "int8", verify=verify)["peak"] <= 3 * MIB
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer of 48 experts in bf16, of 3 MiB each, as a hub file holds them."""
+    base = tmp_path_factory.mktemp("experts")
+    for suffix, count in (("", 48), ("-small", 2)):
+        config = Qwen3MoeConfig(
+            vocab_size=512, hidden_size=1024, moe_intermediate_size=512, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=4, head_dim=64, num_experts=count,
+            num_experts_per_tok=2, tie_word_embeddings=True,
+        )  # fmt: skip
+        model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+        model.save_pretrained(base / f"float{suffix}")
+    return base
+
+
+def test_experts_are_packed_one_by_one(experts: Path) -> None:
+    """All of them would be 144 MiB in float, and were there twice while they were put together."""
+    with safe_open(experts / "float" / "model.safetensors", "pt") as file:
+        assert "model.layers.0.mlp.experts.47.up_proj.weight" in file.keys()  # noqa: SIM118
+    found = measure(experts / "float", mode="infer")
+    packed = 18 * MIB + 4 * MIB
+    assert found["peak"] <= packed + 1.1 * 3 * MIB + 16 * MIB
+    assert found["after"] <= packed + 4 * MIB

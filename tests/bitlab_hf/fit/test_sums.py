@@ -65,11 +65,11 @@ MODELS: dict[str, tuple[Any, torch.dtype, dict[str, str]]] = {
             "output.dense": "output.LayerNorm",
         },
     ),
-    # Experts are tensors, their sum is weighted.
+    # What experts give for tokens in one row is weighted and added up, then added to the stream.
     "mixtral": (
         lambda: MixtralForCausalLM(MixtralConfig(**SIZES, **KEYS, num_local_experts=4)),
         torch.float32,
-        {"self_attn.o_proj": "post_attention_layernorm"},
+        {"self_attn.o_proj": "post_attention_layernorm", "mlp.experts": "output"},
     ),
 }
 
@@ -96,7 +96,7 @@ def test_places_are_found(name: str) -> None:
                 inner: title for title, inner in unit.module.named_modules()
             }
             names[None] = "output"
-            assert {names[tap.layer]: names[place] for tap, place in places.items()} == expected
+            assert {names[tap.module]: names[place] for tap, place in places.items()} == expected
 
 
 @pytest.mark.parametrize("activation", ["int8", "float32"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 
@@ -190,38 +191,19 @@ def test_groups_look_at_experts() -> None:
     ]  # fmt: skip
 
 
-def test_calibration_leaves_experts_as_rounded(tmp_path: Path) -> None:
-    model = latent("qwen3_moe", tmp_path)
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if "experts" in name}
-    samples = [row["input_ids"] for row in training_data(12)]
-    report = calibrate(model, samples)
-    assert report.rounded == tuple(one.names[0] for one in expert_modules(model))
-    assert "experts of 2 layers keep their rounding" in str(report)
-    after = dict(model.named_parameters())
-    assert all(torch.equal(after[name], weight) for name, weight in before.items())
-    assert "run" not in vars(model.model.layers[0].mlp.experts)
-    assert logits_of(deploy(model)).isfinite().all()
-
-
-def test_calibration_fits_to_the_model_with_float_experts(tmp_path: Path) -> None:
-    source = make_moe("qwen3_moe", tmp_path)
-    wanted = logits_of(load(source))
-    rounded = load(source, quantization_config=BitLabConfig(weight_granularity="per_channel"))
-    before = (logits_of(rounded) - wanted).square().mean()
-    calibrate(rounded, [row["input_ids"] for row in training_data(64)])
-    assert (logits_of(rounded) - wanted).square().mean() < before
-
-
 def test_calibration_in_stages(tmp_path: Path) -> None:
     model = latent("qwen3_moe", tmp_path)
     set_quant_strength(model, 0.0)
-    samples = [row["input_ids"] for row in training_data(6)]
+    samples = [row["input_ids"] for row in training_data(12)]
     first, second = (one.module for one in expert_modules(model))
+    before = second.gate_up_proj.detach().clone()
     report = calibrate(model, samples, blocks=range(1))
-    assert report.rounded == ("model.layers.0.mlp.experts",)
+    assert {layer.name.split(".")[2] for layer in report.layers} == {"0"}
+    assert torch.equal(second.gate_up_proj, before)
     assert (first.quant_strength, second.quant_strength) == (1.0, 0.0)
     report = calibrate(model, samples, blocks=range(1, 2))
-    assert report.rounded == ("model.layers.1.mlp.experts",)
+    assert {layer.name.split(".")[2] for layer in report.layers} == {"1"}
+    assert not torch.equal(second.gate_up_proj, before)
     assert second.quant_strength == 1.0
     assert torch.equal(logits_of(model.train()), logits_of(model.eval()))
 
@@ -243,6 +225,22 @@ def test_whatever_experts_implementation_is_asked_for(tmp_path: Path) -> None:
         assert torch.equal(logits_of(model), wanted)
         deploy(model)
         assert torch.equal(logits_of(model), wanted)
+
+
+@pytest.mark.parametrize("mode", ["infer", "auto"])
+def test_adapters_are_beside_experts_and_not_on_them(mode: str, tmp_path: Path) -> None:
+    model = latent("qwen3_moe", tmp_path, mode=mode)
+    kinds = [type(module) for module in model.modules()]
+    for target in ("mlp.experts.down_proj", "model.layers.1.mlp.experts.gate_up_proj"):
+        config = LoraConfig(target_modules=["q_proj"], target_parameters=[target])
+        with pytest.raises(LifecycleError, match="must name float Parameters, got model.layers"):
+            get_peft_model(model, config)
+        assert [type(module) for module in model.modules()] == kinds
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    moved = [p for name, p in adapted.named_parameters() if "lora_" in name]
+    assert len(moved) == 4
+    assert all(p.grad is not None and p.grad.any() for p in moved)
 
 
 def test_generate_with_a_batch_and_a_static_cache(tmp_path: Path) -> None:

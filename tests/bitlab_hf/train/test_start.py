@@ -19,6 +19,7 @@ from bitlab_hf import BitLabConfig, deploy
 from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.train import RECIPES, Recipe, TernaryStatistics, calibrate
 from bitlab_hf.train.statistics_files import read_statistics
+from tests.bitlab_hf.experts import make_moe
 from tests.bitlab_hf.models import make_float_model, taught, token_ids, training_data
 from tests.bitlab_hf.test_trainer import assert_equal_states, state_of
 from tests.bitlab_hf.train.test_trainer import load, make
@@ -201,6 +202,28 @@ def test_it_is_undone_where_the_loss_rises(tmp_path: Path, caplog: Any) -> None:
     assert trainer.calibration is None
     assert "took the loss of 20 examples from" in caplog.text
     assert_equal_states(state_of(trainer.model), state_of(load(source)))
+
+
+def test_experts_are_calibrated_and_undone_with_the_rest(tmp_path: Path, caplog: Any) -> None:
+    source = make_moe("qwen3_moe", tmp_path)
+    with caplog.at_level(logging.WARNING, "bitlab"):
+        trainer = start(source, tmp_path / "random")
+    assert "took the loss of 20 examples from" in caplog.text
+    assert_equal_states(state_of(trainer.model), state_of(load(source)))
+    taught(source)
+    for recipe, total in ((Recipe(calibration_samples=SAMPLES), 28), ("default", 28)):
+        seen: list[tuple[int, int, str]] = []
+        trainer = make(
+            source, tmp_path / "taught", recipe=recipe, teacher=source, learning_rate=0.0,
+            max_steps=1,
+        )  # fmt: skip
+        trainer.calibration_progress = lambda *step, seen=seen: seen.append(step)
+        trainer.train()
+        assert [done for done, _, _ in seen] == list(range(1, total + 1))
+        assert {all_ for _, all_, _ in seen} == {total}
+        floating = loss(AutoModelForCausalLM.from_pretrained(source))
+        rounded, ours = loss(load(source)), loss(trainer.model)
+        assert ours - floating < 0.6 * (rounded - floating)
 
 
 def test_a_resumed_run_goes_on(source: Path, tmp_path: Path) -> None:
