@@ -13,6 +13,7 @@ from torch import Tensor
 from bitcore import checks, reference
 from bitcore.errors import ArgumentError, ArgumentTypeError
 from bitcore.kernels.registry import kernels_for
+from bitcore.plain import is_memory
 from bitcore.schemas import DEVICES
 from bitcore.schemas import library as _library
 
@@ -51,6 +52,19 @@ def check_activation(op: str, activation: str) -> None:
         raise ArgumentError(
             f"{op}: activation must be one of {checks.ACTIVATIONS}, got {activation!r}"
         )
+
+
+def is_index(index: Tensor, tokens: int) -> bool:
+    """Tells whether an index on the CPU has a dtype and a number of entries that fit so many
+    tokens, and is its memory.
+    """
+    rows = index.numel()
+    return (
+        index.dtype in _INDEX_DTYPES
+        and index.is_cpu
+        and is_memory(index)
+        and (rows == 0 or (tokens > 0 and rows % tokens == 0))
+    )
 
 
 def _check_index(op: str, index: Tensor, tokens: int) -> None:
@@ -149,9 +163,7 @@ def _input_gradient(
     multiplier: Tensor | None = None,
 ) -> Tensor:
     op = "bitlab::experts_input_gradient"
-    _check_gradient(
-        dy, index, qweight, weight_scale, out_features, tokens, dtype, multiplier
-    )
+    _check_gradient(dy, index, qweight, weight_scale, out_features, tokens, dtype, multiplier)
     checks.check_memory(
         op, dy=dy, index=index, qweight=qweight, weight_scale=weight_scale, multiplier=multiplier
     )
@@ -198,9 +210,7 @@ def _(
     dtype: torch.dtype,
     multiplier: Tensor | None = None,
 ) -> Tensor:
-    _check_gradient(
-        dy, index, qweight, weight_scale, out_features, tokens, dtype, multiplier
-    )
+    _check_gradient(dy, index, qweight, weight_scale, out_features, tokens, dtype, multiplier)
     return dy.new_empty((tokens, qweight.shape[2]), dtype=dtype)
 
 

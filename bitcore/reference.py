@@ -152,10 +152,7 @@ def experts_linear(
 ) -> Tensor:
     """`linear` of the tokens of each expert with its weights; see `bitcore.ops.experts_linear`.
 
-    Args:
-        x, index, qweight, weight_scale, bias, out_features, activation, out_dtype, multiplier: As
-            the op takes them.
-        run: What multiplies.
+    ``run`` is what multiplies.
     """
     y = x.new_zeros((index.numel(), out_features), dtype=out_dtype)
     for expert, rows in by_expert(index, len(qweight)):
