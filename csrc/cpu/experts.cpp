@@ -12,11 +12,15 @@ namespace {
 struct Visit {
     int64_t expert, first, count;
     int8_t *panels;  // of their codes; null where they are few
-    int64_t cost;    // of the visits up to this one, in units of a block of packed rows and an eighth of its bytes
+    int64_t cost;    // of the visits up to this one, as block_cost() counts
+
+    // What a block of packed rows costs, in the time of multiplying it with one token: about as much to read it, twelve
+    // times as much to unpack it.
+    int64_t block_cost() const { return (panels ? 12 : 1) + count; }
 };
 
-// What a block of packed rows costs in the unit of Visit::cost: eight tokens as much as reading it.
-int64_t block_cost(int64_t count) { return 8 + count; }
+// The same in bytes that are worth as much as reading them for one token.
+int64_t bytes_of_cost(int64_t cost, int64_t K) { return cost / 2 * kBlock * K; }
 
 // The parts of the workspace, for S = M * choices rows; what is aligned to 64 comes first.
 struct Workspace {
@@ -124,7 +128,7 @@ class Experts {
         int64_t before = 0;
         for (int64_t v = 0; v < visits_ && before < last; ++v) {
             const Visit &visit = part_.visits[v];
-            const int64_t unit = block_cost(visit.count);
+            const int64_t unit = visit.block_cost();
             const int64_t begin = first <= before ? 0 : (first - before + unit - 1) / unit;
             const int64_t end = last >= visit.cost ? blocks(call_.linear.N) : (last - before + unit - 1) / unit;
             if (begin < end) linear_blocks(kernels_, arguments(visit), part_.scratch, begin, end, thread);
@@ -147,9 +151,10 @@ class Experts {
             const int64_t count = part_.next[e];
             part_.next[e] = first;
             if (count == 0) continue;
-            cost += blocks(call_.linear.N) * block_cost(count);
             const bool many = count >= kernels_.panel_from;
-            part_.visits[visits_++] = {e, first, count, many ? panels : nullptr, cost};
+            Visit &visit = part_.visits[visits_++];
+            visit = {e, first, count, many ? panels : nullptr, 0};
+            visit.cost = cost += blocks(call_.linear.N) * visit.block_cost();
             const int64_t unit = kernels_.panel_tokens;
             if (many) panels += (count + unit - 1) / unit * unit * padded(call_.linear.K);
             first += count;
@@ -243,8 +248,8 @@ int32_t bk_cpu_experts_i8_t2(const bk_experts_args *call) {
     const int64_t columns = linear.multiplier && !kernels.group_sums ? 1 : groups(linear.scale_columns);
     const Experts experts(kernels, *call, columns);
     const int64_t cost = experts.cost(), tokens = experts.tokens(), places = experts.places();
-    const int threads = threads_for(cost / block_cost(0) * kBlock * K, kBytesPerThread, cost / block_cost(0),
-                                    static_cast<int32_t>(linear.num_threads));
+    const int threads =
+        threads_for(bytes_of_cost(cost, K), kBytesPerThread, cost, static_cast<int32_t>(linear.num_threads));
     // A few tokens are quantized by the caller: the others would wait for it in any case.
     const bool alone = threads == 1 || places * K < kElementsPerThread;
     if (alone) {
