@@ -177,7 +177,7 @@ def experts_linear(
 
     Args:
         x: float32, bfloat16 or float16 [M, K].
-        index: int64 or int32 with S entries, as many for each token, one token after the other:
+        index: int64 with S entries, as many for each token, one token after the other:
             the expert that each row of the result is of. Any number that is not one of an expert
             is none.
         qweight: uint8 [E, ceil(N / 4), K].

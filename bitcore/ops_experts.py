@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from bitcore import checks, reference
-from bitcore.errors import ArgumentError, ArgumentTypeError
+from bitcore.errors import ArgumentError
 from bitcore.kernels.registry import kernels_for
 from bitcore.plain import is_memory
 from bitcore.schemas import DEVICES
 from bitcore.schemas import library as _library
-
-_INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 def check_experts_weights(
@@ -60,7 +58,7 @@ def is_index(index: Tensor, tokens: int) -> bool:
     """
     rows = index.numel()
     return (
-        index.dtype in _INDEX_DTYPES
+        index.dtype is torch.int64
         and index.is_cpu
         and is_memory(index)
         and (rows == 0 or (tokens > 0 and rows % tokens == 0))
@@ -68,8 +66,7 @@ def is_index(index: Tensor, tokens: int) -> bool:
 
 
 def _check_index(op: str, index: Tensor, tokens: int) -> None:
-    if index.dtype not in _INDEX_DTYPES:
-        raise ArgumentTypeError(f"{op}: index must be int64 or int32, got {index.dtype}")
+    checks.check_dtype(op, "index", index, torch.int64)
     rows = index.numel()
     if rows and (not tokens or rows % tokens):
         raise ArgumentError(
@@ -111,9 +108,7 @@ def _linear(
     out_dtype: torch.dtype,
     multiplier: Tensor | None = None,
 ) -> Tensor:
-    _check_linear(
-        x, index, qweight, weight_scale, bias, out_features, activation, out_dtype, multiplier
-    )
+    # First: the checks look at the part of one expert, which needs its memory.
     checks.check_memory(
         "bitlab::experts_linear",
         x=x,
@@ -122,6 +117,9 @@ def _linear(
         weight_scale=weight_scale,
         bias=bias,
         multiplier=multiplier,
+    )
+    _check_linear(
+        x, index, qweight, weight_scale, bias, out_features, activation, out_dtype, multiplier
     )
     kernels = kernels_for(x.device.type)
     given = x, index, qweight, weight_scale, bias, out_features, activation, out_dtype, multiplier
@@ -163,17 +161,19 @@ def _input_gradient(
     multiplier: Tensor | None = None,
 ) -> Tensor:
     op = "bitlab::experts_input_gradient"
-    _check_gradient(dy, index, qweight, weight_scale, out_features, tokens, dtype, multiplier)
     checks.check_memory(
         op, dy=dy, index=index, qweight=qweight, weight_scale=weight_scale, multiplier=multiplier
     )
+    _check_gradient(dy, index, qweight, weight_scale, out_features, tokens, dtype, multiplier)
     kernels = kernels_for(dy.device.type)
     dx = dy.new_zeros((index.numel(), qweight.shape[2]), dtype=dtype)
     for expert, rows in reference.by_expert(index, len(qweight)):
         own = None if multiplier is None else multiplier[expert]
         weights = qweight[expert], weight_scale[expert], out_features
         dx[rows] = kernels.input_gradient(dy.index_select(0, rows), *weights, dtype, own)
-    return dx.view(tokens, -1, dx.shape[1]).sum(1) if index.numel() != tokens else dx
+    if index.numel() == tokens:
+        return dx
+    return dx.view(tokens, index.numel() // tokens, dx.shape[1]).sum(1)
 
 
 for _device in DEVICES:

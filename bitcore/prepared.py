@@ -56,12 +56,12 @@ class _Prepared:
         self._kernels: Kernels | None = None
         self._run: Callable[..., Tensor] | None = None
         if self._type in _DEVICES:
-            self._check(*self._constants)
             checks.check_devices(self._op, qweight, weight_scale, bias, multiplier)
             names = ("qweight", "weight_scale", "bias", "multiplier")
             for name, one in zip(names, self._given, strict=True):
                 if one is not None:
                     checks.check_storage(self._op, name, one)
+            self._check(*self._constants)
             self._kernels = kernels_for(self._type)
             prepare = getattr(self._kernels, self._preparing, None)
             # What only stands for memory is made memory by the dispatcher.

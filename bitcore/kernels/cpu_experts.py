@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from bitcore import reference
-from bitcore.checks import LOWEST_ADDRESS
+from bitcore.checks import LOWEST_ADDRESS, check_memory
 from bitcore.kernels.cpu_unpack import CpuUnpacking
 from bitcore.kernels.native import (
     TYPE_CODES,
     LinearConstants,
+    address,
     count_columns,
     count_threads,
     experts_inputs,
@@ -107,8 +108,8 @@ class CpuExperts(CpuUnpacking):
                 stride = x.stride(0)
             else:
                 x = x.contiguous()
-        if index.dtype is not torch.int64:
-            index = index.long()
+        # Past the dispatcher nobody else has looked at it.
+        check_memory("bitlab::experts_linear", index=index)
         index = index.contiguous()
         pointer, rows, count = x.data_ptr(), index.numel(), x.shape[0]
         if pointer < LOWEST_ADDRESS:
@@ -126,7 +127,7 @@ class CpuExperts(CpuUnpacking):
                 pointer, TYPE_CODES[dtype], stride, y.data_ptr(), TYPE_CODES[out_dtype], count,
                 workspace.data_ptr(), threads,
             )
-            + experts_inputs(index.data_ptr(), choices, experts)
+            + experts_inputs(address(index), choices, experts)
         )  # fmt: skip
         status = constants.run(record)
         if status:
