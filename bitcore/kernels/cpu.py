@@ -47,6 +47,7 @@ class CpuKernels(CpuExperts):
         self._linear_float = self._library.bk_cpu_linear_f32_t2
         self._linear_int8 = self._library.bk_cpu_linear_i8_i8
         self._sizes: dict[tuple[int, int, int, int, int], int] = {}
+        self._experts_sizes = {}
         self._kept = threading.local()
         self.select_isa(os.environ.get(ISA_VARIABLE, "auto"), source=ISA_VARIABLE)
 

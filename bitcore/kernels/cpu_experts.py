@@ -27,6 +27,7 @@ class CpuExperts(CpuUnpacking):
 
     linear: Callable[..., Tensor]
     _memory: Callable[[int], Tensor]
+    _experts_sizes: dict[tuple[int, int, int, int, int, int], int]
 
     def experts_linear(
         self,
@@ -120,7 +121,10 @@ class CpuExperts(CpuUnpacking):
             return y
         choices, threads = rows // count, count_threads()
         key = (count, choices, experts, in_features, constants.columns, threads)
-        workspace = self._memory(self._library.bk_cpu_experts_workspace(*key))
+        size = self._experts_sizes.get(key)
+        if size is None:
+            size = self._experts_sizes[key] = self._library.bk_cpu_experts_workspace(*key)
+        workspace = self._memory(size)
         record = (
             constants.record
             + linear_inputs(

@@ -123,7 +123,7 @@ inline void test_experts(bool quick) {
             for (int i = 0; i < 3; ++i) {
                 ++turn;
                 if (quick && turn % 4 != 0) continue;
-                const int64_t K = kK[turn % (group.size > 1 ? 4 : 6)];
+                const int64_t K = experts > 100 ? 128 : kK[turn % (group.size > 1 ? 4 : 6)];
                 if (group.size > 1 && K % group.size != 0) continue;
                 const int64_t N = experts > 100 ? kN[turn % 2] : kN[turn * 2 % 5];
                 const Options o = {kTypes[turn % 3],
@@ -132,7 +132,7 @@ inline void test_experts(bool quick) {
                                    group,
                                    turn % 5 == 0,
                                    false};
-                check_experts({M, N, experts > 100 ? 64 : K}, choices, experts, kSpreads[turn % 7 % 4], o);
+                check_experts({M, N, K}, choices, experts, kSpreads[turn % 7 % 4], o);
             }
         }
     }
