@@ -261,14 +261,16 @@ def test_compiled_without_a_graph_break() -> None:
         assert torch.equal(compiled(x, index), run(x, index))
 
 
-def test_work_is_shared_whatever_the_counts() -> None:
-    """Numbers of threads that share out blocks unevenly: no block is left out or made twice."""
+@pytest.mark.parametrize("counts", [[1, 70, 0, 3, 24, 9], [4, 4, 4, 4, 4, 4]])
+def test_work_is_shared_whatever_the_counts(counts: list[int]) -> None:
+    """Numbers of threads whose shares end within an expert, and just where one does: no block is
+    left out.
+    """
     kernels = native_kernels()
-    qweight, scale, _ = make(6, 330, 64, "per_channel")
-    counts = [1, 70, 0, 3, 24, 9]
+    qweight, scale, _ = make(6, 330, 256, "per_channel")
     index = torch.cat([torch.full((count,), e) for e, count in enumerate(counts)])
     index = index[torch.randperm(len(index))][:, None]
-    args = (torch.randn(len(index), 64), index, qweight, scale, None, 330, "int8_per_token")
+    args = (torch.randn(len(index), 256), index, qweight, scale, None, 330, "int8_per_token")
     expected = reference.experts_linear(*args, torch.float32)
     for threads in range(1, 9):
         torch.set_num_threads(threads)

@@ -6,10 +6,12 @@
 
 namespace harness {
 
-// Who gets which tokens: drawn, none among them; all to one expert; all to none; more and more to the later ones.
-enum Spread { kDrawn, kOne, kNone, kRising };
+// Who gets which tokens: drawn, none among them; all to one expert; all to none; more and more to the later ones; all
+// alike, so that the threads' shares end where an expert does.
+enum Spread { kDrawn, kOne, kNone, kRising, kEven };
 
 inline int64_t choose(Spread spread, int64_t experts, int64_t s, int64_t rows) {
+    if (spread == kEven) return s % experts;
     if (spread == kOne) return experts - 1;
     if (spread == kNone) return s % 2 ? experts : -1;
     if (spread == kRising) return experts - 1 - (rows - 1 - s) * (rows - 1 - s) * experts / (rows * rows);
@@ -136,6 +138,7 @@ inline void test_experts(bool quick) {
             }
         }
     }
+    check_experts({8, 130, 640}, 1, 4, kEven, {BK_F32, BK_F32, -1, {1, false}, false, false});
     // Shares of the quantization, too, are worth a second thread.
     check_experts({33, 20, 640}, 3, 5, kDrawn, {BK_F32, BK_F32, BK_F32, {1, false}, false, false});
     check_experts({60, 20, 640}, 1, 3, kRising, {BK_BF16, BK_F32, -1, {64, true}, true, false});
