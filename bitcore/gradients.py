@@ -186,6 +186,7 @@ for _op in (
     "matmul",
     "input_gradient",
     "input_gradient_int8",
+    "experts_input_gradient",
 ):
     _register_without_gradient(f"bitlab::{_op}")
 torch.library.register_autograd(

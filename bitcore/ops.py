@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # They register themselves.
-from bitcore import checks, gradients, ops_int8, ops_ternary  # noqa: F401
+from bitcore import checks, gradients, ops_experts, ops_int8, ops_ternary  # noqa: F401
 from bitcore.kernels.registry import kernels_for
 from bitcore.plain import is_memory
 
@@ -159,6 +159,51 @@ def linear(
     """
     y: Tensor = torch.ops.bitlab.linear(
         x, qweight, weight_scale, bias, out_features, activation, output_dtype(x), multiplier
+    )
+    return y
+
+
+def experts_linear(
+    x: Tensor,
+    index: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str,
+    multiplier: Tensor | None = None,
+) -> Tensor:
+    """`linear` of each token with the weights of its experts, those of all experts in one call.
+
+    Args:
+        x: float32, bfloat16 or float16 [M, K].
+        index: int64 with S entries, as many for each token, one token after the other:
+            the expert that each row of the result is of. Any number that is not one of an expert
+            is none.
+        qweight: uint8 [E, ceil(N / 4), K].
+        weight_scale: float32 [E, 1], [E, N] or [E, N, K / G].
+        bias: float [E, N], or None.
+        out_features: N.
+        activation: how x is quantized; with one scale a tensor, the tokens of an expert have one.
+        multiplier: uint8 [E, N, K / G] up to 127, beside a weight_scale [E, N]; or None.
+
+    Returns:
+        [S, N] of x's dtype, or autocast's under autocast; zeros for no expert. Gradients reach x
+        and bias.
+
+    Numerics:
+        The same bits as one `linear` for each expert with its tokens.
+    """
+    y: Tensor = torch.ops.bitlab.experts_linear(
+        x,
+        index,
+        qweight,
+        weight_scale,
+        bias,
+        out_features,
+        activation,
+        output_dtype(x),
+        multiplier,
     )
     return y
 

@@ -1,4 +1,4 @@
-"""PreparedLinear: what a layer's forward does not have to find out again for every token.
+"""PreparedLinear, PreparedExperts: what a forward does not have to find out again for every token.
 
 A decoder runs a small linear layer hundreds of times a token, and torch's dispatcher, the checks of
 arguments and ctypes cost more there than the arithmetic. A layer prepares its constants once; a
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from bitcore import checks, ops
 from bitcore.kernels.registry import Kernels, kernels_for
+from bitcore.ops_experts import check_activation, check_experts_weights, is_index
 from bitcore.plain import is_memory, is_plain
 
 # Device types whose kernels may prepare a layer.
@@ -30,17 +30,12 @@ def is_preparable(x: Tensor, *weights: Tensor | None) -> bool:
     return device in _DEVICES and is_plain(x, device) and all(map(is_memory, given))
 
 
-class PreparedLinear:
-    """`bitcore.ops.linear` with everything but its input given.
+class _Prepared:
+    """What both have: the constants, checked and handed to the kernels."""
 
-    Args:
-        qweight: uint8 [ceil(N / 4), K].
-        weight_scale: float32 [1], [N] or [N, K / G].
-        bias: float [N], or None; it gets no gradient.
-        out_features: N.
-        activation: How x is quantized, as `bitcore.ops.linear` takes it.
-        multiplier: uint8 [N, K / G], or None.
-    """
+    # The op, and the kernels' function that prepares it.
+    _op = ""
+    _preparing = ""
 
     def __init__(
         self,
@@ -59,20 +54,31 @@ class PreparedLinear:
         self._device = qweight.device
         self._type = qweight.device.type
         self._kernels: Kernels | None = None
-        self._run: Callable[[Tensor, torch.Size, torch.dtype], Tensor] | None = None
+        self._run: Callable[..., Tensor] | None = None
         if self._type in _DEVICES:
-            checks.check_linear_weights(*self._constants)
-            checks.check_devices("bitlab::linear", qweight, weight_scale, bias, multiplier)
+            checks.check_devices(self._op, qweight, weight_scale, bias, multiplier)
             names = ("qweight", "weight_scale", "bias", "multiplier")
             for name, one in zip(names, self._given, strict=True):
                 if one is not None:
-                    checks.check_storage("bitlab::linear", name, one)
+                    checks.check_storage(self._op, name, one)
+            self._check(*self._constants)
             self._kernels = kernels_for(self._type)
-            prepare = getattr(self._kernels, "prepare_linear", None)
+            prepare = getattr(self._kernels, self._preparing, None)
             # What only stands for memory is made memory by the dispatcher.
             if prepare and all(one is None or is_memory(one) for one in self._given):
                 self._run = prepare(*self._constants)
         self._pointers = [0 if one is None else one.data_ptr() for one in self._given]
+
+    def _check(
+        self,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        activation: str,
+        multiplier: Tensor | None,
+    ) -> None:
+        raise NotImplementedError
 
     def holds(
         self,
@@ -94,6 +100,35 @@ class PreparedLinear:
             and (multiplier is None or pointers[3] == multiplier.data_ptr())
         )
 
+
+class PreparedLinear(_Prepared):
+    """`bitcore.ops.linear` with everything but its input given.
+
+    Args:
+        qweight: uint8 [ceil(N / 4), K].
+        weight_scale: float32 [1], [N] or [N, K / G].
+        bias: float [N], or None; it gets no gradient.
+        out_features: N.
+        activation: How x is quantized, as `bitcore.ops.linear` takes it.
+        multiplier: uint8 [N, K / G], or None.
+    """
+
+    _op = "bitlab::linear"
+    _preparing = "prepare_linear"
+
+    def _check(
+        self,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        activation: str,
+        multiplier: Tensor | None,
+    ) -> None:
+        checks.check_linear_weights(
+            qweight, weight_scale, bias, out_features, activation, multiplier
+        )
+
     def __call__(self, x: Tensor) -> Tensor:
         """Runs the layer on x [..., K]; see `bitcore.ops.linear`."""
         if (
@@ -107,3 +142,39 @@ class PreparedLinear:
         ):
             return self._run(x, shape, dtype)
         return ops.linear(x, *self._constants)
+
+
+class PreparedExperts(_Prepared):
+    """`bitcore.ops.experts_linear` with everything but its input and index given: the arguments of
+    `PreparedLinear`, those of all experts.
+    """
+
+    _op = "bitlab::experts_linear"
+    _preparing = "prepare_experts"
+
+    def _check(
+        self,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        activation: str,
+        multiplier: Tensor | None,
+    ) -> None:
+        check_experts_weights(self._op, qweight, weight_scale, bias, out_features, multiplier)
+        check_activation(self._op, activation)
+
+    def __call__(self, x: Tensor, index: Tensor) -> Tensor:
+        """Runs the experts on x [M, K]; see `bitcore.ops.experts_linear`."""
+        if (
+            self._run is not None
+            and x.device == self._device
+            and is_plain(x, self._type)
+            and x.dim() == 2
+            and x.shape[1] == self._in_features
+            and (dtype := x.dtype) in checks.FLOAT_DTYPES
+            and kernels_for(self._type) is self._kernels
+            and is_index(index, len(x))
+        ):
+            return self._run(x, index, dtype)
+        return ops.experts_linear(x, index, *self._constants)

@@ -5,7 +5,7 @@ It also runs wherever no native library does (the backend called ``"reference"``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -120,6 +120,47 @@ def linear(
     if bias is not None:
         y = y + bias.float()
     return y.to(out_dtype).contiguous()
+
+
+def by_expert(index: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
+    """Yields the number of each expert that has rows, and which: those s of index [S] that name
+    it, ascending. A number that is not one of an expert is none.
+    """
+    index = index.reshape(-1)
+    none = (index < 0) | (index >= experts)
+    index = torch.where(none, experts, index)
+    order = torch.argsort(index, stable=True)
+    counts = torch.bincount(index, minlength=experts)[:experts].tolist()
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, order[start : start + count]
+            start += count
+
+
+def experts_linear(
+    x: Tensor,
+    index: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str,
+    out_dtype: torch.dtype,
+    multiplier: Tensor | None = None,
+    run: Callable[..., Tensor] = linear,
+) -> Tensor:
+    """`linear` of the tokens of each expert with its weights; see `bitcore.ops.experts_linear`.
+
+    ``run`` is what multiplies.
+    """
+    y = x.new_zeros((index.numel(), out_features), dtype=out_dtype)
+    for expert, rows in by_expert(index, len(qweight)):
+        one = [None if held is None else held[expert] for held in (bias, multiplier)]
+        tokens = x.index_select(0, rows // (index.numel() // len(x)))
+        weights = qweight[expert], weight_scale[expert], one[0], out_features
+        y[rows] = run(tokens, *weights, activation, out_dtype, one[1])
+    return y
 
 
 def linear_with_codes(

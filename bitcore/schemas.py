@@ -74,6 +74,12 @@ library.define(
     tags=_TAGS,
 )
 library.define(
+    "experts_linear(Tensor x, Tensor index, Tensor qweight, Tensor weight_scale, Tensor? bias,"
+    " SymInt out_features, str activation, ScalarType out_dtype, Tensor? multiplier=None)"
+    " -> Tensor",
+    tags=_TAGS,
+)
+library.define(
     "qat_linear(Tensor x, Tensor weight, Tensor? bias, str granularity, int group_size,"
     " str activation, ScalarType out_dtype, Tensor? step=None, Tensor? scale=None,"
     " Tensor? multiplier=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -87,6 +93,11 @@ library.define(
 library.define(
     "input_gradient(Tensor dy, Tensor qweight, Tensor weight_scale, SymInt out_features,"
     " ScalarType dtype, Tensor? multiplier=None) -> Tensor",
+    tags=_TAGS,
+)
+library.define(
+    "experts_input_gradient(Tensor dy, Tensor index, Tensor qweight, Tensor weight_scale,"
+    " SymInt out_features, SymInt tokens, ScalarType dtype, Tensor? multiplier=None) -> Tensor",
     tags=_TAGS,
 )
 library.define(

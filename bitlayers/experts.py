@@ -21,10 +21,16 @@ from torch import Tensor, nn
 
 from bitcore import ops
 from bitcore.errors import LifecycleError
+from bitcore.prepared import PreparedExperts
 from bitlayers.checks import check_stack, log_deployed_stays, stack_problem
-from bitlayers.projection import PackedProjection, Projection, TrainedProjection
+from bitlayers.projection import (
+    DeployedProjection,
+    PackedProjection,
+    Projection,
+    TrainedProjection,
+)
 from bitlayers.quantized import cast_dtype
-from bitlayers.routing import route
+from bitlayers.routing import Routing
 from bitlayers.stack import Stack
 from bitlayers.state import SCALES, Packed
 from bitlayers.training import Fingerprint, shows_writes
@@ -58,6 +64,7 @@ class BitExperts(nn.Module):
     act_fn: Callable[[Tensor], Tensor]
     post_expert_norm: Callable[[Tensor], Tensor]
     _cache: dict[str, tuple[Fingerprint, dict[int, Packed]]]
+    _prepared: dict[str, PreparedExperts]
 
     @property
     def is_deployed(self) -> bool:
@@ -94,12 +101,10 @@ class BitExperts(nn.Module):
         top_k_weights: Tensor,
     ) -> Tensor:
         """Does as `forward` does, with these two projections."""
-
-        def expert(x: Tensor, number: int) -> Tensor:
-            outer = second(self.activated(first(x, number)), number)
-            return self.post_expert_norm(outer) if self.has_post_expert_norm else outer
-
-        return route(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
+        routing = Routing(top_k_index, self.num_experts)
+        outer = second(self.activated(first(hidden_states, routing)), routing)
+        outer = self.post_expert_norm(outer) if self.has_post_expert_norm else outer
+        return routing.weighted_sum(outer, top_k_weights, hidden_states.dtype)
 
     def activated(self, inner: Tensor) -> Tensor:
         """Returns what the second projection reads of what the first gives."""
@@ -109,13 +114,14 @@ class BitExperts(nn.Module):
         """Returns one projection for one forward pass."""
         weight: Tensor | None = self._parameters.get(name)
         bias: Tensor | None = self._parameters.get(f"{name}_bias")
-        stack, packed = self.stacks[name], partial(self.packed, name)
-        if weight is not None and self.training:
+        stack = self.stacks[name]
+        if weight is None:
+            packed = tuple(self.packed_stack(name).values())
+            return DeployedProjection(stack, packed, bias, self._prepared)
+        if self.training:
             return TrainedProjection(stack, weight, bias, self.quant_strength)
-        trains = weight is None and bias is not None and bias.requires_grad
-        bias = bias if trains or bias is None else bias.detach()
-        kept = None if weight is None else self._kept(name, tokens)
-        return PackedProjection(stack, packed, bias, kept)
+        bias = None if bias is None else bias.detach()
+        return PackedProjection(stack, partial(self.packed, name), bias, self._kept(name, tokens))
 
     def packed_stack(self, name: str) -> dict[str, Tensor]:
         """Returns the packed tensors of all experts of a deployed projection: ``qweight``,
@@ -158,7 +164,7 @@ class BitExperts(nn.Module):
 
     def invalidate_cache(self) -> None:
         """Drops the packed weights of eval mode; see `bitlayers.training.Fingerprint`."""
-        self._cache = {}
+        self._cache, self._prepared = {}, {}
 
     # Life.
 
@@ -286,7 +292,7 @@ class BitExperts(nn.Module):
             if bias is not None:
                 self._parameters[f"{name}_bias"] = nn.Parameter(bias.detach().to(weight.dtype))
         kind = self.float_class()
-        for field in ("stacks", "quant_strength", "float_dtype", "_cache"):
+        for field in ("stacks", "quant_strength", "float_dtype", "_cache", "_prepared"):
             del self.__dict__[field]
         self.__class__ = kind  # type: ignore[assignment]
         return self
@@ -339,7 +345,7 @@ class BitExperts(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: everything but the cache."""
-        return {**self.__dict__, "_cache": {}}
+        return {**self.__dict__, "_cache": {}, "_prepared": {}}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles by the model's own class, since the subclass stands in no module."""
@@ -383,7 +389,7 @@ def convert_experts(module: nn.Module, stacks: Iterable[Stack]) -> BitExperts:
     held = {stack.name: stack for stack in stacks}
     first = module._parameters[next(iter(held))]
     assert first is not None
-    fields = {"stacks": held, "quant_strength": 1.0, "float_dtype": first.dtype, "_cache": {}}
-    module.__dict__.update(fields)
+    fields = {"stacks": held, "quant_strength": 1.0, "float_dtype": first.dtype}
+    module.__dict__.update(fields, _cache={}, _prepared={})
     module.__class__ = _ternary_class(type(module))
     return cast(BitExperts, module)

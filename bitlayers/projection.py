@@ -1,4 +1,4 @@
-"""One projection of experts during one forward pass: called expert by expert, [m, K] to [m, N]."""
+"""One projection of experts during one forward pass: a row for each expert of each token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from bitcore import ops
+from bitcore.prepared import PreparedExperts, is_preparable
 from bitlayers.parts import Parts
+from bitlayers.routing import Routing
 from bitlayers.stack import Stack
 from bitlayers.state import Packed
 from bitlayers.training import mixed_product
@@ -27,8 +29,26 @@ class Projection:
         # In the backward pass one gradient of all experts; to index would make one each.
         self._biases: Sequence[Tensor] | None = None if bias is None else bias.unbind(0)
 
-    def __call__(self, x: Tensor, expert: int) -> Tensor:
-        """Returns x [m, K] through an expert's matrix: [m, N]."""
+    def __call__(self, x: Tensor, routing: Routing) -> Tensor:
+        """Returns each token through the matrices of its experts.
+
+        Args:
+            x: [M, K], or a row for each expert of a token.
+            routing: Who gets which token.
+
+        Returns:
+            A row of N for each expert of a token; zeros for none.
+        """
+        outputs = [
+            self.of(tokens, expert)
+            for (expert, _), tokens in zip(routing.visits, routing.gather(x), strict=True)
+        ]
+        if not outputs:
+            return x.new_zeros(routing.index.numel(), self.stack.out_features)
+        return routing.scatter(outputs)
+
+    def of(self, x: Tensor, expert: int) -> Tensor:
+        """Returns x [m, K] through one expert's matrix: [m, N]."""
         return self._product(x, expert, None if self._biases is None else self._biases[expert])
 
     def _product(self, x: Tensor, expert: int, bias: Tensor | None) -> Tensor:
@@ -36,13 +56,13 @@ class Projection:
 
 
 class PackedProjection(Projection):
-    """Multiplies with packed weights.
+    """Multiplies with weights that are packed expert by expert.
 
     Args:
         stack: How the tensors lie, and how they are quantized.
         packed: Gives an expert's packed tensors.
         bias: [E, N], or None.
-        kept: Where they are kept if they have to be packed first; None of deployed ones.
+        kept: Where they are kept.
     """
 
     def __init__(
@@ -50,20 +70,55 @@ class PackedProjection(Projection):
         stack: Stack,
         packed: Callable[[int], Packed],
         bias: Tensor | None,
-        kept: dict[int, Packed] | None,
+        kept: dict[int, Packed],
     ) -> None:
         super().__init__(stack, bias)
         self._packed, self._kept = packed, kept
 
     def _product(self, x: Tensor, expert: int, bias: Tensor | None) -> Tensor:
-        packed = None if self._kept is None else self._kept.get(expert)
+        packed = self._kept.get(expert)
         if packed is None:
-            packed = self._packed(expert)
-            if self._kept is not None:
-                self._kept[expert] = packed
+            packed = self._kept[expert] = self._packed(expert)
         qweight, scale, *multiplier = packed
         rows, activation = self.stack.out_features, self.stack.config.activation
         return ops.linear(x, qweight, scale, bias, rows, activation, *multiplier)
+
+
+class DeployedProjection(Projection):
+    """Multiplies with the packed weights of all experts, in one call.
+
+    Args:
+        stack: How the tensors lie, and how they are quantized.
+        packed: The packed tensors of all experts.
+        bias: [E, N], or None.
+        prepared: What is kept of these from one forward pass to the next, by the stack's name.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        packed: Packed,
+        bias: Tensor | None,
+        prepared: dict[str, PreparedExperts],
+    ) -> None:
+        self.stack, self._packed, self._bias, self._prepared = stack, packed, bias, prepared
+
+    def __call__(self, x: Tensor, routing: Routing) -> Tensor:
+        """See `Projection`."""
+        stack, bias = self.stack, self._bias
+        qweight, scale, *multiplier = self._packed
+        rows, activation = stack.out_features, stack.config.activation
+        trains = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+        alone = trains or torch.compiler.is_compiling()
+        prepared = None if alone else self._prepared.get(stack.name)
+        if prepared is None or not prepared.holds(qweight, scale, bias, *multiplier):
+            if alone or not is_preparable(x, qweight, scale, bias, *multiplier):
+                return ops.experts_linear(
+                    x, routing.index, qweight, scale, bias, rows, activation, *multiplier
+                )
+            prepared = PreparedExperts(qweight, scale, bias, rows, activation, *multiplier)
+            self._prepared[stack.name] = prepared
+        return prepared(x, routing.index)
 
 
 class TrainedProjection(Projection):

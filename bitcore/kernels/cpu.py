@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitcore.checks import GROUPED, LOWEST_ADDRESS
 from bitcore.errors import BackendError
-from bitcore.kernels.cpu_unpack import CpuUnpacking
+from bitcore.kernels.cpu_experts import CpuExperts
 from bitcore.kernels.native import (
     ISA_VARIABLE,
     TYPE_CODES,
@@ -33,7 +33,7 @@ _FEW_FLOAT_TOKENS = 16
 _KEPT_WORKSPACE = 2**20
 
 
-class CpuKernels(CpuUnpacking):
+class CpuKernels(CpuExperts):
     """libbitkernels_cpu on torch's OpenMP threads.
 
     Raises:
@@ -47,6 +47,7 @@ class CpuKernels(CpuUnpacking):
         self._linear_float = self._library.bk_cpu_linear_f32_t2
         self._linear_int8 = self._library.bk_cpu_linear_i8_i8
         self._sizes: dict[tuple[int, int, int, int, int], int] = {}
+        self._experts_sizes = {}
         self._kept = threading.local()
         self.select_isa(os.environ.get(ISA_VARIABLE, "auto"), source=ISA_VARIABLE)
 
@@ -162,11 +163,15 @@ class CpuKernels(CpuUnpacking):
     def _workspace(
         self, count: int, in_features: int, columns: int, planes: int, threads: int
     ) -> Tensor:
-        """Scratch memory of a call; a small one is kept for the next call of the same thread."""
+        """Scratch memory of a call."""
         key = (count, in_features, columns, planes, threads)
         size = self._sizes.get(key)
         if size is None:
             size = self._sizes[key] = self._library.bk_cpu_linear_workspace(*key)
+        return self._memory(size)
+
+    def _memory(self, size: int) -> Tensor:
+        """So many bytes of scratch, or more; few of them are kept for the thread's next call."""
         if size > _KEPT_WORKSPACE:
             return torch.empty(size, dtype=torch.uint8)
         kept: Tensor | None = getattr(self._kept, "workspace", None)

@@ -17,7 +17,7 @@ from torch import Tensor
 from bitcore.checks import check_storage
 from bitcore.errors import BackendError
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LIBRARY_DIRECTORY_VARIABLE = "BITLAB_LIBRARY_DIR"
 ISA_VARIABLE = "BITLAB_CPU_ISA"
 
@@ -34,6 +34,11 @@ CPU_SIGNATURES: Signatures = {
     "bk_cpu_linear_i8_t2": (c_int32, (c_void_p,)),
     "bk_cpu_linear_f32_t2": (c_int32, (c_void_p,)),
     "bk_cpu_linear_i8_i8": (c_int32, (c_void_p,)),
+    "bk_cpu_experts_workspace": (
+        c_int64,
+        (c_int64, c_int64, c_int64, c_int64, c_int64, c_int32),
+    ),
+    "bk_cpu_experts_i8_t2": (c_int32, (c_void_p,)),
     "bk_cpu_quantize_i8": (
         c_int32,
         (c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32),
@@ -78,6 +83,8 @@ _MOST_THREADS = 1024
 # what ctypes takes for as many arguments.
 _linear_constants = struct.Struct("@10q").pack
 linear_inputs = struct.Struct("@8q").pack
+# What a bk_experts_args has beside these.
+experts_inputs = struct.Struct("@3q").pack
 
 
 def _search_path() -> list[str]:
@@ -126,7 +133,9 @@ def count_columns(weight_scale: Tensor, multiplier: Tensor | None) -> int:
 
 
 class LinearConstants:
-    """What does not depend on the input of a linear layer, as the native call takes it."""
+    """What does not depend on the input of a linear layer, or of all experts of one, as the native
+    call takes it.
+    """
 
     __slots__ = ("columns", "held", "in_features", "out_features", "planes", "record", "run")
 
@@ -147,10 +156,12 @@ class LinearConstants:
         multiplier = None if multiplier is None else multiplier.contiguous()
         # The record holds addresses: what they point at has to live as long.
         self.held = qweight, weight_scale, bias, multiplier
-        self.run, self.out_features, self.in_features = run, out_features, qweight.shape[1]
+        self.run, self.out_features, self.in_features = run, out_features, qweight.shape[-1]
         self.columns, self.planes = columns, planes
+        # Those of experts have one axis more.
+        scale_rows = weight_scale.shape[qweight.dim() - 2]
         self.record = _linear_constants(
-            qweight.data_ptr(), weight_scale.data_ptr(), weight_scale.shape[0], columns,
+            qweight.data_ptr(), weight_scale.data_ptr(), scale_rows, columns,
             0 if multiplier is None else multiplier.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             0 if bias is None else TYPE_CODES[bias.dtype],

@@ -196,7 +196,7 @@ class ExpertsTap:
     def inner(self, x: Tensor, number: int, original: bool) -> Tensor:
         """Returns what an expert's second projection reads for tokens [m, H] in a stream."""
         self._streams.original = original
-        return self.experts.activated(self.projection(0)(x, number))
+        return self.experts.activated(self.projection(0).of(x, number))
 
     def commit(self) -> None:
         """Gives the experts latent weights with what was chosen."""

@@ -60,6 +60,7 @@ struct LinearArgs {
     void *y;
     int32_t y_type;  // BK_I32: y is [M, N] of the exact sums
     int64_t M, N, K;
+    const int64_t *rows = nullptr;  // y's row of each token, where it is not its own number
 };
 
 constexpr int32_t kI32 = -1;

@@ -18,7 +18,7 @@ constexpr bool kPrefetchTwice = true;
 // 24 sums, 4 vectors of weights: a block's four lanes; the codes are broadcast from memory.
 constexpr int kPanelVectors = 4;
 constexpr int kPanelTokens = 6;
-constexpr int64_t kPanelFrom = 24;
+constexpr int64_t kPanelFrom = 48;
 
 template <int L>
 inline void split(Bytes w, int lane, Bytes lanes[L]) {

@@ -2,20 +2,70 @@
 #include <math.h>
 #include <string.h>
 
-#include "common.h"
+#include "linear.h"
 
 namespace bitlab {
-namespace {
 
 const char *const kWrongTypes = "x_type, y_type and bias_type must be a bk_type";
 
-// How one call's tokens become codes.
-struct QuantizeArgs {
-    const void *x;
-    int32_t type;
-    int64_t stride, M, K, padded_to, columns, planes;
-    bool per_tensor;
-};
+static const void *token(const QuantizeArgs &args, int64_t m) {
+    return static_cast<const char *>(args.x) + m * args.stride * size_of(args.type);
+}
+
+float absmax_token(const Kernels &kernels, const QuantizeArgs &args, int64_t m) {
+    return kernels.absmax(token(args, m), args.type, args.K);
+}
+
+void quantize_token(const Kernels &kernels, const QuantizeArgs &args, float most, int8_t *codes, float *scale,
+                    int32_t *sums, int64_t m) {
+    if (!isfinite(most)) {
+        memset(codes, 0, static_cast<size_t>(args.planes * args.padded_to));
+        memset(sums, 0, static_cast<size_t>(args.planes * args.columns) * sizeof(int32_t));
+        *scale = NAN;
+        return;
+    }
+    if (args.planes == 1) {
+        most = most < 1e-5f ? 1e-5f : most;
+        kernels.quantize(token(args, m), args.type, 127.0f / most, args.K, args.padded_to, codes, sums, args.columns);
+        *scale = most / 127.0f;
+        return;
+    }
+    int exponent = 0;
+    frexp(static_cast<double>(most), &exponent);
+    kernels.quantize_planes(token(args, m), args.type, ldexp(1.0, 30 - exponent), args.K, args.padded_to, codes, sums,
+                            args.columns);
+    *scale = static_cast<float>(exponent - 30);
+}
+
+void linear_blocks(const Kernels &kernels, const LinearArgs &args, Scratch *scratch, int64_t first, int64_t last,
+                   int64_t thread) {
+    const int64_t R = (args.N + 3) / 4;
+    const int64_t end = last * kBlock < R ? last * kBlock : R;
+    if (first * kBlock < end) kernels.linear(args, first * kBlock, end, scratch ? scratch + thread : nullptr);
+}
+
+bool valid_types(const bk_linear_args &call) {
+    return valid_type(call.x_type) && valid_type(call.y_type) && (!call.bias || valid_type(call.bias_type));
+}
+
+LinearArgs linear_args(const bk_linear_args &call, const Activations &x) {
+    return {x,
+            static_cast<const uint8_t *>(call.qweight),
+            call.weight_scale,
+            call.scale_rows,
+            call.scale_columns != 0 && !call.multiplier,
+            call.multiplier,
+            call.K / groups(call.scale_columns),
+            call.bias,
+            static_cast<int32_t>(call.bias_type),
+            call.y,
+            static_cast<int32_t>(call.y_type),
+            call.M,
+            call.N,
+            call.K};
+}
+
+namespace {
 
 // The parts of the workspace; `panels` and `scratch` are null where few tokens need none.
 struct Workspace {
@@ -47,39 +97,17 @@ struct Workspace {
         scale = reinterpret_cast<float *>(next + size);
         sums = reinterpret_cast<int32_t *>(scale + M);
     }
+    // columns: sums of the codes of each token.
+    Activations activations(int64_t columns, int64_t planes) const {
+        return {codes, panels, scale, sums, columns, planes};
+    }
 };
-
-const void *token(const QuantizeArgs &args, int64_t m) {
-    return static_cast<const char *>(args.x) + m * args.stride * size_of(args.type);
-}
-
-// One token's codes, scale and sums. `most` is what counts as its max|x|.
-void quantize_token(const Kernels &kernels, const QuantizeArgs &args, float most, int8_t *codes, float *scale,
-                    int32_t *sums, int64_t m) {
-    if (!isfinite(most)) {
-        memset(codes, 0, static_cast<size_t>(args.planes * args.padded_to));
-        memset(sums, 0, static_cast<size_t>(args.planes * args.columns) * sizeof(int32_t));
-        *scale = NAN;
-        return;
-    }
-    if (args.planes == 1) {
-        most = most < 1e-5f ? 1e-5f : most;
-        kernels.quantize(token(args, m), args.type, 127.0f / most, args.K, args.padded_to, codes, sums, args.columns);
-        *scale = most / 127.0f;
-        return;
-    }
-    int exponent = 0;
-    frexp(static_cast<double>(most), &exponent);
-    kernels.quantize_planes(token(args, m), args.type, ldexp(1.0, 30 - exponent), args.K, args.padded_to, codes, sums,
-                            args.columns);
-    *scale = static_cast<float>(exponent - 30);
-}
 
 // Tokens [first, last). tensor_max is the max|x| of the whole tensor, or null to take each token's.
 void quantize_tokens(const Kernels &kernels, const QuantizeArgs &args, const float *tensor_max, int8_t *codes,
                      float *scale, int32_t *sums, int64_t first, int64_t last) {
     for (int64_t m = first; m < last; ++m) {
-        const float most = tensor_max ? *tensor_max : kernels.absmax(token(args, m), args.type, args.K);
+        const float most = tensor_max ? *tensor_max : absmax_token(kernels, args, m);
         quantize_token(kernels, args, most, codes + m * args.planes * args.padded_to, scale + m,
                        sums + m * args.planes * args.columns, m);
     }
@@ -88,11 +116,11 @@ void quantize_tokens(const Kernels &kernels, const QuantizeArgs &args, const flo
 // max|x| over all tokens; scale is [M] of scratch.
 float absmax_tensor(const Kernels &kernels, const QuantizeArgs &args, float *scale, int threads) {
     parallel(args.M, threads, [&](int64_t first, int64_t last) {
-        for (int64_t m = first; m < last; ++m) scale[m] = kernels.absmax(token(args, m), args.type, args.K);
+        for (int64_t m = first; m < last; ++m) scale[m] = absmax_token(kernels, args, m);
     });
     float most = 0.0f;
     for (int64_t m = 0; m < args.M; ++m) {
-        if (!(scale[m] <= most)) most = scale[m];
+        most = larger(most, scale[m]);
         if (!isfinite(most)) break;
     }
     return most;
@@ -138,41 +166,9 @@ void quantize_then(const Kernels &kernels, const QuantizeArgs &x, const Workspac
     }
 }
 
-int64_t blocks(int64_t N) { return ((N + 3) / 4 + kBlock - 1) / kBlock; }
-
-// Packed rows in whole blocks, so that every thread writes whole runs of outputs.
-void linear_blocks(const Kernels &kernels, const LinearArgs &args, Scratch *scratch, int64_t first, int64_t last,
-                   int64_t thread) {
-    const int64_t R = (args.N + 3) / 4;
-    const int64_t end = last * kBlock < R ? last * kBlock : R;
-    if (first * kBlock < end) kernels.linear(args, first * kBlock, end, scratch ? scratch + thread : nullptr);
-}
-
 // Many tokens cost arithmetic, not memory: eight of them as much as reading the weights.
 int linear_threads(int64_t rows, int64_t packed_bytes, int64_t tasks, int32_t limit) {
     return threads_for(packed_bytes * (1 + rows / 8), kBytesPerThread, tasks, limit);
-}
-
-bool valid_types(const bk_linear_args &call) {
-    return valid_type(call.x_type) && valid_type(call.y_type) && (!call.bias || valid_type(call.bias_type));
-}
-
-// columns: sums of the codes of each token.
-LinearArgs linear_args(const bk_linear_args &call, const Workspace &parts, int64_t columns, int64_t planes) {
-    return {{parts.codes, parts.panels, parts.scale, parts.sums, columns, planes},
-            static_cast<const uint8_t *>(call.qweight),
-            call.weight_scale,
-            call.scale_rows,
-            call.scale_columns != 0 && !call.multiplier,
-            call.multiplier,
-            call.K / groups(call.scale_columns),
-            call.bias,
-            static_cast<int32_t>(call.bias_type),
-            call.y,
-            static_cast<int32_t>(call.y_type),
-            call.M,
-            call.N,
-            call.K};
 }
 
 int32_t linear_t2(const bk_linear_args &call, int64_t planes, bool per_tensor) {
@@ -189,7 +185,7 @@ int32_t linear_t2(const bk_linear_args &call, int64_t planes, bool per_tensor) {
     const Kernels &kernels = selected_kernels();
     const int64_t columns = call.multiplier && !kernels.group_sums ? 1 : groups(call.scale_columns);
     const Workspace parts(kernels, call.workspace, M, K, planes, limit);
-    const LinearArgs args = linear_args(call, parts, columns, planes);
+    const LinearArgs args = linear_args(call, parts.activations(columns, planes));
     const QuantizeArgs quantize = {
         call.x, static_cast<int32_t>(call.x_type), call.x_stride, M, K, padded(K), columns, planes, per_tensor};
     const int threads = linear_threads(M * planes, (N + 3) / 4 * K, blocks(N), limit);
@@ -228,7 +224,7 @@ int32_t bk_cpu_linear_i8_i8(const bk_linear_args *call) {
     const Kernels &kernels = selected_kernels();
     Workspace parts(kernels, call->workspace, M, K, 1, limit);
     parts.panels = nullptr;
-    const LinearArgs args = linear_args(*call, parts, 1, 1);
+    const LinearArgs args = linear_args(*call, parts.activations(1, 1));
     const int64_t tasks = (N + kBlock - 1) / kBlock;
     const QuantizeArgs quantize = {call->x, static_cast<int32_t>(call->x_type), call->x_stride, M, K, padded(K), 1, 1,
                                    false};
@@ -251,7 +247,7 @@ int32_t bk_cpu_quantize_i8(const void *x, int32_t x_type, int64_t x_stride, int8
     parallel(M, threads, [&](int64_t first, int64_t last) {
         for (int64_t m = first; m < last; ++m) {
             int32_t sum;
-            const float own = per_tensor ? most : kernels.absmax(token(args, m), x_type, K);
+            const float own = per_tensor ? most : absmax_token(kernels, args, m);
             quantize_token(kernels, args, own, codes + m * K, scale + m, &sum, m);
         }
     });

@@ -66,7 +66,8 @@ inline void write_run(const LinearArgs &args, const Place &place, int64_t m, int
         const float x_scale = args.x.scale[place.m + m];
         const int32_t *acc = place.acc + m * kBlockOutputs + at;
         const float *totals = place.totals + m * kBlockOutputs + at;
-        y += (place.m + m) * args.N + n0;
+        const int64_t token = place.m + m;
+        y += (args.rows ? args.rows[token] : token) * args.N + n0;
         float values[kBlock];
         if (args.grouped) {
             for (int64_t j = 0; j < count; ++j) values[j] = totals[j] * x_scale;

@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define BK_ABI_VERSION 5
+#define BK_ABI_VERSION 6
 #define BK_API __attribute__((visibility("default")))
 
 /* Largest K: a sum of K products of the int8 code -128 and the byte 128 still fits int32. */
@@ -127,6 +127,38 @@ BK_API int32_t bk_cpu_linear_f32_t2(const bk_linear_args *args);
  *   weight_scale float32 [N]: scale_rows N, scale_columns 0
  */
 BK_API int32_t bk_cpu_linear_i8_i8(const bk_linear_args *args);
+
+/*
+ * Returns the bytes of workspace that bk_cpu_experts_i8_t2 needs.
+ *   scale_columns: K / G for scales of groups, else 0.
+ */
+BK_API int64_t bk_cpu_experts_workspace(int64_t M, int64_t choices, int64_t experts, int64_t K, int64_t scale_columns,
+                                        int32_t num_threads);
+
+/*
+ * What bk_cpu_experts_i8_t2 takes: fields of eight bytes, as those of bk_linear_args.
+ *
+ *   linear   as bk_cpu_linear_i8_t2 takes it, but qweight, weight_scale, multiplier and bias are those of all experts,
+ *            one after the other ([experts, R, K] and so on), y is [M * choices, N], and workspace has
+ *            bk_cpu_experts_workspace(M, choices, experts, K, scale_columns, num_threads) bytes, aligned to 64
+ *   index    [M * choices]: which expert each row of y is of; any number that is not one of an expert is none
+ *   choices  rows of y that each token has, one after the other
+ *   experts  how many there are
+ */
+typedef struct {
+    bk_linear_args linear;
+    const int64_t *index;
+    int64_t choices, experts;
+} bk_experts_args;
+
+/*
+ * y[s] = what bk_cpu_linear_i8_t2 gives for token s / choices and the weights of expert index[s]; zeros for none.
+ *
+ * All experts of a layer in one call: the weights of each are read once for all of its tokens, those that have no
+ * token are not read, and a token's codes are made once. The result has the same bits as a call for each expert; with
+ * per_tensor an expert's tokens have one activation scale.
+ */
+BK_API int32_t bk_cpu_experts_i8_t2(const bk_experts_args *args);
 
 /*
  * Quantizes activations as bk_cpu_linear_i8_t2 does.

@@ -32,7 +32,10 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "ggml_tensor_overhead": (c_size_t, ()),
     "ggml_graph_overhead_custom": (c_size_t, (c_size_t, c_bool)),
     "ggml_new_tensor_2d": (c_void_p, (c_void_p, c_int, c_int64, c_int64)),
+    "ggml_new_tensor_3d": (c_void_p, (c_void_p, c_int, c_int64, c_int64, c_int64)),
     "ggml_mul_mat": (c_void_p, (c_void_p, c_void_p, c_void_p)),
+    "ggml_mul_mat_id": (c_void_p, (c_void_p, c_void_p, c_void_p, c_void_p)),
+    "ggml_swiglu": (c_void_p, (c_void_p, c_void_p)),
     "ggml_new_graph_custom": (c_void_p, (c_void_p, c_size_t, c_bool)),
     "ggml_build_forward_expand": (None, (c_void_p, c_void_p)),
     "ggml_row_size": (c_size_t, (c_int, c_int64)),
@@ -73,6 +76,11 @@ class Ggml:
         folder = Path(found.origin).parent / "lib"
         return cls(folder) if (folder / "libggml-cpu.so").is_file() else None
 
+    def new_context(self, memory: int) -> int:
+        """Returns a context of so many bytes, for tensors that lie elsewhere."""
+        context: int = self.init(_InitParams(memory, None, True))
+        return context
+
     def quantize(self, weight: Tensor) -> Tensor:
         """Returns float32 [N, K] in TQ2_0, uint8 [N, bytes of a row]."""
         rows, columns = weight.shape
@@ -85,6 +93,28 @@ class Ggml:
         return packed
 
 
+class Buffers:
+    """Torch's memory, lent to ggml's tensors."""
+
+    def __init__(self, ggml: Ggml) -> None:
+        self._ggml = ggml
+        self._held: dict[int, int] = {}
+
+    def place(self, ggml_tensor: int, tensor: Tensor) -> None:
+        """Makes a ggml tensor use a tensor's memory."""
+        pointer, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        assert pointer % _ALIGNMENT == 0
+        if pointer not in self._held:
+            self._held[pointer] = self._ggml.backend_cpu_buffer_from_ptr(pointer, size)
+        self._ggml.backend_tensor_alloc(self._held[pointer], ggml_tensor, pointer)
+
+    def close(self) -> None:
+        """Takes it all back."""
+        for buffer in self._held.values():
+            self._ggml.backend_buffer_free(buffer)
+        self._held = {}
+
+
 class GgmlLinear:
     """Distinct copies of one TQ2_0 matrix, multiplied with one input."""
 
@@ -95,7 +125,7 @@ class GgmlLinear:
         self._packed += [self._packed[0].clone() for _ in range(copies - 1)]
         self.weight_bytes = self._packed[0].numel()
         self._context = 0
-        self._buffers: list[int] = []
+        self._buffers = Buffers(ggml)
         self._keep: tuple[Tensor, ...] = ()
 
     def calls(self, x: Tensor) -> list[Callable[[], object]]:
@@ -108,41 +138,26 @@ class GgmlLinear:
         ggml.backend_cpu_set_n_threads(ggml.backend, torch.get_num_threads())
         each = 2 * ggml.tensor_overhead() + ggml.graph_overhead_custom(_GRAPH_NODES, False)
         memory = (count + 1) * (each + 1024)
-        self._context = context = ggml.init(_InitParams(memory, None, True))
+        self._context = context = ggml.new_context(memory)
         self.y = torch.empty((x.shape[0], self.out_features))
         x = x.float().contiguous()
         self._keep = (x, self.y)
         source = ggml.new_tensor_2d(context, TYPE_F32, self.in_features, x.shape[0])
-        self._place(source, x)
-        y_buffer = self._buffer(self.y)
+        self._buffers.place(source, x)
         result: list[Callable[[], object]] = []
         for packed in self._packed:
             weight = ggml.new_tensor_2d(context, TYPE_TQ2_0, self.in_features, self.out_features)
-            self._place(weight, packed)
+            self._buffers.place(weight, packed)
             product = ggml.mul_mat(context, weight, source)
-            ggml.backend_tensor_alloc(y_buffer, product, self.y.data_ptr())
+            self._buffers.place(product, self.y)
             graph = ggml.new_graph_custom(context, _GRAPH_NODES, False)
             ggml.build_forward_expand(graph, product)
             result.append(partial(ggml.backend_graph_compute, ggml.backend, graph))
         return result
 
-    def _buffer(self, tensor: Tensor) -> int:
-        size = tensor.numel() * tensor.element_size()
-        assert tensor.data_ptr() % _ALIGNMENT == 0
-        buffer: int = self._ggml.backend_cpu_buffer_from_ptr(tensor.data_ptr(), size)
-        self._buffers.append(buffer)
-        return buffer
-
-    def _place(self, ggml_tensor: int, tensor: Tensor) -> None:
-        """Makes a ggml tensor use torch's memory."""
-        buffer = self._buffer(tensor)
-        self._ggml.backend_tensor_alloc(buffer, ggml_tensor, tensor.data_ptr())
-
     def close(self) -> None:
         """Frees what `calls` made."""
-        for buffer in self._buffers:
-            self._ggml.backend_buffer_free(buffer)
-        self._buffers = []
+        self._buffers.close()
         if self._context:
             self._ggml.free(self._context)
             self._context = 0

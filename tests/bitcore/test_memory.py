@@ -118,6 +118,26 @@ CALLS: dict[str, tuple[Callable[..., object], Callable[[], tuple[Tensor, ...]]]]
         lambda *t: OPS.input_gradient(*t[:3], 9, torch.float32, t[3]),
         lambda: (torch.randn(3, 9), *groups()),
     ),
+    "experts_linear": (
+        lambda x, index, *t: OPS.experts_linear(x, index, *t, 9, "int8_per_token", torch.float32),
+        lambda: (torch.randn(3, 64), chosen(), *stacked(packed), torch.randn(2, 9)),
+    ),
+    "experts_linear, groups": (
+        lambda *t: OPS.experts_linear(*t[:4], None, 9, "int8_per_tensor", torch.float32, t[4]),
+        lambda: (torch.randn(3, 64), chosen(), *stacked(groups)),
+    ),
+    "experts_linear of floats": (
+        lambda *t: OPS.experts_linear(*t, None, 9, "float", torch.float32),
+        lambda: (torch.randn(3, 64), chosen(), *stacked(packed)),
+    ),
+    "experts_input_gradient": (
+        lambda *t: OPS.experts_input_gradient(*t, 9, 3, torch.float32),
+        lambda: (torch.randn(6, 9), chosen(), *stacked(packed)),
+    ),
+    "experts_input_gradient, groups": (
+        lambda *t: OPS.experts_input_gradient(*t[:4], 9, 3, torch.float32, t[4]),
+        lambda: (torch.randn(6, 9), chosen(), *stacked(groups)),
+    ),
     "input_gradient_int8": (
         lambda *t: OPS.input_gradient_int8(*t, torch.float32),
         lambda: (torch.randn(3, 9), *rows()),
@@ -139,6 +159,16 @@ def groups() -> tuple[Tensor, Tensor, Tensor]:
 
 def rows() -> tuple[Tensor, Tensor]:
     return torch.randint(-127, 128, (9, 64), dtype=torch.int8), torch.rand(9)
+
+
+def stacked(make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Those of two experts."""
+    return tuple(torch.stack(both) for both in zip(make(), make(), strict=True))
+
+
+def chosen() -> Tensor:
+    """Two experts, or none, for each of three tokens."""
+    return torch.tensor([[0, 1], [1, 2], [0, 0]])
 
 
 def test_every_op_is_called() -> None:
@@ -269,7 +299,7 @@ def test_pointers_are_taken_in_one_place() -> None:
     folder = Path(native.__file__).parent
     # Others are of what was made contiguous just before, of outputs, and of inputs, whose rows may
     # lie apart.
-    allowed = {"native.py": 5, "cpu.py": 4, "cuda.py": 2}
+    allowed = {"native.py": 5, "cpu.py": 4, "cpu_experts.py": 4, "cuda.py": 2}
     for file in folder.glob("*.py"):
         found = len(re.findall(r"data_ptr\(\)", file.read_text()))
         assert found == allowed.get(file.name, 0), file.name
@@ -327,6 +357,9 @@ def test_too_many_inputs_are_refused_alike(backend: str) -> None:
         lambda: OPS.input_gradient(one.view(1, 1), qweight, one, 1, torch.float32),
         lambda: OPS.input_gradient_int8(one.view(1, 1), codes, one, torch.float32),
         lambda: OPS.linear_int8(wide, codes, one, None, torch.float32),
+        lambda: OPS.experts_linear(
+            wide, codes[0, :1].long(), qweight[None], one[None], None, 1, "float", torch.float32
+        ),
         lambda: OPS.pack_weight(wide, "per_tensor", 0),
         lambda: OPS.pack_codes(wide, one),
         lambda: OPS.estimate(wide, "absmean", "per_tensor", 0),

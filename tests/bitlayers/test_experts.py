@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from bitcore import BitQuantConfig, use_backend
 from bitcore.errors import LifecycleError, NonFiniteError
+from bitcore.kernels.cpu_experts import CpuExperts
 from bitlayers import estimate_memory_usage
 from bitlayers.bitlinear import BitLinear
 from bitlayers.experts import BitExperts, convert_experts
@@ -339,3 +340,47 @@ def test_memory() -> None:
     assert estimate_memory_usage(module.deploy()) == latent
     held = [*module.parameters(), *module.buffers()]
     assert sum(one.nbytes for one in held) == packed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deployed_experts_are_one_call_a_projection(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    native = CpuExperts._run_experts
+
+    def counted(self: CpuExperts, constants: Any, experts: int, *rest: Any) -> Tensor:
+        calls.append(constants.out_features)
+        return native(self, constants, experts, *rest)
+
+    module = ternary(kind)
+    expected = run(module)
+    monkeypatch.setattr(CpuExperts, "_run_experts", counted)
+    module.deploy()
+    with use_backend("cpu"):
+        for _ in range(2):
+            with torch.no_grad():
+                assert torch.equal(run(module), expected)
+    rows = [stack.out_features for stack in module.stacks.values()]
+    assert calls == rows * 2
+
+
+def test_deployed_experts_compile_without_a_graph_break() -> None:
+    module = ternary().eval().deploy()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for tokens in (23, 5):
+        with torch.no_grad():
+            assert torch.equal(compiled(*inputs(tokens)), module(*inputs(tokens)))
+
+
+def test_a_copied_parameter_is_seen_by_the_next_forward_pass() -> None:
+    """What was prepared holds the addresses of the tensors that it was made of."""
+    module, other = ternary().eval().deploy(), ternary().eval()
+    for parameter in other.parameters():
+        parameter.data.neg_()
+    other.deploy()
+    with torch.no_grad():
+        before = run(module)
+        module.load_state_dict(other.state_dict(), assign=True)
+        assert torch.equal(run(module), run(other))
+        assert not torch.equal(run(module), before)

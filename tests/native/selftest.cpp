@@ -1,6 +1,7 @@
 // Compares every instruction set that the CPU has with plain versions of what bitkernels.h specifies.
 //   selftest [--quick] [--without ISA]... [ISA]...     ISA: an instruction set that must be among them
 // It needs the C library's printf and memory functions only, so that freestanding.cpp can stand in for that.
+#include "expert_checks.h"
 #include "group_checks.h"
 
 using namespace harness;
@@ -244,6 +245,7 @@ void test_all() {
     for (int64_t count : kScanned) test_invalid(quick && count > 1000 ? 70000 : count);
     test_linears();
     test_groups(quick);
+    test_experts(quick);
 }
 
 // What is refused, and a comparison that must fail: else nothing above would mean anything.
@@ -255,7 +257,8 @@ bool sane() {
     return scratch.failures == 11 && bk_cpu_abi_version() == BK_ABI_VERSION &&
            bk_cpu_select_isa("none") == BK_UNAVAILABLE && bk_cpu_last_error()[0] != 0 &&
            bk_cpu_matmul_i8_t2_i32(nullptr, nullptr, nullptr, 1, 1, 0, nullptr, 1) == BK_INVALID_ARGUMENT &&
-           bk_cpu_matmul_i8_t2_i32(nullptr, nullptr, nullptr, 0, 1, 1, nullptr, 1) == BK_OK && refuses_groups();
+           bk_cpu_matmul_i8_t2_i32(nullptr, nullptr, nullptr, 0, 1, 1, nullptr, 1) == BK_OK && refuses_groups() &&
+           refuses_experts();
 }
 
 // Splits bk_cpu_supported_isas().

@@ -1,0 +1,206 @@
+"""Times the experts of one layer: BitLab against its peers and the machine's limits, in one run.
+
+    python scripts/bench/experts.py                       # Qwen3-30B-A3B, Mixtral-8x7B, GPT-OSS-20B
+    python scripts/bench/experts.py --geometry qwen3 --tokens 1 8 --threads 2
+
+Engines take turns call by call, and every call sends its tokens to other experts, so that no cache
+can keep their weights. All times hold what an engine does from the router's choice to the sum of a
+token's experts, but ggml's, which leaves that sum out. "of DRAM" is of the weights of those
+experts that got tokens. Beside them runs BitLab's dense layer, on one expert's matrices and as
+many tokens as an expert gets on average. Writes experts.json and experts.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Disturbance, Grid, Probe, Target, close, header
+from experts_sides import Geometry, Layer, check, geometries
+from ggml_peer import Ggml
+from rich.console import Console
+from torch import Tensor
+
+from bitcore.kernels import kernels_for
+from bitlab_hf.cli.timing import Contender, Timing, last_level_cache, race
+
+Row = dict[str, Any]
+DENSE = "bitlab dense"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = list(geometries(True))
+    parser.add_argument("--geometry", nargs="+", choices=names, default=names)
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="M")
+    parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
+    parser.add_argument("--isa", default="auto", help="auto, or the name of an instruction set")
+    parser.add_argument("--seconds", type=float, help="time of an engine in one cell")
+    parser.add_argument("--limit", type=float, default=3, help="seconds: slower calls run once")
+    parser.add_argument("--json", type=Path, default=Path("out/bench/experts.json"))
+    parser.add_argument("--quick", action="store_true", help="tiny layers, to see that it runs")
+    arguments = parser.parse_args()
+    arguments.tokens = arguments.tokens or ([1, 5] if arguments.quick else [1, 8, 64, 512])
+    arguments.seconds = arguments.seconds or (0.01 if arguments.quick else 1.0)
+    return arguments
+
+
+def draw_choices(geometry: Geometry, tokens: int) -> list[Tensor]:
+    """Returns choices of experts; those of few tokens follow each other through all experts."""
+    experts, chosen = geometry.experts, geometry.choices
+    if tokens * chosen <= experts:
+        turns = experts // (tokens * chosen)
+        order = torch.randperm(experts)[: turns * tokens * chosen]
+        return list(order.view(turns, tokens, chosen))
+    scores = torch.rand(4, tokens, experts)
+    return list(scores.topk(chosen).indices)
+
+
+def measure(layer: Layer, tokens: int, probe: Probe, options: Any) -> list[Row]:
+    """Races the engines and the machine's limits on one number of tokens."""
+    geometry = layer.geometry
+    x = torch.randn(tokens, geometry.hidden)
+    weights = torch.rand(tokens, geometry.choices).bfloat16()
+    choices = draw_choices(geometry, tokens)
+    rows = tokens * geometry.choices
+    sides = [one for one in layer.sides() if one.most_rows is None or rows <= one.most_rows]
+    check(sides, x, weights, choices[0])
+    visited = sum(choice.unique().numel() for choice in choices) / len(choices)
+    each = max(1, round(rows / visited))
+    read, multiply = probe.contenders()
+    contenders = [Contender(one.name, one.calls(x, weights, choices)) for one in sides]
+    contenders.append(Contender(DENSE, layer.dense(each)))
+    times = race([read, multiply, *contenders], options.seconds, options.limit)
+    read_gbs = read.work / times[read.name].p50 / 1e3
+    peak = multiply.work / times[multiply.name].p50 / 1e3
+    expert = sum(stack.weights for stack in layer.ternary.stacks.values()) // geometry.experts
+    reads = {one.name: one.expert_bytes * visited for one in sides}
+    reads[DENSE] = sides[0].expert_bytes
+    found = []
+    for name, size in reads.items():
+        gbs = size / times[name].p50 / 1e3
+        gmacs = (each if name == DENSE else rows) * expert / times[name].p50 / 1e3
+        found.append(
+            {
+                "geometry": geometry.name,
+                "threads": torch.get_num_threads(),
+                "tokens": tokens,
+                "visited": visited,
+                "tokens_an_expert": rows / visited,
+                "engine": name,
+                "us": asdict(times[name]),
+                "weight_bytes": size,
+                "gbs": gbs,
+                "dram_gbs": read_gbs,
+                "dram_share": gbs / read_gbs,
+                "gmacs": gmacs,
+                "peak_gmacs": peak,
+                "peak_share": gmacs / peak if peak else None,
+            }
+        )
+    return found
+
+
+def grid_of(title: str, rows: list[Row]) -> Grid:
+    """Returns the table of one geometry."""
+    columns = ["M", "engine", "µs p50", "p10-p90", "GB/s", "of DRAM", "GMAC/s", "of peak", "times"]
+    grid = Grid(title, columns, left=2)
+    for row in rows:
+        timing = Timing(**row["us"])
+        ours = _find(rows, row["tokens"], "bitlab")
+        ratio = "-" if row["engine"] == DENSE else f"{timing.p50 / ours['us']['p50']:.2f}"
+        share = "-" if row["peak_share"] is None else f"{row['peak_share']:.0%}"
+        grid.rows.append(
+            [
+                str(row["tokens"]), row["engine"], f"{timing.p50:.0f}",
+                f"{timing.p10:.0f}-{timing.p90:.0f}", f"{row['gbs']:.1f}",
+                f"{row['dram_share']:.0%}", f"{row['gmacs']:.0f}", share, ratio,
+            ]
+        )  # fmt: skip
+    return grid
+
+
+def _find(rows: list[Row], tokens: int, engine: str) -> Row:
+    return next(row for row in rows if (row["tokens"], row["engine"]) == (tokens, engine))
+
+
+def find_targets(rows: list[Row], threads: int) -> list[Target]:
+    """Returns the closing table's lines, of the first geometry."""
+    name = next(iter(geometries(False).values())).name
+    rows = [row for row in rows if (row["geometry"], row["threads"]) == (name, threads)]
+
+    def times(tokens: int, engine: str) -> list[float]:
+        return [
+            row["us"]["p50"]
+            for row in rows
+            if row["tokens"] == tokens and row["engine"].startswith(engine)
+        ]
+
+    def ratio(engine: str) -> float | None:
+        ours, theirs = times(1, "bitlab"), times(1, engine)
+        return min(theirs) / ours[0] if ours and theirs else None
+
+    one = [row for row in rows if (row["tokens"], row["engine"]) == (1, "bitlab")]
+    many = {row["engine"]: row["gmacs"] for row in rows if row["tokens"] == 512}
+    share = one[0]["dram_share"] if one else None
+    rate = many["bitlab"] / many[DENSE] if many else None
+    return [
+        Target(f"{name}, 1 token: share of DRAM, >= 0.7", share, 0.7, True, ""),
+        Target(
+            f"{name}, 1 token: transformers' best bfloat16, >= 8 times",
+            ratio("transformers"), 8, True, "x",
+        ),
+        Target(f"{name}, 1 token: ggml TQ2_0, >= 1.5 times", ratio("ggml"), 1.5, True, "x"),
+        Target(
+            f"{name}, 512 tokens: multiply-adds, >= 1 of the dense layer's", rate, 1, True, "x"
+        ),
+    ]  # fmt: skip
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measures, prints, writes."""
+    options = parse_arguments()
+    torch.manual_seed(0)
+    console = Console()
+    disturbance = Disturbance()
+    result = header(console, "bench/experts.py")
+    kernels: Any = kernels_for("cpu")
+    kernels.select_isa(options.isa)
+    ggml = Ggml.load()
+    if ggml is None:
+        console.print("ggml TQ2_0: not installed (pip install llama-cpp-python)")
+    probe = Probe(1_000_000 if options.quick else max(450_000_000, 4 * last_level_cache()))
+    result |= {"isa": kernels.isa, "quick": options.quick, "ggml": ggml is not None}
+    rows: list[Row] = []
+    grids: list[Grid] = []
+    for short in options.geometry:
+        geometry = geometries(options.quick)[short]
+        layer = Layer(geometry, ggml)
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            found = [
+                row
+                for tokens in sorted(options.tokens)
+                for row in measure(layer, tokens, probe, options)
+            ]
+            sizes = f"{geometry.experts} experts, {geometry.choices} a token, H {geometry.hidden}"
+            title = f"{geometry.name}: {sizes}, I {geometry.wide}; threads {threads}, {kernels.isa}"
+            grids.append(grid_of(title, found))
+            grids[-1].show(console)
+            rows += found
+        del layer
+    result["rows"] = rows
+    targets = find_targets([] if options.quick else rows, max(options.threads))
+    close(console, result, grids, targets, disturbance, options.json)
+    console.print(f"Results: {options.json}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
