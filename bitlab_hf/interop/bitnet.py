@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
@@ -28,12 +28,12 @@ from bitlab_hf.checkpoint.files import own_safetensors, read_config, shard_keys
 from bitlab_hf.checkpoint.headers import Checkpoint, TensorHeader, read_checkpoint
 from bitlab_hf.checkpoint.saving import save
 from bitlab_hf.config import BitLabConfig, checked_patterns
+from bitlab_hf.interop.expressible import check_modules
 from bitlab_hf.model.marks import mark_quantized
 from bitlab_hf.model.tree import Found, find_modules, quantized_layers
 from bitlab_hf.quantizer import BitLabHfQuantizer
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
-from bitlayers.experts import BitExperts
 from bitlayers.rmsnorm import RMSNormBitLinear
 
 _METHOD = "bitnet-as-bitlab"
@@ -355,17 +355,12 @@ def _check_expressible(model: PreTrainedModel, layers: list[Found[BitLayerBase]]
             "export_bitnet: model must hold one class of layers, got "
             f"{sorted(kind.__name__ for kind in kinds)}{alternatives}"
         )
-    for name, module in model.named_modules():
-        tensors: dict[str, Tensor | None] = {**module._parameters, **module._buffers}
-        layer = type(module) in (BitLinear, RMSNormBitLinear)
-        foreign = (
-            isinstance(module, BitLayerBase | BitExperts) or tensors.get("qweight") is not None
-        )
-        if (foreign and not layer) or hasattr(module, "base_layer"):
-            raise ArgumentError(
-                f"export_bitnet: {name} must be a BitLinear or a plain module, got "
-                f"{type(module).__name__}{alternatives}"
-            )
+    check_modules(
+        "export_bitnet",
+        model,
+        lambda module: type(module) in (BitLinear, RMSNormBitLinear),
+        alternatives,
+    )
     for found in layers:
         module, config = found.module, found.module.quant_config
         problem = None

@@ -21,6 +21,7 @@ from bitcore import unpack_ternary
 from bitcore.errors import ArgumentError, ArgumentTypeError
 from bitcore.quantize import group_scale
 from bitlab_hf.checkpoint.saving import save
+from bitlab_hf.interop.expressible import check_modules
 from bitlab_hf.interop.packed_stream import relative_change
 from bitlab_hf.interop.two_bits import pack_fields, unpack_fields
 from bitlab_hf.model.tree import Found, quantized_layers
@@ -177,12 +178,9 @@ def _configuration(model: PreTrainedModel, layers: list[Found[BitLayerBase]]) ->
 def _check_expressible(model: PreTrainedModel, layers: list[Found[BitLayerBase]]) -> None:
     if not layers:
         raise ArgumentError("export_compressed_tensors: model must hold quantized layers, got none")
-    for name, module in model.named_modules():
-        tensors: dict[str, Tensor | None] = {**module._parameters, **module._buffers}
-        foreign = isinstance(module, BitLayerBase) or tensors.get("qweight") is not None
-        if (foreign and type(module) is not BitLinear) or hasattr(module, "base_layer"):
-            raise ArgumentError(
-                f"export_compressed_tensors: {name} must be a BitLinear or a plain module, got "
-                f"{type(module).__name__}\nUse bitlab_hf.save, or model.dequantize() and "
-                "save_pretrained for a float checkpoint."
-            )
+    check_modules(
+        "export_compressed_tensors",
+        model,
+        lambda module: type(module) is BitLinear,
+        "\nUse bitlab_hf.save, or model.dequantize() and save_pretrained for a float checkpoint.",
+    )

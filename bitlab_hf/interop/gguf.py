@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ from bitlab_hf.interop.gguf_architectures import (
     shift_of,
 )
 from bitlab_hf.interop.gguf_file import require_gguf
+from bitlab_hf.interop.gguf_matrices import apart, matrices_of
 from bitlab_hf.interop.gguf_tokenizer import add_tokenizer, find_tokenizer
 from bitlab_hf.interop.gguf_types import (
     ALTERNATIVES,
@@ -43,13 +45,22 @@ from bitlab_hf.interop.gguf_types import (
     check_layers,
     default_type,
     ggml_type,
-    layer_values,
+    values_of,
 )
-from bitlab_hf.model.tree import quantized_layers
-from bitlayers.base import BitLayerBase
+from bitlayers.experts import BitExperts
 
 if TYPE_CHECKING:
     import gguf
+
+
+_ROUTER = "ffn_gate_inp"
+# The names that gguf's map knows, of the first models of BitNet and of experts.
+_RENAMED = {
+    "attn_sub_norm": "inner_attn_ln",
+    "ffn_sub_norm": "ffn_layernorm",
+    "block_sparse_moe.router": "mlp.gate",
+    "block_sparse_moe.": "mlp.",
+}
 
 
 @dataclass(frozen=True)
@@ -155,27 +166,31 @@ def _tensors(model: PreTrainedModel, known: Architecture, qtype: str) -> Iterato
     config = model.config
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == known.name)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    layers = {name: found.module for found in quantized_layers(model) for name in found.names}
+    held = matrices_of(model)
+    for matrices in held:
+        order = row_order(config, matrices.name) if known.pairs else None
+        make = partial(values_of, matrices, qtype, order)
+        yield _Tensor(renamed(names, matrices.key), matrices.shape, qtype, make)
+    ternary = {matrices.key for matrices in held}
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if config.tie_word_embeddings and module is head:
             continue
         order = row_order(config, name) if known.pairs else None
-        if name in layers:
-            yield _layer(renamed(names, f"{name}.weight"), layers[name], qtype, order)
         for leaf, tensor in module.named_parameters(recurse=False):
-            if name in layers and leaf != "bias":
+            ours = isinstance(module, BitExperts) or f"{name}.weight" in ternary
+            if ours and leaf != "bias":
                 continue
-            wide = tensor.dim() == 2
-            kind = _float_kind(tensor.dtype) if wide else "F32"
-            ordered = tensor if order is None else tensor[order]
             shift = shift_of(known, f"{name}.{leaf}")
-            yield _Tensor(
-                renamed(names, f"{name}.{leaf}"),
-                tuple(tensor.shape),
-                kind,
-                _floats(ordered, kind, shift),
-            )
+            for key, part in apart(f"{name}.{leaf}", tensor):
+                file_name = renamed(names, key)
+                # llama.cpp computes with routers in float32 alone.
+                wide = part.dim() > 1 and _ROUTER not in file_name
+                kind = _float_kind(part.dtype) if wide else "F32"
+                ordered = part if order is None else part[order]
+                yield _Tensor(
+                    file_name, tuple(part.shape), kind, partial(_floats, ordered, kind, shift)
+                )
     if (config.rope_parameters or {}).get("rope_type") == "llama3":
         factors = _rope_factors(model)
         yield _Tensor("rope_freqs.weight", tuple(factors.shape), "F32", lambda: factors)
@@ -194,9 +209,10 @@ def _rope_factors(model: PreTrainedModel) -> Tensor:
 
 def renamed(names: Any, key: str) -> str:
     """Returns llama.cpp's name of a tensor; names is gguf's map of the architecture."""
-    # The names of the first BitNet models are the ones that the map knows.
-    known = key.replace("attn_sub_norm", "inner_attn_ln").replace("ffn_sub_norm", "ffn_layernorm")
-    renamed: str | None = names.get_name(known, try_suffixes=(".weight", ".bias"))
+    for ours, known in _RENAMED.items():
+        key = key.replace(ours, known)
+    key = f"{key}.weight" if key.endswith("_proj") else key
+    renamed: str | None = names.get_name(key, try_suffixes=(".weight", ".bias"))
     if renamed is None:
         raise ArgumentError(
             f"export_gguf: {key} must be a tensor that llama.cpp knows, got none{ALTERNATIVES}"
@@ -208,19 +224,10 @@ def _float_kind(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "BF16", torch.float16: "F16"}.get(dtype, "F32")
 
 
-def _floats(tensor: Tensor, kind: str, shift: float) -> Callable[[], Tensor]:
+def _floats(tensor: Tensor, kind: str, shift: float) -> Tensor:
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[kind]
-
-    def make() -> Tensor:
-        values = tensor.detach().to("cpu", dtype)
-        return values + shift if shift else values
-
-    return make
-
-
-def _layer(name: str, layer: BitLayerBase, qtype: str, order: Tensor | None) -> _Tensor:
-    shape = layer.out_features, layer.in_features
-    return _Tensor(name, shape, qtype, lambda: layer_values(layer, qtype, order))
+    values = tensor.detach().to("cpu", dtype)
+    return values + shift if shift else values
 
 
 def _write(

@@ -20,6 +20,14 @@ from bitlab_hf.interop.gguf_types import ALTERNATIVES, file_type
 if TYPE_CHECKING:
     import gguf
 
+# What the files of mixtures do not say: whether the weights of the chosen experts are brought to a
+# sum of 1, and that every layer is a mixture.
+_EVERY: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+_MIXED: dict[str, dict[str, Any]] = {
+    "qwen2moe": {"norm_topk_prob": False, "qkv_bias": True, **_EVERY},
+    "qwen3moe": {"norm_topk_prob": True, "attention_bias": False, **_EVERY},
+    "olmoe": {"norm_topk_prob": False, "attention_bias": False, "clip_qkv": None},
+}
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 # Gemma 3: every sixth layer looks at everything. SmolLM3: every fourth has no positions.
 GEMMA_PERIOD, SMOLLM_PERIOD = 6, 4
@@ -58,6 +66,11 @@ ARCHITECTURES = {
     "Phi3ForCausalLM": Architecture("phi3"),
     "GraniteForCausalLM": Architecture("granite", pairs=True),
     "SmolLM3ForCausalLM": Architecture("smollm3", pairs=True),
+    "MixtralForCausalLM": Architecture("llama", pairs=True),
+    "Qwen2MoeForCausalLM": Architecture("qwen2moe"),
+    "Qwen3MoeForCausalLM": Architecture("qwen3moe"),
+    "OlmoeForCausalLM": Architecture("olmoe"),
+    "GraniteMoeForCausalLM": Architecture("granitemoe", pairs=True),
 }
 BY_NAME = {known.name: known for known in reversed(ARCHITECTURES.values())}
 
@@ -106,6 +119,11 @@ def _required(architecture: str, config: Any) -> dict[str, Any]:
         required["tie_word_embeddings"] = True
     if architecture == "smollm3":
         required["no_rope_layers"] = rotating_layers(layers)
+    if architecture in _MIXED:
+        required.update(_MIXED[architecture])
+    if architecture == "olmoe":
+        # It norms queries and keys across all heads, of which it has as many.
+        required["num_key_value_heads"] = config.num_attention_heads
     if architecture == "gemma3":
         across = config.hidden_size // config.num_attention_heads
         required.update(
@@ -151,6 +169,12 @@ def head_size(config: Any) -> int:
     return int(size)
 
 
+def experts_of(config: Any) -> int:
+    """Returns how many experts a layer has; 0 of a dense model."""
+    names = "num_local_experts", "num_experts"
+    return next((int(getattr(config, name)) for name in names if hasattr(config, name)), 0)
+
+
 def row_order(config: Any, name: str) -> Tensor | None:
     """Returns where llama.cpp's rows of a query or key matrix are found, if it rotates pairs."""
     leaf = name.rpartition(".")[2]
@@ -185,7 +209,7 @@ def add_metadata(
             writer.add_final_logit_softcapping(config.final_logit_softcapping)
     elif window and getattr(config, "use_sliding_window", True):
         context = min(context, window)
-    if known.name == "granite":
+    if known.name in ("granite", "granitemoe"):
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
@@ -198,6 +222,16 @@ def add_metadata(
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
+    experts = experts_of(config)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    for name, add in (
+        ("moe_intermediate_size", writer.add_expert_feed_forward_length),
+        ("shared_expert_intermediate_size", writer.add_expert_shared_feed_forward_length),
+    ):
+        if hasattr(config, name):
+            add(getattr(config, name))
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(size)

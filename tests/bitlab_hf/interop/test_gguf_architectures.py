@@ -15,11 +15,13 @@ from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf import BitLabConfig, deploy, export_gguf, load_gguf, replace_linear
 from bitlab_hf.interop.gguf_architectures import ARCHITECTURES
 from bitlab_hf.interop.gguf_file import read_gguf
+from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.interop.test_gguf import DEMO, SIZES
 
 # Eight layers: Gemma 3 and SmolLM3 have periods of six and four.
 COMMON = {**SIZES, "num_hidden_layers": 8, "max_position_embeddings": 256, "pad_token_id": 0}
+MIXED, ONE = {"num_hidden_layers": 3, "num_experts_per_tok": 2}, {"num_experts_per_tok": 1}
 # The configuration's class, its fields, and a change of them that llama.cpp must not confuse.
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "LlamaForCausalLM": ("LlamaConfig", {}, {"rope_parameters": {"rope_theta": 1e6}}),
@@ -48,7 +50,31 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"attention_multiplier": 0.2},
     ),
     "SmolLM3ForCausalLM": ("SmolLM3Config", {}, {"no_rope_layers": [1] * 8}),
+    "MixtralForCausalLM": ("MixtralConfig", {"num_local_experts": 4, **MIXED}, ONE),
+    "Qwen2MoeForCausalLM": (
+        "Qwen2MoeConfig",
+        {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 512, "num_experts": 6,
+         **MIXED},
+        {"norm_topk_prob": True},
+    ),
+    "Qwen3MoeForCausalLM": (
+        "Qwen3MoeConfig",
+        {"head_dim": 64, "moe_intermediate_size": 256, "num_experts": 6, "norm_topk_prob": True,
+         **MIXED},
+        {"norm_topk_prob": False},
+    ),
+    "OlmoeForCausalLM": (
+        "OlmoeConfig", {"num_experts": 4, "num_key_value_heads": 4, **MIXED}, ONE,
+    ),
+    "GraniteMoeForCausalLM": (
+        "GraniteMoeConfig",
+        {"attention_multiplier": 0.1, "embedding_multiplier": 2.0, "residual_multiplier": 0.5,
+         "logits_scaling": 4.0, "num_local_experts": 4, **MIXED},
+        ONE,
+    ),
 }  # fmt: skip
+MIXTURES = [name for name, (_, fields, _) in KINDS.items() if "num_experts_per_tok" in fields]
+DENSE = [name for name in KINDS if name not in MIXTURES]
 LENGTH = 96
 
 
@@ -73,6 +99,12 @@ def build(name: str, **changes: Any) -> Any:
     deploy(model)
     for found in quantized_layers(model):
         found.module.qweight_scale = torch.full_like(found.module.qweight_scale, 2.0**-4)
+    for experts in expert_modules(model):
+        for name, stack in experts.module.stacks.items():
+            scale = getattr(experts.module, f"{name}_qweight_scale")
+            # Another for each expert, and for gate and up.
+            each = torch.arange(stack.experts * stack.parts).view(stack.experts, stack.parts)
+            scale.view(*each.shape, -1).copy_(2.0 ** -(3 + each % 3).unsqueeze(2))
     return model
 
 
@@ -93,7 +125,7 @@ def test_all_are_here() -> None:
 
 
 @pytest.mark.parametrize("qtype", ["Q2_0", "BF16"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", DENSE)
 def test_there_and_back(name: str, qtype: str, tokenizer: Any, tmp_path: Path) -> None:
     model = build(name)
     assert export_gguf(model, tmp_path / "model.gguf", qtype, tokenizer=tokenizer) == 0
@@ -103,6 +135,16 @@ def test_there_and_back(name: str, qtype: str, tokenizer: Any, tmp_path: Path) -
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=2e-6)
     for ours, theirs in zip(quantized_layers(model), quantized_layers(again), strict=True):
         assert torch.equal(ours.module.packed()[0], theirs.module.packed()[0])
+
+
+def test_no_way_back_for_experts(tokenizer: Any, tmp_path: Path) -> None:
+    for name, said in (
+        ("MixtralForCausalLM", r"llama\.expert_count must be 0, got 4"),
+        ("OlmoeForCausalLM", r"general\.architecture must be one of .* got 'olmoe'"),
+    ):
+        export_gguf(build(name), tmp_path / "model.gguf", tokenizer=tokenizer)
+        with pytest.raises(CheckpointError, match=said):
+            load_gguf(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("name", ["MistralForCausalLM", "Phi3ForCausalLM"])
@@ -125,6 +167,11 @@ def test_a_window_becomes_the_context(name: str, tokenizer: Any, tmp_path: Path)
         ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping must be"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1] * 8}, "no_rope_layers must be"),
         ("MistralForCausalLM", {"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
+        ("Qwen2MoeForCausalLM", {"norm_topk_prob": True}, "norm_topk_prob must be False"),
+        ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}, "norm_topk_prob must be True"),
+        ("Qwen3MoeForCausalLM", {"mlp_only_layers": [0]}, r"mlp_only_layers must be \[\]"),
+        ("OlmoeForCausalLM", {"clip_qkv": 8.0}, "clip_qkv must be None"),
+        ("OlmoeForCausalLM", {"num_key_value_heads": 2}, "num_key_value_heads must be 4"),
         (
             "GraniteForCausalLM",
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
@@ -154,7 +201,10 @@ def test_a_field_that_is_missing(tokenizer: Any, tmp_path: Path) -> None:
 def test_llama_cpp(
     name: str, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same logits but for activations in bfloat16; of a model that differs, others."""
+    """The same logits but for activations in bfloat16; of a model that differs, others.
+
+    One token of twenty may differ by more: its router may be undecided between two experts.
+    """
     from llama_cpp import GGML_TYPE_F32, Llama
 
     model = build(name)
@@ -168,7 +218,9 @@ def test_llama_cpp(
     found = torch.tensor(llama.scores[:LENGTH], dtype=torch.float32)
     expected, other = logits(model), logits(build(name, **KINDS[name][2]))
     spread = expected.std()
-    right, wrong = ((other_one - found).std() / spread for other_one in (expected, other))
+    right, wrong = (
+        ((other_one - found).std(1) / spread).quantile(0.95) for other_one in (expected, other)
+    )
     with capsys.disabled():
         print(f"\n{name}: {float(right):.2e} of the logits' spread; changed, {float(wrong):.2e}")
     assert right <= 0.02
