@@ -1,7 +1,8 @@
 """Experts that a model keeps as tensors: which modules hold them, and how they become ternary.
 
 transformers' decorator for such classes, ``use_experts_implementation``, leaves on each module how
-its tensors lie. That is all that is asked here: no class is known by its name.
+its tensors lie. A class that does as a decorated one does, but lacks the decorator, is described
+here.
 """
 
 from __future__ import annotations
@@ -26,6 +27,19 @@ from bitlayers.stack import Stack
 logger = logging.getLogger("bitlab")
 # What the decorator sets, which is also what the forward needs to know.
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+# The same of classes without the decorator. Their forward has to be that of a decorated one: the
+# same arguments, `_apply_gate` on what the first product gives, and a weighted sum.
+UNDECORATED: dict[str, dict[str, bool]] = {
+    "Step3p7Experts": {**dict.fromkeys(_FLAGS, False), "has_gate": True, "is_concatenated": True},
+}
+
+
+def _flags(module: nn.Module) -> dict[str, bool] | None:
+    """Returns how the tensors of a float experts module lie; None of another module."""
+    known = UNDECORATED.get(type(module).__name__)
+    fields = vars(module) if known is None else known
+    flags = {name: fields[name] for name in _FLAGS if isinstance(fields.get(name), bool)}
+    return flags if len(flags) == len(_FLAGS) else None
 
 
 def expert_modules(model: nn.Module) -> list[Found[BitExperts]]:
@@ -37,12 +51,12 @@ def projections(module: nn.Module) -> list[str]:
     """Returns the names of the tensors of a float experts module in the order of use; none of a
     module that is no such, or whose tensors lie in another way than its class says.
     """
-    fields = vars(module)
-    if isinstance(module, BitExperts) or not all(isinstance(fields.get(f), bool) for f in _FLAGS):
+    flags = None if isinstance(module, BitExperts) else _flags(module)
+    if flags is None:
         return []
-    names = ["gate_up_proj" if fields["has_gate"] else "up_proj", "down_proj"]
+    names = ["gate_up_proj" if flags["has_gate"] else "up_proj", "down_proj"]
     tensors = [module._parameters.get(name) for name in names]
-    experts = fields.get("num_experts")
+    experts = vars(module).get("num_experts")
     known = all(
         one is not None and one.dim() == 3 and one.shape[0] == experts and one.is_floating_point()
         for one in tensors
@@ -160,11 +174,12 @@ def stacks_of(model: nn.Module, found: Found[nn.Module], config: BitLabConfig) -
     Raises:
         ConfigError: A projection cannot be quantized as asked.
     """
-    module: Any = found.module
+    module, flags = found.module, _flags(found.module)
+    assert flags is not None
     stacks = []
     for place, name in enumerate(projections(module)):
         experts, *sizes = getattr(module, name).shape
-        rows, columns = reversed(sizes) if module.is_transposed else sizes
+        rows, columns = reversed(sizes) if flags["is_transposed"] else sizes
         try:
             stacks.append(
                 Stack(
@@ -173,9 +188,9 @@ def stacks_of(model: nn.Module, found: Found[nn.Module], config: BitLabConfig) -
                     rows,
                     columns,
                     _quantized(model, found, name, config),
-                    parts=2 if module.has_gate and place == 0 else 1,
-                    interleaved=not module.is_concatenated and place == 0,
-                    transposed=module.is_transposed,
+                    parts=2 if flags["has_gate"] and place == 0 else 1,
+                    interleaved=not flags["is_concatenated"] and place == 0,
+                    transposed=flags["is_transposed"],
                 )
             )
         except BitLabError as error:
@@ -225,6 +240,8 @@ def swap_experts(
     if planned:
         check_choice(model, max(stacks[0].experts for _, stacks in planned))
     for module, stacks in planned:
+        # What the forward asks for; of a decorated class as it was.
+        vars(module).update(_flags(module) or {})
         ternary = convert_experts(module, stacks)
         if packed:
             ternary.make_skeleton()

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from bitlab_hf import BitLabConfig, deploy, quantized_layers, save
-from bitlab_hf.model.experts import expert_modules
+from bitlab_hf.model.experts import UNDECORATED, expert_modules
 from bitlayers.experts import BitExperts
 from tests.bitlab_hf.sweep.configs import small
 from tests.bitlab_hf.sweep.models import architectures, class_name, config_class, model_class
@@ -31,9 +31,14 @@ ROUTERS = re.compile(r"router|(^|\.)gate$|gate\.wg$|shared_expert_gate")
 
 @cache
 def decorated() -> dict[str, list[str]]:
-    """Returns the classes by the folder of transformers that has them."""
-    found = {file.parent.name: _DECORATED.findall(file.read_text())
-             for file in sorted(MODELS.glob("*/modeling_*.py"))}  # fmt: skip
+    """Returns the classes, and those described beside them, by the folder of transformers that has
+    them.
+    """
+    found: dict[str, list[str]] = {}
+    for file in sorted(MODELS.glob("*/modeling_*.py")):
+        text = file.read_text()
+        described = [name for name in UNDECORATED if f"class {name}(" in text]
+        found[file.parent.name] = _DECORATED.findall(text) + described
     return {name: classes for name, classes in found.items() if classes}
 
 
