@@ -89,7 +89,7 @@ def mean_scale(sums: Tensor, count: int) -> Tensor:
     return torch.where(torch.isfinite(mean), mean.clamp(min=_LEAST), torch.nan)
 
 
-def two_levels(scale: Tensor) -> tuple[Tensor, Tensor]:
+def two_levels(scale: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Brings scales of groups to two levels: one float a row, and an integer for each group.
 
     ``row = max(scale) / 127``; ``multiplier = clamp(round(scale / row), 1, 127)``, half to even;
@@ -98,6 +98,7 @@ def two_levels(scale: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         scale: float32 [N, K / G].
+        largest: float32 [N], the largest scale of each row, where other columns have others.
 
     Returns:
         float32 [N] and uint8 [N, K / G], from 1 to 127. A row with NaN has scale NaN and
@@ -105,7 +106,8 @@ def two_levels(scale: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: scales in two levels as in the k-quants of llama.cpp.
     """
-    row = _divided(scale.amax(1), float(MOST_MULTIPLIER))
+    largest = scale.amax(1) if largest is None else largest
+    row = _divided(largest, float(MOST_MULTIPLIER))
     ratio = (scale / row.unsqueeze(1)).round().clamp(1, MOST_MULTIPLIER)
     return row, torch.nan_to_num(ratio, nan=1.0).to(torch.uint8)
 
