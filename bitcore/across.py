@@ -99,8 +99,8 @@ def across_linear(
         multiplier: See there.
         group: See there.
     """
-    y: Tensor = _Across.apply(x, weight, qweight, scale, bias, rows, activation, multiplier, group)
-    return y
+    run: Callable[..., Tensor] = _Across.apply
+    return run(x, weight, qweight, scale, bias, rows, activation, multiplier, group)
 
 
 class _Across(torch.autograd.Function):

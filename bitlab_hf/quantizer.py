@@ -35,7 +35,7 @@ from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.head import restore_float
 from bitlab_hf.model.marks import mark_latent, mark_quantized, unmark
 from bitlab_hf.model.parallel import plan_parallel
-from bitlab_hf.model.parts import check_whole
+from bitlab_hf.model.parts import check_whole, save_tied_once
 from bitlab_hf.model.tree import Found, quantized_layers, set_module, take_hooks
 from bitlayers.base import BitLayerBase
 from bitlayers.registry import get_layer
@@ -143,6 +143,7 @@ class BitLabHfQuantizer(HfQuantizer):
         loading, self.loading = self.loading, None
         assert loading is not None
         loading.finish(model)
+        save_tied_once(model)
         if not self.build_packed:
             mark_latent(model)
             return

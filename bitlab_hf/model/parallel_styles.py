@@ -73,7 +73,7 @@ def _chained_lanes(weight: Tensor, part: Part) -> Tensor:
 
 @torch.no_grad()
 def whole_scales(weight: Tensor, config: BitQuantConfig, part: Part) -> tuple[Tensor | None, ...]:
-    """The absmean step, scale and multipliers of a part of a latent weight, as one process has them.
+    """The step, scale and multipliers of a part of a latent weight, as one process has them.
 
     Args:
         weight: float [n, k], this process's rows or columns.
@@ -157,7 +157,8 @@ def _forward(layer: BitLayerBase, x: Tensor) -> Tensor:
                 x, weight, bias, config.granularity, config.group_size, config.activation,
                 step, whole, *given,
             )  # fmt: skip
-        assert step is not None and whole is not None
+        assert step is not None
+        assert whole is not None
         qweight, scale = ops.pack_codes(weight.detach(), step), whole
         multiplier = [one for one in given if one is not None]
     return across_linear(
@@ -186,5 +187,7 @@ class Rows(_Style, RowwiseParallel):
         self.packs = packs
 
 
+# transformers declares functions here, and registers objects such as these.
+_registry: Any = ALL_PARALLEL_STYLES
 for (_packs, _style), _name in STYLES.items():
-    ALL_PARALLEL_STYLES.register(_name, (Columns if _style == "colwise" else Rows)(_packs))
+    _registry.register(_name, (Columns if _style == "colwise" else Rows)(_packs))

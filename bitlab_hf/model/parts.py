@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from bitcore.across import Group
 from bitcore.errors import LifecycleError
@@ -98,6 +100,23 @@ def whole_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
             f"{name}.{leaf}": part.whole[leaf] for name in found.names for leaf in part.whole
         }
     return shapes
+
+
+def save_tied_once(model: PreTrainedModel) -> None:
+    """Keeps a tied Parameter in shards from being saved under both of its names: gathered, it is
+    two tensors to transformers.
+    """
+    if (model.tp_size or 1) == 1:
+        return
+    again = {
+        target
+        for target, source in (model.all_tied_weights_keys or {}).items()
+        if isinstance(held := model.get_parameter_or_buffer(target), DTensor)
+        and held is model.get_parameter_or_buffer(source)
+    }
+    attributes: Any = model
+    if again:
+        attributes._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *again}
 
 
 def check_whole(op: str, model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """Runs the models that `test_tensor_parallel` looks at: in one process, then in two on gloo.
 
-    python -m tests.bitlab_hf.model.split FOLDER
+python -m tests.bitlab_hf.model.split FOLDER
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, DistributedConfig
 
-from bitcore.errors import BitLabError
 from bitlab_hf import BitLabConfig, deploy, save
-from bitlab_hf.interop.bitnet import export_bitnet
+from bitlab_hf.interop.gguf import export_gguf
 from bitlab_hf.model.parts import parts
 from tests.bitlab_hf.models import make_float_model, token_ids
 from tests.bitlab_hf.train.parallel import is_main, launch, message, world
@@ -119,7 +118,7 @@ def two(folder: Path, sources: dict[str, Path]) -> None:
     keep(infer(packed), folder, "at-load")
     latent = load(source, quantization_config=BitLabConfig(**config))
     messages = {
-        "export": message(lambda: export_bitnet(packed, folder / "exported")),
+        "export": message(lambda: export_gguf(packed, folder / "exported.gguf")),
         "dequantize": message(packed.dequantize),
         "deploy": message(lambda: deploy(latent)),
     }
@@ -147,9 +146,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    sources = {
-        kind: make_float_model(kind, folder, **SIZES) for kind, _ in SCHEMES.values()
-    }
+    sources = {kind: make_float_model(kind, folder, **SIZES) for kind, _ in SCHEMES.values()}
     REFUSED["heads"] = {"source": make_float_model("gemma", folder)}
     given = {name: sources[kind] for name, (kind, _) in SCHEMES.items()}
     for name, source in given.items():
