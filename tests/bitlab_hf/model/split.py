@@ -17,12 +17,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, DistributedConfig
+from transformers import AutoModelForCausalLM, DistributedConfig, Qwen3MoeConfig
 
 from bitlab_hf import BitLabConfig, deploy, save
 from bitlab_hf.interop.gguf import export_gguf
 from bitlab_hf.model.parts import parts
-from tests.bitlab_hf.models import make_float_model, token_ids
+from tests.bitlab_hf.models import VOCABULARY, make_float_model, token_ids
 from tests.bitlab_hf.train.parallel import is_main, launch, message, world
 
 # Two processes have 64 of the 128 inputs of the attention's output, and so whole groups.
@@ -39,7 +39,14 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"weight_granularity": "per_channel", "activation_granularity": "per_tensor"},
     ),
+    "experts": ("qwen3_moe", {"weight_granularity": "per_channel"}),
 }
+EXPERTS = Qwen3MoeConfig(
+    vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, moe_intermediate_size=64,
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4,
+    num_experts_per_tok=2,
+)  # fmt: skip
+
 STEPS = 3
 
 
@@ -102,7 +109,7 @@ def run(folder: Path, name: str, source: Path) -> None:
         save(model, folder / name)
     model = load(folder / name)
     if world() > 1:
-        assert len(parts(model)) == 14
+        assert len(parts(model)) == (8 if name == "experts" else 14)
     keep(infer(model), folder, name)
     save(model, folder / f"{name}-again-{world()}")
     model.save_pretrained(folder / f"{name}-plain-{world()}")
@@ -146,7 +153,10 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    sources = {kind: make_float_model(kind, folder, **SIZES) for kind, _ in SCHEMES.values()}
+    sources = {kind: make_float_model(kind, folder, **SIZES) for kind in ("llama", "qwen2")}
+    sources["qwen3_moe"] = folder / "experts-float"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(EXPERTS).save_pretrained(sources["qwen3_moe"])
     REFUSED["heads"] = {"source": make_float_model("gemma", folder)}
     given = {name: sources[kind] for name, (kind, _) in SCHEMES.items()}
     for name, source in given.items():
