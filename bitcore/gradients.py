@@ -31,7 +31,7 @@ def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
-def _input_gradient(
+def input_gradient(
     dy: Tensor,
     qweight: Tensor,
     weight_scale: Tensor,
@@ -46,7 +46,7 @@ def _input_gradient(
     return dx
 
 
-def _weight_gradient(dy: Tensor, inputs: list[Tensor], dtype: torch.dtype) -> Tensor:
+def weight_gradient(dy: Tensor, inputs: list[Tensor], dtype: torch.dtype) -> Tensor:
     """``dW = dy.T @ x`` [N, K] of a dtype, for dy [M, N] and x: [..., K], or its codes and scale.
 
     Computed in dy's dtype, or in float32 on a CPU that does not multiply 16-bit floats; on a CPU in
@@ -74,7 +74,7 @@ def _weight_gradient(dy: Tensor, inputs: list[Tensor], dtype: torch.dtype) -> Te
     return dw
 
 
-def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
     """``db = sum(dy)`` over the tokens, in float32 and rounded once."""
     return dy.reshape(-1, dy.shape[-1]).float().sum(0).to(dtype)
 
@@ -91,9 +91,9 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     qweight, weight_scale, multiplier = ctx.saved_tensors
     dx = db = None
     if ctx.needs_input_grad[0]:
-        dx = _input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype, multiplier)
+        dx = input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype, multiplier)
     if ctx.needs_input_grad[3]:
-        db = _bias_gradient(dy, ctx.bias_dtype)
+        db = bias_gradient(dy, ctx.bias_dtype)
     return dx, None, None, db, None, None, None, None
 
 
@@ -110,7 +110,7 @@ def _int8_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         dx = torch.ops.bitlab.input_gradient_int8(dy, qweight, weight_scale, ctx.x_dtype)
     if ctx.needs_input_grad[3]:
-        db = _bias_gradient(dy, ctx.bias_dtype)
+        db = bias_gradient(dy, ctx.bias_dtype)
     return dx, None, None, db, None
 
 
@@ -152,19 +152,19 @@ def _qat_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         if qweight is None:
             qweight = torch.ops.bitlab.pack_codes(weight, step)
-        dx = _input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype, multiplier)
+        dx = input_gradient(dy, qweight, weight_scale, ctx.out_features, ctx.x_dtype, multiplier)
         del qweight
     rows = dy.reshape(-1, ctx.out_features)
     # torch leaves trailing arguments out that have their defaults.
     if ctx.needs_input_grad[1] or (ctx.is_learned and ctx.needs_input_grad[8]):
         with _no_autocast(dy):
             dtype = dy.dtype if ctx.is_learned else ctx.weight_dtype
-            dw = _weight_gradient(rows, inputs, dtype)
+            dw = weight_gradient(rows, inputs, dtype)
             if ctx.is_learned:
                 dw, dscale = lsq_gradients(dw, weight, step)
                 dw = dw.to(ctx.weight_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-        db = _bias_gradient(rows, ctx.bias_dtype)
+        db = bias_gradient(rows, ctx.bias_dtype)
     return dx, dw, db, None, None, None, None, None, dscale, None
 
 

@@ -46,24 +46,50 @@ def weight_scale(weight: Tensor, granularity: str, group_size: int = 0) -> Tenso
     check_group_size("weight_scale", in_features, granularity, group_size)
     grouped = granularity in GROUPED
     width = group_size if grouped else in_features
-    parts = weight.reshape(-1, width).float().abs()
-    padding = -width % _LANES
-    steps = torch.nn.functional.pad(parts, (0, padding)).view(parts.shape[0], -1, _LANES)
-    lanes = torch.zeros(parts.shape[0], _LANES, dtype=torch.float64, device=weight.device)
-    for step in range(steps.shape[1]):
-        lanes += steps[:, step]
-    sums = reduce(add, lanes.unbind(1))
+    sums = reduce(add, lane_sums(weight.reshape(-1, width)).unbind(1))
     if granularity == "per_tensor":
-        # One addition after another: torch.sum's order is its own affair.
-        total = reduce(add, sums.tolist())
-        sums = torch.tensor([total], dtype=torch.float64, device=weight.device)
+        sums = total(sums)
         width = out_features * in_features
-    mean = _divided(sums, width).float()
-    scale = torch.where(torch.isfinite(mean), mean.clamp(min=_LEAST), torch.nan)
+    scale = mean_scale(sums, width)
     return scale.view(out_features, -1) if grouped else scale
 
 
-def two_levels(scale: Tensor) -> tuple[Tensor, Tensor]:
+def lane_sums(rows: Tensor, lanes: Tensor | None = None) -> Tensor:
+    """Adds up the magnitudes of rows in 16 lanes, in the order of `weight_scale`.
+
+    Args:
+        rows: float [R, K].
+        lanes: float64 [R, 16], the sums of what lies before these columns, a multiple of 16 of
+            them; or None.
+
+    Returns:
+        float64 [R, 16].
+    """
+    parts = rows.float().abs()
+    padding = -parts.shape[1] % _LANES
+    steps = torch.nn.functional.pad(parts, (0, padding)).view(parts.shape[0], -1, _LANES)
+    if lanes is None:
+        lanes = torch.zeros(parts.shape[0], _LANES, dtype=torch.float64, device=rows.device)
+    for step in range(steps.shape[1]):
+        lanes = lanes + steps[:, step]
+    return lanes
+
+
+def total(sums: Tensor) -> Tensor:
+    """Adds up the sums of rows, float64 [N], one after another: torch.sum's order is its own
+    affair. Returns float64 [1].
+    """
+    added = reduce(add, sums.tolist())
+    return torch.tensor([added], dtype=torch.float64, device=sums.device)
+
+
+def mean_scale(sums: Tensor, count: int) -> Tensor:
+    """Returns the absmean scales, float32, of sums of so many magnitudes each."""
+    mean = _divided(sums, count).float()
+    return torch.where(torch.isfinite(mean), mean.clamp(min=_LEAST), torch.nan)
+
+
+def two_levels(scale: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Brings scales of groups to two levels: one float a row, and an integer for each group.
 
     ``row = max(scale) / 127``; ``multiplier = clamp(round(scale / row), 1, 127)``, half to even;
@@ -72,6 +98,7 @@ def two_levels(scale: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         scale: float32 [N, K / G].
+        largest: float32 [N], the largest scale of each row, where other columns have others.
 
     Returns:
         float32 [N] and uint8 [N, K / G], from 1 to 127. A row with NaN has scale NaN and
@@ -79,7 +106,8 @@ def two_levels(scale: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: scales in two levels as in the k-quants of llama.cpp.
     """
-    row = _divided(scale.amax(1), float(MOST_MULTIPLIER))
+    largest = scale.amax(1) if largest is None else largest
+    row = _divided(largest, float(MOST_MULTIPLIER))
     ratio = (scale / row.unsqueeze(1)).round().clamp(1, MOST_MULTIPLIER)
     return row, torch.nan_to_num(ratio, nan=1.0).to(torch.uint8)
 

@@ -34,7 +34,8 @@ from bitlab_hf.model.count import bits_per_weight
 from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.head import restore_float
 from bitlab_hf.model.marks import mark_latent, mark_quantized, unmark
-from bitlab_hf.model.parallel import check_no_tensor_parallel
+from bitlab_hf.model.parallel import plan_parallel
+from bitlab_hf.model.parts import check_whole, save_tied_once
 from bitlab_hf.model.tree import Found, quantized_layers, set_module, take_hooks
 from bitlayers.base import BitLayerBase
 from bitlayers.registry import get_layer
@@ -142,6 +143,7 @@ class BitLabHfQuantizer(HfQuantizer):
         loading, self.loading = self.loading, None
         assert loading is not None
         loading.finish(model)
+        save_tied_once(model)
         if not self.build_packed:
             mark_latent(model)
             return
@@ -169,6 +171,7 @@ class BitLabHfQuantizer(HfQuantizer):
         if isinstance(dtype, str):
             # As transformers leaves it in a configuration that was saved.
             dtype = getattr(torch, dtype)
+        check_whole("dequantize", model)
         for found in quantized_layers(model):
             _check_dequantizable(found)
         for one in expert_modules(model):
@@ -196,9 +199,13 @@ class BitLabHfQuantizer(HfQuantizer):
         return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
-        """Refuses tensor parallel, and keeps experts from being split."""
-        check_no_tensor_parallel("bitlab", getattr(model.config, "distributed_config", None))
-        plan.clear()
+        """Makes the plan for tensor parallel one of BitLab's styles; there is none for experts."""
+        if plan is model.ep_plan:
+            plan.clear()
+            return
+        assert self.loading is not None
+        int8 = {name for rows in self.loading.plan.int8 for name in rows.names}
+        plan_parallel(model, plan, self.build_packed, int8)
 
     def is_serializable(self) -> bool:
         return True

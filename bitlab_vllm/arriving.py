@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from bitcore.config import BitQuantConfig
 from bitcore.errors import CheckpointError
-from bitlab_vllm.across import padded
 from bitlab_vllm.parts import DensePart, Part, TernaryPart
 from bitlab_vllm.slices import Codes, Slice, join, take
 
@@ -70,13 +69,10 @@ class Arriving:
         stored: The stored layers, in the order in which vLLM fuses them.
         device: Where the parts are to lie.
         dtype: Of what stays float.
-        spread: Whether the layer's inputs are spread over processes.
     """
 
-    def __init__(
-        self, stored: Sequence[Stored], device: torch.device, dtype: torch.dtype, spread: bool
-    ) -> None:
-        self._stored, self._device, self._dtype, self._spread = stored, device, dtype, spread
+    def __init__(self, stored: Sequence[Stored], device: torch.device, dtype: torch.dtype) -> None:
+        self._stored, self._device, self._dtype = stored, device, dtype
         self._tensors: list[dict[str, Tensor]] = [{} for _ in stored]
         self._parts: list[Part] | None = None
 
@@ -158,8 +154,6 @@ class Arriving:
             assert first.tensor is not None
             return DensePart(first.tensor.to(self._device, self._dtype))
         qweight, scale, multiplier = join([one.codes for one in run if one.codes is not None])
-        if self._spread and multiplier is not None:
-            qweight, multiplier = padded(qweight, multiplier)
         norm = None if first.tensor is None else first.tensor.to(self._device)
         return TernaryPart(
             qweight.to(self._device),

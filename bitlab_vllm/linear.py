@@ -11,9 +11,9 @@ from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import LinearMethodBase, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from bitcore.across import Group, across
 from bitcore.config import BitQuantConfig
 from bitcore.norm import rms_norm
-from bitlab_vllm.across import Group, across
 from bitlab_vllm.arriving import NORM, Arriving, Stored
 from bitlab_vllm.parts import TernaryPart
 from bitlab_vllm.slices import Slice, output_slices
@@ -98,7 +98,6 @@ class TernaryLinearMethod(LinearMethodBase):
             ],
             torch.get_default_device(),
             params_dtype,
-            _is_spread(layer),
         )
         layer.bitlab_arriving = arriving
         for leaf in _LEAVES:

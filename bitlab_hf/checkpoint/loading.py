@@ -30,6 +30,7 @@ from bitlab_hf.model.learned import (
 )
 from bitlab_hf.model.marks import retie_packed, tied_groups
 from bitlab_hf.model.packing import PackAtLoad
+from bitlab_hf.model.parts import cut
 from bitlab_hf.model.replace import OwnTensors, swap_latent, swap_packed
 from bitlab_hf.model.tree import Found, quantized_layers
 from bitlayers.base import BitLayerBase
@@ -239,6 +240,8 @@ class Loading:
             verify_experts(experts)
             verify_int8(model)
         retie_packed(model, set(self.plan.stored_apart))
+        for found in layers:
+            cut(found.module)
 
 
 def _check_levels(found: Found[BitLayerBase], known: Checkpoint) -> None:

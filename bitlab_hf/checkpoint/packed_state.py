@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from bitlab_hf.checkpoint.headers import LAYERS_KEY, MODEL_NAMES, NAMES_KEY
 from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.head import int8_modules, is_borrower
+from bitlab_hf.model.parts import gathered, parts
 from bitlab_hf.model.tree import quantized_layers
 from bitlayers.state import SCALES
 
@@ -23,6 +24,9 @@ def packed_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, s
     """
     layers, int8 = quantized_layers(model), int8_modules(model)
     state = dict(model.state_dict())
+    for found in parts(model):
+        whole = gathered(found.module)
+        state |= {f"{name}.{leaf}": whole[leaf] for name in found.names for leaf in whole}
     tied = model.all_tied_weights_keys or {}
     stored: set[int] = set()
     for found in layers:

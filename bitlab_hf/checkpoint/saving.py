@@ -70,7 +70,7 @@ def save(
             "save: push_to_hub must be left out, got it set\n"
             "Call model.push_to_hub(repo) after saving."
         )
-    if not kwargs.get("is_main_process", True):
+    if not (kwargs.get("is_main_process", True) and model.should_save_on_this_rank(True)):
         # It writes nothing, but other processes may wait for it.
         with tempfile.TemporaryDirectory() as scratch:
             model.save_pretrained(scratch, **kwargs)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from bitcore.errors import CheckpointError
 from bitlab_hf.checkpoint.headers import Checkpoint, read_checkpoint, with_tied
 from bitlab_hf.model.experts import expert_modules
+from bitlab_hf.model.parts import whole_shapes
 from bitlab_hf.model.tree import quantized_layers
 from bitlayers.state import SCALES
 
@@ -77,21 +78,23 @@ def _check_all(model: PreTrainedModel, known: Checkpoint, tied: set[str]) -> Non
     ignored |= set(model._keys_to_ignore_on_load_missing or ())
     canonical = {name for name, _ in model.named_parameters()}
     canonical |= {name for name, _ in model.named_buffers()}
+    whole = whole_shapes(model)
     for name, tensor in model.state_dict().items():
         header = known.tensors.get(name)
+        shape = whole.get(name, tuple(tensor.shape))
         if header is None:
             if name in tied or name not in canonical:
                 continue
             if any(re.search(pattern, name) for pattern in ignored):
                 continue
             raise _unreadable(name, "must be in the files, got none")
-        if header.shape != tuple(tensor.shape) or header.dtype != _DTYPES.get(tensor.dtype):
+        if header.shape != shape or header.dtype != _DTYPES.get(tensor.dtype):
             if header.shape == (0,):
                 # The sentinel, in a layer that packed itself and kept a weight.
                 continue
             raise _unreadable(
                 name,
-                f"must be {tensor.dtype} {list(tensor.shape)} in the files, got {header.dtype} "
+                f"must be {tensor.dtype} {list(shape)} in the files, got {header.dtype} "
                 f"{list(header.shape)}",
             )
 

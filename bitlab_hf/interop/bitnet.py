@@ -30,6 +30,7 @@ from bitlab_hf.checkpoint.saving import save
 from bitlab_hf.config import BitLabConfig, checked_patterns
 from bitlab_hf.interop.expressible import check_modules
 from bitlab_hf.model.marks import mark_quantized
+from bitlab_hf.model.parts import check_whole
 from bitlab_hf.model.tree import Found, find_modules, quantized_layers
 from bitlab_hf.quantizer import BitLabHfQuantizer
 from bitlayers.base import BitLayerBase
@@ -304,6 +305,7 @@ def export_bitnet(
             f"export_bitnet: model must be a transformers PreTrainedModel, "
             f"got {type(model).__name__}"
         )
+    check_whole("export_bitnet", model)
     layers = quantized_layers(model)
     _check_expressible(model, layers)
     names = {name for found in layers for name in found.names}

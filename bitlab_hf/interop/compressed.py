@@ -24,6 +24,7 @@ from bitlab_hf.checkpoint.saving import save
 from bitlab_hf.interop.expressible import check_modules
 from bitlab_hf.interop.packed_stream import relative_change
 from bitlab_hf.interop.two_bits import pack_fields, unpack_fields
+from bitlab_hf.model.parts import check_whole
 from bitlab_hf.model.tree import Found, quantized_layers
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
@@ -72,6 +73,7 @@ def export_compressed_tensors(
             "export_compressed_tensors: model must be a transformers PreTrainedModel, "
             f"got {type(model).__name__}"
         )
+    check_whole("export_compressed_tensors", model)
     layers = quantized_layers(model)
     _check_expressible(model, layers)
     names = {name for found in layers for name in found.names}

@@ -47,6 +47,7 @@ from bitlab_hf.interop.gguf_types import (
     ggml_type,
     values_of,
 )
+from bitlab_hf.model.parts import check_whole
 from bitlayers.experts import BitExperts
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def export_gguf(
         raise ArgumentTypeError(
             f"export_gguf: model must be a transformers PreTrainedModel, got {type(model).__name__}"
         )
+    check_whole("export_gguf", model)
     if qtype not in (None, *QTYPES):
         raise ArgumentError(f"export_gguf: qtype must be one of {QTYPES}, got {qtype!r}")
     check_target(path)

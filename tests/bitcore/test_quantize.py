@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 
 import pytest
 import torch
 from torch import Tensor
 
 from bitcore import quantize, reference, unpack_ternary
+from bitcore.quantize import lane_sums, mean_scale, total, two_levels, weight_scale
 from tests.conftest import native_kernels
 
 GRANULARITIES = [
@@ -225,3 +228,25 @@ def test_nonfinite_activation_spoils_its_token_only(isa: str, value: float) -> N
         assert codes[2].eq(0).all()
         _, scale = quantizer(x, True)
         assert scale.isnan().all()
+
+
+def test_lanes_that_go_on_from_those_of_other_columns() -> None:
+    """As processes that have some columns each add them up: the bits of the whole row."""
+    weight = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
+    lanes = None
+    for columns in weight.split(32, dim=1):
+        lanes = lane_sums(columns, lanes)
+    assert lanes is not None
+    assert torch.equal(lanes, lane_sums(weight))
+    sums = reduce(add, lanes.unbind(1))
+    assert torch.equal(mean_scale(sums, 96), weight_scale(weight, "per_channel"))
+    assert torch.equal(mean_scale(total(sums), 5 * 96), weight_scale(weight, "per_tensor"))
+
+
+def test_two_levels_of_a_part_of_the_groups() -> None:
+    scale = torch.rand(7, 6, generator=torch.Generator().manual_seed(0)) + 0.01
+    row, multiplier = two_levels(scale)
+    for first in (0, 3):
+        part = two_levels(scale[:, first : first + 3], scale.amax(1))
+        assert torch.equal(part[0], row)
+        assert torch.equal(part[1], multiplier[:, first : first + 3])

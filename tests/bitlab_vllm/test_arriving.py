@@ -34,7 +34,7 @@ def layer(*kinds: str | None, norms: str = "") -> tuple[Arriving, dict[str, dict
             tensors[shard] = stored(rows, 128, config, seed=rows)
         if shard in norms:
             tensors[shard][NORM] = torch.rand(128) + 0.5
-    return Arriving(described, torch.device("cpu"), torch.float32, spread=False), tensors
+    return Arriving(described, torch.device("cpu"), torch.float32), tensors
 
 
 def expected(x: Tensor, held: dict[str, Tensor], rows: int) -> Tensor:

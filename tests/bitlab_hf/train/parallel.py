@@ -271,14 +271,6 @@ def two(folder: Path, source: Path, known: Path) -> None:
         distributed_config=DistributedConfig(fsdp_size=world()),
     )  # fmt: skip
     train(source, folder / "native", model=native, save_strategy="no")
-    for mode in ("train", "infer"):
-        messages[f"tp {mode}"] = message(
-            lambda mode=mode: AutoModelForCausalLM.from_pretrained(
-                source,
-                quantization_config=BitLabConfig(mode=mode),
-                distributed_config=DistributedConfig(tp_size=world()),
-            )
-        )
     messages["tp torch"] = message(lambda: split(source))
     for trainer_class in (Trainer, BitLabTrainer):
         messages[f"tp {trainer_class.__name__}"] = message(

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitcore.across import Group, across, across_linear
 from bitcore.config import BitQuantConfig
-from bitcore.errors import ConfigError
-from bitcore.ops import linear
-from bitlab_vllm.across import _MOST_COLUMNS, Group, across, padded
+from bitcore.errors import ArgumentError
+from bitcore.ops import linear, pack_weight, qat_linear
+from bitcore.packing import pack_codes
 from bitlab_vllm.slices import Slice, join, take
 from tests.bitlab_vllm.test_slices import GRANULARITIES, stored
 
@@ -51,8 +52,6 @@ def spread(
         within = (rank * width, (rank + 1) * width)
         part = Slice("a", (ROWS, columns), ((0, ROWS),), within)
         qweight, scale, multiplier = join([take(part, config, tensors)])
-        if multiplier is not None:
-            qweight, multiplier = padded(qweight, multiplier)
         own = x[:, slice(*within)]
         return across(own, qweight, scale, bias, ROWS, config.activation, multiplier, group)
 
@@ -131,8 +130,59 @@ def test_a_token_that_is_not_finite_spoils_itself_only(bad: float) -> None:
         assert torch.equal(y[torch.arange(7) != 4], expected[torch.arange(7) != 4])
 
 
+@pytest.mark.parametrize("columns", [16512, 16576])
+def test_codes_in_halves_and_in_quarters_give_the_same_sums(columns: int) -> None:
+    """The largest sums that each has to hold exactly, of both signs."""
+    group = Group(lambda largest: None, lambda sums: None)
+    qweight = torch.tensor([[0b10000010] * columns], dtype=torch.uint8)
+    multiplier = torch.full((4, columns // 64), 127, dtype=torch.uint8)
+    x = torch.tensor([[127.0], [-127.0], [119.0]]).expand(3, columns)
+    y = across(x, qweight, torch.ones(4), None, 4, "int8_per_token", multiplier, group)
+    assert torch.equal(y, linear(x, qweight, torch.ones(4), None, 4, "int8_per_token", multiplier))
+
+
 def test_too_many_columns_for_exact_sums_are_refused() -> None:
-    columns = _MOST_COLUMNS + 64
+    columns = 66112
     multiplier = torch.ones(4, columns // 64, dtype=torch.uint8)
-    with pytest.raises(ConfigError, match="must leave at most .* inputs"):
-        padded(torch.zeros(1, columns, dtype=torch.uint8), multiplier)
+    qweight, x = torch.zeros(1, columns, dtype=torch.uint8), torch.ones(1, columns)
+    group = Group(lambda largest: None, lambda sums: None)
+    with pytest.raises(ArgumentError, match="columns must be at most 66052 .* got 66112"):
+        across(x, qweight, torch.ones(4), None, 4, "int8_per_token", multiplier, group)
+
+
+def test_codes_are_those_of_one_division() -> None:
+    """127 / m by the reciprocal of m would round twice, and take some values to another code."""
+    x = torch.rand(200000, 4, generator=torch.Generator().manual_seed(0)) + 0.1
+    largest = x.amax(1, keepdim=True)
+    # Where a code ends: the float just there, by the formula of one process.
+    x[:, 0] = 63.5 / (torch.full_like(largest, 127.0) / largest).squeeze()
+    qweight = pack_codes(torch.eye(4, dtype=torch.int8))
+    group = Group(lambda largest: None, lambda sums: None)
+    y = across(x, qweight, torch.ones(4), None, 4, "int8_per_token", None, group)
+    assert torch.equal(y, linear(x, qweight, torch.ones(4), None, 4, "int8_per_token"))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("activation", ["int8_per_token", "int8_per_tensor", "float"])
+def test_gradients_are_those_of_one_process(granularity: str, activation: str) -> None:
+    config = BitQuantConfig(**GRANULARITIES[granularity])
+    weight = torch.randn(ROWS, 256, generator=torch.Generator().manual_seed(3))
+    bias = torch.randn(ROWS, generator=torch.Generator().manual_seed(1))
+    qweight, scale, *multiplier = pack_weight(weight, config.granularity, config.group_size)
+    x, dy = tokens(torch.float32), torch.randn(7, ROWS)
+    given = [one.clone().requires_grad_() for one in (x, weight, bias)]
+    expected = qat_linear(
+        *given, config.granularity, config.group_size, activation
+    )  # fmt: skip
+    expected.backward(dy)
+    group = Group(lambda largest: None, lambda sums: None)
+    held = [one.clone().requires_grad_() for one in (x, weight, bias)]
+    y = across_linear(
+        held[0], held[1], qweight, scale, held[2], ROWS, activation,
+        multiplier[0] if multiplier else None, group,
+    )  # fmt: skip
+    y.backward(dy)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-2)
+    for one, other in zip(held, given, strict=True):
+        assert one.grad is not None
+        assert torch.equal(one.grad, other.grad)

@@ -1,0 +1,182 @@
+"""A layer that is spread over processes: what each has of its packed tensors, and whole again.
+
+Packed rows lie four to a byte, a quarter of the matrix apart: a process's rows are cut out as codes
+and packed again, once, after loading. Columns are plain slices. A deployed part is a smaller layer
+in every respect, so that whatever looks at a layer finds one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from bitcore.across import Group
+from bitcore.errors import LifecycleError
+from bitcore.packing import pack_codes, unpack_ternary
+from bitlab_hf.model.tree import Found, quantized_layers
+from bitlayers.base import BitLayerBase
+
+_FIELD = "bitlab_part"
+
+
+@dataclass
+class Part:
+    """Which part of a layer this process has.
+
+    Attributes:
+        dim: 0 for some of the rows of the matrix, 1 for some of its columns.
+        group: The process group that shares the layer.
+        whole: Shapes of the whole layer's tensors, once it is cut.
+    """
+
+    dim: int
+    group: Any
+    whole: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """Which of the parts this is."""
+        return dist.get_rank(self.group)
+
+    @property
+    def count(self) -> int:
+        """How many parts there are."""
+        return dist.get_world_size(self.group)
+
+    def range(self, size: int) -> slice:
+        """Returns this part of so many rows or columns."""
+        own = size // self.count
+        return slice(self.rank * own, (self.rank + 1) * own)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Returns a tensor of every process, in order."""
+        tensor = tensor.detach().contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(self.count)]
+        dist.all_gather(parts, tensor, group=self.group)
+        return parts
+
+    def reductions(self) -> Group:
+        """Returns what the processes do together to compute one layer."""
+
+        def reducing(operation: Any) -> Callable[[Tensor], None]:
+            def run(tensor: Tensor) -> None:
+                dist.all_reduce(tensor, operation, self.group)
+
+            return run
+
+        return Group(reducing(dist.ReduceOp.MAX), reducing(dist.ReduceOp.SUM))
+
+
+def part_of(module: nn.Module) -> Part | None:
+    """Returns which part of itself a layer is in this process; None of a whole one."""
+    part: Part | None = vars(module).get(_FIELD)
+    return part
+
+
+def set_part(layer: BitLayerBase, part: Part) -> None:
+    """Says that a layer is spread over processes."""
+    vars(layer)[_FIELD] = part
+
+
+def parts(model: nn.Module) -> list[Found[BitLayerBase]]:
+    """Returns the layers of a model that are spread over processes."""
+    return [found for found in quantized_layers(model) if part_of(found.module) is not None]
+
+
+def whole_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes that tensors of deployed parts have where they are whole, by name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for found in parts(model):
+        part = part_of(found.module)
+        assert part is not None
+        shapes |= {
+            f"{name}.{leaf}": part.whole[leaf] for name in found.names for leaf in part.whole
+        }
+    return shapes
+
+
+def save_tied_once(model: PreTrainedModel) -> None:
+    """Keeps a tied Parameter in shards from being saved under both of its names: gathered, it is
+    two tensors to transformers.
+    """
+    if (model.tp_size or 1) == 1:
+        return
+    again = {
+        target
+        for target, source in (model.all_tied_weights_keys or {}).items()
+        if isinstance(held := model.get_parameter_or_buffer(target), DTensor)
+        and held is model.get_parameter_or_buffer(source)
+    }
+    attributes: Any = model
+    if again:
+        attributes._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *again}
+
+
+def check_whole(op: str, model: nn.Module) -> None:
+    """Checks that no layer is spread over processes.
+
+    Raises:
+        LifecycleError: One is.
+    """
+    found = parts(model)
+    if found:
+        raise LifecycleError(
+            f"{op}: model must be whole in one process, got {found[0].names[0]} in parts of "
+            "tensor parallel\nSave it, and load the folder in one process."
+        )
+
+
+def cut(layer: BitLayerBase) -> None:
+    """Makes a deployed layer, whole so far, the part that this process has."""
+    part = part_of(layer)
+    if part is None:
+        return
+    qweight, scale, *multipliers = layer.packed()
+    part.whole = {leaf: shape for leaf, (_, shape) in layer.packed_tensors().items()}
+    rows = layer.out_features
+    if part.dim == 0:
+        own = part.range(rows)
+        codes = unpack_ternary(qweight.detach(), rows)[own]
+        layer.out_features = len(codes)
+        if layer.bias is not None:
+            part.whole["bias"] = tuple(layer.bias.shape)
+            layer.bias = nn.Parameter(layer.bias.detach()[own].clone(), requires_grad=False)
+        scale = scale if len(scale) != rows else scale[own].clone()
+        packed = pack_codes(codes)
+        multipliers = [one[own].clone() for one in multipliers]
+    else:
+        own = part.range(layer.in_features)
+        packed = qweight.detach()[:, own].contiguous()
+        layer.in_features = packed.shape[1]
+        if scale.dim() == 2:
+            scale = scale[:, part.range(scale.shape[1])].contiguous()
+        multipliers = [one[:, part.range(one.shape[1])].contiguous() for one in multipliers]
+    layer.commit_packed(packed, scale, *multipliers)
+
+
+def gathered(layer: BitLayerBase) -> dict[str, Tensor]:
+    """Returns a deployed layer's tensors as the whole layer has them; all processes must call it.
+
+    Args:
+        layer: A part, as `cut` made it.
+    """
+    part = part_of(layer)
+    assert part is not None
+    found: dict[str, Tensor] = {}
+    for leaf, tensor in layer.state_dict().items():
+        if tuple(tensor.shape) == part.whole.get(leaf, tuple(tensor.shape)):
+            continue
+        pieces = part.gather(tensor)
+        if leaf == "qweight" and part.dim == 0:
+            codes = [unpack_ternary(piece, layer.out_features) for piece in pieces]
+            found[leaf] = pack_codes(torch.cat(codes))
+        else:
+            found[leaf] = torch.cat(pieces, part.dim)
+    return found
