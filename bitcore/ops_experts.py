@@ -17,6 +17,8 @@ from bitcore.plain import is_memory
 from bitcore.schemas import DEVICES
 from bitcore.schemas import library as _library
 
+_LINEAR = "bitlab::experts_linear"
+
 
 def check_experts_weights(
     op: str,
@@ -44,11 +46,19 @@ def check_experts_weights(
     checks.check_bias(op, first[0], out_features)
 
 
-def check_activation(op: str, activation: str) -> None:
-    """Checks how x is quantized."""
+def check_experts(
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str,
+    multiplier: Tensor | None,
+) -> None:
+    """Checks what `bitcore.ops.experts_linear` is given beside its input and index."""
+    check_experts_weights(_LINEAR, qweight, weight_scale, bias, out_features, multiplier)
     if activation not in checks.ACTIVATIONS:
         raise ArgumentError(
-            f"{op}: activation must be one of {checks.ACTIVATIONS}, got {activation!r}"
+            f"{_LINEAR}: activation must be one of {checks.ACTIVATIONS}, got {activation!r}"
         )
 
 
@@ -86,10 +96,9 @@ def _check_linear(
     out_dtype: torch.dtype,
     multiplier: Tensor | None,
 ) -> None:
-    op = "bitlab::experts_linear"
+    op = _LINEAR
     checks.check_devices(op, x, index, qweight, weight_scale, bias, multiplier)
-    check_experts_weights(op, qweight, weight_scale, bias, out_features, multiplier)
-    check_activation(op, activation)
+    check_experts(qweight, weight_scale, bias, out_features, activation, multiplier)
     checks.check_input(op, x, qweight.shape[2])
     if x.dim() != 2:
         raise ArgumentError(f"{op}: x must be [M, K], got {list(x.shape)}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitcore import checks, ops
 from bitcore.kernels.registry import Kernels, kernels_for
-from bitcore.ops_experts import check_activation, check_experts_weights, is_index
+from bitcore.ops_experts import check_experts, is_index
 from bitcore.plain import is_memory, is_plain
 
 # Device types whose kernels may prepare a layer.
@@ -33,9 +33,10 @@ def is_preparable(x: Tensor, *weights: Tensor | None) -> bool:
 class _Prepared:
     """What both have: the constants, checked and handed to the kernels."""
 
-    # The op, and the kernels' function that prepares it.
-    _op = ""
-    _preparing = ""
+    # The op, the kernels' function that prepares it, and what checks the constants.
+    _op: str
+    _preparing: str
+    _check: Callable[..., None]
 
     def __init__(
         self,
@@ -68,17 +69,6 @@ class _Prepared:
             if prepare and all(one is None or is_memory(one) for one in self._given):
                 self._run = prepare(*self._constants)
         self._pointers = [0 if one is None else one.data_ptr() for one in self._given]
-
-    def _check(
-        self,
-        qweight: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        out_features: int,
-        activation: str,
-        multiplier: Tensor | None,
-    ) -> None:
-        raise NotImplementedError
 
     def holds(
         self,
@@ -115,19 +105,7 @@ class PreparedLinear(_Prepared):
 
     _op = "bitlab::linear"
     _preparing = "prepare_linear"
-
-    def _check(
-        self,
-        qweight: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        out_features: int,
-        activation: str,
-        multiplier: Tensor | None,
-    ) -> None:
-        checks.check_linear_weights(
-            qweight, weight_scale, bias, out_features, activation, multiplier
-        )
+    _check = staticmethod(checks.check_linear_weights)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Runs the layer on x [..., K]; see `bitcore.ops.linear`."""
@@ -151,18 +129,7 @@ class PreparedExperts(_Prepared):
 
     _op = "bitlab::experts_linear"
     _preparing = "prepare_experts"
-
-    def _check(
-        self,
-        qweight: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        out_features: int,
-        activation: str,
-        multiplier: Tensor | None,
-    ) -> None:
-        check_experts_weights(self._op, qweight, weight_scale, bias, out_features, multiplier)
-        check_activation(self._op, activation)
+    _check = staticmethod(check_experts)
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
         """Runs the experts on x [M, K]; see `bitcore.ops.experts_linear`."""
