@@ -66,3 +66,30 @@ def test_a_circle_is_noticed() -> None:
 def test_the_hall_holds_what_transformers_calls() -> None:
     hall = {path.name for path in (ROOT / "bitlab_hf").glob("*.py")}
     assert hall == {"__init__.py", "config.py", "quantizer.py"}
+
+
+def changed_elsewhere(code: str) -> list[str]:
+    """The attributes of imported things that a module writes to when it is imported."""
+    top, found = ast.parse(code).body, []
+    imported = {
+        (alias.asname or alias.name).partition(".")[0]
+        for node in top if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names
+    }  # fmt: skip
+    for node in top:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        for target in targets:
+            root = target
+            while isinstance(root, ast.Attribute | ast.Subscript):
+                root = root.value
+            if root is not target and isinstance(root, ast.Name) and root.id in imported:
+                found.append(ast.unparse(target))
+    return found
+
+
+def test_no_test_changes_another_module_for_all_that_run_after_it() -> None:
+    assert changed_elsewhere("from a import b\nimport c.d\nb.X = 1\nc.d['y'] = 2\nz = 3") == [
+        "b.X", "c.d['y']",
+    ]  # fmt: skip
+    paths = [path for place in ("tests", "scripts") for path in (ROOT / place).rglob("*.py")]
+    found = {str(path.relative_to(ROOT)): changed_elsewhere(path.read_text()) for path in paths}
+    assert {name: attributes for name, attributes in found.items() if attributes} == {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
@@ -59,8 +58,7 @@ def test_vllm_of_an_environment(
 def test_vllm_beside_bitlab_is_found(
     cli: Cli, states: dict[str, Path], started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(serve, "find_spec", lambda name: name == "vllm" or found(name))
+    monkeypatch.setattr(serve, "find_spec", lambda name: name in ("vllm", "fastapi", "uvicorn"))
     assert cli("serve", states["deployed"], "--", "--dtype=bfloat16").code == 0
     assert started[0][0] == sys.executable
     assert "--dtype" not in started[0][1]

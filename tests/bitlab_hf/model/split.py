@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, DistributedConfig, Qwen3MoeConfig
 
+from bitcore import gradients
 from bitlab_hf import BitLabConfig, deploy, save
 from bitlab_hf.interop.gguf import export_gguf
 from bitlab_hf.model.parts import parts
@@ -152,6 +153,8 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 def main(folder: Path) -> None:
+    # As with many tokens: the backward pass packs the weights again.
+    gradients._REPACKED_TOKENS = 1
     torch.set_num_threads(1)
     sources = {kind: make_float_model(kind, folder, **SIZES) for kind in ("llama", "qwen2")}
     sources["qwen3_moe"] = folder / "experts-float"

@@ -43,8 +43,6 @@ from bitlab_hf import BitLabConfig, deploy
 from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, TernaryStatistics, calibrate, start
 from tests.bitlab_hf.models import make_float_model, taught, training_data
 
-# As with many tokens: the backward pass packs the weights again, as shards are gathered again.
-gradients._REPACKED_TOKENS = 1
 STEPS, BATCH = 6, 8
 # Shards are calibrated before they are made, so all of a model at once.
 AT_ONCE = RECIPES["default"]
@@ -316,6 +314,8 @@ def launch(count: int, store: Path, job: Callable[[], None]) -> None:
 
 
 def main(folder: Path) -> None:
+    # As with many tokens: the backward pass packs weights again, as shards are gathered again.
+    gradients._REPACKED_TOKENS = 1
     torch.set_num_threads(1)
     source = make_float_model("llama", folder)
     train(source, folder / "one", statistics=True)
