@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).parents[3] / "scripts" / "bench" / "experts.py"
+BENCH = Path(__file__).parents[3] / "scripts" / "bench"
+SCRIPT = BENCH / "experts.py"
 PEERS = {f"transformers bf16 {name}" for name in ("eager", "grouped_mm", "batched_mm")}
 
 
@@ -45,3 +46,28 @@ def test_every_geometry(tmp_path: Path) -> None:
     assert ours[0]["gmacs"] == pytest.approx(products / ours[0]["us"]["p50"] / 1e3)
     # The targets are of the real layers.
     assert [target["measured"] for target in result["targets"]] == [None] * 4
+
+
+@pytest.mark.ci
+def test_a_whole_model(tmp_path: Path) -> None:
+    output, work = tmp_path / "model.json", tmp_path / "models"
+    command = [
+        sys.executable, str(BENCH / "experts_model.py"), "--quick", "--llama", "--threads", "1",
+        "--work", str(work), "--json", str(output),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    ours, peer = result["engines"]
+    assert (ours["engine"], peer["engine"]) == ("bitlab", "llama.cpp")
+    size = result["geometry"]
+    layers, experts = size["num_hidden_layers"], size["num_experts"]
+    # Gate, up and down of every expert, four codes to a byte, are most of what the files hold.
+    packed = layers * experts * 3 * size["hidden_size"] * size["moe_intermediate_size"] / 4
+    assert packed < ours["file_bytes"] < 2 * packed
+    assert ours["runs"][0]["layer"] == "BitQwen3MoeExperts"
+    for one in (ours, peer):
+        assert len(one["runs"][0]["token_seconds"]) == result["decode"] - 1
+        assert 0 < one["decode_p10"] <= one["decode_tok_s"] <= one["decode_p90"]
+        assert one["peak_bytes"] >= one["loaded_bytes"] > one["imported_bytes"]
+    assert len(list((work / "quick-experts").glob("model-layer-*.safetensors"))) == layers
