@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from bitlab_hf.cli import bench, demo, info, models, report, serve, text, train
+from bitlab_hf.cli import bench, demo, info, models, report, rotate, serve, text, train
 from bitlab_hf.cli.common import examples
 from bitlab_hf.cli.errors import run
 
@@ -36,6 +36,12 @@ def options(
 app.command(
     epilog=examples("bitlab info", "bitlab info out/demo --layers", "bitlab info out/demo --json")
 )(info.info)
+app.command(
+    epilog=examples(
+        "bitlab rotate my-float-model out/rotated",
+        "bitlab train out/rotated out/latent --text book.txt",
+    )
+)(rotate.rotate)
 app.command(
     epilog=examples(
         "bitlab train my-float-model out/latent --text book.txt",

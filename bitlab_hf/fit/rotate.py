@@ -2,21 +2,17 @@
 when they are made ternary.
 
 A decoder whose layers read its residual stream through RMSNorms, and only add to it, computes the
-same in any orthonormal basis of the stream: the norms' weights are multiplied into the matrices
-behind them, matrices that read are multiplied by the basis, and those that write by its transpose
-(SliceGPT, arXiv:2401.15024, section 3.2; a random basis: QuaRot, arXiv:2404.00456, section 4). The
-values of each head get one of their own, between the value and the output projection. In a random
-basis no input stands out among those of a token, which int8 and scales of groups gain by.
-
-A few directions stay coordinates: the first token of a text, in most models, is hundreds of times
-as long as the others, always in the same direction (Sun et al., 2024, arXiv:2402.17762). Spread
-over all coordinates, every step of a training moves it.
+same in any orthonormal basis of the stream: the norms' weights, but for one number each, are
+multiplied into the matrices behind them, those that read are multiplied by the basis, and those
+that write by its transpose (SliceGPT, arXiv:2401.15024, section 3.2; a random basis: QuaRot,
+arXiv:2404.00456, section 4). The values of each head get one of their own, between the value and
+the output projection. In a random basis no input stands out among those of a token, which int8 and
+scales of groups gain by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -39,81 +35,51 @@ _OUTPUT, _DOWN = "self_attn.o_proj", "mlp.down_proj"
 _INNER = ("self_attn.q_norm", "self_attn.k_norm")
 # Rows of a matrix that are multiplied at a time, in float64.
 _ROWS = 4096
+# That are run before and after.
+_TOKENS = 64
 # How far logits may move, in units of their own size, by rounding alone.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _TOLERANCE_16_BIT = 0.1
 
 
-@dataclass(frozen=True)
-class RotationReport:
-    """What a rotation did.
-
-    Attributes:
-        kept: How many directions of the stream are coordinates of their own.
-        share: Their share of the stream's squared size on the samples.
-        difference: How far the logits of a sample moved, root mean square, relative.
-    """
-
-    kept: int
-    share: float
-    difference: float
-
-    def __str__(self) -> str:
-        return (
-            f"rotated; {self.kept} directions with {self.share:.1%} of the stream are kept; "
-            f"logits differ by {self.difference:.1e}"
-        )
-
-
 @torch.no_grad()
-def rotate(
-    model: PreTrainedModel, samples: Iterable[Any], *, kept: int = 4, seed: int = 0
-) -> RotationReport:
-    """Puts a model's residual stream, and the values of its heads, into another basis, for good.
+def rotate(model: PreTrainedModel, *, seed: int = 0) -> float:
+    """Puts a model's residual stream, and the values of its heads, into a random basis, for good.
 
     It computes what it did, is of the same class, and every program runs it; its embedding and its
     head are no longer tied. Load the result, with a `BitLabConfig`, to make it ternary.
 
     Args:
         model: A model in full precision, of a kind among `KINDS`; changed in place.
-        samples: Texts as for `calibrate`; eight are enough.
-        kept: How many directions stay coordinates: those in which the stream is largest.
         seed: Of the basis.
 
     Returns:
-        What was done.
+        How far the logits of random tokens moved: the root mean square of the difference over
+        theirs. It is rounding of the weights' dtype.
 
     Raises:
         ArgumentTypeError: model is no transformers model.
-        ArgumentError: It is of another kind, or has weights that this kind should not have; there
-            are no samples; or kept is no number of directions. The model is as it was.
+        ArgumentError: It is of another kind, or has weights that this kind should not have. The
+            model is as it was.
         LifecycleError: It holds ternary layers: rotate the model that they are made of.
         RuntimeError: It computes something else than before, and must be loaded again.
     """
-    _check(model, kept)
-    texts = [ids for ids in map(_token_ids, samples) if len(ids) > 1]
-    if not texts:
-        raise ArgumentError("rotate: samples must hold a text of two tokens, got none")
-    before = _logits(model, texts[0])
-    moments = _moments(model, texts)
-    values, vectors = torch.linalg.eigh(moments)
+    _check(model)
     generator = torch.Generator().manual_seed(seed)
-    own, rest = vectors[:, len(values) - kept :].flip(1), vectors[:, : len(values) - kept]
-    basis = torch.cat([own, rest @ _random_basis(rest.shape[1], generator)], 1).to(model.device)
+    ids = torch.randint(model.config.vocab_size, (1, _TOKENS), generator=generator)
+    before = _logits(model, ids)
     _rotate_heads(model, generator)
-    _rotate_stream(model, basis)
-    after = _logits(model, texts[0])
-    difference = float((after - before).norm() / before.norm())
+    _rotate_stream(model, _random_basis(model.config.hidden_size, generator).to(model.device))
+    difference = float((_logits(model, ids) - before).norm() / before.norm())
     if not difference <= _TOLERANCE.get(model.dtype, _TOLERANCE_16_BIT):
         raise RuntimeError(
             f"rotate: {type(model).__name__} must compute what it did, got logits that differ by "
             f"{difference:.1e} of their size\nLoad it again, and calibrate it as it is."
         )
-    share = float(values[len(values) - kept :].sum() / values.sum())
-    return RotationReport(kept, share, difference)
+    return difference
 
 
-def _check(model: Any, kept: int) -> None:
+def _check(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ArgumentTypeError(
             f"rotate: model must be a transformers PreTrainedModel, got {type(model).__name__}"
@@ -128,11 +94,6 @@ def _check(model: Any, kept: int) -> None:
         raise LifecycleError(
             "rotate: model must be in full precision, got one with ternary layers\n"
             "Rotate the model that they are made of, and load the result with a BitLabConfig."
-        )
-    size = model.config.hidden_size
-    if not isinstance(kept, int) or isinstance(kept, bool) or not 0 <= kept < size:
-        raise ArgumentError(
-            f"rotate: kept must be an int from 0 to below the hidden size {size}, got {kept!r}"
         )
     known = {
         *_READERS,
@@ -150,34 +111,9 @@ def _check(model: Any, kept: int) -> None:
                 )
 
 
-def _token_ids(sample: Any) -> Tensor:
-    ids = sample["input_ids"] if isinstance(sample, dict) else sample
-    return torch.as_tensor(ids).reshape(-1)
-
-
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids[None].to(model.device), use_cache=False).logits
+    logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
     return logits.float()
-
-
-def _moments(model: PreTrainedModel, texts: list[Tensor]) -> Tensor:
-    """Returns the second moments of what the decoder layers read, float64 [H, H]."""
-    size = model.config.hidden_size
-    moments = torch.zeros(size, size, dtype=torch.float64)
-
-    def add(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stream = args[0] if args else kwargs["hidden_states"]
-        flat = stream.reshape(-1, size).double()
-        moments.add_((flat.t() @ flat).cpu())
-
-    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in _layers(model)]
-    try:
-        for ids in texts:
-            _logits(model, ids)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return moments
 
 
 def _random_basis(size: int, generator: torch.Generator) -> Tensor:
@@ -204,10 +140,12 @@ def _rotate_stream(model: PreTrainedModel, basis: Tensor) -> None:
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     _change(embedding.weight, lambda rows: rows @ basis)
     for norm, readers in _norms(model):
-        scale = norm.weight.double()
+        # Their size stays in the norm: learning rates that suit the model go on suiting it.
+        size = norm.weight.double().square().mean().sqrt()
+        scale = norm.weight.double() / size
         for reader in readers:
             _change(reader.weight, partial(lambda scale, rows: (rows * scale) @ basis, scale))
-        norm.weight.fill_(1)
+        norm.weight.fill_(size)
     for layer in _layers(model):
         for name in (_OUTPUT, _DOWN):
             writer = layer.get_submodule(name)

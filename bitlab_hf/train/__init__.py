@@ -1,6 +1,7 @@
 """Training: what is added to a Trainer for quantization-aware fine-tuning."""
 
 from bitlab_hf.fit.calibrate import CalibrationReport, calibrate
+from bitlab_hf.fit.rotate import rotate
 from bitlab_hf.train.baseline import record_baseline
 from bitlab_hf.train.guard import last_checkpoint
 from bitlab_hf.train.logits import precompute_logits
@@ -20,5 +21,6 @@ __all__ = [
     "last_checkpoint",
     "precompute_logits",
     "record_baseline",
+    "rotate",
     "sft_trainer",
 ]

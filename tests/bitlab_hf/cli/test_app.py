@@ -14,7 +14,7 @@ from bitlab_hf.cli.app import app
 
 COMMANDS = [
     "bench", "chat", "convert", "demo", "deploy", "eval", "export", "generate", "import", "info",
-    "push", "report", "serve", "train",
+    "push", "report", "rotate", "serve", "train",
 ]  # fmt: skip
 
 

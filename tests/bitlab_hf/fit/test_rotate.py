@@ -42,7 +42,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
     "smollm3": SmolLM3Config(**SIZES),
 }  # fmt: skip
-SAMPLES = [{"input_ids": ids} for ids in torch.randint(1, 96, (8, 20))]
+IDS = torch.randint(1, 96, (8, 20), generator=torch.Generator().manual_seed(0))
 
 
 def make(config: PreTrainedConfig) -> Any:
@@ -58,7 +58,7 @@ def make(config: PreTrainedConfig) -> Any:
 
 def logits_of(model: Any) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(torch.stack([one["input_ids"] for one in SAMPLES])).logits
+        found: Tensor = model(IDS).logits
     return found
 
 
@@ -66,18 +66,18 @@ def logits_of(model: Any) -> Tensor:
 def test_the_same_logits_from_other_weights(kind: str, tmp_path: Path) -> None:
     model = make(CONFIGS[kind])
     before, weights = logits_of(model), {k: v.clone() for k, v in model.state_dict().items()}
-    report = rotate(model, SAMPLES, kept=2)
-    assert report.kept == 2
-    assert 0 < report.share < 1
+    difference = rotate(model)
     after = logits_of(model)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
-    assert report.difference < 1e-4
+    assert difference < 1e-4
     same = [k for k, v in model.state_dict().items() if torch.equal(v, weights[k])]
     left = ("q_norm", "k_norm", "q_proj.bias", "k_proj.bias", "gate_proj.bias", "up_proj.bias")
     assert all(any(name in key for name in left) for key in same)
-    norms = [p for n, p in model.named_parameters() if "layernorm" in n or n == "model.norm.weight"]
+    norms = [n for n in weights if "layernorm" in n or n == "model.norm.weight"]
     assert len(norms) == 7
-    assert all(bool((norm == 1).all()) for norm in norms)
+    for name in norms:
+        size = weights[name].square().mean().sqrt()
+        torch.testing.assert_close(model.state_dict()[name], size.expand(40))
     # Neither what is saved nor what is loaded ties the head again.
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -90,31 +90,30 @@ def test_it_is_of_the_seed_and_reproducible() -> None:
     found = []
     for seed in (0, 0, 1):
         model = make(CONFIGS["llama"])
-        rotate(model, SAMPLES, seed=seed)
+        rotate(model, seed=seed)
         found.append(model.model.layers[0].mlp.up_proj.weight)
     assert torch.equal(found[0], found[1])
     assert not torch.allclose(found[0], found[2], atol=1e-3)
 
 
-def test_outliers_are_spread_and_a_massive_direction_is_not() -> None:
+def test_outliers_are_spread() -> None:
     model = make(CONFIGS["llama"])
     with torch.no_grad():
-        # One token is hundreds of times as long as all others; one channel stands out in each.
-        model.model.embed_tokens.weight[7] = 400 * torch.randn(40)
-        model.model.embed_tokens.weight[8:, 5] += 3.0
-    texts = [torch.cat([torch.tensor([7]), one["input_ids"].clamp(min=8)]) for one in SAMPLES]
-    report = rotate(model, texts, kept=1)
-    assert report.share > 0.9
-    rows = model.model.embed_tokens.weight.detach()
-    assert rows[7, 0].abs() > 0.999 * rows[7].norm()
-    outside = rows[8:, 1:]
-    worst = (outside.abs().amax(1) / outside.square().mean(1).sqrt()).median()
-    assert worst < 4
+        model.model.embed_tokens.weight.normal_()
+        model.model.embed_tokens.weight[:, 5] += 20.0
+
+    def worst() -> float:
+        rows = model.model.embed_tokens.weight.detach()
+        return float((rows.abs().amax(1) / rows.square().mean(1).sqrt()).median())
+
+    assert worst() > 5
+    rotate(model)
+    assert worst() < 3
 
 
 def test_latent_layers_of_the_result_are_made_ternary(tmp_path: Path) -> None:
     model = make(CONFIGS["qwen2"])
-    rotate(model, SAMPLES)
+    rotate(model)
     save_at = tmp_path / "rotated"
     model.save_pretrained(save_at)
     packed = AutoModelForCausalLM.from_pretrained(
@@ -127,31 +126,26 @@ def test_latent_layers_of_the_result_are_made_ternary(tmp_path: Path) -> None:
 
 def test_sixteen_bits() -> None:
     model = make(CONFIGS["llama"]).to(torch.bfloat16)
-    report = rotate(model, SAMPLES)
-    assert 0 < report.difference < 0.1
+    assert 0 < rotate(model) < 0.1
     assert model.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
 
 
 def test_what_cannot_be_rotated_is_as_it_was(tmp_path: Path) -> None:
     model = make(CONFIGS["llama"])
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ArgumentError, match="from 0 to below the hidden size 40"):
-        rotate(model, SAMPLES, kept=40)
-    with pytest.raises(ArgumentError, match="samples must hold a text of two tokens, got none"):
-        rotate(model, [[3]])
     model.model.layers[1].mlp.extra = nn.Linear(4, 4)
     with pytest.raises(ArgumentError, match=r"no weights but their norms .* got mlp.extra.weight"):
-        rotate(model, SAMPLES)
+        rotate(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k in before)
     other = make(GemmaConfig(**SIZES, head_dim=8))
     with pytest.raises(ArgumentError, match="of a kind among .* got GemmaForCausalLM"):
-        rotate(other, SAMPLES)
+        rotate(other)
     with pytest.raises(ArgumentTypeError, match="PreTrainedModel, got Linear"):
-        rotate(nn.Linear(2, 2), SAMPLES)  # type: ignore[arg-type]
+        rotate(nn.Linear(2, 2))  # type: ignore[arg-type]
     make(CONFIGS["qwen3"]).save_pretrained(tmp_path)
     latent = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=BitLabConfig())
     with pytest.raises(LifecycleError, match="must be in full precision"):
-        rotate(latent, SAMPLES)
+        rotate(latent)
 
 
 def test_a_model_that_computes_something_else_is_noticed() -> None:
@@ -159,5 +153,5 @@ def test_a_model_that_computes_something_else_is_noticed() -> None:
     # Reads the stream without a norm, which nothing says.
     model.model.layers[1].register_forward_hook(lambda m, a, y: y + a[0][..., :1])
     with pytest.raises(RuntimeError, match="must compute what it did, got logits that differ by"):
-        rotate(model, SAMPLES)
+        rotate(model)
     assert AutoConfig.for_model("llama").model_type in KINDS
