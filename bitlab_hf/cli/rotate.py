@@ -44,6 +44,6 @@ def rotate(source: FloatSource, output: Output, seed: Seed = 0, as_json: Json = 
     found = {"output": str(output), "difference": difference, "seconds": seconds}
     emit(
         found, as_json,
-        f"{output}: the same model in another basis, logits differ by {difference:.1e} of their size, "
+        f"{output}: the same model in another basis, logits differ by {difference:.1e}, "
         f"{seconds:.1f} s",
     )  # fmt: skip
