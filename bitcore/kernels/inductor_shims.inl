@@ -8,6 +8,7 @@
 extern "C++" {
 #include <dlfcn.h>
 #include <omp.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -169,4 +170,14 @@ AOTITorchError aoti_torch_cpu_linear_int8(AtenTensorHandle x, AtenTensorHandle q
     record[BITLAB_SCALE_ROWS] = record[BITLAB_N] = bitlab_size(qweight, 0);
     record[BITLAB_K] = bitlab_size(qweight, 1);
     return bitlab_run(of_codes, record, 1, x, bias, out_dtype, y);
+}
+
+/* torch.ops.bitlab.sum_last: torch's own sum, found as the eager one is. */
+AOTITorchError aoti_torch_cpu_sum_last(AtenTensorHandle x, AtenTensorHandle *y) {
+    AtenTensorHandle held = nullptr;
+    const AOTITorchError error = aoti_torch_new_tensor_handle(x, &held);
+    if (error) return error;
+    const int64_t last[] = {-1};
+    const torch::stable::Tensor sum = torch::stable::sum(torch::stable::Tensor(held), {{last, 1}}, true);
+    return aoti_torch_new_tensor_handle(sum.get(), y);
 }

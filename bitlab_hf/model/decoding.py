@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from bitlab_hf.model.decoding_step import (
     Outline,
     Step,
     UnfitError,
+    describe_step,
     load_step,
 )
 from bitlab_hf.model.tree import quantized_layers
@@ -41,8 +42,6 @@ from bitlab_hf.model.tree import quantized_layers
 logger = logging.getLogger("bitlab")
 # Of a layer's output, relative to its norm: rounding of 16-bit values, and codes that it flips.
 _TOLERANCE = 0.05
-# The cache is read up to a multiple of this.
-_GRAIN = 64
 
 
 def compile_decoding(model: PreTrainedModel) -> int:
@@ -105,34 +104,41 @@ def _layer_index(module: nn.Module) -> int | None:
 
 
 class _Shared:
-    """What the layers of a model share: its configuration, the steps, and the mask of a token."""
+    """What the layers of a model share: its configuration, the steps, and the token at hand."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        self.steps: dict[Any, Step | UnfitError] = {}
+        self.steps: dict[str, Step | UnfitError] = {}
+        self.token: _Token | None = None
         self.said: set[str] = set()
-        self._mask: Tensor | None = None
-        self._length = 0
-        self._cut: Tensor | None = None
 
-    def cut(self, mask: Tensor, held: StaticLayer) -> Tensor:
-        """Returns the part of a mask [..., cache's length] up to the token, rounded up: what is
-        beyond is not attended to, so it is not read either. All layers of a token have one mask.
+
+class _Token:
+    """What all layers are given for one token; each has its own hidden states and weights.
+
+    Args:
+        index: The first layer's place.
+        kwargs: What it was given, beside its hidden states.
+        inputs: The same, taken apart.
+    """
+
+    def __init__(self, index: int, kwargs: dict[str, Any], inputs: Inputs) -> None:
+        self._last, self._kwargs, self.inputs = index, kwargs, inputs
+
+    def serves(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tells whether a layer is given the very same, for the same token: tensors of the next
+        one may be these, written to.
         """
-        length = int(held.cumulative_length) + 1
-        if mask is not self._mask or length != self._length or self._cut is None:
-            self._mask, self._length = mask, length
-            self._cut = mask[..., : -(-length // _GRAIN) * _GRAIN]
-        return self._cut
-
-
-@dataclass
-class _Ready:
-    """A layer's step with its weights, until the next prompt."""
-
-    step: Step
-    weights: list[Tensor]
-    outline: Outline
+        mine = self._kwargs
+        if (
+            index > self._last
+            and len(args) == 1
+            and mine.keys() == kwargs.keys()
+            and all(map(operator.is_, mine.values(), kwargs.values()))
+        ):
+            self._last = index
+            return True
+        return False
 
 
 class _Decoder:
@@ -141,7 +147,8 @@ class _Decoder:
     def __init__(self, module: nn.Module, index: int, shared: _Shared) -> None:
         self._module, self._index, self._shared = module, index, shared
         self._own: Callable[..., Any] = module.forward
-        self._ready: _Ready | None = None
+        # The step with the layer's weights, until the next prompt.
+        self._ready: tuple[Step, list[Tensor], Outline] | None = None
         self._is_checked = self._is_unfit = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -149,22 +156,33 @@ class _Decoder:
         return self._own.__func__.__get__(copy.deepcopy(self._module, memo))  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        token, ready = self._shared.token, self._ready
+        if ready is not None and token is not None and token.serves(self._index, args, kwargs):
+            # Hundreds of layers a second: what the token's first layer found out is not asked again.
+            held = kwargs["past_key_values"].layers[self._index]
+            if self._is_checked and type(held) is StaticLayer:
+                return ready[0](args[0], token.inputs, held, ready[1])
+        return self._first(args, kwargs)
+
+    def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of a token's first layer, and of any that is not ready."""
         held = None if self._is_unfit else self._held(args, kwargs)
         if held is None:
             # A prompt: adapters may come, and weights be exchanged, between two of them.
             self._ready = None
             return self._own(*args, **kwargs)
-        inputs = Inputs(args, kwargs)
-        inputs.mask = self._shared.cut(inputs.mask, held)
+        inputs = Inputs(args[1:], kwargs, int(held.cumulative_length) + 1)
+        if not inputs.sees_all():
+            return self._own(*args, **kwargs)
         ready = self._ready
-        if ready is None or not ready.outline.are_like(inputs):
-            prepared = self._prepare(inputs, held)
-            if prepared is None:
+        if ready is None or not ready[2].are_like(args[0], inputs):
+            ready = self._ready = self._prepare(args[0], inputs, held)
+            if ready is None:
                 return self._own(*args, **kwargs)
-            ready = self._ready = prepared
         if not self._is_checked:
             return self._check(ready, inputs, held, args, kwargs)
-        return ready.step(inputs, held, ready.weights)
+        self._shared.token = _Token(self._index, kwargs, inputs)
+        return ready[0](args[0], inputs, held, ready[1])
 
     def _held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StaticLayer | None:
         """Returns the layer's cache if this is a step of one token that can be compiled."""
@@ -188,20 +206,26 @@ class _Decoder:
         fits = type(held) is StaticLayer and held.is_initialized
         return held if fits and mask.shape[-1] == held.max_cache_len else None
 
-    def _prepare(self, inputs: Inputs, held: StaticLayer) -> _Ready | None:
-        shared = self._shared
+    def _prepare(
+        self, hidden: Tensor, inputs: Inputs, held: StaticLayer
+    ) -> tuple[Step, list[Tensor], Outline] | None:
+        steps = self._shared.steps
         try:
-            key, weights = inputs.key(self._module, held, shared.config)
-            step = shared.steps.get(key)
+            outline = Outline(hidden, inputs)
+            key, weights = describe_step(self._module, outline, inputs, held, self._shared.config)
+            step = steps.get(key)
             if step is None:
-                step = load_step(key, self._module, self._own, inputs, held)
-                shared.steps[key] = step
+                try:
+                    step = load_step(key, self._module, self._own, hidden, inputs, held)
+                except UnfitError as error:
+                    step = error
+                steps[key] = step
+            if isinstance(step, UnfitError):
+                raise step
         except UnfitError as error:
-            step = shared.steps[key] = error
-        if isinstance(step, UnfitError):
-            self._leave(str(step))
+            self._leave(str(error))
             return None
-        return _Ready(step, weights, inputs.outline())
+        return step, weights, outline
 
     def _leave(self, reason: str) -> None:
         self._is_unfit = True
@@ -212,7 +236,7 @@ class _Decoder:
 
     def _check(
         self,
-        ready: _Ready,
+        ready: tuple[Step, list[Tensor], Outline],
         inputs: Inputs,
         held: StaticLayer,
         args: tuple[Any, ...],
@@ -225,7 +249,7 @@ class _Decoder:
         wanted = self._own(*args, **{**kwargs, "past_key_values": OneLayerCache(before)})
         got = None
         if isinstance(wanted, Tensor):
-            got = ready.step(inputs, held, ready.weights)
+            got = ready[0](args[0], inputs, held, ready[1])
             off = torch.linalg.vector_norm(got.float() - wanted.float())
             if off <= _TOLERANCE * torch.linalg.vector_norm(wanted.float()):
                 self._is_checked = True

@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, StaticLayer
 
 from bitcore.errors import BackendError
-from bitcore.kernels.inductor import inductor_options
+from bitcore.kernels.inductor import inductor_options, sum_as_eager
 from bitcore.user_cache import cache_folder
 from bitlab_hf.model.decoding_attention import NAME as ATTENTION
 from bitlab_hf.model.decoding_attention import attend
@@ -62,24 +62,26 @@ class OneLayerCache(Cache):  # type: ignore[misc]
 
 
 class Inputs:
-    """What a model gives a layer for one token, but the cache: tensors, and the form they came in.
+    """What a model gives a layer for one token, but hidden states and cache: tensors, and the form
+    they came in.
 
     Args:
-        args: Positional arguments of the layer.
+        args: Positional arguments of the layer after its hidden states.
         kwargs: The others, with an attention_mask.
+        tokens: How many the cache will hold with this one.
 
     Attributes:
         tensors: All tensors but the mask, tuples of them taken apart.
         form: For each argument its name, and how many tensors a tuple had (0 for a tensor alone),
             or None and its value.
-        mask: The attention mask, bool [..., tokens of the cache].
+        mask: The attention mask, bool [..., tokens]: the cache's other places are empty.
         strange: Names of arguments that are neither.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int) -> None:
         self.tensors: list[Tensor] = []
         self.form: list[tuple[int | str, int | None, Any]] = []
-        self.mask: Tensor = kwargs["attention_mask"]
+        self.mask: Tensor = kwargs["attention_mask"][..., :tokens]
         self.strange: list[int | str] = []
         for name, value in (*enumerate(args), *kwargs.items()):
             if name in _NOT_INPUTS:
@@ -95,13 +97,9 @@ class Inputs:
             else:
                 self.strange.append(name)
 
-    def _shapes(self) -> list[tuple[Any, ...]]:
-        shapes: list[tuple[Any, ...]] = [(one.shape, one.dtype) for one in self.tensors]
-        return [*shapes, (self.mask.shape[:-1],)]
-
-    def outline(self) -> Outline:
-        """Returns what a step compiled for these inputs depends on."""
-        return Outline(self.form, self._shapes())
+    def sees_all(self) -> bool:
+        """Tells whether the mask hides none of the tokens: there is no padding."""
+        return bool(self.mask.all())
 
     def rebuild(self, tensors: list[Tensor]) -> tuple[list[Any], dict[str, Any]]:
         """Returns the arguments with other tensors in the place of these."""
@@ -117,43 +115,68 @@ class Inputs:
                 kwargs[name] = value
         return args, kwargs
 
-    def key(self, module: nn.Module, held: StaticLayer, config: Any) -> tuple[str, list[Tensor]]:
-        """Returns what the step's library depends on, as a hash; and the layer's weights.
-
-        Raises:
-            UnfitError: An argument or a weight is nothing that a library takes.
-        """
-        if self.strange:
-            raise UnfitError(f"its arguments {self.strange} are no tensors")
-        weights = _weights(module)
-        for name, weight in weights.items():
-            if not weight.is_contiguous() or type(weight) not in (Tensor, nn.Parameter):
-                raise UnfitError(f"{name} is no ordinary contiguous tensor")
-        described = {
-            "form": [repr(one) for one in self.form],
-            "shapes": [repr(one) for one in self._shapes()],
-            "cache": [repr((held.keys.shape[:2], held.keys.shape[3], held.keys.dtype)),
-                      repr((held.values.shape[:2], held.values.shape[3], held.values.dtype))],
-            "weights": [repr((name, one.shape, one.dtype)) for name, one in weights.items()],
-            "layer": _describe(module),
-            "config": config.to_json_string(use_diff=False),
-            "machine": _machine(),
-        }  # fmt: skip
-        text = json.dumps(described, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest(), list(weights.values())
-
 
 class Outline:
-    """What two calls have in common that one step serves."""
+    """What the inputs of all tokens that one step serves have in common.
 
-    def __init__(self, form: list[Any], shapes: list[Any]) -> None:
-        self._form, self._shapes = form, shapes
+    Args:
+        hidden: The hidden states.
+        inputs: The rest.
+    """
 
-    def are_like(self, inputs: Inputs) -> bool:
-        """Tells whether a step compiled for these serves other inputs."""
+    def __init__(self, hidden: Tensor, inputs: Inputs) -> None:
+        self._form = inputs.form
+        self._shapes = self._shapes_of(hidden, inputs)
+
+    @staticmethod
+    def _shapes_of(hidden: Tensor, inputs: Inputs) -> list[Any]:
+        shapes = [(one.shape, one.dtype) for one in (hidden, *inputs.tensors)]
+        return [*shapes, inputs.mask.shape[:-1]]
+
+    def are_like(self, hidden: Tensor, inputs: Inputs) -> bool:
+        """Tells whether the step serves other inputs, too."""
         return (
-            self._form == inputs.form and self._shapes == inputs._shapes() and not inputs.strange
+            self._form == inputs.form
+            and self._shapes == self._shapes_of(hidden, inputs)
+            and not inputs.strange
         )
+
+    def lines(self) -> list[str]:
+        """Returns it as text."""
+        return [repr(one) for one in (*self._form, *self._shapes)]
+
+
+def describe_step(
+    module: nn.Module, outline: Outline, inputs: Inputs, held: StaticLayer, config: Any
+) -> tuple[str, list[Tensor]]:
+    """Returns what a step's library depends on, as a hash; and the layer's weights.
+
+    Args:
+        module: The layer.
+        outline: Of the inputs.
+        inputs: Those of a token.
+        held: The layer's cache.
+        config: The model's configuration.
+
+    Raises:
+        UnfitError: An argument or a weight is nothing that a library takes.
+    """
+    if inputs.strange:
+        raise UnfitError(f"its arguments {inputs.strange} are no tensors")
+    weights = _weights(module)
+    for name, weight in weights.items():
+        if not weight.is_contiguous() or type(weight) not in (Tensor, nn.Parameter, nn.Buffer):
+            raise UnfitError(f"{name} is no ordinary contiguous tensor")
+    described = {
+        "inputs": outline.lines(),
+        "cache": [repr((one.shape[:2], one.shape[3], one.dtype)) for one in (held.keys, held.values)],
+        "weights": [repr((name, one.shape, one.dtype)) for name, one in weights.items()],
+        "layer": _describe(module),
+        "config": config.to_json_string(use_diff=False),
+        "machine": _machine(),
+    }  # fmt: skip
+    text = json.dumps(described, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest(), list(weights.values())
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:
@@ -197,10 +220,13 @@ class Step:
         self._model = torch._inductor.aoti_load_package(str(library))
         self._run: Callable[[list[Tensor]], list[Tensor]] = self._model.loader.run
 
-    def __call__(self, inputs: Inputs, held: StaticLayer, weights: list[Tensor]) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, inputs: Inputs, held: StaticLayer, weights: list[Tensor]
+    ) -> Tensor:
         """Runs the step on a token; writes to the cache, and returns the layer's output."""
         given = [
-            *inputs.tensors, inputs.mask, held.keys, held.values, held.cumulative_length, *weights
+            hidden, *inputs.tensors, inputs.mask, held.keys, held.values, held.cumulative_length,
+            *weights,
         ]  # fmt: skip
         return self._run(given)[0]
 
@@ -209,16 +235,18 @@ def load_step(
     key: str,
     module: nn.Module,
     forward: Callable[..., Any],
+    hidden: Tensor,
     inputs: Inputs,
     held: StaticLayer,
 ) -> Step:
     """Loads a layer's step from the user's cache, or compiles and keeps it.
 
     Args:
-        key: What it depends on, as `Inputs.key` has it.
+        key: What it depends on, as `describe_step` has it.
         module: The layer.
         forward: Its own forward.
-        inputs: Those of a token.
+        hidden: The hidden states of a token.
+        inputs: Its other inputs.
         held: The layer's cache.
 
     Raises:
@@ -232,7 +260,7 @@ def load_step(
             return Step(library)
         except Exception:  # noqa: BLE001  (whatever a damaged file makes the loader raise)
             library.unlink(missing_ok=True)
-    exported = _export(module, forward, inputs, held)
+    exported = _export(module, forward, hidden, inputs, held)
     with tempfile.TemporaryDirectory(dir=folder) as draft:
         try:
             made = torch._inductor.aoti_compile_and_package(
@@ -260,6 +288,7 @@ class _Exported(nn.Module):
 
     def forward(
         self,
+        hidden: Tensor,
         tensors: list[Tensor],
         mask: Tensor,
         keys: Tensor,
@@ -276,11 +305,15 @@ class _Exported(nn.Module):
         kwargs |= {"attention_mask": mask, "past_key_values": OneLayerCache(held)}
         named = dict(zip(_weights(module), weights, strict=True))
         with torch.nn.utils.stateless._reparametrize_module(module, named):
-            return forward(*args, **kwargs)
+            return forward(hidden, *args, **kwargs)
 
 
 def _export(
-    module: nn.Module, forward: Callable[..., Any], inputs: Inputs, held: StaticLayer
+    module: nn.Module,
+    forward: Callable[..., Any],
+    hidden: Tensor,
+    inputs: Inputs,
+    held: StaticLayer,
 ) -> Any:
     keys, values = (
         one.new_zeros((*one.shape[:2], _EXAMPLE_LENGTH, one.shape[3]))
@@ -288,9 +321,11 @@ def _export(
     )
     mask = inputs.mask.new_ones((*inputs.mask.shape[:-1], _EXAMPLE_CUT))
     weights = list(_weights(module).values())
-    example = (inputs.tensors, mask, keys, values, held.cumulative_length.clone(), weights)
+    length = held.cumulative_length.clone()
+    example = (hidden, inputs.tensors, mask, keys, values, length, weights)
     any_length = torch.export.Dim.AUTO
     shapes = (
+        None,
         [None] * len(inputs.tensors),
         {mask.dim() - 1: any_length},
         {2: any_length},
@@ -308,6 +343,8 @@ def _export(
         raise UnfitError(f"torch.export cannot take it: {reason[0]}") from error
     if len(exported.graph_signature.user_outputs) != 1:
         raise UnfitError("it returns several values")
+    sum_as_eager(exported.graph)
+    exported.graph_module.recompile()
     return exported
 
 
