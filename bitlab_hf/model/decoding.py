@@ -28,15 +28,8 @@ from transformers.cache_utils import StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bitcore.errors import ArgumentError, LifecycleError
-from bitlab_hf.model.decoding_step import (
-    Inputs,
-    OneLayerCache,
-    Outline,
-    Step,
-    UnfitError,
-    describe_step,
-    load_step,
-)
+from bitlab_hf.model.decoding_inputs import FittedStep, Inputs, Run, Surroundings, UnfitError
+from bitlab_hf.model.decoding_step import OneLayerCache, load_step
 from bitlab_hf.model.tree import quantized_layers
 
 logger = logging.getLogger("bitlab")
@@ -44,15 +37,18 @@ logger = logging.getLogger("bitlab")
 _TOLERANCE = 0.05
 
 
-def compile_decoding(model: PreTrainedModel) -> int:
+def compile_decoding(model: PreTrainedModel, exact: bool = True) -> int:
     """Compiles the decoding steps of a deployed model on the CPU, where `generate` is given
     ``cache_implementation="static"``; everything else runs as before.
 
-    The first step of one token compiles, or loads what an earlier process compiled. Batches and
-    padding are compiled for as they come; any length of the cache is served by one library.
+    The first step of one token compiles, or loads what an earlier process compiled; any length of
+    the cache is served by one library. It can be called again, to change ``exact``.
 
     Args:
         model: A deployed causal language model, on the CPU, with sdpa attention.
+        exact: Whether a model with RMS norms is to have the bits that it has without this and
+            with a dynamic cache; steps with padding are not compiled then. Else attention and
+            sums are fused, which is quicker the longer the text is, and rounds differently.
 
     Returns:
         The number of layers that will be compiled; what turns out not to fit is logged, and runs
@@ -90,10 +86,11 @@ def compile_decoding(model: PreTrainedModel) -> int:
             "compile_decoding: the model must have decoder layers with a static cache, got "
             f"{type(model).__name__}"
         )
-    shared = _Shared(model.config)
+    shared = _Shared(Surroundings(model.config, exact))
     for module, index in layers:
-        if not isinstance(module.forward, _Decoder):
-            module.forward = _Decoder(module, index, shared)
+        own = module.forward
+        own = own.own if isinstance(own, _Decoder) else own
+        module.forward = _Decoder(module, own, index, shared)
     return len(layers)
 
 
@@ -104,11 +101,11 @@ def _layer_index(module: nn.Module) -> int | None:
 
 
 class _Shared:
-    """What the layers of a model share: its configuration, the steps, and the token at hand."""
+    """What the layers of a model share: their surroundings, the steps, and the token at hand."""
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.steps: dict[str, Step | UnfitError] = {}
+    def __init__(self, surroundings: Surroundings) -> None:
+        self.surroundings = surroundings
+        self.steps: dict[str, Run | UnfitError] = {}
         self.token: _Token | None = None
         self.said: set[str] = set()
 
@@ -144,24 +141,26 @@ class _Token:
 class _Decoder:
     """A decoder layer's forward, compiled where it is a step of one token."""
 
-    def __init__(self, module: nn.Module, index: int, shared: _Shared) -> None:
+    def __init__(
+        self, module: nn.Module, own: Callable[..., Any], index: int, shared: _Shared
+    ) -> None:
+        self.own = own
         self._module, self._index, self._shared = module, index, shared
-        self._own: Callable[..., Any] = module.forward
-        # The step with the layer's weights, until the next prompt.
-        self._ready: tuple[Step, list[Tensor], Outline] | None = None
-        self._is_checked = self._is_unfit = False
+        # A step, and what it was found for; and whether that still holds: until the next prompt.
+        self._step: FittedStep | None = None
+        self._is_ready = self._is_checked = self._is_unfit = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # A copied module has the forward of its class, not this one's.
-        return self._own.__func__.__get__(copy.deepcopy(self._module, memo))  # type: ignore[attr-defined]
+        # A copied layer is not compiled.
+        return copy.deepcopy(self.own, memo)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        token, ready = self._shared.token, self._ready
-        if ready is not None and token is not None and token.serves(self._index, args, kwargs):
+        token = self._shared.token
+        if self._is_ready and token is not None and token.serves(self._index, args, kwargs):
             # Hundreds of layers a second: what the token's first layer found out is not asked again.
             held = kwargs["past_key_values"].layers[self._index]
-            if self._is_checked and type(held) is StaticLayer:
-                return ready[0](args[0], token.inputs, held, ready[1])
+            if type(held) is StaticLayer and self._step is not None:
+                return self._step(args[0], token.inputs, held)
         return self._first(args, kwargs)
 
     def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -169,20 +168,23 @@ class _Decoder:
         held = None if self._is_unfit else self._held(args, kwargs)
         if held is None:
             # A prompt: adapters may come, and weights be exchanged, between two of them.
-            self._ready = None
-            return self._own(*args, **kwargs)
-        inputs = Inputs(args[1:], kwargs, int(held.cumulative_length) + 1)
-        if not inputs.sees_all():
-            return self._own(*args, **kwargs)
-        ready = self._ready
-        if ready is None or not ready[2].are_like(args[0], inputs):
-            ready = self._ready = self._prepare(args[0], inputs, held)
-            if ready is None:
-                return self._own(*args, **kwargs)
+            self._is_ready = False
+            return self.own(*args, **kwargs)
+        exact = self._shared.surroundings.exact
+        inputs = Inputs(args[1:], kwargs, int(held.cumulative_length) + 1, exact)
+        if exact and not inputs.sees_all():
+            return self.own(*args, **kwargs)
+        step = self._step
+        if step is None or not step.fits(self._module, args[0], inputs, self._is_ready):
+            self._is_ready, self._step = False, self._find(args[0], inputs, held)
+            if self._step is None:
+                return self.own(*args, **kwargs)
+            step = self._step
         if not self._is_checked:
-            return self._check(ready, inputs, held, args, kwargs)
+            return self._check(step, inputs, held, args, kwargs)
+        self._is_ready = True
         self._shared.token = _Token(self._index, kwargs, inputs)
-        return ready[0](args[0], inputs, held, ready[1])
+        return step(args[0], inputs, held)
 
     def _held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StaticLayer | None:
         """Returns the layer's cache if this is a step of one token that can be compiled."""
@@ -206,26 +208,27 @@ class _Decoder:
         fits = type(held) is StaticLayer and held.is_initialized
         return held if fits and mask.shape[-1] == held.max_cache_len else None
 
-    def _prepare(
-        self, hidden: Tensor, inputs: Inputs, held: StaticLayer
-    ) -> tuple[Step, list[Tensor], Outline] | None:
-        steps = self._shared.steps
+    def _find(self, hidden: Tensor, inputs: Inputs, held: StaticLayer) -> FittedStep | None:
+        shared = self._shared
         try:
-            outline = Outline(hidden, inputs)
-            key, weights = describe_step(self._module, outline, inputs, held, self._shared.config)
-            step = steps.get(key)
-            if step is None:
+            fitted = FittedStep(self._module, hidden, inputs)
+            key = fitted.describe(self._module, inputs, held, shared.surroundings)
+            found = shared.steps.get(key)
+            if found is None:
                 try:
-                    step = load_step(key, self._module, self._own, hidden, inputs, held)
+                    found = load_step(
+                        key, self._module, self.own, hidden, inputs, held, shared.surroundings
+                    )
                 except UnfitError as error:
-                    step = error
-                steps[key] = step
-            if isinstance(step, UnfitError):
-                raise step
+                    found = error
+                shared.steps[key] = found
+            if isinstance(found, UnfitError):
+                raise found
         except UnfitError as error:
             self._leave(str(error))
             return None
-        return step, weights, outline
+        fitted.run = found
+        return fitted
 
     def _leave(self, reason: str) -> None:
         self._is_unfit = True
@@ -236,7 +239,7 @@ class _Decoder:
 
     def _check(
         self,
-        ready: tuple[Step, list[Tensor], Outline],
+        step: FittedStep,
         inputs: Inputs,
         held: StaticLayer,
         args: tuple[Any, ...],
@@ -246,10 +249,10 @@ class _Decoder:
         before = copy.copy(held)
         before.keys, before.values = held.keys.clone(), held.values.clone()
         before.cumulative_length = held.cumulative_length.clone()
-        wanted = self._own(*args, **{**kwargs, "past_key_values": OneLayerCache(before)})
+        wanted = self.own(*args, **{**kwargs, "past_key_values": OneLayerCache(before)})
         got = None
         if isinstance(wanted, Tensor):
-            got = ready[0](args[0], inputs, held, ready[1])
+            got = step(args[0], inputs, held)
             off = torch.linalg.vector_norm(got.float() - wanted.float())
             if off <= _TOLERANCE * torch.linalg.vector_norm(wanted.float()):
                 self._is_checked = True

@@ -6,11 +6,7 @@ layer, the cache's tensors, which it writes to, and the layer's weights.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, StaticLayer
@@ -26,21 +21,14 @@ from transformers.cache_utils import Cache, StaticLayer
 from bitcore.errors import BackendError
 from bitcore.kernels.inductor import inductor_options, sum_as_eager
 from bitcore.user_cache import cache_folder
-from bitlab_hf.model.decoding_attention import NAME as ATTENTION
-from bitlab_hf.model.decoding_attention import attend
+from bitlab_hf.model.decoding_attention import EXACT, FUSED, attend_as_eager, attend_fused
+from bitlab_hf.model.decoding_inputs import Inputs, Run, Surroundings, UnfitError, weights_of
 
 # Of the cache and of the mask while a step is exported; both may be any in the library.
 _EXAMPLE_LENGTH, _EXAMPLE_CUT = 320, 192
-# What differs between layers without making their steps differ.
-_PLACES = ("layer_idx", "training", "forward")
-_PLAIN = (bool, int, float, str, type(None), torch.dtype)
-_NOT_INPUTS = ("past_key_values", "attention_mask")
 
-AttentionInterface.register(ATTENTION, attend)
-
-
-class UnfitError(Exception):
-    """A layer cannot be compiled; says why."""
+AttentionInterface.register(EXACT, attend_as_eager)
+AttentionInterface.register(FUSED, attend_fused)
 
 
 class OneLayerCache(Cache):  # type: ignore[misc]
@@ -61,174 +49,9 @@ class OneLayerCache(Cache):  # type: ignore[misc]
         return self.layers[0].get_seq_length()
 
 
-class Inputs:
-    """What a model gives a layer for one token, but hidden states and cache: tensors, and the form
-    they came in.
-
-    Args:
-        args: Positional arguments of the layer after its hidden states.
-        kwargs: The others, with an attention_mask.
-        tokens: How many the cache will hold with this one.
-
-    Attributes:
-        tensors: All tensors but the mask, tuples of them taken apart.
-        form: For each argument its name, and how many tensors a tuple had (0 for a tensor alone),
-            or None and its value.
-        mask: The attention mask, bool [..., tokens]: the cache's other places are empty.
-        strange: Names of arguments that are neither.
-    """
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int) -> None:
-        self.tensors: list[Tensor] = []
-        self.form: list[tuple[int | str, int | None, Any]] = []
-        self.mask: Tensor = kwargs["attention_mask"][..., :tokens]
-        self.strange: list[int | str] = []
-        for name, value in (*enumerate(args), *kwargs.items()):
-            if name in _NOT_INPUTS:
-                continue
-            if isinstance(value, Tensor):
-                self.tensors.append(value)
-                self.form.append((name, 0, None))
-            elif isinstance(value, tuple) and value and all(isinstance(o, Tensor) for o in value):
-                self.tensors.extend(value)
-                self.form.append((name, len(value), None))
-            elif value is None or isinstance(value, bool | str):
-                self.form.append((name, None, value))
-            else:
-                self.strange.append(name)
-
-    def sees_all(self) -> bool:
-        """Tells whether the mask hides none of the tokens: there is no padding."""
-        return bool(self.mask.all())
-
-    def rebuild(self, tensors: list[Tensor]) -> tuple[list[Any], dict[str, Any]]:
-        """Returns the arguments with other tensors in the place of these."""
-        args: list[Any] = []
-        kwargs: dict[str, Any] = {}
-        left = iter(tensors)
-        for name, count, value in self.form:
-            if count is not None:
-                value = tuple(next(left) for _ in range(count)) if count else next(left)
-            if isinstance(name, int):
-                args.append(value)
-            else:
-                kwargs[name] = value
-        return args, kwargs
-
-
-class Outline:
-    """What the inputs of all tokens that one step serves have in common.
-
-    Args:
-        hidden: The hidden states.
-        inputs: The rest.
-    """
-
-    def __init__(self, hidden: Tensor, inputs: Inputs) -> None:
-        self._form = inputs.form
-        self._shapes = self._shapes_of(hidden, inputs)
-
-    @staticmethod
-    def _shapes_of(hidden: Tensor, inputs: Inputs) -> list[Any]:
-        shapes = [(one.shape, one.dtype) for one in (hidden, *inputs.tensors)]
-        return [*shapes, inputs.mask.shape[:-1]]
-
-    def are_like(self, hidden: Tensor, inputs: Inputs) -> bool:
-        """Tells whether the step serves other inputs, too."""
-        return (
-            self._form == inputs.form
-            and self._shapes == self._shapes_of(hidden, inputs)
-            and not inputs.strange
-        )
-
-    def lines(self) -> list[str]:
-        """Returns it as text."""
-        return [repr(one) for one in (*self._form, *self._shapes)]
-
-
-def describe_step(
-    module: nn.Module, outline: Outline, inputs: Inputs, held: StaticLayer, config: Any
-) -> tuple[str, list[Tensor]]:
-    """Returns what a step's library depends on, as a hash; and the layer's weights.
-
-    Args:
-        module: The layer.
-        outline: Of the inputs.
-        inputs: Those of a token.
-        held: The layer's cache.
-        config: The model's configuration.
-
-    Raises:
-        UnfitError: An argument or a weight is nothing that a library takes.
-    """
-    if inputs.strange:
-        raise UnfitError(f"its arguments {inputs.strange} are no tensors")
-    weights = _weights(module)
-    for name, weight in weights.items():
-        if not weight.is_contiguous() or type(weight) not in (Tensor, nn.Parameter, nn.Buffer):
-            raise UnfitError(f"{name} is no ordinary contiguous tensor")
-    described = {
-        "inputs": outline.lines(),
-        "cache": [repr((one.shape[:2], one.shape[3], one.dtype)) for one in (held.keys, held.values)],
-        "weights": [repr((name, one.shape, one.dtype)) for name, one in weights.items()],
-        "layer": _describe(module),
-        "config": config.to_json_string(use_diff=False),
-        "machine": _machine(),
-    }  # fmt: skip
-    text = json.dumps(described, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest(), list(weights.values())
-
-
-def _weights(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def _describe(module: nn.Module) -> list[str]:
-    """Returns what a layer's forward can depend on beside its tensors: classes with their source,
-    and plain fields.
-    """
-    lines, files = [], set()
-    for name, one in module.named_modules():
-        kind = type(one)
-        fields = {
-            key: repr(value)
-            for key, value in vars(one).items()
-            if key not in _PLACES and (isinstance(value, _PLAIN) or key == "quant_config")
-        }
-        lines.append(f"{name}: {kind.__module__}.{kind.__qualname__} {sorted(fields.items())}")
-        files |= {getattr(sys.modules.get(base.__module__), "__file__", None) for base in kind.__mro__}
-    contents = [Path(file).read_bytes() for file in sorted(files - {None}) if Path(file).is_file()]
-    return [*lines, hashlib.sha256(b"".join(contents)).hexdigest()]
-
-
-def _machine() -> list[str]:
-    """Returns what compiled code depends on: versions, options, threads, the CPU."""
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    attention = Path(sys.modules[attend.__module__].__file__ or "").read_text()
-    return [
-        torch.__version__, transformers.__version__, platform.machine(), flags,
-        str(torch.get_num_threads()), repr(inductor_options()), Path(__file__).read_text(), attention,
-    ]  # fmt: skip
-
-
-class Step:
-    """A compiled step; see `load_step`."""
-
-    def __init__(self, library: Path) -> None:
-        self._model = torch._inductor.aoti_load_package(str(library))
-        self._run: Callable[[list[Tensor]], list[Tensor]] = self._model.loader.run
-
-    def __call__(
-        self, hidden: Tensor, inputs: Inputs, held: StaticLayer, weights: list[Tensor]
-    ) -> Tensor:
-        """Runs the step on a token; writes to the cache, and returns the layer's output."""
-        given = [
-            hidden, *inputs.tensors, inputs.mask, held.keys, held.values, held.cumulative_length,
-            *weights,
-        ]  # fmt: skip
-        return self._run(given)[0]
+def _load(library: Path) -> Run:
+    run: Run = torch._inductor.aoti_load_package(str(library)).loader.run
+    return run
 
 
 def load_step(
@@ -238,16 +61,18 @@ def load_step(
     hidden: Tensor,
     inputs: Inputs,
     held: StaticLayer,
-) -> Step:
+    surroundings: Surroundings,
+) -> Run:
     """Loads a layer's step from the user's cache, or compiles and keeps it.
 
     Args:
-        key: What it depends on, as `describe_step` has it.
+        key: What it depends on, as `FittedStep.describe` has it.
         module: The layer.
         forward: Its own forward.
         hidden: The hidden states of a token.
         inputs: Its other inputs.
         held: The layer's cache.
+        surroundings: What else it depends on.
 
     Raises:
         UnfitError: The layer cannot be exported.
@@ -257,10 +82,10 @@ def load_step(
     library = None if folder is None else folder / f"{key}.pt2"
     if library is not None and library.is_file():
         try:
-            return Step(library)
+            return _load(library)
         except Exception:  # noqa: BLE001  (whatever a damaged file makes the loader raise)
             library.unlink(missing_ok=True)
-    exported = _export(module, forward, hidden, inputs, held)
+    exported = _export(module, forward, hidden, inputs, held, surroundings.exact)
     with tempfile.TemporaryDirectory(dir=folder) as draft:
         try:
             made = torch._inductor.aoti_compile_and_package(
@@ -273,9 +98,9 @@ def load_step(
                 "A C++ compiler is needed: install g++ or clang++, or name one in CXX."
             ) from error
         if library is None:
-            return Step(Path(made))
+            return _load(Path(made))
         shutil.move(str(made), library)
-    return Step(library)
+    return _load(library)
 
 
 class _Exported(nn.Module):
@@ -303,7 +128,7 @@ class _Exported(nn.Module):
         held.max_cache_len = keys.shape[2]
         args, kwargs = self._inputs.rebuild(tensors)
         kwargs |= {"attention_mask": mask, "past_key_values": OneLayerCache(held)}
-        named = dict(zip(_weights(module), weights, strict=True))
+        named = dict(zip(weights_of(module), weights, strict=True))
         with torch.nn.utils.stateless._reparametrize_module(module, named):
             return forward(hidden, *args, **kwargs)
 
@@ -314,13 +139,14 @@ def _export(
     hidden: Tensor,
     inputs: Inputs,
     held: StaticLayer,
+    exact: bool,
 ) -> Any:
     keys, values = (
         one.new_zeros((*one.shape[:2], _EXAMPLE_LENGTH, one.shape[3]))
         for one in (held.keys, held.values)
     )
     mask = inputs.mask.new_ones((*inputs.mask.shape[:-1], _EXAMPLE_CUT))
-    weights = list(_weights(module).values())
+    weights = list(weights_of(module).values())
     length = held.cumulative_length.clone()
     example = (hidden, inputs.tensors, mask, keys, values, length, weights)
     any_length = torch.export.Dim.AUTO
@@ -334,7 +160,7 @@ def _export(
         [None] * len(weights),
     )
     try:
-        with torch.no_grad(), _attention(module):
+        with torch.no_grad(), _attention(module, EXACT if exact else FUSED):
             exported = torch.export.export(
                 _Exported(module, forward, inputs), example, dynamic_shapes=shapes, strict=False
             )
@@ -343,19 +169,20 @@ def _export(
         raise UnfitError(f"torch.export cannot take it: {reason[0]}") from error
     if len(exported.graph_signature.user_outputs) != 1:
         raise UnfitError("it returns several values")
-    sum_as_eager(exported.graph)
-    exported.graph_module.recompile()
+    if exact:
+        sum_as_eager(exported.graph)
+        exported.graph_module.recompile()
     return exported
 
 
 @contextmanager
-def _attention(module: nn.Module) -> Iterator[None]:
+def _attention(module: nn.Module, name: str) -> Iterator[None]:
     """Makes a layer attend as a compiled step does."""
     configs = {id(one.config): one.config for one in module.modules() if hasattr(one, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for config in configs.values():
-            config._attn_implementation = ATTENTION
+            config._attn_implementation = name
         yield
     finally:
         for key, config in configs.items():
