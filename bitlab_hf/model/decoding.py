@@ -157,7 +157,7 @@ class _Decoder:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         token = self._shared.token
         if self._is_ready and token is not None and token.serves(self._index, args, kwargs):
-            # Hundreds of layers a second: what the token's first layer found out is not asked again.
+            # Thousands of times a second: what a token's first layer found out is not asked again.
             held = kwargs["past_key_values"].layers[self._index]
             if type(held) is StaticLayer and self._step is not None:
                 return self._step(args[0], token.inputs, held)
@@ -186,7 +186,7 @@ class _Decoder:
         self._shared.token = _Token(self._index, kwargs, inputs)
         return step(args[0], inputs, held)
 
-    def _held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StaticLayer | None:
+    def _held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Returns the layer's cache if this is a step of one token that can be compiled."""
         cache, hidden = kwargs.get("past_key_values"), args[0] if args else None
         mask = kwargs.get("attention_mask")
@@ -204,11 +204,11 @@ class _Decoder:
             or torch.compiler.is_compiling()
         ):
             return None
-        held = cache.layers[self._index]
+        held: Any = cache.layers[self._index]
         fits = type(held) is StaticLayer and held.is_initialized
         return held if fits and mask.shape[-1] == held.max_cache_len else None
 
-    def _find(self, hidden: Tensor, inputs: Inputs, held: StaticLayer) -> FittedStep | None:
+    def _find(self, hidden: Tensor, inputs: Inputs, held: Any) -> FittedStep | None:
         shared = self._shared
         try:
             fitted = FittedStep(self._module, hidden, inputs)
@@ -241,7 +241,7 @@ class _Decoder:
         self,
         step: FittedStep,
         inputs: Inputs,
-        held: StaticLayer,
+        held: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:

@@ -21,8 +21,8 @@ def attend_as_eager(
     attention_mask: Tensor,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """transformers' own sdpa attention to the first tokens of a static cache, with the bits that
-    it has with a dynamic one.
+    """Attends as transformers' sdpa does, to the first tokens of a static cache: the bits are those
+    that it has with a dynamic one.
 
     Args:
         module: The attention module.

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.cache_utils import StaticLayer
 
 from bitcore.kernels.inductor import inductor_options
 
@@ -61,7 +60,8 @@ class Inputs:
         cut = tokens if exact else -(-tokens // _GRAIN) * _GRAIN
         self.mask: Tensor = kwargs["attention_mask"][..., :cut]
         self.strange: list[int | str] = []
-        for name, value in (*enumerate(args), *kwargs.items()):
+        named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for name, value in named:
             if name in _NOT_INPUTS:
                 continue
             if isinstance(value, Tensor):
@@ -165,7 +165,7 @@ class FittedStep:
         )
 
     def describe(
-        self, module: nn.Module, inputs: Inputs, held: StaticLayer, surroundings: Surroundings
+        self, module: nn.Module, inputs: Inputs, held: Any, surroundings: Surroundings
     ) -> str:
         """Returns what the step's library depends on, as a hash.
 
@@ -193,7 +193,7 @@ class FittedStep:
         text = json.dumps(described, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def __call__(self, hidden: Tensor, inputs: Inputs, held: StaticLayer) -> Tensor:
+    def __call__(self, hidden: Tensor, inputs: Inputs, held: Any) -> Tensor:
         """Runs the step on a token; writes to the cache, and returns the layer's output."""
         given = [
             hidden, *inputs.tensors, inputs.mask, held.keys, held.values, held.cumulative_length,
@@ -225,7 +225,6 @@ def _describe(module: nn.Module) -> list[str]:
     return [*lines, *(_hash_of(file) for file in sorted(files))]
 
 
-@cache
 def _files_of(kind: type) -> frozenset[str]:
     modules = (sys.modules.get(base.__module__) for base in kind.__mro__)
     return frozenset(file for one in modules if (file := getattr(one, "__file__", None)))

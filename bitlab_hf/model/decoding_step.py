@@ -31,7 +31,7 @@ AttentionInterface.register(EXACT, attend_as_eager)
 AttentionInterface.register(FUSED, attend_fused)
 
 
-class OneLayerCache(Cache):  # type: ignore[misc]
+class OneLayerCache(Cache):
     """A cache of one layer, whatever place the layer says that it has."""
 
     def __init__(self, layer: StaticLayer) -> None:
@@ -41,12 +41,14 @@ class OneLayerCache(Cache):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Writes to the layer; see transformers."""
-        keys, values = self.layers[0].update(key_states, value_states, *args, **kwargs)
+        layer: Any = self.layers[0]
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Returns how many tokens the layer holds."""
-        return self.layers[0].get_seq_length()
+        layer: Any = self.layers[0]
+        return layer.get_seq_length()
 
 
 def _load(library: Path) -> Run:
@@ -60,7 +62,7 @@ def load_step(
     forward: Callable[..., Any],
     hidden: Tensor,
     inputs: Inputs,
-    held: StaticLayer,
+    held: Any,
     surroundings: Surroundings,
 ) -> Run:
     """Loads a layer's step from the user's cache, or compiles and keeps it.
@@ -83,7 +85,8 @@ def load_step(
     if library is not None and library.is_file():
         try:
             return _load(library)
-        except Exception:  # noqa: BLE001  (whatever a damaged file makes the loader raise)
+        except Exception:
+            # Whatever a damaged file makes the loader raise.
             library.unlink(missing_ok=True)
     exported = _export(module, forward, hidden, inputs, held, surroundings.exact)
     with tempfile.TemporaryDirectory(dir=folder) as draft:
@@ -138,7 +141,7 @@ def _export(
     forward: Callable[..., Any],
     hidden: Tensor,
     inputs: Inputs,
-    held: StaticLayer,
+    held: Any,
     exact: bool,
 ) -> Any:
     keys, values = (
@@ -178,7 +181,9 @@ def _export(
 @contextmanager
 def _attention(module: nn.Module, name: str) -> Iterator[None]:
     """Makes a layer attend as a compiled step does."""
-    configs = {id(one.config): one.config for one in module.modules() if hasattr(one, "config")}
+    configs: dict[int, Any] = {
+        id(one.config): one.config for one in module.modules() if hasattr(one, "config")
+    }
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for config in configs.values():
