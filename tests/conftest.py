@@ -23,6 +23,8 @@ from tests.stock_environment import make_stock_environment
 
 # Names a host library of the CUDA kernels that is there already.
 HOST_LIBRARY_VARIABLE = "BITLAB_CUDA_HOST_LIBRARY"
+# No test depends on what another run left in the user's cache, nor leaves anything there.
+os.environ["BITLAB_CACHE"] = "off"
 
 
 def native_kernels() -> CpuKernels:
