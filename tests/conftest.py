@@ -23,8 +23,6 @@ from tests.stock_environment import make_stock_environment
 
 # Names a host library of the CUDA kernels that is there already.
 HOST_LIBRARY_VARIABLE = "BITLAB_CUDA_HOST_LIBRARY"
-# No test depends on what another run left in the user's cache, nor leaves anything there.
-os.environ["BITLAB_CACHE"] = "off"
 
 
 def native_kernels() -> CpuKernels:
@@ -93,6 +91,14 @@ def gpu() -> torch.device:
     # Not forced: the same tests compute on the CPU too.
     assert isinstance(kernels_for("cuda"), CudaKernels)
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_user_cache() -> Iterator[None]:
+    """No test depends on what another run left in the user's cache, nor leaves anything there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BITLAB_CACHE", "off")
+        yield
 
 
 @pytest.fixture(autouse=True)
