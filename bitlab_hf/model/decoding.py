@@ -168,7 +168,7 @@ class _Decoder:
         held = None if self._is_unfit else self._held(args, kwargs)
         if held is None:
             # A prompt: adapters may come, and weights be exchanged, between two of them.
-            self._is_ready = False
+            self._is_ready, self._shared.token = False, None
             return self.own(*args, **kwargs)
         exact = self._shared.surroundings.exact
         inputs = Inputs(args[1:], kwargs, int(held.cumulative_length) + 1, exact)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import platform
 import sys
 from collections.abc import Callable
@@ -18,11 +19,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from bitcore.config import BitQuantConfig
 from bitcore.kernels.inductor import inductor_options
 
 # What differs between layers without making their steps differ.
 _PLACES = ("layer_idx", "training", "forward")
-_PLAIN = (bool, int, float, str, type(None), torch.dtype)
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, BitQuantConfig)
 _NOT_INPUTS = ("past_key_values", "attention_mask")
 # Up to how many tokens the cache is read, where what is beyond the last does no harm.
 _GRAIN = 64
@@ -140,6 +142,7 @@ class FittedStep:
     def __init__(self, module: nn.Module, hidden: Tensor, inputs: Inputs) -> None:
         self._weights = weights_of(module)
         self._given = list(self._weights.values())
+        self._kinds = _kinds_of(self._weights)
         self._form = inputs.form
         self._shapes = self._shapes_of(hidden, inputs)
 
@@ -159,9 +162,11 @@ class FittedStep:
         if same_weights:
             return True
         weights = weights_of(module)
-        mine = self._weights
-        return weights.keys() == mine.keys() and all(
-            weights[name] is one and weights[name].shape == one.shape for name, one in mine.items()
+        return (
+            list(weights) == list(self._weights)
+            and all(map(operator.is_, weights.values(), self._given))
+            and _kinds_of(weights) == self._kinds
+            and not _is_hooked(module)
         )
 
     def describe(
@@ -180,13 +185,15 @@ class FittedStep:
         """
         if inputs.strange:
             raise UnfitError(f"its arguments {inputs.strange} are no tensors")
+        if _is_hooked(module):
+            raise UnfitError("its modules have hooks")
         for name, one in self._weights.items():
             if not one.is_contiguous() or type(one) not in (Tensor, nn.Parameter, nn.Buffer):
                 raise UnfitError(f"{name} is no ordinary contiguous tensor")
         described = {
             "inputs": [repr(one) for one in (*self._form, *self._shapes)],
             "cache": [repr((o.shape[:2], o.shape[3], o.dtype)) for o in (held.keys, held.values)],
-            "weights": [repr((name, one.shape, one.dtype)) for name, one in self._weights.items()],
+            "weights": [repr(one) for one in zip(self._weights, self._kinds, strict=True)],
             "layer": _describe(module),
             "surroundings": surroundings.lines(),
         }
@@ -207,6 +214,28 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
+def _kinds_of(weights: dict[str, Tensor]) -> list[tuple[Any, ...]]:
+    return [(one.shape, one.dtype, one.device, one.is_contiguous()) for one in weights.values()]
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Tells whether modules within a layer call hooks, which a library would not."""
+    return any(
+        one._forward_hooks or one._forward_pre_hooks
+        for one in module.modules()
+        if one is not module
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    """Tells whether what repr says of a value is all there is."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple | set):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
+
+
 def _describe(module: nn.Module) -> list[str]:
     """Returns what a layer's forward can depend on beside its tensors: classes with their source,
     and plain fields.
@@ -218,7 +247,7 @@ def _describe(module: nn.Module) -> list[str]:
         fields = sorted(
             (key, repr(value))
             for key, value in vars(one).items()
-            if key not in _PLACES and (isinstance(value, _PLAIN) or key == "quant_config")
+            if key not in _PLACES and _is_plain(value)
         )
         lines.append(f"{name}: {kind.__module__}.{kind.__qualname__} {fields}")
         files |= _files_of(kind)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,8 +89,10 @@ def load_step(
         except Exception:
             # Whatever a damaged file makes the loader raise.
             library.unlink(missing_ok=True)
-    exported = _export(module, forward, hidden, inputs, held, surroundings.exact)
-    with tempfile.TemporaryDirectory(dir=folder) as draft:
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=folder) as draft:
+        # torch's own, of what it calls itself.
+        warnings.simplefilter("ignore", FutureWarning)
+        exported = _export(module, forward, hidden, inputs, held, surroundings.exact)
         try:
             made = torch._inductor.aoti_compile_and_package(
                 exported, package_path=f"{draft}/step.pt2", inductor_configs=inductor_options()

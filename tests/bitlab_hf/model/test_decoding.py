@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import StaticLayer
 
 import bitlab_hf.model.decoding as decoding
 import bitlab_hf.model.decoding_step as decoding_step
 from bitcore.errors import ArgumentError, BackendError, LifecycleError
 from bitlab_hf import BitLabConfig, compile_decoding, deploy, replace_linear
-from bitlab_hf.model.decoding_inputs import UnfitError
+from bitlab_hf.model.decoding_inputs import FittedStep, Inputs, Surroundings, UnfitError
 
 VOCABULARY, TOKENS = 97, 12
 
@@ -236,3 +237,58 @@ def test_a_copy_is_not_compiled_and_twice_is_once() -> None:
     assert not isinstance(own, decoding._Decoder)
     assert own.__self__ is copied.model.layers[0]
     assert torch.equal(scores(copied, prompts()[1]), scores(model, prompts()[1]))
+
+
+def test_what_a_step_depends_on() -> None:
+    """Fields of modules, hooks, dtypes: each is another step, or none."""
+    model, held = make(), StaticLayer(64)
+    held.lazy_initialization(*[torch.zeros(1, 2, 1, 32, dtype=torch.bfloat16)] * 2)
+    layer, hidden = model.model.layers[0], torch.zeros(1, 1, 128, dtype=torch.bfloat16)
+    kwargs: dict[str, Any] = {
+        "attention_mask": torch.ones(1, 1, 1, 64, dtype=torch.bool), "use_cache": True,
+    }  # fmt: skip
+    inputs = Inputs((), kwargs, 5, exact=True)
+    surroundings = Surroundings(model.config, exact=True)
+
+    def key() -> str:
+        return FittedStep(layer, hidden, inputs).describe(layer, inputs, held, surroundings)
+
+    keys = [key(), key()]
+    assert keys[0] == keys[1]
+    layer.self_attn.layer_idx = 7
+    assert key() == keys[0]
+    fitted = FittedStep(layer, hidden, inputs)
+    assert fitted.fits(layer, hidden, inputs, same_weights=False)
+    for change in (
+        lambda: setattr(layer.self_attn, "scaling", 0.5),
+        lambda: setattr(layer.self_attn, "factors", {"default": 1.0}),
+        lambda: layer.self_attn.factors.update(default=2.0),
+        lambda: layer.mlp.down_proj.register_parameter("bias", torch.nn.Parameter(torch.ones(128))),
+    ):
+        change()
+        keys.append(key())
+    assert len(set(keys)) == len(keys) - 1
+    assert not fitted.fits(layer, hidden, inputs, same_weights=False)
+    fitted = FittedStep(layer, hidden, inputs)
+    layer.input_layernorm.weight.data = layer.input_layernorm.weight.data.float()
+    assert not fitted.fits(layer, hidden, inputs, same_weights=False)
+    assert key() not in keys
+    fitted = FittedStep(layer, hidden, inputs)
+    layer.mlp.register_forward_hook(lambda *_: None)
+    assert not fitted.fits(layer, hidden, inputs, same_weights=False)
+    with pytest.raises(UnfitError, match="its modules have hooks"):
+        key()
+    strange = Inputs((), {**kwargs, "step": 3}, 5, exact=True)
+    refused = FittedStep(layer, hidden, strange)
+    with pytest.raises(UnfitError, match=r"its arguments \['step'\] are no tensors"):
+        refused.describe(layer, strange, held, surroundings)
+    other = Inputs((), {**kwargs, "use_cache": False}, 5, exact=True)
+    assert not fitted.fits(layer, hidden, other, same_weights=True)
+    assert not fitted.fits(layer, hidden.expand(2, 1, 128), inputs, same_weights=True)
+
+
+def test_how_much_of_the_cache_is_read() -> None:
+    mask = torch.ones(1, 1, 1, 200, dtype=torch.bool)
+    for tokens, exact, read in ((5, True, 5), (5, False, 64), (64, False, 64), (130, False, 192),
+                                (199, False, 200)):  # fmt: skip
+        assert Inputs((), {"attention_mask": mask}, tokens, exact).mask.shape[-1] == read
