@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.cache_utils import StaticLayer
 
 import bitlab_hf.model.decoding as decoding
@@ -22,14 +22,29 @@ from bitlab_hf.model.decoding_inputs import FittedStep, Inputs, Surroundings, Un
 VOCABULARY, TOKENS = 97, 12
 
 
-def make(**changes: Any) -> Any:
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 192,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256, "bos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+# Names of transformers' configurations, with what sizes do not say.
+OTHERS: dict[str, dict[str, Any]] = {
+    "bitnet": {},
+    "gemma": {"head_dim": 32},
+    "phi3": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "qwen3_moe": {
+        "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+    },
+}  # fmt: skip
+
+
+def make(kind: str = "llama", **changes: Any) -> Any:
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 192,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 256, "eos_token_id": None, "bos_token_id": 1, "pad_token_id": 0,
-    }  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).to(torch.bfloat16).eval()
+    config = AutoConfig.for_model(kind, **{**SIZES, **changes})
+    config.eos_token_id = None
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
     replace_linear(model, BitLabConfig(head="int8"))
     return deploy(model)
 
@@ -82,6 +97,18 @@ def test_exact_gives_the_bits_of_a_dynamic_cache(cache: Path) -> None:
     # Without a static cache everything is as before.
     assert torch.equal(scores(model, prompts()[1]), wanted[1])
     assert compiled_layers(model) == 0
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("kind", sorted(OTHERS))
+def test_exact_for_other_architectures(kind: str) -> None:
+    """Norms of queries and keys, scaled embeddings, fused projections, experts."""
+    model = make(kind, **OTHERS[kind])
+    wanted = [scores(model, ids) for ids in prompts()]
+    compile_decoding(model)
+    for ids, one in zip(prompts(), wanted, strict=True):
+        assert torch.equal(scores(model, ids, cache_implementation="static"), one)
+        assert compiled_layers(model) == 2
 
 
 @pytest.mark.slow
