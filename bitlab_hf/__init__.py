@@ -17,6 +17,7 @@ from bitlab_hf.interop.gguf_import import import_gguf, load_gguf
 from bitlab_hf.interop.hub import HubError, push
 from bitlab_hf.interop.ternary import convert_ternary
 from bitlab_hf.model import replace
+from bitlab_hf.model.decoding import compile_decoding
 from bitlab_hf.model.deploy import deploy
 from bitlab_hf.model.replace import replace_linear
 from bitlab_hf.model.tree import quantized_layers
@@ -37,6 +38,7 @@ __all__ = [
     "Facts",
     "HubError",
     "MergeResult",
+    "compile_decoding",
     "convert_ternary",
     "deploy",
     "export_bitnet",

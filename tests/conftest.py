@@ -93,6 +93,14 @@ def gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_user_cache() -> Iterator[None]:
+    """No test depends on what another run left in the user's cache, nor leaves anything there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BITLAB_CACHE", "off")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _as_if_alone() -> Iterator[None]:
     """The same random numbers and thread count for every test, whatever ran before.

@@ -56,12 +56,14 @@ class Checkpoint:
             not tell.
         own_names: Whether the file has the model's own names throughout.
         sources: All stored tensors that one is put together from, by its name.
+        files: The files' paths.
     """
 
     tensors: dict[str, TensorHeader]
     layers: set[str] | None
     own_names: bool = False
     sources: dict[str, list[TensorHeader]] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
 
     @cached_property
     def _by_module(self) -> dict[str, dict[str, TensorHeader]]:
@@ -142,7 +144,7 @@ def read_checkpoint(
                 sources.setdefault(name, []).append(header)
     if layers is not None:
         layers = {rename.layer(name) for name in layers}
-    return Checkpoint(tensors, layers, own_names, sources)
+    return Checkpoint(tensors, layers, own_names, sources, tuple(files))
 
 
 def check_floats(model: PreTrainedModel, tensors: dict[str, TensorHeader]) -> None:

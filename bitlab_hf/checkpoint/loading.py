@@ -20,6 +20,7 @@ from bitlab_hf.checkpoint.headers import (
     check_no_multiplier,
 )
 from bitlab_hf.checkpoint.plan import Plan
+from bitlab_hf.checkpoint.verified import Verification
 from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.head import finish, int8_modules, is_borrower, swap_skeletons
 from bitlab_hf.model.learned import (
@@ -67,6 +68,7 @@ class Loading:
         self.packing = PackAtLoad()
         self._unlearned: list[BitLayerBase] = []
         self._fresh_norms: list[InputRMSNorm] = []
+        self._verification: Verification | None = None
 
     # Before the weights.
 
@@ -83,6 +85,7 @@ class Loading:
         """
         plan = self.plan
         if plan.source.is_packed:
+            self._verification = self._begin_verification()
             self._swap_packed(model)
         else:
             swap_latent(model, plan.layers, plan.config, plan.experts)
@@ -93,6 +96,19 @@ class Loading:
         self._fresh_norms = expect_sub_norms(
             model, self._holds("rms_norm.weight"), plan.source.was_converted
         )
+
+    def _begin_verification(self) -> Verification | None:
+        plan = self.plan
+        if not plan.config.verify or plan.checkpoint is None:
+            return None
+        named = [found.names for found in plan.layers]
+        named += [found.names for found in plan.experts]
+        named += [rows.names for rows in plan.int8]
+        scanned = sorted(name for names in named for name in names)
+        verification = Verification(plan.checkpoint.files, scanned)
+        if not verification.is_known:
+            verification.read_ahead()
+        return verification
 
     def _holds(self, leaf: str) -> set[str] | None:
         """Returns the names of the modules of which the files hold a tensor; None if unknown."""
@@ -235,10 +251,13 @@ class Loading:
             finish(model, rows)
         if self.plan.source.is_packed:
             realign(model)
-        if self.plan.source.is_packed and self.plan.config.verify:
+        known = self._verification
+        if known is not None and not (known.is_known and known.is_same()):
             verify_packed(layers)
             verify_experts(experts)
             verify_int8(model)
+            if not any(one.is_meta for one in model.parameters()):
+                known.keep()
         retie_packed(model, set(self.plan.stored_apart))
         for found in layers:
             cut(found.module)

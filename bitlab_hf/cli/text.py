@@ -34,6 +34,7 @@ from bitlab_hf.cli.loading import (
     read_scheme,
 )
 from bitlab_hf.cli.scheme import check_same, config_of, load_packed, with_scheme
+from bitlab_hf.cli.speaker import Compile, PromptLookup, Speaker, check_speedups, speed_of
 from bitlab_hf.demo.terminal import printable
 
 MaxTokens = Annotated[int, typer.Option(min=1, max=MOST, help="Tokens to generate at most.")]
@@ -119,12 +120,15 @@ def generate(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     threads: Threads = None,
+    compiling: Compile = None,
+    lookup: PromptLookup = None,
     record: Record = False,
     as_json: Json = False,
 ) -> None:
     """Continues a text, as it comes, and tells how fast."""
     from bitlab_hf import Facts, record_facts
 
+    check_speedups(compiling, lookup)
     quiet()
     set_threads(threads)
     if record:
@@ -133,13 +137,15 @@ def generate(
     text = _read_prompt() if prompt == "-" else prompt
     with as_folder(source) as folder:
         tokenizer = load_tokenizer(folder)
-        speaker = Speaker(load_model(folder), tokenizer, max_tokens, temperature, seed)
+        speaker = Speaker(
+            load_model(folder), tokenizer, max_tokens, temperature, seed, compiling, lookup
+        )
     if not as_json:
         typer.echo(printable(text), nl=False)
     with doing(f"generating with {source}"):
         result = speaker.continue_(tokenizer(text)["input_ids"], show=not as_json)
     if record and result["tokens_per_second"] is not None:
-        record_facts(source, Facts(speeds={_where(): result["tokens_per_second"]}))
+        record_facts(source, Facts(speeds={_where(compiling, lookup): result["tokens_per_second"]}))
     emit({"prompt": text, **result}, as_json, "")
     if not as_json:
         typer.echo(speed_of(result), err=True)
@@ -152,18 +158,23 @@ def chat(
     temperature: Temperature = 0.7,
     seed: Seed = 0,
     threads: Threads = None,
+    compiling: Compile = None,
+    lookup: PromptLookup = None,
     as_json: Json = False,
 ) -> None:
     """Talks with a model. /reset starts anew, /quit or the end of the input ends it.
 
     A model without a chat template is given the conversation as plain text.
     """
+    check_speedups(compiling, lookup)
     quiet()
     set_threads(threads)
     read_scheme(source)
     with as_folder(source) as folder:
         tokenizer = load_tokenizer(folder)
-        speaker = Speaker(load_model(folder), tokenizer, max_tokens, temperature, seed)
+        speaker = Speaker(
+            load_model(folder), tokenizer, max_tokens, temperature, seed, compiling, lookup
+        )
     start = [] if system is None else [{"role": "system", "content": system}]
     messages = list(start)
     interactive = sys.stdin.isatty() and not as_json
@@ -204,14 +215,17 @@ def _check_recordable(source: str, scheme: dict[str, Any] | None = None) -> None
         )
 
 
-def _where() -> str:
+def _where(compiling: str | None, lookup: int | None) -> str:
     """Returns what a speed on the CPU depends on."""
     import torch
 
     from bitcore.kernels import kernels_for
 
     isa = getattr(kernels_for("cpu"), "isa", "torch reference")
-    return f"decoding on the CPU, {torch.get_num_threads()} threads, {isa}"
+    where = f"decoding on the CPU, {torch.get_num_threads()} threads, {isa}"
+    if compiling is not None:
+        where += f", compiled ({compiling})"
+    return where if lookup is None else f"{where}, prompt lookup of {lookup}"
 
 
 def _conversation(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
@@ -222,92 +236,3 @@ def _conversation(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
         return list(ids["input_ids"])
     text = "\n".join(message["content"] for message in messages) + "\n"
     return list(tokenizer(text)["input_ids"])
-
-
-def speed_of(result: dict[str, Any]) -> str:
-    """Returns a result's speed in words."""
-    speed = result["tokens_per_second"]
-    rate = "" if speed is None else f", {speed:.1f} tokens/s"
-    first = result["first_token_seconds"]
-    return f"[{result['tokens']} tokens{rate}; first after {first:.2f} s]"
-
-
-class Speaker:
-    """Generates text with one model, and measures it.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        max_tokens: New tokens at most.
-        temperature: Of sampling; 0 is greedy.
-        seed: Of sampling.
-    """
-
-    def __init__(
-        self, model: Any, tokenizer: Any, max_tokens: int, temperature: float, seed: int
-    ) -> None:
-        import torch
-
-        torch.manual_seed(seed)
-        self._model, self._tokenizer = model, tokenizer
-        self._options: dict[str, Any] = {"max_new_tokens": max_tokens, "do_sample": temperature > 0}
-        if temperature > 0:
-            self._options["temperature"] = temperature
-
-    def continue_(self, ids: list[int], show: bool) -> dict[str, Any]:
-        """Continues tokens; returns the text, its tokens and the times.
-
-        Args:
-            ids: The prompt's tokens.
-            show: Whether to print the text as it comes.
-
-        Raises:
-            ArgumentError: There are none.
-        """
-        import torch
-
-        if not ids:
-            raise ArgumentError("generate: the prompt must hold at least one token, got none")
-        stream = _Stream(self._tokenizer, show)
-        prompt = torch.tensor([ids], device=self._model.device)
-        started = time.perf_counter()
-        output = self._model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), streamer=stream, **self._options
-        )
-        new = output[0, len(ids) :]
-        times = stream.times
-        # The first token's time is the prompt's, so the speed is that of those after it.
-        speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
-        return {
-            "text": str(self._tokenizer.decode(new, skip_special_tokens=True)),
-            "tokens": len(new),
-            "tokens_per_second": speed,
-            "first_token_seconds": times[0] - started,
-            "seconds": time.perf_counter() - started,
-        }
-
-
-class _Stream:
-    """What generate() hands each token to: prints whole words, notes the times."""
-
-    def __init__(self, tokenizer: Any, show: bool) -> None:
-        from transformers import TextStreamer
-
-        class Printable(TextStreamer):
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                super().on_finalized_text(printable(text), stream_end)
-
-        self._text = Printable(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._show, self._prompt_seen = show, False
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        if self._prompt_seen:
-            self.times.append(time.perf_counter())
-        self._prompt_seen = True
-        if self._show:
-            self._text.put(value)
-
-    def end(self) -> None:
-        if self._show:
-            self._text.end()

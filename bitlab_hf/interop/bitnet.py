@@ -137,7 +137,7 @@ class BitNetQuantizer(BitLabHfQuantizer):
             else header
             for name, header in checkpoint.tensors.items()
         }
-        return Checkpoint(tensors, checkpoint.layers)
+        return Checkpoint(tensors, checkpoint.layers, files=checkpoint.files)
 
     def _converted_by_stock(self, model: PreTrainedModel) -> set[str]:
         """Returns the names of the linear layers that transformers itself would convert."""

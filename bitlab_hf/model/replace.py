@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +31,8 @@ from bitlab_hf.model.tree import (
 )
 from bitlab_hf.model.vocabulary import guard_vocabulary
 from bitlayers.base import BitLayerBase
-from bitlayers.deployment import expect_own
+from bitlayers.bitlinear import BitLinear
+from bitlayers.deployment import expect_own, meta_twin
 from bitlayers.registry import get_layer
 
 logger = logging.getLogger("bitlab")
@@ -247,21 +249,24 @@ def swap_packed(
     """
     check_found(model, linears, experts)
     layers = []
+    first: dict[tuple[Any, ...], BitLayerBase] = {}
     for found in linears:
         linear = found.module
         with _Naming(found.names[0]):
             aliases = aliases_of(model, found.names[0])
-            layer = get_layer(config.layer_name(*aliases)).packed_skeleton(
-                linear.in_features,
-                linear.out_features,
-                bias=linear.bias is not None,
-                quant_config=config.layer_config(*aliases),
-                device=linear.weight.device,
-                dtype=linear.weight.dtype,
-            )
+            sizes = linear.in_features, linear.out_features, linear.bias is not None
+            scheme = config.layer_config(*aliases), linear.weight.device, linear.weight.dtype
+            kind = get_layer(config.layer_name(*aliases))
+            alike = first.get((kind, sizes, scheme))
             tensors = (own or {}).get(found.names[0])
+            if alike is None or tensors is not None:
+                layer = kind.packed_skeleton(*sizes, *scheme)
+            else:
+                layer = meta_twin(alike)
             if tensors is not None:
                 expect_own(layer, tensors)
+            elif kind is BitLinear and linear.weight.is_meta:
+                first.setdefault((kind, sizes, scheme), layer)
         layers.append(layer)
     swap_experts(model, experts, config, packed=True)
     _swap(model, linears, layers)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitcore.errors import ArgumentError
 from bitlab_hf import Facts
+from bitlab_hf.cli.speaker import _Stream
 from bitlab_hf.cli.text import _conversation
 from tests.bitlab_hf.interop.stock import build
 
@@ -91,6 +92,57 @@ def test_generate(cli: Cli, states: dict[str, Path]) -> None:
         for seed in (1, 1, 2)
     ]  # fmt: skip
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["exact", "fused"])
+def test_compiled(
+    how: str, cli: Cli, states: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same text, compiled once; the demo's model repeats itself, and is far from a tie."""
+    monkeypatch.setenv("BITLAB_CACHE", str(tmp_path / "cache"))
+    command = ("generate", states["deployed"], "def main():", "--max-tokens", 12, "--json")
+    plain = cli(*command).json
+    assert "compile_seconds" not in plain
+    for _ in range(2):
+        done = cli(*command, "--compile", how)
+        assert done.code == 0, done.error
+        assert done.json["text"] == plain["text"]
+        assert done.json["tokens"] == plain["tokens"] == 12
+        assert done.json["compile_seconds"] > 0
+    assert len(list((tmp_path / "cache" / "decoding").glob("*.pt2"))) == 1
+    talk = cli("chat", states["deployed"], "--max-tokens", 4, "--temperature", 0, "--compile", how,
+               text="import os\n")  # fmt: skip
+    assert talk.code == 0, talk.err
+    assert "; compiled in " in talk.err
+
+
+def test_prompt_lookup(cli: Cli, states: dict[str, Path]) -> None:
+    command = ("generate", states["deployed"], "import os\nimport sys\nimport", "--max-tokens", 16)
+    plain = cli(*command, "--json").json
+    done = cli(*command, "--json", "--prompt-lookup", 3)
+    assert done.code == 0, done.error
+    assert done.json["text"] == plain["text"]
+    assert done.json["tokens"] == plain["tokens"] == 16
+    assert done.json["tokens_per_second"] > 0
+
+
+def test_speed_of_several_tokens_at_a_time(states: dict[str, Path]) -> None:
+    stream = _Stream(AutoTokenizer.from_pretrained(states["deployed"]), show=False)
+    for count in (5, 1, 3, 2):
+        stream.put(torch.zeros(count, dtype=torch.long))
+    # The prompt is none of them.
+    assert stream.counts == [1, 3, 2]
+    assert len(stream.times) == 3
+
+
+def test_what_does_not_go_together(cli: Cli, states: dict[str, Path]) -> None:
+    both = cli("generate", states["deployed"], "x", "--compile", "exact", "--prompt-lookup", 2)
+    assert both.code == 2
+    assert "it cannot be given with --compile" in both.err
+    other = cli("chat", states["float"], "--compile", "exact", "--json", text="x\n")
+    assert other.code == 1
+    assert "compile_decoding: the model must be deployed" in str(other.error)
 
 
 def test_chat(cli: Cli, states: dict[str, Path]) -> None:
