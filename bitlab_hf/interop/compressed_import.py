@@ -28,12 +28,13 @@ from bitlab_hf.checkpoint.card import CARD, model_card
 from bitlab_hf.checkpoint.files import companions, read_config, shard_keys, weight_files
 from bitlab_hf.checkpoint.saving import replacing
 from bitlab_hf.interop.compressed import FORMAT, METHOD, PACKED, SCALE, SHAPE, WORD, unpack_words
-from bitlab_hf.interop.packed_file import Source, find_structures, prove_file, write_file
+from bitlab_hf.interop.packed_file import find_structures, prove_file, write_file
 from bitlab_hf.interop.packed_stream import check_group_scale_dtype
 from bitlab_hf.interop.rotated import check_not_rotated
 from bitlab_hf.interop.skeleton import model_of
-from bitlab_hf.interop.ternary import packed_configuration
-from bitlab_hf.model.replace import find_linears, swap_packed
+from bitlab_hf.interop.source import Source
+from bitlab_hf.interop.ternary import packed_configuration, swap_skeleton
+from bitlab_hf.model.replace import find_linears
 
 _OP = "import_compressed_tensors"
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -154,9 +155,7 @@ def import_compressed_tensors(
                     shutil.copyfile(file, staged / file.name)
             fields["quantization_config"] = quantization.to_dict()
             (staged / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-            swap_packed(
-                model, find_linears(model, quantization.modules_to_not_convert or []), quantization
-            )
+            swap_skeleton(model, quantization)
             title = Path(directory).resolve().name
             (staged / CARD).write_text(model_card(model, title), encoding="utf-8")
     return change
