@@ -31,8 +31,8 @@ from bitlab_hf.interop.gguf import renamed
 from bitlab_hf.interop.gguf_architectures import BY_NAME, row_order, shift_of
 from bitlab_hf.interop.gguf_config import read_config
 from bitlab_hf.interop.gguf_file import GgufFile, GgufTensor, read_gguf, require_gguf
-from bitlab_hf.interop.gguf_matrices import apart
 from bitlab_hf.interop.gguf_tokenizer import rebuild_tokenizer
+from bitlab_hf.interop.matrices import apart
 from bitlab_hf.interop.packed_file import (
     find_expert_structures,
     find_structures,

@@ -19,7 +19,7 @@ from bitlab_hf import BitLabConfig, deploy, export_bitnet, export_gguf, replace_
 from bitlab_hf.interop import q2_0
 from bitlab_hf.interop.compressed import export_compressed_tensors
 from bitlab_hf.interop.gguf_file import GgufTensor, read_gguf
-from bitlab_hf.interop.gguf_matrices import matrices_of
+from bitlab_hf.interop.matrices import matrices_of
 from bitlab_hf.model.experts import expert_modules
 from tests.bitlab_hf.interop.test_gguf import DEMO
 from tests.bitlab_hf.interop.test_gguf_architectures import ARCHITECTURES, MIXTURES, latent
