@@ -219,15 +219,20 @@ def _experts(architecture: str, number: Any, shapes: dict[str, tuple[int, ...]])
             f"load_gguf: {architecture}.expert_used_count must be at most the number of experts, "
             f"{count}, got {used}"
         )
+
+    def size(tensor: str, axis: int) -> int:
+        # Of a damaged file it is refused as any other number that is not positive.
+        return (*shapes.get(f"blk.0.{tensor}.weight", ()), 0, 0, 0)[axis]
+
     local = architecture in ("llama", "granitemoe")
     own = {"num_local_experts" if local else "num_experts": count, "num_experts_per_tok": used}
     if architecture.startswith("qwen"):
         own["moe_intermediate_size"] = number(
-            "expert_feed_forward_length", shapes.get("blk.0.ffn_gate_exps.weight", (0, 0))[1]
+            "expert_feed_forward_length", size("ffn_gate_exps", 1)
         )
     if architecture == "qwen2moe":
         own["shared_expert_intermediate_size"] = number(
-            "expert_shared_feed_forward_length", shapes.get("blk.0.ffn_gate_shexp.weight", (0,))[0]
+            "expert_shared_feed_forward_length", size("ffn_gate_shexp", 0)
         )
     fixed = MIXED.get(architecture, {})
     # Whether there are biases, the tensors say.

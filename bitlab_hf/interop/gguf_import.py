@@ -305,6 +305,9 @@ def _item(
             f"load_gguf: {name} must be in the file, got none\nThe file is incomplete."
         )
     item = items[name]
+    if (1, *item.shape) == shape:
+        # llama.cpp's own files have the one row of a shared expert's gate as a vector.
+        item = replace(item, shape=shape, data=item.data.reshape(1, -1))
     if item.shape != shape:
         raise CheckpointError(
             f"load_gguf: {name} must be of shape {list(shape)}, got {list(item.shape)}"

@@ -126,6 +126,23 @@ def test_one_matrix_at_a_time(
     assert max(sizes) == 2048 * 256
 
 
+def test_what_other_files_leave_out(tokenizer: Any, tmp_path: Path) -> None:
+    """A shared expert's gate is a vector in llama.cpp's own files; sizes can be the tensors'."""
+    model = build("Qwen2MoeForCausalLM", torch.float16)
+    good, other = tmp_path / "good.gguf", tmp_path / "other.gguf"
+    export_gguf(model, good, tokenizer=tokenizer)
+    content = good.read_bytes()
+    for name in (b"expert_feed_forward_length", b"expert_shared_feed_forward_length"):
+        content = content.replace(b"qwen2moe." + name, b"qwen2moe." + name.replace(b"e", b"_"))
+    good.write_bytes(content)
+    gate = "blk.0.ffn_gate_inp_shexp.weight"
+    vector = model.model.layers[0].mlp.shared_expert_gate.weight.detach()[0].numpy()
+    rewritten(good, other, {gate: vector}, gate)
+    assert read_gguf(other).tensors[gate].shape == (256,)
+    same_experts(model, load_gguf(other))
+    assert torch.equal(logits(load_gguf(other)), logits(model))
+
+
 @pytest.mark.parametrize("half", ["gate", "up"])
 def test_a_code_that_no_expert_has(half: str, tokenizer: Any, tmp_path: Path) -> None:
     model = build(OLMOE, weight_granularity="per_group", group_size=64)
