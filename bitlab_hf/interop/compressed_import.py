@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,12 +29,19 @@ from bitlab_hf.checkpoint.card import CARD, model_card
 from bitlab_hf.checkpoint.files import companions, read_config, shard_keys, weight_files
 from bitlab_hf.checkpoint.saving import replacing
 from bitlab_hf.interop.compressed import FORMAT, METHOD, PACKED, SCALE, SHAPE, WORD, unpack_words
-from bitlab_hf.interop.packed_file import Source, find_structures, prove_file, write_file
+from bitlab_hf.interop.compressed_experts import model_names, names_of
+from bitlab_hf.interop.packed_file import (
+    find_expert_structures,
+    find_structures,
+    prove_file,
+    write_file,
+)
 from bitlab_hf.interop.packed_stream import check_group_scale_dtype
 from bitlab_hf.interop.rotated import check_not_rotated
 from bitlab_hf.interop.skeleton import model_of
-from bitlab_hf.interop.ternary import packed_configuration
-from bitlab_hf.model.replace import find_linears, swap_packed
+from bitlab_hf.interop.source import Experts, Source
+from bitlab_hf.interop.ternary import experts_of, packed_configuration, swap_skeleton
+from bitlab_hf.model.replace import find_linears
 
 _OP = "import_compressed_tensors"
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -129,22 +137,29 @@ def import_compressed_tensors(
         handles: dict[Path, Any] = {
             file: stack.enter_context(safe_open(file, framework="pt")) for file in {*keys.values()}
         }
-        sources = _sources(model, {key: handles[file] for key, file in keys.items()})
+        known = model_names(model, list(keys))
+        sources = _sources(
+            model, {known[key]: _Stored(key, handles[file]) for key, file in keys.items()}
+        )
+        experts = {
+            module: held
+            for module, held in experts_of(model).items()
+            if all(isinstance(sources[key], Experts) for key in held)
+        }
         names = {
             f"{name}.weight": name
             for found in find_linears(model, [])
             for name in found.names
             if f"{name}.weight" in sources
         }
-        structures = {
-            key: found.kept_as(group_scale_dtype)
-            for key, found in find_structures(_OP, sources, names).items()
-        }
+        found = find_structures(_OP, sources, names)
+        found |= find_expert_structures(_OP, sources, experts)
+        structures = {key: held.kept_as(group_scale_dtype) for key, held in found.items()}
         if not structures:
             raise CheckpointError(f"{_OP}: at least one linear layer must be ternary, got none")
         quantization = packed_configuration(
             model, names, structures, group_scale_dtype,
-            activation_dtype or ("int8" if quantizes else "float32"),
+            activation_dtype or ("int8" if quantizes else "float32"), experts_of(model),
         )  # fmt: skip
         with replacing(directory, _OP) as staged:
             change = write_file(_OP, staged / "model.safetensors", sources, structures, advance)
@@ -154,9 +169,7 @@ def import_compressed_tensors(
                     shutil.copyfile(file, staged / file.name)
             fields["quantization_config"] = quantization.to_dict()
             (staged / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-            swap_packed(
-                model, find_linears(model, quantization.modules_to_not_convert or []), quantization
-            )
+            swap_skeleton(model, quantization)
             title = Path(directory).resolve().name
             (staged / CARD).write_text(model_card(model, title), encoding="utf-8")
     return change
@@ -214,21 +227,37 @@ def _check_scheme(scheme: dict[str, Any]) -> bool:
     return inputs is not None
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of a file: its key there, and the open file."""
+
+    key: str
+    handle: Any
+
+    def part(self) -> Any:
+        """Returns what gives rows of it."""
+        return self.handle.get_slice(self.key)
+
+    def whole(self) -> Tensor:
+        """Returns it."""
+        return cast(Tensor, self.handle.get_tensor(self.key))
+
+
 class _Floats:
-    """A float tensor of a file; see `packed_file.Source`."""
+    """A float tensor of a file; see `source.Source`."""
 
     ternary = False
 
-    def __init__(self, key: str, handle: Any) -> None:
-        self._part = handle.get_slice(key)
+    def __init__(self, stored: _Stored) -> None:
+        key, self._part = stored.key, stored.part()
         self.shape: tuple[int, ...] = tuple(self._part.get_shape())
-        stored = self._part.get_dtype()
-        if stored not in _FLOATS or not self.shape:
+        kind = self._part.get_dtype()
+        if kind not in _FLOATS or not self.shape:
             raise CheckpointError(
-                f"{_OP}: {key} must be a tensor of {'/'.join(_FLOATS)}, got {stored} "
+                f"{_OP}: {key} must be a tensor of {'/'.join(_FLOATS)}, got {kind} "
                 f"{list(self.shape)}"
             )
-        self.dtype = _FLOATS[stored]
+        self.dtype = _FLOATS[kind]
         self.n_bytes: int = self.numel() * self.dtype.itemsize
 
     def numel(self) -> int:
@@ -243,23 +272,23 @@ class _Floats:
 
 
 class _Codes:
-    """A packed matrix as float32 values; see `packed_file.Source`.
+    """A packed matrix as float32 values; see `source.Source`.
 
     Args:
         name: Of its layer.
-        handles: The file of each tensor.
+        tensors: The checkpoint's, by the model's names of them.
     """
 
     ternary, dtype = True, torch.float32
 
-    def __init__(self, name: str, handles: dict[str, Any]) -> None:
+    def __init__(self, name: str, tensors: dict[str, _Stored]) -> None:
         self._name = name
         for leaf in (SCALE, SHAPE):
-            if f"{name}.{leaf}" not in handles:
+            if f"{name}.{leaf}" not in tensors:
                 raise CheckpointError(f"{_OP}: {name}.{leaf} must be in the checkpoint, got none")
-        shape = handles[f"{name}.{SHAPE}"].get_tensor(f"{name}.{SHAPE}").tolist()
-        self._words = handles[f"{name}.{PACKED}"].get_slice(f"{name}.{PACKED}")
-        self._scale = _Floats(f"{name}.{SCALE}", handles[f"{name}.{SCALE}"])
+        shape = tensors[f"{name}.{SHAPE}"].whole().tolist()
+        self._words = tensors[f"{name}.{PACKED}"].part()
+        self._scale = _Floats(tensors[f"{name}.{SCALE}"])
         words = list(self._words.get_shape())
         whole = len(shape) == 2 and words == [shape[0], (shape[1] + WORD - 1) // WORD]
         if not whole or self._words.get_dtype() != "I32" or min(shape) < 1:
@@ -295,42 +324,60 @@ class _Codes:
         return dequantize(codes, scale, torch.float32)
 
 
-def _sources(model: PreTrainedModel, handles: dict[str, Any]) -> dict[str, Source]:
-    """Returns the checkpoint's tensor of each of the model's, by the model's name of it.
+def _sources(model: PreTrainedModel, tensors: dict[str, _Stored]) -> dict[str, Source]:
+    """Returns the checkpoint's tensor of each of the model's, or those of each expert, by the
+    model's name of it.
 
     Raises:
         CheckpointError: One is missing, of another shape or dtype, or none that the model has.
     """
     tied = model.all_tied_weights_keys
+    stacks = {key for keys in experts_of(model).values() for key in keys}
     sources: dict[str, Source] = {}
     used: set[str] = set()
     for key, tensor in model.state_dict().items():
-        name = key.removesuffix(".weight")
-        if f"{name}.{PACKED}" in handles:
-            sources[key] = _Codes(name, handles)
-            used |= {f"{name}.{leaf}" for leaf in (PACKED, SCALE, SHAPE)}
-        elif key in tied:
+        parts = names_of(model, key) if key in stacks and key not in tensors else []
+        if key in tied and f"{key.removesuffix('.weight')}.{PACKED}" not in tensors:
             # Whatever a file holds of it, the model takes the other.
             used.add(key)
-            continue
-        elif key in handles:
-            sources[key] = _Floats(key, handles[key])
-            used.add(key)
+        elif parts:
+            shape = tensor.shape[1] // len(parts), tensor.shape[2]
+            experts = [
+                [_source(f"{part.format(at)}.weight", tensors, shape, used) for part in parts]
+                for at in range(len(tensor))
+            ]
+            sources[key] = Experts(experts)
         else:
-            raise CheckpointError(
-                f"{_OP}: {key} must be in the checkpoint, got none\n"
-                "The checkpoint is incomplete; fetch or write it again."
-            )
-        if sources[key].shape != tuple(tensor.shape):
-            raise CheckpointError(
-                f"{_OP}: {key} must be of shape {list(tensor.shape)}, "
-                f"got {list(sources[key].shape)}\n"
-                "config.json and the tensors do not belong together."
-            )
-    further = sorted(set(handles) - used)
+            sources[key] = _source(key, tensors, tuple(tensor.shape), used)
+    further = sorted(set(tensors) - used)
     if further:
         raise CheckpointError(
             f"{_OP}: every tensor must be one that {type(model).__name__} has, "
-            f"got {further[0]!r}{_OTHERS}"
+            f"got {tensors[further[0]].key!r}{_OTHERS}"
         )
     return sources
+
+
+def _source(
+    key: str, tensors: dict[str, _Stored], shape: tuple[int, ...], used: set[str]
+) -> Source:
+    """Returns a weight, packed or not, or another tensor; notes what of the checkpoint it uses."""
+    name = key.removesuffix(".weight")
+    source: Source
+    if f"{name}.{PACKED}" in tensors:
+        source = _Codes(name, tensors)
+        used |= {f"{name}.{leaf}" for leaf in (PACKED, SCALE, SHAPE)}
+    elif key in tensors:
+        source = _Floats(tensors[key])
+        used.add(key)
+    else:
+        raise CheckpointError(
+            f"{_OP}: {key} must be in the checkpoint, got none\n"
+            "The checkpoint is incomplete; fetch or write it again."
+        )
+    if source.shape != shape:
+        raise CheckpointError(
+            f"{_OP}: {key} must be of shape {list(shape)}, got {list(source.shape)}\n"
+            "config.json and the tensors do not belong together."
+        )
+    return source

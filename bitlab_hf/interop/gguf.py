@@ -37,7 +37,6 @@ from bitlab_hf.interop.gguf_architectures import (
     shift_of,
 )
 from bitlab_hf.interop.gguf_file import require_gguf
-from bitlab_hf.interop.gguf_matrices import apart, matrices_of
 from bitlab_hf.interop.gguf_tokenizer import add_tokenizer, find_tokenizer
 from bitlab_hf.interop.gguf_types import (
     ALTERNATIVES,
@@ -47,13 +46,16 @@ from bitlab_hf.interop.gguf_types import (
     ggml_type,
     values_of,
 )
+from bitlab_hf.interop.matrices import apart, matrices_of
 from bitlab_hf.model.parts import check_whole
 from bitlayers.experts import BitExperts
+from bitlayers.int8 import Int8Rows
 
 if TYPE_CHECKING:
     import gguf
 
 
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _ROUTER = "ffn_gate_inp"
 # The names that gguf's map knows, of the first models of BitNet and of experts.
 _RENAMED = {
@@ -90,7 +92,8 @@ def export_gguf(
         path: The file.
         qtype: ``"Q2_0"`` (2.25 bits a weight; takes scales of groups), ``"TQ2_0"`` (2.06),
             ``"TQ1_0"`` (1.69) or ``"BF16"`` for the ternary layers; everything else keeps the
-            model's dtype, norms are float32. Default TQ2_0 if it can hold every layer, else Q2_0.
+            model's dtype, which heads and embeddings in int8 are rounded to, norms are float32.
+            Default TQ2_0 if it can hold every layer, else Q2_0.
         tokenizer: The tokenizer; default the one of the folder or repository that the model was
             loaded from.
         pre_tokenizer: llama.cpp's name of how text is split; default found from the tokenizer.
@@ -179,8 +182,13 @@ def _tensors(model: PreTrainedModel, known: Architecture, qtype: str) -> Iterato
         if config.tie_word_embeddings and module is head:
             continue
         order = row_order(config, name) if known.pairs else None
+        if isinstance(module, Int8Rows):
+            kind = _float_kind(module.dtype)
+            shape = tuple(module.qweight.shape)
+            make = partial(_rows, module, kind)
+            yield _Tensor(renamed(names, f"{name}.weight"), shape, kind, make)
         for leaf, tensor in module.named_parameters(recurse=False):
-            ours = isinstance(module, BitExperts) or f"{name}.weight" in ternary
+            ours = isinstance(module, BitExperts | Int8Rows) or f"{name}.weight" in ternary
             if ours and leaf != "bias":
                 continue
             shift = shift_of(known, f"{name}.{leaf}")
@@ -223,12 +231,15 @@ def renamed(names: Any, key: str) -> str:
 
 
 def _float_kind(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "BF16", torch.float16: "F16"}.get(dtype, "F32")
+    return next((kind for kind, held in _DTYPES.items() if held == dtype), "F32")
+
+
+def _rows(module: Int8Rows, kind: str) -> Tensor:
+    return module.dequantized_weight(_DTYPES[kind]).detach().cpu()
 
 
 def _floats(tensor: Tensor, kind: str, shift: float) -> Tensor:
-    dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[kind]
-    values = tensor.detach().to("cpu", dtype)
+    values = tensor.detach().to("cpu", _DTYPES[kind])
     return values + shift if shift else values
 
 

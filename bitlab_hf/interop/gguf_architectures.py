@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # What the files of mixtures do not say: whether the weights of the chosen experts are brought to a
 # sum of 1, and that every layer is a mixture.
 _EVERY: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
-_MIXED: dict[str, dict[str, Any]] = {
+MIXED: dict[str, dict[str, Any]] = {
     "qwen2moe": {"norm_topk_prob": False, "qkv_bias": True, **_EVERY},
     "qwen3moe": {"norm_topk_prob": True, "attention_bias": False, **_EVERY},
     "olmoe": {"norm_topk_prob": False, "attention_bias": False, "clip_qkv": None},
@@ -119,8 +119,8 @@ def _required(architecture: str, config: Any) -> dict[str, Any]:
         required["tie_word_embeddings"] = True
     if architecture == "smollm3":
         required["no_rope_layers"] = rotating_layers(layers)
-    if architecture in _MIXED:
-        required.update(_MIXED[architecture])
+    if architecture in MIXED:
+        required.update(MIXED[architecture])
     if architecture == "olmoe":
         # It norms queries and keys across all heads, of which it has as many.
         required["num_key_value_heads"] = config.num_attention_heads

@@ -12,11 +12,16 @@ from transformers import (
     BitNetConfig,
     Gemma3TextConfig,
     GraniteConfig,
+    GraniteMoeConfig,
     LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -24,6 +29,7 @@ from bitcore.errors import CheckpointError
 from bitlab_hf.interop.gguf_architectures import (
     BY_NAME,
     GEMMA_PERIOD,
+    MIXED,
     SMOLLM_PERIOD,
     attention_scalar,
     layer_types,
@@ -39,6 +45,14 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "phi3": (Phi3Config, "Phi3ForCausalLM"),
     "granite": (GraniteConfig, "GraniteForCausalLM"),
     "smollm3": (SmolLM3Config, "SmolLM3ForCausalLM"),
+}
+# The same of files with experts.
+_MIXTURES: dict[str, tuple[Any, str]] = {
+    "llama": (MixtralConfig, "MixtralForCausalLM"),
+    "qwen2moe": (Qwen2MoeConfig, "Qwen2MoeForCausalLM"),
+    "qwen3moe": (Qwen3MoeConfig, "Qwen3MoeForCausalLM"),
+    "olmoe": (OlmoeConfig, "OlmoeForCausalLM"),
+    "granitemoe": (GraniteMoeConfig, "GraniteMoeForCausalLM"),
 }
 # What a file may hold besides the one value that is computed without it.
 _WINDOWED = ("gemma3",)
@@ -60,9 +74,10 @@ def read_config(
             computes something that is not supported.
     """
     architecture = fields.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in _KINDS:
+    known = sorted({*_KINDS, *_MIXTURES})
+    if not isinstance(architecture, str) or architecture not in known:
         raise CheckpointError(
-            f"load_gguf: general.architecture must be one of {sorted(_KINDS)}, "
+            f"load_gguf: general.architecture must be one of {known}, "
             f"got {architecture!r:.80}\nRun the file with llama.cpp."
         )
 
@@ -91,6 +106,7 @@ def read_config(
     if head_dim % 2:
         raise CheckpointError(f"load_gguf: a head's size must be even, got {head_dim}")
     blocks = number("block_count")
+    mixture = architecture not in _KINDS or fields.get(f"{architecture}.expert_count", 0) != 0
     rotated = number("rope.dimension_count", head_dim)
     for name, required in (
         ("attention.value_length", head_dim),
@@ -100,6 +116,8 @@ def read_config(
         ("expert_count", 0),
     ):
         if name == "attention.sliding_window" and architecture in _WINDOWED:
+            continue
+        if name == "expert_count" and architecture in _MIXTURES:
             continue
         value = fields.get(f"{architecture}.{name}", required)
         if value != required:
@@ -115,7 +133,8 @@ def read_config(
     rope = _rope(fields, architecture, real("rope.freq_base", 10000.0))
     if factors is not None:
         rope = _llama3(factors, rope, head_dim)
-    kind, name = _KINDS[architecture]
+    kind, name = (_MIXTURES if mixture else _KINDS)[architecture]
+    experts = _experts(architecture, number, shapes) if mixture else {}
     special = {
         f"{token}_token_id": _token(fields, token, embedding[0])
         for token in ("bos", "eos", "pad")
@@ -135,6 +154,7 @@ def read_config(
         attention_bias="blk.0.attn_q.bias" in shapes,
         mlp_bias="blk.0.ffn_up.bias" in shapes,
         **_own(architecture, number, real, rope, rotated / head_dim),
+        **experts,
         **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **special},
     )
     config.architectures = [name]
@@ -159,7 +179,7 @@ def _own(
     if architecture == "phi3":
         own["rope_parameters"] = {**rope, "partial_rotary_factor": partial}
         own["original_max_position_embeddings"] = number("context_length")
-    if architecture == "granite":
+    if architecture in ("granite", "granitemoe"):
         own.update(
             attention_multiplier=real("attention.scale"),
             embedding_multiplier=real("embedding_scale"),
@@ -183,6 +203,40 @@ def _own(
             "attn_logit_softcapping": None,
         }
     return own
+
+
+def _experts(architecture: str, number: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Returns the fields of a mixture.
+
+    Args:
+        architecture: llama.cpp's name.
+        number: Gives a positive integer of the file.
+        shapes: Shape of each tensor, rows first.
+    """
+    count, used = number("expert_count"), number("expert_used_count")
+    if used > count:
+        raise CheckpointError(
+            f"load_gguf: {architecture}.expert_used_count must be at most the number of experts, "
+            f"{count}, got {used}"
+        )
+
+    def size(tensor: str, axis: int) -> int:
+        # Of a damaged file it is refused as any other number that is not positive.
+        return (*shapes.get(f"blk.0.{tensor}.weight", ()), 0, 0, 0)[axis]
+
+    local = architecture in ("llama", "granitemoe")
+    own = {"num_local_experts" if local else "num_experts": count, "num_experts_per_tok": used}
+    if architecture.startswith("qwen"):
+        own["moe_intermediate_size"] = number(
+            "expert_feed_forward_length", size("ffn_gate_exps", 1)
+        )
+    if architecture == "qwen2moe":
+        own["shared_expert_intermediate_size"] = number(
+            "expert_shared_feed_forward_length", size("ffn_gate_shexp", 0)
+        )
+    fixed = MIXED.get(architecture, {})
+    # Whether there are biases, the tensors say.
+    return {**{name: fixed[name] for name in fixed.keys() - {"attention_bias"}}, **own}
 
 
 def _token(fields: dict[str, Any], name: str, rows: int) -> int:

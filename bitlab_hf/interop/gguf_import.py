@@ -14,6 +14,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,12 +32,19 @@ from bitlab_hf.interop.gguf_architectures import BY_NAME, row_order, shift_of
 from bitlab_hf.interop.gguf_config import read_config
 from bitlab_hf.interop.gguf_file import GgufFile, GgufTensor, read_gguf, require_gguf
 from bitlab_hf.interop.gguf_tokenizer import rebuild_tokenizer
-from bitlab_hf.interop.packed_file import Source, find_structures, prove_file, write_file
+from bitlab_hf.interop.matrices import apart
+from bitlab_hf.interop.packed_file import (
+    find_expert_structures,
+    find_structures,
+    prove_file,
+    write_file,
+)
 from bitlab_hf.interop.packed_stream import check_group_scale_dtype
 from bitlab_hf.interop.rotated import check_not_rotated
 from bitlab_hf.interop.skeleton import building
-from bitlab_hf.interop.ternary import packed_configuration
-from bitlab_hf.model.replace import find_linears, swap_packed
+from bitlab_hf.interop.source import Experts, Source
+from bitlab_hf.interop.ternary import experts_of, packed_configuration, swap_skeleton
+from bitlab_hf.model.replace import find_linears
 
 logger = logging.getLogger("bitlab")
 # Bytes of a block of each layout of Q2_0.
@@ -60,10 +68,18 @@ class _Matrix:
     """
 
     def __init__(self, item: GgufTensor, order: Tensor | None, shift: float = 0.0) -> None:
-        self._shift = shift
+        self._item, self._shift = item, shift
         self._data, self._order = item.data, None if order is None else order.numpy()
         self.kind, self.shape, self.n_bytes = item.kind, item.shape, item.data.nbytes
         self.dtype, self.ternary = _FLOATS.get(self.kind, torch.float32), self.kind in _TERNARY
+
+    def experts(self) -> list[_Matrix]:
+        """Returns the matrices of a tensor [E, N, K]."""
+        sizes = self.shape[1:]
+        return [
+            _Matrix(replace(self._item, shape=sizes, data=data.reshape(sizes[0], -1)), None)
+            for data in self._data
+        ]
 
     def numel(self) -> int:
         """Returns the number of values."""
@@ -140,7 +156,8 @@ def import_gguf(
     Args:
         path: A file of an architecture that `export_gguf` writes, with tensors of the types Q2_0,
             in blocks of 64 or, as other programs write it, of 128, TQ2_0, TQ1_0, BF16, F16 and F32.
-            Linear layers in floats that are exactly ternary are packed too, others stay float.
+            Linear layers and experts in floats that are exactly ternary are packed too, others stay
+            float.
         directory: The folder to write.
         activation_dtype: ``"int8"`` or ``"float32"``, see `BitLabConfig`; the file does not say.
             Default int8 where a tensor is of a ternary type, for which llama.cpp quantizes
@@ -158,7 +175,8 @@ def import_gguf(
         ArgumentError: There is no such file, or group_scale_dtype is another.
         ConfigError: Its weights are rotated.
         CheckpointError: The file is truncated or damaged, of an unknown architecture, holds a
-            tensor of another type or one that the model does not have, or no ternary layer.
+            tensor of another type or one that the model does not have, one of a ternary type whose
+            values are not, lacks one, or has no ternary layer.
     """
     check_group_scale_dtype("import_gguf", group_scale_dtype)
     advance = advance or (lambda size: None)
@@ -190,10 +208,10 @@ def import_gguf(
         for name in found.names
         if f"{name}.weight" in sources
     }
-    structures = {
-        key: found.kept_as(group_scale_dtype)
-        for key, found in find_structures("load_gguf", sources, names).items()
-    }
+    experts = experts_of(model)
+    found = find_structures("load_gguf", sources, names)
+    found |= find_expert_structures("load_gguf", sources, experts)
+    structures = {key: held.kept_as(group_scale_dtype) for key, held in found.items()}
     if not structures:
         raise CheckpointError(
             "load_gguf: at least one linear layer must be ternary, got none\n"
@@ -203,7 +221,7 @@ def import_gguf(
         ternary = any(sources[key].ternary for key in structures)
         activation_dtype = "int8" if ternary else "float32"
     quantization = packed_configuration(
-        model, names, structures, group_scale_dtype, activation_dtype
+        model, names, structures, group_scale_dtype, activation_dtype, experts
     )
     tokenizer = rebuild_tokenizer(fields)
     if tokenizer is None:
@@ -221,9 +239,7 @@ def import_gguf(
         config.save_pretrained(staged)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
-        swap_packed(
-            model, find_linears(model, quantization.modules_to_not_convert or []), quantization
-        )
+        swap_skeleton(model, quantization)
         title = Path(directory).resolve().name
         (staged / "README.md").write_text(model_card(model, title), encoding="utf-8")
     return change
@@ -249,34 +265,28 @@ def _rope_factors(item: GgufTensor | None) -> Tensor | None:
 def _sources(
     model: PreTrainedModel, architecture: str, items: dict[str, GgufTensor]
 ) -> dict[str, Source]:
-    """Returns the file's tensor of each parameter, by the model's name of it."""
+    """Returns the file's tensor of each parameter, or its tensors of experts' gate and up, by the
+    model's name of it.
+    """
     import gguf
 
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     known = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
+    stacks = {key for keys in experts_of(model).values() for key in keys}
     sources: dict[str, Source] = {}
     used = {_FACTORS}
     for key, parameter in model.state_dict().items():
         if key == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        name = renamed(known, key)
-        if name not in items:
-            raise CheckpointError(
-                f"load_gguf: {name} must be in the file, got none\nThe file is incomplete."
-            )
         layer = key.rpartition(".")[0]
         order = row_order(model.config, layer) if BY_NAME[architecture].pairs else None
         shift = shift_of(BY_NAME[architecture], key)
-        source = _Matrix(items[name], None if order is None else order.argsort(), shift)
-        if source.shape != tuple(parameter.shape):
-            raise CheckpointError(
-                f"load_gguf: {name} must be of shape {list(parameter.shape)}, "
-                f"got {list(source.shape)}"
-            )
-        if source.ternary and len(source.shape) != 2:
-            raise CheckpointError(f"load_gguf: {name} must be of a float type, got {source.kind}")
-        sources[key] = source
-        used.add(name)
+        held = []
+        for ours, part in apart(key, parameter):
+            item = _item(renamed(known, ours), items, tuple(part.shape), key in stacks)
+            used.add(item.name)
+            held.append(_Matrix(item, None if order is None else order.argsort(), shift))
+        sources[key] = _joined(held) if key in stacks else held[0]
     further = sorted(set(items) - used)
     if further:
         raise CheckpointError(
@@ -284,3 +294,29 @@ def _sources(
             f"got {further[0]!r}\nRun the file with llama.cpp."
         )
     return sources
+
+
+def _item(
+    name: str, items: dict[str, GgufTensor], shape: tuple[int, ...], is_stack: bool
+) -> GgufTensor:
+    """Returns a tensor of the file that has to be of a shape."""
+    if name not in items:
+        raise CheckpointError(
+            f"load_gguf: {name} must be in the file, got none\nThe file is incomplete."
+        )
+    item = items[name]
+    if (1, *item.shape) == shape:
+        # llama.cpp's own files have the one row of a shared expert's gate as a vector.
+        item = replace(item, shape=shape, data=item.data.reshape(1, -1))
+    if item.shape != shape:
+        raise CheckpointError(
+            f"load_gguf: {name} must be of shape {list(shape)}, got {list(item.shape)}"
+        )
+    if item.kind in _TERNARY and len(shape) != 2 and not is_stack:
+        raise CheckpointError(f"load_gguf: {name} must be of a float type, got {item.kind}")
+    return item
+
+
+def _joined(held: list[_Matrix]) -> Experts:
+    """Returns the experts of a projection: of each, the matrices of these tensors."""
+    return Experts([list(parts) for parts in zip(*map(_Matrix.experts, held), strict=True)])

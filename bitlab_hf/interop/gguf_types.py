@@ -12,10 +12,11 @@ from bitcore.errors import ArgumentError
 from bitcore.quantize import dequantize
 from bitlab_hf.interop import q2_0
 from bitlab_hf.interop.expressible import check_modules
-from bitlab_hf.interop.gguf_matrices import Matrices, matrices_of
+from bitlab_hf.interop.matrices import Matrices, matrices_of
 from bitlab_hf.interop.packed_stream import relative_change
 from bitlayers.bitlinear import BitLinear
 from bitlayers.experts import BitExperts
+from bitlayers.int8 import Int8Rows
 
 # Inputs that share a scale, by type.
 _BLOCKS = {"Q2_0": q2_0.BLOCK, "TQ2_0": 256, "TQ1_0": 256}
@@ -64,7 +65,7 @@ def check_layers(model: PreTrainedModel, qtype: str) -> float:
     check_modules(
         "export_gguf",
         model,
-        lambda module: type(module) is BitLinear or isinstance(module, BitExperts),
+        lambda module: type(module) is BitLinear or isinstance(module, BitExperts | Int8Rows),
         ALTERNATIVES,
     )
     dtype = torch.bfloat16 if qtype == "BF16" else torch.float16

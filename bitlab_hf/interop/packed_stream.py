@@ -11,8 +11,9 @@ from torch import Tensor
 from bitcore.errors import ArgumentError
 from bitcore.packing import pack_codes, unpack_ternary
 from bitcore.quantize import dequantize, group_scale, two_levels
+from bitlab_hf.interop.source import matrices
 from bitlab_hf.interop.stream import Entry, StreamWriter
-from bitlab_hf.interop.structure import Structure, row_blocks, scales_of
+from bitlab_hf.interop.structure import LEAST, Structure, row_blocks, scales_of
 
 GROUP_SCALE_DTYPES = ("float32", "uint8")
 
@@ -29,25 +30,34 @@ def check_group_scale_dtype(op: str, given: str) -> None:
         )
 
 
-def packed_entries(key: str, shape: tuple[int, int], structure: Structure) -> list[Entry]:
-    """Returns the tensors that a packed matrix [N, K] has in a file.
+def packed_entries(key: str, shape: tuple[int, ...], structure: Structure) -> list[Entry]:
+    """Returns the tensors that a packed matrix [N, K], or those of experts [E, N, K], have in a
+    file.
 
     Args:
-        key: Of its weight.
-        shape: N and K.
+        key: Of the weight.
+        shape: N and K, or E, N and K.
         structure: Its own.
     """
-    rows, columns = shape
-    base = key.removesuffix("weight")
-    qweight = Entry(f"{base}qweight", "U8", ((rows + 3) // 4, columns))
+    *experts, rows, columns = shape
+    base = _base(key)
+    qweight = Entry(f"{base}qweight", "U8", (*experts, (rows + 3) // 4, columns))
     groups = structure.scale_shape(rows, columns)
+    if experts:
+        # Gate and up have scales of their own, so that there is one for each row at least.
+        groups = (*experts, *(groups if len(groups) == 2 else (rows,)))
     if not structure.two_levels:
         return [qweight, Entry(f"{base}qweight_scale", "F32", groups)]
     return [
         qweight,
-        Entry(f"{base}qweight_scale", "F32", groups[:1]),
+        Entry(f"{base}qweight_scale", "F32", groups[:-1]),
         Entry(f"{base}qweight_multiplier", "U8", groups),
     ]
+
+
+def _base(key: str) -> str:
+    """Returns what the names of a weight's packed tensors begin with."""
+    return key.removesuffix("weight") if key.endswith(".weight") else f"{key}_"
 
 
 def write_packed(out: StreamWriter, key: str, weight: Any, structure: Structure) -> float:
@@ -56,30 +66,43 @@ def write_packed(out: StreamWriter, key: str, weight: Any, structure: Structure)
     Args:
         out: The file.
         key: Of the weight.
-        weight: What gives its rows as floats, [N, K].
+        weight: What gives its rows as floats, [N, K], or the `Experts` [E, N, K].
         structure: Its own.
 
     Returns:
         The largest relative change of a scale that any code is multiplied with; 0 where scales are
         kept as they are.
     """
-    base, change = key.removesuffix("weight"), 0.0
-    if structure.scale is not None:
-        out.write(f"{base}qweight_scale", torch.tensor([structure.scale]))
-    else:
-        for rows in row_blocks(*weight.shape):
-            part = weight[rows]
-            scale = scales_of(part, structure)
+    base, change = _base(key), 0.0
+    for matrix in matrices(weight):
+        for rows, scale in _scales(matrix, structure):
+            held = scale
             if structure.two_levels:
-                row, multiplier = two_levels(scale)
-                used = part.view(*scale.shape, -1).abs().amax(-1) > 0
-                change = max(change, relative_change(scale, group_scale(row, multiplier), used))
+                held, multiplier = two_levels(scale)
+                used = matrix[rows].view(*scale.shape, -1).abs().amax(-1) > 0
+                change = max(change, relative_change(scale, group_scale(held, multiplier), used))
                 out.write(f"{base}qweight_multiplier", multiplier)
-                scale = row
-            out.write(f"{base}qweight_scale", scale)
-    for lanes in _lanes_of(weight):
-        out.write(f"{base}qweight", pack_codes(lanes.float().sign().to(torch.int8)))
+            out.write(f"{base}qweight_scale", held)
+        for lanes in _lanes_of(matrix):
+            out.write(f"{base}qweight", pack_codes(lanes.float().sign().to(torch.int8)))
     return change
+
+
+def _scales(matrix: Any, structure: Structure) -> Iterator[tuple[slice, Tensor]]:
+    """Yields the scales of a matrix [N, K] as they are stored, with the rows that they belong to:
+    one, [1], or those of blocks of rows; an expert's one is a row's.
+    """
+    if structure.scale is not None:
+        yield slice(0, len(matrix)), torch.tensor([structure.scale])
+    elif structure.scheme != "per_tensor":
+        for rows in row_blocks(*matrix.shape):
+            yield rows, scales_of(matrix[rows], structure)
+    else:
+        at = 0
+        for part in matrix.parts:
+            blocks = (part[rows].abs().amax() for rows in row_blocks(*part.shape))
+            yield slice(at, at + len(part)), torch.full([len(part)], float(max(blocks)) or LEAST)
+            at += len(part)
 
 
 def relative_change(before: Tensor, after: Tensor, used: Tensor | None = None) -> float:
@@ -113,12 +136,21 @@ def same_values(written: Any, key: str, weight: Any, structure: Structure) -> bo
     Args:
         written: The file, opened with safetensors.
         key: Of the weight.
-        weight: What gives its rows as floats, [N, K].
+        weight: What gives its rows as floats, [N, K], or the `Experts` [E, N, K].
         structure: Its own.
     """
-    qweight, scale, *multiplier = (
-        written.get_tensor(entry.name) for entry in packed_entries(key, weight.shape, structure)
+    entries = packed_entries(key, weight.shape, structure)
+    packed = [written.get_tensor(entry.name) for entry in entries]
+    each = [packed] if len(weight.shape) == 2 else zip(*packed, strict=True)
+    return all(
+        _same_matrix(matrix, structure, *tensors)
+        for matrix, tensors in zip(matrices(weight), each, strict=True)
     )
+
+
+def _same_matrix(
+    weight: Any, structure: Structure, qweight: Tensor, scale: Tensor, *multiplier: Tensor
+) -> bool:
     packed_rows, out_features = len(qweight), len(weight)
     for rows in row_blocks(packed_rows, 4 * weight.shape[1]):
         count = rows.stop - rows.start

@@ -10,7 +10,7 @@ from torch import Tensor
 
 _BLOCK = 2**20
 # The least scale of BitNet's quantizer; stands where all values are zero.
-_LEAST = 1e-5
+LEAST = 1e-5
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def find_structure(weight: Tensor) -> Structure:
     if width != in_features:
         return Structure("per_group", width, label=f"per group of {width}")
     if len(scales) <= 1:
-        return Structure("per_tensor", None, next(iter(scales), _LEAST), "per tensor")
+        return Structure("per_tensor", None, next(iter(scales), LEAST), "per tensor")
     return Structure("per_channel", label="per channel")
 
 
@@ -114,4 +114,4 @@ def scales_of(rows: Tensor, structure: Structure) -> Tensor:
     """
     groups = rows.float().abs().view(len(rows), -1, structure.group_size or rows.shape[1])
     scale = groups.amax(-1)
-    return torch.where(scale > 0, scale, _LEAST)
+    return torch.where(scale > 0, scale, LEAST)

@@ -40,6 +40,7 @@ from bitlab_hf.interop.rotated import check_not_rotated
 from bitlab_hf.interop.skeleton import model_of
 from bitlab_hf.interop.stream import Entry, StreamWriter
 from bitlab_hf.interop.structure import Structure, find_structure
+from bitlab_hf.model.experts import find_experts, projections
 from bitlab_hf.model.replace import find_linears, swap_packed
 
 Advance = Callable[[int], None]
@@ -154,7 +155,7 @@ def convert_ternary(
         written = read_config(source)
         written["quantization_config"] = config.to_dict()
         (staged / "config.json").write_text(json.dumps(written, indent=2) + "\n")
-        swap_packed(model, find_linears(model, config.modules_to_not_convert or []), config)
+        swap_skeleton(model, config)
         title = Path(directory).resolve().name
         (staged / CARD).write_text(model_card(model, title), encoding="utf-8")
     return report
@@ -266,6 +267,7 @@ def packed_configuration(
     structures: dict[str, Structure],
     group_scale_dtype: str,
     activation_dtype: str = "float32",
+    experts: dict[str, list[str]] | None = None,
 ) -> BitLabConfig:
     """Returns the configuration: the commonest scheme, and overrides for the others.
 
@@ -275,10 +277,13 @@ def packed_configuration(
         structures: Structure of each layer that is packed, by the file's key.
         group_scale_dtype: See `BitLabConfig`.
         activation_dtype: See `BitLabConfig`.
+        experts: By a module of experts, the names of its tensors, which are the file's keys too.
     """
-    packed = {names[key]: structure for key, structure in structures.items()}
+    packed = {names.get(key, key): structure for key, structure in structures.items()}
+    ternary = {module for module, keys in (experts or {}).items() if packed.keys() >= {*keys}}
     base = Counter((s.scheme, s.group_size) for s in packed.values()).most_common(1)[0][0]
     head = model.get_output_embeddings()
+    modules = dict(model.named_modules())
     return BitLabConfig(
         weight_format="packed",
         activation_dtype=activation_dtype,
@@ -290,13 +295,30 @@ def packed_configuration(
             for name, s in packed.items()
             if (s.scheme, s.group_size) != base
         },
-        head="ternary" if any(model.get_submodule(name) is head for name in packed) else "keep",
+        head="ternary" if any(modules.get(name) is head for name in packed) else "keep",
+        experts="ternary" if ternary else None,
         modules_to_not_convert=sorted(
             name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and name not in packed
+            for name, module in modules.items()
+            if name not in packed
+            and (isinstance(module, nn.Linear) or name in (experts or {}).keys() - ternary)
         ),
     )
+
+
+def experts_of(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Returns the names of the tensors of each module of experts that can be ternary."""
+    return {
+        found.names[0]: [f"{found.names[0]}.{leaf}" for leaf in projections(found.module)]
+        for found in find_experts(model, [])
+    }
+
+
+def swap_skeleton(model: PreTrainedModel, config: BitLabConfig) -> None:
+    """Makes a skeleton the deployed model of a configuration, without values."""
+    skip = config.modules_to_not_convert or []
+    experts = find_experts(model, skip) if config.experts == "ternary" else []
+    swap_packed(model, find_linears(model, skip), config, experts=experts)
 
 
 def _write(

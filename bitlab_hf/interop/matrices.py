@@ -1,7 +1,7 @@
-"""The ternary matrices of a model as a GGUF file has them: a layer's, or those of all experts.
+"""The ternary matrices of a model as other formats have them: a layer's, or those of all experts.
 
-llama.cpp keeps the gate and the up projections of experts in tensors of their own, where
-transformers has one for both.
+GGUF and compressed-tensors keep the gate and the up projections of experts apart, where
+transformers has one tensor for both.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class Matrices:
         experts: How many there are; None for the one of a layer.
         read: Gives the codes of one, int8 [N, K], and what they are multiplied with, float32 [1],
             [N] or [N, K / G].
+        tensor: The name of the model's tensor that they are in.
+        part: Which of the logical matrices there they are.
     """
 
     key: str
@@ -43,6 +45,8 @@ class Matrices:
     group_size: int | None
     experts: int | None
     read: Callable[[int], tuple[Tensor, Tensor]]
+    tensor: str
+    part: int = 0
 
     @property
     def name(self) -> str:
@@ -63,12 +67,16 @@ class Matrices:
 def matrices_of(model: nn.Module) -> list[Matrices]:
     """Returns the ternary matrices of a model's layers and experts."""
     layers = [_of_layer(found.names[0], found.module) for found in quantized_layers(model)]
-    experts = [
+    return layers + expert_matrices(model)
+
+
+def expert_matrices(model: nn.Module) -> list[Matrices]:
+    """Returns the ternary matrices of a model's experts."""
+    return [
         matrices
         for found in expert_modules(model)
         for matrices in _of_experts(found.names[0], found.module)
     ]
-    return layers + experts
 
 
 def apart(key: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
@@ -96,6 +104,7 @@ def _of_layer(name: str, layer: BitLayerBase) -> Matrices:
         layer.quant_config.group_size,
         None,
         lambda _: _unpacked(layer.packed(), slice(0, rows), rows),
+        f"{name}.weight",
     )
 
 
@@ -108,8 +117,9 @@ def _of_experts(name: str, module: BitExperts) -> Iterator[Matrices]:
             read = partial(_of_expert, module, leaf, part)
             size = stack.config.group_size
             yield Matrices(
-                f"{name}.{half}.weight", rows, stack.in_features, size, stack.experts, read
-            )
+                f"{name}.{half}.weight", rows, stack.in_features, size, stack.experts, read,
+                f"{name}.{leaf}", place,
+            )  # fmt: skip
 
 
 def _of_expert(module: BitExperts, leaf: str, rows: slice, expert: int) -> tuple[Tensor, Tensor]:
