@@ -165,12 +165,15 @@ class GuardMixin(_Base):
             super()._save_checkpoint(model, trial, *args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Saves them; not into a folder that the process which made it has given up meanwhile."""
-        if not self._is_another_ones:
+        """Saves those of all processes, before the state of the Trainer says that all is there; not
+        into a folder that the process which made it has given up meanwhile.
+        """
+        if self._is_another_ones:
+            # The Trainer would make the folder anew.
+            with tempfile.TemporaryDirectory() as elsewhere:
+                super()._save_rng_state(elsewhere)
+                for file in Path(elsewhere).iterdir():
+                    shutil.copyfile(file, Path(output_dir) / file.name)
+        else:
             super()._save_rng_state(output_dir)
-            return
-        # The Trainer would make the folder anew.
-        with tempfile.TemporaryDirectory() as elsewhere:
-            super()._save_rng_state(elsewhere)
-            for file in Path(elsewhere).iterdir():
-                shutil.copyfile(file, Path(output_dir) / file.name)
+        self.accelerator.wait_for_everyone()

@@ -53,8 +53,8 @@ def test_one_process_has_no_plan() -> None:
         ({"size": 3}, "tp_size must divide num_attention_heads, got 3 for 4"),
         ({"size": 4}, "tp_size must divide num_key_value_heads, got 4 for 2"),
         ({"fsdp": 2, "dp_size": 2}, "dp_size must be 1 beside tp_size=2, got 2"),
-        ({"ep_size": 2, "size": 1}, "ep_size must be 1, got 2"),
-        ({"tp_plan": {"lm_head": "colwise"}}, "tp_plan must be 'auto', got {'lm_head'"),
+        ({"ep_size": 2, "size": 1}, "ep_size must be 1 or tp_size, 1, got 2"),
+        ({"tp_plan": {"lm_head": "colwise"}}, "tp_plan must be the model's own, got {'lm_head'"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:
