@@ -160,9 +160,7 @@ def two(folder: Path, sources: dict[str, Path]) -> None:
         "dequantize": message(packed.dequantize),
         "deploy": message(lambda: deploy(latent)),
         "experts deploy": message(lambda: deploy(experts)),
-        "experts dequantize": message(
-            load(folder / "tensorwise", DISPATCHED["tensorwise"]).dequantize
-        ),
+        "experts dequantize": message(deployed.dequantize),
     }
     for name, changes in REFUSED.items():
         distributed = DistributedConfig(**{"tp_size": world(), **changes.pop("parallel", {})})
