@@ -15,6 +15,7 @@ from bitlab_hf.model.parallel import check_no_tensor_parallel
 from bitlab_hf.train.guard import (
     Finding,
     first_non_finite,
+    gradient_is_finite,
     has_begun,
     last_checkpoint,
     last_non_finite_gradient,
@@ -132,11 +133,7 @@ class GuardMixin(_Base):
         # A loss scaler meets infinite gradients in its normal work, and skips these steps itself.
         if not self.recipe.guard or getattr(self.accelerator, "scaler", None) is not None:
             return
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm: Any = torch.nn.utils.get_total_norm(gradients)
-        if hasattr(norm, "full_tensor"):
-            norm = norm.full_tensor()
-        if not bool(torch.isfinite(norm)):
+        if not gradient_is_finite(model):
             inner = self.accelerator.unwrap_model(model)
             found = self._earliest(last_non_finite_gradient(inner))
             self._stop("gradient", found or "the norm alone")
