@@ -65,7 +65,7 @@ def plan_parallel(
     """
     distributed = getattr(model.config, "distributed_config", None)
     size = getattr(distributed, "tp_size", None) or 1
-    _check_sizes(distributed, size)
+    _check_sizes(distributed, size, packs)
     if size == 1:
         plan.clear()
         return
@@ -172,20 +172,19 @@ def _stays_whole(module: nn.Module) -> bool:
     return quantized or isinstance(module, BitExperts)
 
 
-def _check_sizes(distributed: Any, size: int) -> None:
-    for name in ("pp_size", "dp_size") if size > 1 else ():
+def _check_sizes(distributed: Any, size: int, packs: bool) -> None:
+    sizes = {"tp_size": size, "ep_size": getattr(distributed, "ep_size", None) or 1}
+    split = [f"{name}={one}" for name, one in sizes.items() if one > 1]
+    # Packed parts are cut out of whole layers, which shards are not.
+    others = ["pp_size"] + (["fsdp_size", "dp_replicate_size"] if packs else [])
+    for name in others if split else ():
         other = getattr(distributed, name, None) or 1
         if other > 1:
+            where = "to run a model" if packs else "to train one"
             raise ArgumentError(
-                f"bitlab: {name} must be 1 beside tp_size={size}, got {other}\nTernary layers are "
-                "split by tp_size alone; train with DDP or FSDP2, run with device_map."
+                f"bitlab: {name} must be 1 beside {split[0]} {where}, got {other}\n"
+                "Leave one of them out, or run the model with device_map."
             )
-    experts = getattr(distributed, "ep_size", None) or 1
-    if experts > 1 and experts != size:
-        raise ArgumentError(
-            f"bitlab: ep_size must be 1 or tp_size, {size}, got {experts}\n"
-            "Pass DistributedConfig(tp_size=N, ep_size=N), or leave it out."
-        )
     for name in ("tp_plan", "ep_plan"):
         given = getattr(distributed, name, None)
         if size > 1 and isinstance(given, dict):

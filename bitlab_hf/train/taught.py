@@ -86,8 +86,8 @@ class TaughtTeacherMixin(_Base):
         if in_parts or self.is_distributed_loading_by_transformers:
             raise ArgumentError(
                 "BitLabTrainer: recipe must have teacher_share 0 under FSDP, DeepSpeed and "
-                f"distributed_config, got {self.recipe.teacher_share}\nFine-tune the float model in a "
-                "run of its own, then make it ternary with itself as the teacher."
+                f"distributed_config, got {self.recipe.teacher_share}\nFine-tune the float model "
+                "in a run of its own, then make it ternary with itself as the teacher."
             )
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from importlib.resources import files
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +153,18 @@ def test_a_killed_process(
     assert_same_run(tmp_path, straight)
 
 
-def test_restarts_that_would_fail_are_refused(given: Path, tmp_path: Path) -> None:
-    process = start(given, tmp_path, "--standalone", "--nproc-per-node", 1, "--max-restarts", 1)
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode != 0
-    assert "--max-restarts must be 0 with a store of its own, got 1" in said
-    assert "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in said
-    assert not list(tmp_path.iterdir())
+def test_restarts_that_would_fail_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_from_file_location("finetune", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    script.check_restarts()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(SystemExit, match="--max-restarts must be 0 with a store of its own, got 3"):
+        script.check_restarts()
 
 
 def test_machines_that_do_not_share_the_output(given: Path, straight: Path, tmp_path: Path) -> None:
