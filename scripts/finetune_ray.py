@@ -2,8 +2,8 @@
 
     python scripts/finetune_ray.py --workers 2 --model MODEL --data book.txt --output out/mine
 
-Options other than these go to finetune.py. Every machine needs BitLab, the model and the data under
-the same paths; OUTPUT is a folder that all of them share. Wants `pip install "ray[train]"`.
+Options that finetune.py has beside these go to it. Every machine needs BitLab, the model and the
+data under the same paths; OUTPUT is a folder that all share. Wants `pip install "ray[train]"`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=2, help="processes on the cluster")
     parser.add_argument("--failures", type=int, default=1, help="starts after one that failed")
+    parser.add_argument("--model", required=True, help="folder or hub name of a float model")
+    parser.add_argument("--data", required=True, nargs="+", help="files, folders, or a dataset")
     parser.add_argument("--output", required=True, type=Path, help="folder to write to")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU")
-    given, arguments = parser.parse_known_args()
-    arguments += ["--output", str(given.output)] + ["--cpu"] * given.cpu
+    given, rest = parser.parse_known_args()
+    output = str(given.output.resolve())
+    arguments = ["--model", given.model, "--data", *given.data, "--output", output, *rest]
+    arguments += ["--cpu"] * given.cpu
     TorchTrainer(
         work,
         train_loop_config={
@@ -47,7 +51,7 @@ def main() -> None:
         torch_config=TorchConfig(backend="gloo" if given.cpu else "nccl"),
         scaling_config=ScalingConfig(num_workers=given.workers, use_gpu=not given.cpu),
         run_config=RunConfig(
-            storage_path=str((given.output / "ray").resolve()),
+            storage_path=f"{output}/ray",
             failure_config=FailureConfig(max_failures=given.failures),
         ),
     ).fit()  # fmt: skip
