@@ -187,7 +187,7 @@ def _check_sizes(distributed: Any, size: int, packs: bool) -> None:
             )
     for name in ("tp_plan", "ep_plan"):
         given = getattr(distributed, name, None)
-        if size > 1 and isinstance(given, dict):
+        if split and isinstance(given, dict):
             raise ArgumentError(
                 f"bitlab: {name} must be the model's own, got {given}\n"
                 "Ternary layers and experts are split by it alone; leave it out."

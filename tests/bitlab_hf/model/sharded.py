@@ -37,7 +37,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
         {"tp_size": 2, "fsdp_size": 2, "ep_size": 4},
     ),
 }
-TRAINERS = {"trainer": None, "plain": "plain", "default": "default"}
+# By recipe, None of a plain Trainer.
+TRAINERS = {"trainer": None, "plain": "plain", "default": "default", "mixture": "plain"}
 
 
 def rows(sizes: dict[str, int]) -> Tensor:
@@ -98,13 +99,16 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     return given
 
 
-def use_trainers(folder: Path, source: Path) -> None:
-    """Trains a model in two parts with what a user would train it with."""
-    options = {"distributed_config": DistributedConfig(tp_size=2)} if world() > 1 else {}
-    load = partial(
-        AutoModelForCausalLM.from_pretrained, source,
-        quantization_config=BitLabConfig(weight_granularity="per_channel"), **options,
-    )  # fmt: skip
+def load_parts(source: Path, **sizes: int) -> Any:
+    """Loads a model, in parts where there are several processes."""
+    options = {"distributed_config": DistributedConfig(tp_size=2, **sizes)} if world() > 1 else {}
+    config = BitLabConfig(weight_granularity="per_channel")
+    return AutoModelForCausalLM.from_pretrained(source, quantization_config=config, **options)
+
+
+def use_trainers(folder: Path, source: Path, mixture: Path) -> None:
+    """Trains models in two parts with what a user would train them with."""
+    load = partial(load_parts, source)
     data = training_data()
     for name, recipe in TRAINERS.items():
         given = arguments(folder / f"{name}-{world()}", save_only_model=world() > 1)
@@ -142,10 +146,11 @@ def main(folder: Path) -> None:
                 run(folder, name, sources[kind])
 
     everything()
-    use_trainers(folder, sources["llama"])
+    trainers = partial(use_trainers, folder, sources["llama"], sources["qwen3_moe"])
+    trainers()
     launch(4, folder / "store-4", everything)
     launch(2, folder / "store-2", everything)
-    launch(2, folder / "store", partial(use_trainers, folder, sources["llama"]))
+    launch(2, folder / "store", trainers)
 
 
 if __name__ == "__main__":

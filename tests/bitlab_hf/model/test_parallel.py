@@ -62,6 +62,7 @@ def test_one_process_has_no_plan() -> None:
             "dp_replicate_size must be 1 beside ep_size=2 to run a model, got 2",
         ),
         ({"pp_size": 2}, "pp_size must be 1 beside tp_size=2 to run a model, got 2"),
+        ({"size": 1, "ep_size": 2, "ep_plan": {}}, "ep_plan must be the model's own, got {}"),
         ({"tp_plan": {"lm_head": "colwise"}}, "tp_plan must be the model's own, got {'lm_head'"),
     ],
 )
