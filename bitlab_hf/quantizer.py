@@ -34,7 +34,7 @@ from bitlab_hf.model.count import bits_per_weight
 from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.head import restore_float
 from bitlab_hf.model.marks import mark_latent, mark_quantized, unmark
-from bitlab_hf.model.parallel import plan_parallel
+from bitlab_hf.model.parallel import finish_parallel, plan_experts, plan_parallel
 from bitlab_hf.model.parts import check_whole, save_tied_once
 from bitlab_hf.model.tree import Found, quantized_layers, set_module, take_hooks
 from bitlayers.base import BitLayerBase
@@ -143,6 +143,7 @@ class BitLabHfQuantizer(HfQuantizer):
         loading, self.loading = self.loading, None
         assert loading is not None
         loading.finish(model)
+        finish_parallel(model)
         save_tied_once(model)
         if not self.build_packed:
             mark_latent(model)
@@ -199,9 +200,9 @@ class BitLabHfQuantizer(HfQuantizer):
         return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
-        """Makes the plan for tensor parallel one of BitLab's styles; there is none for experts."""
+        """Makes a plan for tensor or expert parallel one of BitLab's styles."""
         if plan is model.ep_plan:
-            plan.clear()
+            plan_experts(model, plan, self.build_packed)
             return
         assert self.loading is not None
         int8 = {name for rows in self.loading.plan.int8 for name in rows.names}

@@ -6,8 +6,9 @@
 
 A float model gets a scale for each 128 inputs, or 64 where 128 does not divide, unless options of
 the scheme say otherwise. The original model is the teacher. Latent checkpoints and statistics go to
-OUTPUT/checkpoints and a run that is started again goes on from them; the deployed model goes to
-OUTPUT.
+OUTPUT/checkpoints and a run that is started again goes on from them, by hand or by torchrun's
+``--max-restarts``; the deployed model goes to OUTPUT. On several machines OUTPUT is a folder that
+all of them share.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import AutoTokenizer, TrainingArguments
 
 from bitlab_hf import Facts, deploy, save
@@ -88,9 +90,32 @@ def read_blocks(tokenizer: Any, data: list[str], config: str | None, length: int
     return stream[: count * length].view(count, length)[order]
 
 
+def check_restarts() -> None:
+    """Refuses a restart by torchrun that would fail: by default the processes that it starts anew
+    read from its store where those that have ended were to be reached.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise SystemExit(
+            f"torchrun's --max-restarts must be 0 with a store of its own, got {restarts}\nSet "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; start with --standalone or --rdzv-backend c10d."
+        )
+
+
+def common_checkpoint(folder: str) -> str | None:
+    """Returns the newest whole checkpoint of a run, which all processes have to see."""
+    last = last_checkpoint(folder)
+    names = set(gather_object([None if last is None else Path(last).name]))
+    if len(names) > 1:
+        seen = ", ".join(sorted(map(str, names)))
+        raise SystemExit(f"--output must be a folder that all machines share, got {seen} in it")
+    return last
+
+
 def main() -> None:
     """Trains, evaluates, deploys and saves."""
     given = parse_arguments()
+    check_restarts()
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     blocks = read_blocks(tokenizer, given.data, given.data_config, given.block)
     examples = [{"input_ids": block, "labels": block} for block in blocks]
@@ -123,7 +148,7 @@ def main() -> None:
         recipe=recipe,
         teacher=given.model,
     )  # fmt: skip
-    last = last_checkpoint(checkpoints)
+    last = common_checkpoint(checkpoints)
     before = trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=last)
     after = trainer.evaluate()["eval_loss"]

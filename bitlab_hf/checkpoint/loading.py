@@ -31,7 +31,7 @@ from bitlab_hf.model.learned import (
 )
 from bitlab_hf.model.marks import retie_packed, tied_groups
 from bitlab_hf.model.packing import PackAtLoad
-from bitlab_hf.model.parts import cut
+from bitlab_hf.model.parts import cut, cut_experts
 from bitlab_hf.model.replace import OwnTensors, swap_latent, swap_packed
 from bitlab_hf.model.tree import Found, quantized_layers
 from bitlayers.base import BitLayerBase
@@ -261,6 +261,8 @@ class Loading:
         retie_packed(model, set(self.plan.stored_apart))
         for found in layers:
             cut(found.module)
+        for one in experts:
+            cut_experts(one.module)
 
 
 def _check_levels(found: Found[BitLayerBase], known: Checkpoint) -> None:

@@ -1,5 +1,5 @@
-"""Tensor parallel: transformers' plan for a model becomes BitLab's, or is refused before anything
-is loaded or trained.
+"""Tensor and expert parallel: transformers' plans for a model become BitLab's or are refused before
+anything is loaded or trained.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError
+from bitlab_hf.model.parts import parts
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
 from bitlayers.experts import BitExperts
@@ -20,6 +21,8 @@ from bitlayers.quantized import QuantizedModule
 _GATHERED = ("colwise_gather_output", "colwise_rep")
 _SPLIT = ("colwise", "rowwise")
 _LANES = 16
+# transformers' names: who gets which token, and tensors with whole experts in each process.
+_DISPATCH, _WHOLE_EXPERTS = "ep_dispatch_experts", "grouped_gemm"
 
 
 def check_no_tensor_parallel(op: str, distributed: Any) -> None:
@@ -62,7 +65,7 @@ def plan_parallel(
     """
     distributed = getattr(model.config, "distributed_config", None)
     size = getattr(distributed, "tp_size", None) or 1
-    _check_sizes(distributed, size)
+    _check_sizes(distributed, size, packs)
     if size == 1:
         plan.clear()
         return
@@ -70,15 +73,16 @@ def plan_parallel(
     # It registers styles with transformers, which only this needs.
     from bitlab_hf.model.parallel_styles import STYLES
 
-    modules: dict[str, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        modules.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name), []).append((name, module))
+    modules = _by_pattern(model)
     for key, style in list(plan.items()):
         named = modules.get(key) or modules.get(key.rpartition(".")[0], [])
         layers = [(name, one) for name, one in named if isinstance(one, BitLayerBase)]
         whole = layers and style in _GATHERED
         if whole or any(name in int8 or _stays_whole(one) for name, one in named):
             del plan[key]
+            if key not in modules:
+                # The style of a tensor: transformers refuses a plan that has come out empty.
+                plan[key] = "replicate"
             continue
         for name, layer in layers:
             _check_layer(name, layer, style, size, packs)
@@ -86,26 +90,107 @@ def plan_parallel(
             plan[key] = STYLES[packs, style]
 
 
+def plan_experts(model: PreTrainedModel, plan: dict[str, str], packs: bool) -> None:
+    """Makes a model's plan for expert parallel one that ternary experts can follow, in place.
+
+    Each process has some of the experts of a layer, whole, and tokens are sent to them and back:
+    their sums are added up in the order of one process. Float experts keep their styles.
+
+    Args:
+        model: The skeleton, with its experts in place.
+        plan: Styles by names with ``*`` for numbers.
+        packs: Whether they will be packed once loaded.
+
+    Raises:
+        ArgumentError: The experts do not divide, or cannot be split as the plan says.
+    """
+    distributed = getattr(model.config, "distributed_config", None)
+    size = getattr(distributed, "ep_size", None) or 1
+    if size == 1:
+        plan.clear()
+        return
+    from bitlab_hf.model.parallel_styles import EXPERT_STYLES
+
+    modules = _by_pattern(model)
+    planned: dict[str, list[tuple[str, BitExperts]]] = {}
+    for key, style in list(plan.items()):
+        owner = key if key in modules else key.rpartition(".")[0]
+        found = [(name, one) for name, one in modules.get(owner, []) if isinstance(one, BitExperts)]
+        if not found:
+            continue
+        expected = _DISPATCH if owner == key else _WHOLE_EXPERTS
+        if style != expected:
+            raise ArgumentError(
+                f"bitlab: the style of {key} must be {expected!r} for ternary experts, got "
+                f"{style!r}\nLeave ep_plan out, or run the model with ep_size=1."
+            )
+        if owner == key:
+            planned[key] = found
+        else:
+            del plan[key]
+    for key, found in planned.items():
+        for name, experts in found:
+            _check_experts(name, experts, size, packs)
+            # Biases too, of which not every plan speaks.
+            held = [leaf for leaf, one in experts._parameters.items() if one is not None]
+            plan.update({f"{key}.{leaf}": EXPERT_STYLES[packs] for leaf in held})
+
+
+def finish_parallel(model: PreTrainedModel) -> None:
+    """Completes what transformers has made of the plans, once a model is loaded."""
+    if any(isinstance(found.module, BitExperts) for found in parts(model)):
+        from bitlab_hf.model.parallel_styles import send_tokens
+
+        send_tokens(model)
+
+
+def _by_pattern(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
+    """Returns a model's modules by their names with ``*`` for numbers."""
+    modules: dict[str, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        modules.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name), []).append((name, module))
+    return modules
+
+
+def _check_experts(name: str, experts: BitExperts, size: int, packs: bool) -> None:
+    count = next(iter(experts.stacks.values())).experts
+    if count % size:
+        raise ArgumentError(
+            f"bitlab: ep_size must divide the number of experts of {name}, got {size} for {count}\n"
+            "Use another ep_size, or 1."
+        )
+    if not packs and any(True for one in experts.children() for _ in one.parameters()):
+        # Each process would have a gradient from its own tokens.
+        raise ArgumentError(
+            f"bitlab: {name} must have no weights beside its experts' to train in expert parallel, "
+            f"got {type(experts).__name__}\nTrain it with ep_size=1."
+        )
+
+
 def _stays_whole(module: nn.Module) -> bool:
     quantized = isinstance(module, QuantizedModule) and not isinstance(module, BitLayerBase)
     return quantized or isinstance(module, BitExperts)
 
 
-def _check_sizes(distributed: Any, size: int) -> None:
-    for name in ("ep_size", *(("pp_size", "dp_size") if size > 1 else ())):
+def _check_sizes(distributed: Any, size: int, packs: bool) -> None:
+    sizes = {"tp_size": size, "ep_size": getattr(distributed, "ep_size", None) or 1}
+    split = [f"{name}={one}" for name, one in sizes.items() if one > 1]
+    # Packed parts are cut out of whole layers, which shards are not.
+    others = ["pp_size"] + (["fsdp_size", "dp_replicate_size"] if packs else [])
+    for name in others if split else ():
         other = getattr(distributed, name, None) or 1
         if other > 1:
-            beside = f" beside tp_size={size}" if size > 1 else ""
+            where = "to run a model" if packs else "to train one"
             raise ArgumentError(
-                f"bitlab: {name} must be 1{beside}, got {other}\nTernary layers are split by "
-                "tp_size alone; train with DDP or FSDP2, run with device_map."
+                f"bitlab: {name} must be 1 beside {split[0]} {where}, got {other}\n"
+                "Leave one of them out, or run the model with device_map."
             )
     for name in ("tp_plan", "ep_plan"):
         given = getattr(distributed, name, None)
-        if size > 1 and isinstance(given, dict) and given:
+        if split and isinstance(given, dict):
             raise ArgumentError(
-                f"bitlab: {name} must be 'auto', got {given}\n"
-                "Ternary layers are split by the model's own plan; leave it out."
+                f"bitlab: {name} must be the model's own, got {given}\n"
+                "Ternary layers and experts are split by it alone; leave it out."
             )
 
 

@@ -1,4 +1,5 @@
-"""How layers run in tensor parallel: some rows of a matrix in each process, or some columns.
+"""How layers run in tensor parallel: some rows of a matrix in each process, or some columns; and
+which process has which experts.
 
 Rows of the weight ("columns" of outputs, transformers' colwise) need the whole input and give part
 of the output; columns of the weight (rowwise) have part of the input, and `bitcore.across` adds
@@ -18,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from transformers import PreTrainedModel
+from transformers.distributed.expert_parallel import MoEParamShard
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import ColwiseParallel, RowwiseParallel
 
@@ -26,8 +29,10 @@ from bitcore.across import across_linear
 from bitcore.config import BitQuantConfig
 from bitcore.errors import LifecycleError
 from bitcore.quantize import group_scale, lane_sums, mean_scale, total, two_levels
+from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.parts import Part, part_of, set_part
 from bitlayers.base import BitLayerBase
+from bitlayers.experts import BitExperts
 
 # By whether layers are packed, and transformers' own style.
 STYLES = {
@@ -36,6 +41,8 @@ STYLES = {
     (True, "colwise"): "bitlab_packed_colwise",
     (True, "rowwise"): "bitlab_packed_rowwise",
 }
+# By whether they are packed.
+EXPERT_STYLES = {False: "bitlab_experts", True: "bitlab_packed_experts"}
 
 
 class _SumGradients(torch.autograd.Function):
@@ -187,7 +194,43 @@ class Rows(_Style, RowwiseParallel):
         self.packs = packs
 
 
+class Experts(MoEParamShard):
+    """Each process has some of the experts, whole; packed ones are cut once loaded."""
+
+    def __init__(self, packs: bool) -> None:
+        super().__init__(Shard(0), shards_expert_dim=True)
+        self.packs = packs
+
+    def shard_param(self, module: BitExperts, param: str, mesh: Any) -> None:
+        """Makes a Parameter of the skeleton a sharded one, and says how many experts are here."""
+        part = Part(0, mesh.get_group())
+        set_part(module, part)
+        if not self.packs:
+            super().shard_param(module, param, mesh)
+        module.num_experts = next(iter(module.stacks.values())).experts // part.count
+
+
+def send_tokens(model: PreTrainedModel) -> None:
+    """Lets tokens be sent to the experts and back where it is left to transformers how they meet.
+
+    It would let each process add up its part of a token where nothing trains, and reduce these:
+    sums in another order than those of one process, and than in training.
+    """
+    distributed: Any = getattr(model.config, "distributed_config", None)
+    meshes: Any = model._mesh_manager
+    for found in expert_modules(model):
+        experts: Any = found.module
+        if part_of(experts) is not None and distributed.ep_implementation == "auto":
+            del experts.forward
+            _registry["ep_dispatch_experts"].install_forward(
+                experts, meshes.get_mesh("ep"), tp_mesh=meshes.get_mesh("tp"),
+                ep_implementation="all_to_all",
+            )  # fmt: skip
+
+
 # transformers declares functions here, and registers objects such as these.
 _registry: Any = ALL_PARALLEL_STYLES
 for (_packs, _style), _name in STYLES.items():
     _registry.register(_name, (Columns if _style == "colwise" else Rows)(_packs))
+for _packs, _name in EXPERT_STYLES.items():
+    _registry.register(_name, Experts(_packs))

@@ -1,14 +1,14 @@
-"""A layer that is spread over processes: what each has of its packed tensors, and whole again.
+"""What is spread over processes: what each has of its packed tensors, and whole again.
 
 Packed rows lie four to a byte, a quarter of the matrix apart: a process's rows are cut out as codes
-and packed again, once, after loading. Columns are plain slices. A deployed part is a smaller layer
-in every respect, so that whatever looks at a layer finds one.
+and packed again, once, after loading. Columns are plain slices, and so are some of the experts. A
+deployed part is a smaller layer in every respect, so that whatever looks at a layer finds one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,18 +20,20 @@ from transformers import PreTrainedModel
 from bitcore.across import Group
 from bitcore.errors import LifecycleError
 from bitcore.packing import pack_codes, unpack_ternary
+from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.tree import Found, quantized_layers
 from bitlayers.base import BitLayerBase
+from bitlayers.experts import BitExperts
 
 _FIELD = "bitlab_part"
 
 
 @dataclass
 class Part:
-    """Which part of a layer this process has.
+    """Which part of a layer, or of its experts, this process has.
 
     Attributes:
-        dim: 0 for some of the rows of the matrix, 1 for some of its columns.
+        dim: 0 for some of the rows of the matrix, 1 for some of its columns; 0 of experts.
         group: The process group that shares the layer.
         whole: Shapes of the whole layer's tensors, once it is cut.
     """
@@ -51,7 +53,7 @@ class Part:
         return dist.get_world_size(self.group)
 
     def range(self, size: int) -> slice:
-        """Returns this part of so many rows or columns."""
+        """Returns this part of so many rows, columns or experts."""
         own = size // self.count
         return slice(self.rank * own, (self.rank + 1) * own)
 
@@ -80,14 +82,15 @@ def part_of(module: nn.Module) -> Part | None:
     return part
 
 
-def set_part(layer: BitLayerBase, part: Part) -> None:
-    """Says that a layer is spread over processes."""
-    vars(layer)[_FIELD] = part
+def set_part(module: BitLayerBase | BitExperts, part: Part) -> None:
+    """Says that a layer or experts are spread over processes."""
+    vars(module)[_FIELD] = part
 
 
-def parts(model: nn.Module) -> list[Found[BitLayerBase]]:
-    """Returns the layers of a model that are spread over processes."""
-    return [found for found in quantized_layers(model) if part_of(found.module) is not None]
+def parts(model: nn.Module) -> list[Found[Any]]:
+    """Returns the layers and experts of a model that are spread over processes."""
+    found: list[Found[Any]] = [*quantized_layers(model), *expert_modules(model)]
+    return [one for one in found if part_of(one.module) is not None]
 
 
 def whole_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -120,16 +123,16 @@ def save_tied_once(model: PreTrainedModel) -> None:
 
 
 def check_whole(op: str, model: nn.Module) -> None:
-    """Checks that no layer is spread over processes.
+    """Checks that no layer and no experts are spread over processes.
 
     Raises:
-        LifecycleError: One is.
+        LifecycleError: Some are.
     """
     found = parts(model)
     if found:
         raise LifecycleError(
-            f"{op}: model must be whole in one process, got {found[0].names[0]} in parts of "
-            "tensor parallel\nSave it, and load the folder in one process."
+            f"{op}: model must be whole in one process, got {found[0].names[0]} in parts "
+            "(tensor or expert parallel)\nSave it, and load the folder in one process."
         )
 
 
@@ -161,11 +164,30 @@ def cut(layer: BitLayerBase) -> None:
     layer.commit_packed(packed, scale, *multipliers)
 
 
-def gathered(layer: BitLayerBase) -> dict[str, Tensor]:
-    """Returns a deployed layer's tensors as the whole layer has them; all processes must call it.
+def cut_experts(experts: BitExperts) -> None:
+    """Makes deployed experts, all there so far, those that this process has."""
+    part = part_of(experts)
+    if part is None:
+        return
+    for name, stack in experts.stacks.items():
+        own = part.range(stack.experts)
+        held = experts.packed_stack(name)
+        part.whole |= {f"{name}_{leaf}": tuple(tensor.shape) for leaf, tensor in held.items()}
+        experts.stacks[name] = replace(stack, experts=experts.num_experts)
+        experts.commit(name, *(tensor.detach()[own].clone() for tensor in held.values()))
+        bias = experts._parameters.get(f"{name}_bias")
+        if bias is not None:
+            part.whole[f"{name}_bias"] = tuple(bias.shape)
+            own_bias = nn.Parameter(bias.detach()[own].clone(), requires_grad=False)
+            experts._parameters[f"{name}_bias"] = own_bias
+
+
+def gathered(layer: BitLayerBase | BitExperts) -> dict[str, Tensor]:
+    """Returns deployed tensors as the whole layer, or all experts, have them; all processes must
+    call it.
 
     Args:
-        layer: A part, as `cut` made it.
+        layer: A part, as `cut` or `cut_experts` made it.
     """
     part = part_of(layer)
     assert part is not None

@@ -63,6 +63,21 @@ def first_non_finite(model: nn.Module, forward: Callable[[], object]) -> Finding
     return found[0] if found else None
 
 
+def gradient_is_finite(model: nn.Module) -> bool:
+    """Tells whether a model's whole gradient is finite; every process has to come here.
+
+    Gradients are sharded by FSDP, of some parameters by tensor and expert parallel, or not at all:
+    those that are sharded alike have a norm in common.
+    """
+    held: dict[Any, list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            held.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter.grad)
+    norms: list[Any] = [torch.nn.utils.get_total_norm(gradients) for gradients in held.values()]
+    whole = [one.full_tensor() if hasattr(one, "full_tensor") else one for one in norms]
+    return all(bool(torch.isfinite(one)) for one in whole)
+
+
 def last_non_finite_gradient(model: nn.Module) -> Finding | None:
     """Returns the parameter nearest to the output whose gradient is not finite: the backward pass
     reaches it first.

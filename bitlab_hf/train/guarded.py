@@ -15,6 +15,7 @@ from bitlab_hf.model.parallel import check_no_tensor_parallel
 from bitlab_hf.train.guard import (
     Finding,
     first_non_finite,
+    gradient_is_finite,
     has_begun,
     last_checkpoint,
     last_non_finite_gradient,
@@ -132,11 +133,7 @@ class GuardMixin(_Base):
         # A loss scaler meets infinite gradients in its normal work, and skips these steps itself.
         if not self.recipe.guard or getattr(self.accelerator, "scaler", None) is not None:
             return
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm: Any = torch.nn.utils.get_total_norm(gradients)
-        if hasattr(norm, "full_tensor"):
-            norm = norm.full_tensor()
-        if not bool(torch.isfinite(norm)):
+        if not gradient_is_finite(model):
             inner = self.accelerator.unwrap_model(model)
             found = self._earliest(last_non_finite_gradient(inner))
             self._stop("gradient", found or "the norm alone")
@@ -165,12 +162,15 @@ class GuardMixin(_Base):
             super()._save_checkpoint(model, trial, *args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Saves them; not into a folder that the process which made it has given up meanwhile."""
-        if not self._is_another_ones:
+        """Saves those of all processes, before the state of the Trainer says that all is there; not
+        into a folder that the process which made it has given up meanwhile.
+        """
+        if self._is_another_ones:
+            # The Trainer would make the folder anew.
+            with tempfile.TemporaryDirectory() as elsewhere:
+                super()._save_rng_state(elsewhere)
+                for file in Path(elsewhere).iterdir():
+                    shutil.copyfile(file, Path(output_dir) / file.name)
+        else:
             super()._save_rng_state(output_dir)
-            return
-        # The Trainer would make the folder anew.
-        with tempfile.TemporaryDirectory() as elsewhere:
-            super()._save_rng_state(elsewhere)
-            for file in Path(elsewhere).iterdir():
-                shutil.copyfile(file, Path(output_dir) / file.name)
+        self.accelerator.wait_for_everyone()

@@ -82,11 +82,12 @@ class TaughtTeacherMixin(_Base):
                 "BitLabTrainer: teacher must be a float model, or the path of one, for a recipe "
                 "with teacher_share\nIt is trained itself; stored logits and 8 bits cannot be."
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        in_parts = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if in_parts or self.is_distributed_loading_by_transformers:
             raise ArgumentError(
-                "BitLabTrainer: recipe must have teacher_share 0 under FSDP and DeepSpeed, got "
-                f"{self.recipe.teacher_share}\nFine-tune the float model in a run of its own, then "
-                "make it ternary with itself as the teacher."
+                "BitLabTrainer: recipe must have teacher_share 0 under FSDP, DeepSpeed and "
+                f"distributed_config, got {self.recipe.teacher_share}\nFine-tune the float model "
+                "in a run of its own, then make it ternary with itself as the teacher."
             )
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:

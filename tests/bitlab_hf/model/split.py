@@ -17,13 +17,14 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, DistributedConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DistributedConfig
 
 from bitcore import gradients
 from bitlab_hf import BitLabConfig, deploy, save
 from bitlab_hf.interop.gguf import export_gguf
 from bitlab_hf.model.parts import parts
-from tests.bitlab_hf.models import VOCABULARY, make_float_model, token_ids
+from tests.bitlab_hf.experts import make_moe
+from tests.bitlab_hf.models import make_float_model, token_ids
 from tests.bitlab_hf.train.parallel import is_main, launch, message, world
 
 # Two processes have 64 of the 128 inputs of the attention's output, and so whole groups.
@@ -41,19 +42,30 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
         {"weight_granularity": "per_channel", "activation_granularity": "per_tensor"},
     ),
     "experts": ("qwen3_moe", {"weight_granularity": "per_channel"}),
+    "dispatched": ("qwen3_moe", {"weight_granularity": "per_channel"}),
+    "tensorwise": (
+        "granitemoe", {"weight_granularity": "per_tensor", "activation_granularity": "per_tensor"}
+    ),
+    "grouped": ("mixtral", {"weight_granularity": "per_group", "group_size": 64}),
+}  # fmt: skip
+# Whose experts are spread over the processes, beside the layers.
+DISPATCHED: dict[str, dict[str, Any]] = {
+    "dispatched": {"ep_size": 2},
+    "tensorwise": {"ep_size": 2},
+    "grouped": {"ep_size": 2, "ep_implementation": "all_reduce"},
 }
-EXPERTS = Qwen3MoeConfig(
-    vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, moe_intermediate_size=64,
-    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4,
-    num_experts_per_tok=2,
-)  # fmt: skip
+# How many layers and experts of each are in parts; of all others, 14.
+PARTS = {"experts": 8, "dispatched": 10, "tensorwise": 2, "grouped": 10}
+# Three of the experts of a token have more than one order to be added up in; heads of 64 inputs
+# leave whole groups.
+MOE = {"num_experts_per_tok": 3, "num_experts": 4, "head_dim": 32}
 
 STEPS = 3
 
 
-def load(folder: Path, **options: Any) -> Any:
+def load(folder: Path, parallel: dict[str, Any] | None = None, **options: Any) -> Any:
     if world() > 1:
-        options["distributed_config"] = DistributedConfig(tp_size=world())
+        options["distributed_config"] = DistributedConfig(tp_size=world(), **(parallel or {}))
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
@@ -102,37 +114,57 @@ def keep(found: dict[str, Tensor], folder: Path, name: str) -> None:
 
 def run(folder: Path, name: str, source: Path) -> None:
     """A scheme: trained, and its deployed folder run and saved again."""
-    model = load(source, quantization_config=BitLabConfig(**SCHEMES[name][1]))
+    parallel = DISPATCHED.get(name)
+    model = load(source, parallel, quantization_config=BitLabConfig(**SCHEMES[name][1]))
     keep(train(model), folder, f"{name}-trained")
     save(model, folder / f"{name}-latent-{world()}")
     if world() == 1:
         deploy(model)
         save(model, folder / name)
-    model = load(folder / name)
+    model = load(folder / name, parallel)
     if world() > 1:
-        assert len(parts(model)) == (8 if name == "experts" else 14)
+        assert len(parts(model)) == PARTS.get(name, 14)
     keep(infer(model), folder, name)
     save(model, folder / f"{name}-again-{world()}")
     model.save_pretrained(folder / f"{name}-plain-{world()}")
 
 
+def pack_at_load(folder: Path, sources: dict[str, Path]) -> Any:
+    """Loads float models to be run; returns the first of them."""
+    config = {"weight_granularity": "per_channel"}
+    found = {
+        name: load(
+            sources[name], DISPATCHED.get(name),
+            quantization_config=BitLabConfig(mode="infer", **config),
+        )
+        for name in ("channel", "dispatched")
+    }  # fmt: skip
+    for name, model in found.items():
+        keep(infer(model), folder, f"{name}-at-load")
+    return found["channel"]
+
+
 def two(folder: Path, sources: dict[str, Path]) -> None:
     """What two processes do."""
-    for name, source in sources.items():
-        run(folder, name, source)
+    for name in SCHEMES:
+        run(folder, name, sources[name])
     config = {"weight_granularity": "per_channel"}
-    source = sources["channel"]
-    packed = load(source, quantization_config=BitLabConfig(mode="infer", **config))
-    keep(infer(packed), folder, "at-load")
-    latent = load(source, quantization_config=BitLabConfig(**config))
+    packed = pack_at_load(folder, sources)
+    latent = load(sources["channel"], quantization_config=BitLabConfig(**config))
+    experts = load(
+        sources["tensorwise"], DISPATCHED["tensorwise"], quantization_config=BitLabConfig(**config)
+    )
+    deployed = load(folder / "tensorwise", DISPATCHED["tensorwise"])
     messages = {
         "export": message(lambda: export_gguf(packed, folder / "exported.gguf")),
         "dequantize": message(packed.dequantize),
         "deploy": message(lambda: deploy(latent)),
+        "experts deploy": message(lambda: deploy(experts)),
+        "experts dequantize": message(deployed.dequantize),
     }
     for name, changes in REFUSED.items():
         distributed = DistributedConfig(**{"tp_size": world(), **changes.pop("parallel", {})})
-        place = Path(changes.pop("source", source))
+        place = sources[changes.pop("source", "channel")]
         messages[name] = message(
             partial(
                 AutoModelForCausalLM.from_pretrained, place,
@@ -148,7 +180,16 @@ REFUSED: dict[str, dict[str, Any]] = {
     "learned": {"weight_quantizer": "absmax"},
     "groups": {"weight_granularity": "per_group", "group_size": 128},
     "norm": {"sub_norm": ["down_proj"]},
-    "experts": {"parallel": {"ep_size": 2}},
+    "no plan": {"parallel": {"tp_plan": {}}},
+    "expert plan": {
+        "source": "tensorwise",
+        "parallel": {
+            "ep_size": 2,
+            "ep_plan": {"model.layers.*.block_sparse_moe.experts": "rowwise"},
+        },
+    },
+    "heads": {"source": "heads"},
+    "odd": {"source": "odd", "parallel": DISPATCHED["tensorwise"]},
 }
 
 
@@ -157,13 +198,14 @@ def main(folder: Path) -> None:
     gradients._REPACKED_TOKENS = 1
     torch.set_num_threads(1)
     sources = {kind: make_float_model(kind, folder, **SIZES) for kind in ("llama", "qwen2")}
-    sources["qwen3_moe"] = folder / "experts-float"
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(EXPERTS).save_pretrained(sources["qwen3_moe"])
-    REFUSED["heads"] = {"source": make_float_model("gemma", folder)}
+    for kind in ("qwen3_moe", "granitemoe", "mixtral"):
+        sources[kind] = make_moe(kind, folder, **MOE)
     given = {name: sources[kind] for name, (kind, _) in SCHEMES.items()}
     for name, source in given.items():
         run(folder, name, source)
+    pack_at_load(folder, given)
+    given["heads"] = make_float_model("gemma", folder)
+    given["odd"] = make_moe("qwen3_moe", folder / "odd")
     launch(2, folder / "store", partial(two, folder, given))
 
 

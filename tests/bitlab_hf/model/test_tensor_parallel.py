@@ -1,4 +1,6 @@
-"""Two processes that share a model's layers, against one: packed inference, training, saving."""
+"""Two processes that share a model's layers or experts, against one: packed inference, training,
+saving.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,9 @@ pytestmark = pytest.mark.ci
 ROOT = Path(__file__).parents[3]
 # Gradients of inputs are added up over processes, in float32.
 ROUNDING = 1e-6
+# Sums of groups with a scale each are floats; so are parts of a token that are reduced, where it
+# has three experts.
+FLOATS = ("floats", "grouped")
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +48,7 @@ def both(runs: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def test_a_deployed_model_gives_the_bits_of_one_process(runs: Path, name: str) -> None:
     one, two = both(runs, name)
     assert torch.equal(one["tokens"], two["tokens"])
-    if name == "floats":
-        # Sums of groups with a scale each are floats.
+    if name in FLOATS:
         torch.testing.assert_close(two["hidden"], one["hidden"], rtol=1e-5, atol=1e-5)
     else:
         assert torch.equal(one["hidden"], two["hidden"])
@@ -54,10 +58,11 @@ def test_a_deployed_model_gives_the_bits_of_one_process(runs: Path, name: str) -
         assert torch.equal(one["logits"], two["logits"])
 
 
-def test_packed_at_load(runs: Path) -> None:
-    one = load_file(runs / "at-load-2.safetensors")
-    assert one["hidden"].isfinite().all()
-    assert one["tokens"].shape == (3, 15)
+@pytest.mark.parametrize("name", ["channel", "dispatched"])
+def test_packed_at_load(runs: Path, name: str) -> None:
+    one, two = both(runs, f"{name}-at-load")
+    for what in ("hidden", "tokens"):
+        assert torch.equal(one[what], two[what])
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -66,7 +71,7 @@ def test_training_takes_the_steps_of_one_process(runs: Path, name: str) -> None:
     code that lies this near to its threshold.
     """
     one, two = both(runs, f"{name}-trained")
-    if name == "floats":
+    if name in FLOATS:
         torch.testing.assert_close(two["losses"][0], one["losses"][0], rtol=ROUNDING, atol=0)
     else:
         assert two["losses"][0] == one["losses"][0]
@@ -113,10 +118,15 @@ def test_what_is_not_ours_is_refused(runs: Path) -> None:
         assert "model must be whole in one process" in said["dequantize"]
         assert "model must be whole in one process" in said["export"]
         assert "must be a whole, plain tensor, got a sharded" in said["deploy"]
-        assert "tp_plan must be 'auto', got {" in said["plan"]
+        assert "tp_plan must be the model's own, got {" in said["plan"]
+        assert "tp_plan must be the model's own, got {}" in said["no plan"]
+        assert "ep_plan must be the model's own, got {" in said["expert plan"]
+        assert "must be a whole, plain tensor, got a sharded" in said["experts deploy"]
+        whole = "model must be whole in one process, got model.layers.0.block_sparse_moe.experts"
+        assert whole in said["experts dequantize"]
         assert "weight_quantizer of model.layers.0.self_attn.q_proj must be" in said["learned"]
         assert "must leave whole groups of 128 inputs" in said["groups"]
         assert "down_proj must be a BitLinear in tensor parallel" in said["norm"]
-        assert "ep_size must be 1 beside tp_size=2, got 2" in said["experts"]
+        assert "ep_size must divide the number of experts of" in said["odd"]
         assert "tp_size must divide num_key_value_heads, got 2 for 1" in said["heads"]
         assert all(text.count("\n") <= 1 for text in said.values())

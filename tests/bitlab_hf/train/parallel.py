@@ -181,7 +181,7 @@ def message(run: Callable[[], object]) -> str:
     """Runs what has to fail, and returns what it says."""
     try:
         run()
-    except (BitLabError, NotImplementedError) as error:
+    except (BitLabError, NotImplementedError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     raise AssertionError("nothing was raised")
 
