@@ -78,7 +78,9 @@ def is_index(index: Tensor, tokens: int) -> bool:
 def _check_index(op: str, index: Tensor, tokens: int) -> None:
     checks.check_dtype(op, "index", index, torch.int64)
     rows = index.numel()
-    if rows and (not tokens or rows % tokens):
+    # Of a graph these are open, and would become constants if compared; its calls are checked.
+    known = isinstance(rows, int) and isinstance(tokens, int)
+    if known and rows and (not tokens or rows % tokens):
         raise ArgumentError(
             f"{op}: index must have as many entries for each of {tokens} tokens, got "
             f"{list(index.shape)}"
@@ -102,7 +104,7 @@ def _check_linear(
     checks.check_input(op, x, qweight.shape[2])
     if x.dim() != 2:
         raise ArgumentError(f"{op}: x must be [M, K], got {list(x.shape)}")
-    _check_index(op, index, len(x))
+    _check_index(op, index, x.shape[0])
     checks.check_out_dtype(op, out_dtype)
 
 

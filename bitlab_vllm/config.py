@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -16,12 +17,25 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from bitcore.errors import CheckpointError, ConfigError
+from bitlab_vllm.experts import TernaryExpertsMethod
 from bitlab_vllm.int8 import Int8Method
 from bitlab_vllm.linear import TernaryLinearMethod
 from bitlab_vllm.scheme import METHOD, Scheme
+
+# Where vLLM's model has other names than transformers', which a checkpoint's are, by model type.
+_RENAMED: dict[str, dict[str, dict[str, str]]] = {
+    "mixtral": {
+        "orig_to_new_substr": {".mlp.": ".block_sparse_moe."},
+        # Experts that stay float.
+        "orig_to_new_suffix": {".experts.gate_up_proj": ".experts.w13",
+                               ".experts.down_proj": ".experts.w2"},
+    }
+}  # fmt: skip
+_EXPERTS = ("gate_up_proj", "down_proj")
 
 
 class BitLabVllmConfig(QuantizationConfig):
@@ -39,6 +53,7 @@ class BitLabVllmConfig(QuantizationConfig):
         self.scheme = scheme
         # By vLLM's names: the checkpoint's name and the dtype, as safetensors calls it.
         self.stored: dict[str, tuple[str, str]] = {}
+        self._renamed: dict[str, dict[str, str]] = {}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> BitLabVllmConfig:
@@ -58,7 +73,9 @@ class BitLabVllmConfig(QuantizationConfig):
         self.stored = {
             name: (name, header["dtype"]) for name, header in found.items() if "dtype" in header
         }
-        if not any(name.endswith(".qweight") for name in self.stored):
+        self._renamed = _RENAMED.get(getattr(hf_config, "model_type", ""), {})
+        self.apply_vllm_mapper(self.get_checkpoint_weight_mapper())
+        if not any(name.endswith("qweight") for name in self.stored):
             raise CheckpointError(
                 f"bitlab: {model_name} must hold packed tensors in safetensors files, got none\n"
                 "Fetch or write it again."
@@ -68,6 +85,10 @@ class BitLabVllmConfig(QuantizationConfig):
         """Follows the names of the checkpoint to those of vLLM's model."""
         renamed = {hf_to_vllm_mapper.map_name(name): held for name, held in self.stored.items()}
         self.stored = {name: held for name, held in renamed.items() if name is not None}
+
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """Returns how the names of the checkpoint become those that vLLM's model expects."""
+        return WeightsMapper(**self._renamed)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Returns how a layer loads and multiplies its weights.
@@ -82,8 +103,11 @@ class BitLabVllmConfig(QuantizationConfig):
             return self._ternary(names)
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary(layer, prefix)
-        if any(name.startswith(f"{prefix}.") and self._is_packed(name[: -len(".qweight")])
-               for name in self.stored if name.endswith(".qweight")):  # fmt: skip
+        packed = [name for name in self.stored if name.startswith(f"{prefix}.")]
+        packed = [name.removeprefix(f"{prefix}.") for name in packed if "qweight" in name]
+        if isinstance(layer, RoutedExperts):
+            return self._experts(layer, prefix, packed)
+        if packed:
             raise ConfigError(
                 f"bitlab: {prefix} must be a linear layer to be served packed, "
                 f"got {type(layer).__name__}\nRun `bitlab serve FOLDER --with-transformers`."
@@ -105,6 +129,21 @@ class BitLabVllmConfig(QuantizationConfig):
                     "\nThe file is incomplete; fetch or write it again."
                 )
         return TernaryLinearMethod(layers, norms)
+
+    def _experts(self, layer: Any, prefix: str, packed: list[str]) -> QuantizeMethodBase | None:
+        kept_whole = f"{prefix}.{_EXPERTS[0]}" in self.stored
+        # vLLM passes over float experts whose names it does not know.
+        if not packed and (not kept_whole or layer.ckpt_gate_proj_name == "gate_proj"):
+            return None
+        if {name.partition("_qweight")[0] for name in packed} != set(_EXPERTS):
+            raise ConfigError(
+                f"bitlab: {prefix} must hold {' and '.join(_EXPERTS)} of all experts, packed, to "
+                f"be served, got {next(iter(packed), 'float ones')}\n"
+                "Run `bitlab serve FOLDER --with-transformers`."
+            )
+        module = self.stored[f"{prefix}.{packed[0]}"][0].rpartition(".")[0]
+        configs = [self.scheme.layer_config(module, f"{module}.{name}") for name in _EXPERTS]
+        return TernaryExpertsMethod(layer.moe_config, module, *configs)
 
     def _vocabulary(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """An embedding or an output head, which may be tied to it and then has no tensors."""

@@ -64,8 +64,8 @@ class TernaryPart(Part):
         self.qweight = nn.Parameter(qweight, requires_grad=False)
         # A buffer would be rounded along with the model; so is no parameter of vLLM's.
         self.scale = nn.Parameter(scale, requires_grad=False)
-        self.multiplier = _optional(multiplier)
-        self.norm = _optional(norm)
+        self.multiplier = optional(multiplier)
+        self.norm = optional(norm)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See `Part`."""
@@ -83,5 +83,6 @@ class TernaryPart(Part):
         return y
 
 
-def _optional(tensor: Tensor | None) -> nn.Parameter | None:
+def optional(tensor: Tensor | None) -> nn.Parameter | None:
+    """Returns a constant as a parameter, which vLLM neither rounds nor saves as a buffer."""
     return None if tensor is None else nn.Parameter(tensor, requires_grad=False)

@@ -15,7 +15,8 @@ from bitcore.errors import ConfigError
 
 METHOD = "bitlab"
 # The highest that is read.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_EXPERTS = (None, "keep", "ternary")
 _HEADS = ("keep", "int8", "ternary")
 _LAYERS = ("BitLinear", "RMSNormBitLinear")
 # How packed weights came about says nothing of how they are multiplied, and may name an estimator
@@ -74,13 +75,6 @@ class Scheme:
             raise ConfigError(
                 f"bitlab: format_version must be an int of at least 1, got {version!r}"
             )
-        # Before the version, which is a higher one for their sake.
-        _check(
-            "experts",
-            config.get("experts"),
-            (None, "keep"),
-            "Run `bitlab serve FOLDER --with-transformers`.",
-        )
         if version > FORMAT_VERSION:
             raise ConfigError(
                 f"bitlab: format_version must be at most {FORMAT_VERSION} to be served, got "
@@ -101,6 +95,7 @@ class Scheme:
             _LAYERS,
             "vLLM runs no layers of your own: `bitlab serve FOLDER --with-transformers`.",
         )
+        _check("experts", config.get("experts"), _EXPERTS)
         head = config.get("head", "keep")
         _check("head", head, _HEADS)
         overrides = config.get("overrides") or {}
@@ -119,17 +114,18 @@ class Scheme:
             scheme._config("quantization_config", {**base, **values})
         return scheme
 
-    def layer_config(self, name: str) -> BitQuantConfig:
-        """Returns how a layer is quantized, by the checkpoint's name of it.
+    def layer_config(self, *names: str) -> BitQuantConfig:
+        """Returns how a layer is quantized, by the checkpoint's name of it; of experts, by those of
+        their module and of the tensor.
 
         Raises:
             ConfigError: It cannot be served.
         """
         values = dict(self.base)
         for pattern, override in self.overrides.items():
-            if fnmatch.fnmatchcase(name, pattern):
+            if any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 values.update(override)
-        return self._config(name, values)
+        return self._config(names[-1], values)
 
     def _config(self, name: str, values: dict[str, Any]) -> BitQuantConfig:
         values = {field: value for field, value in values.items() if field != "weight_quantizer"}

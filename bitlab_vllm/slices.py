@@ -7,7 +7,7 @@ quarters, so rows are cut out and joined as codes, and packed again, once, while
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,40 +126,17 @@ def take(part: Slice, config: BitQuantConfig, tensors: dict[str, Tensor]) -> Cod
         ConfigError: The columns end within a group.
     """
     rows, columns = part.shape
-    groups = columns // (config.group_size or columns)
-    two_levels = config.granularity == "per_group"
-    shapes: dict[str, tuple[torch.dtype, list[int]]] = {
-        "qweight": (torch.uint8, [(rows + 3) // 4, columns]),
-        "qweight_scale": (
-            torch.float32,
-            {"per_tensor": [1], "per_group_float32": [rows, groups]}.get(
-                config.granularity, [rows]
-            ),
-        ),
-    }
-    if two_levels:
-        shapes["qweight_multiplier"] = (torch.uint8, [rows, groups])
-    for leaf, (dtype, shape) in shapes.items():
-        found = tensors.get(leaf)
-        if found is None:
-            raise CheckpointError(
-                f"{part.name}.{leaf} must be in the checkpoint, got none\n{_DAMAGED}"
-            )
-        if found.dtype != dtype or list(found.shape) != shape:
-            raise CheckpointError(
-                f"{part.name}.{leaf} must be {dtype} {shape}, got {found.dtype} "
-                f"{list(found.shape)}\n{_DAMAGED}"
-            )
-    _check_values(part.name, tensors)
+    per_tensor = config.granularity == "per_tensor"
+    check_stored(f"{part.name}.", layout(config, (rows,), columns, per_tensor), tensors)
     start, stop = part.columns
     qweight = tensors["qweight"][:, start:stop].contiguous()
     codes = part.take_rows(unpack_ternary(qweight, rows))
     scale = tensors["qweight_scale"]
-    if config.granularity == "per_tensor":
+    if per_tensor:
         scale = scale.expand(rows)
     if config.group_size is None:
         return Codes(codes, part.take_rows(scale), None)
-    if two_levels:
+    if config.granularity == "per_group":
         multiplier = part.take_rows(_group_columns(part, config, tensors["qweight_multiplier"]))
         return Codes(codes, part.take_rows(scale), multiplier)
     return Codes(codes, part.take_rows(_group_columns(part, config, scale)), None)
@@ -183,18 +160,63 @@ def _group_columns(part: Slice, config: BitQuantConfig, groups: Tensor) -> Tenso
     return groups[:, start // size : stop // size].contiguous()
 
 
-def _check_values(name: str, tensors: dict[str, Tensor]) -> None:
+def layout(
+    config: BitQuantConfig, rows: tuple[int, ...], columns: int, one_scale: bool = False
+) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """Returns dtype and shape of each tensor of stored matrices, by the end of its name.
+
+    Args:
+        config: How they are quantized.
+        rows: N, or E and N of the matrices of E experts.
+        columns: K.
+        one_scale: Whether a matrix has one scale in all, and not one a row or group.
+    """
+    *several, count = rows
+    groups = columns // (config.group_size or columns)
+    two_levels = config.granularity == "per_group"
+    by_group = [*rows, groups]
+    scale = by_group if config.group_size and not two_levels else list(rows)
+    found = {
+        "qweight": (torch.uint8, [*several, (count + 3) // 4, columns]),
+        "qweight_scale": (torch.float32, [*several, 1] if one_scale else scale),
+    }
+    return found | ({"qweight_multiplier": (torch.uint8, by_group)} if two_levels else {})
+
+
+def check_stored(
+    stem: str, wanted: Mapping[str, tuple[torch.dtype, list[int]]], tensors: Mapping[str, Tensor]
+) -> None:
+    """Checks the tensors of stored matrices.
+
+    Args:
+        stem: What the names of the tensors begin with.
+        wanted: See `layout`.
+        tensors: By the ends of their names.
+
+    Raises:
+        CheckpointError: One is missing, has another shape or dtype, or holds values that no writer
+            gives.
+    """
+    for leaf, (dtype, shape) in wanted.items():
+        found = tensors.get(leaf)
+        if found is None:
+            raise CheckpointError(f"{stem}{leaf} must be in the checkpoint, got none\n{_DAMAGED}")
+        if found.dtype != dtype or list(found.shape) != shape:
+            raise CheckpointError(
+                f"{stem}{leaf} must be {dtype} {shape}, got {found.dtype} {list(found.shape)}\n"
+                f"{_DAMAGED}"
+            )
     if has_invalid_code(tensors["qweight"]):
-        raise CheckpointError(f"{name}.qweight must hold the codes 0, 1 and 2, got 3\n{_DAMAGED}")
+        raise CheckpointError(f"{stem}qweight must hold the codes 0, 1 and 2, got 3\n{_DAMAGED}")
     scale = tensors["qweight_scale"]
     if not bool(((scale > 0) & torch.isfinite(scale)).all()):
         raise CheckpointError(
-            f"{name}.qweight_scale must be finite and positive, got other values\n{_DAMAGED}"
+            f"{stem}qweight_scale must be finite and positive, got other values\n{_DAMAGED}"
         )
     multiplier = tensors.get("qweight_multiplier")
     if multiplier is not None and int(multiplier.max()) > 127:
         raise CheckpointError(
-            f"{name}.qweight_multiplier must be from 0 to 127, got {int(multiplier.max())}\n"
+            f"{stem}qweight_multiplier must be from 0 to 127, got {int(multiplier.max())}\n"
             f"{_DAMAGED}"
         )
 

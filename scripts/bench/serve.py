@@ -3,18 +3,22 @@
     python scripts/bench/serve.py --vllm ~/vllm --model path/to/a/float/model
     python scripts/bench/serve.py --vllm ~/vllm --quick     # the model that ships with BitLab
 
-Packs the model without training (as fast as a trained one, and as wordy), starts each server in
-turn, and asks 1, 8 and 32 questions at once, streamed and greedy. Writes serve.json and serve.md.
+Packs the model without training (as fast as a trained one, and as wordy) unless --ternary names a
+deployed one. Starts each server in turn, and has the same questions asked by 1, 8 and 32 clients at
+once, streamed and greedy. Writes serve.json after each row, and serve.md at the end; run again with
+the same arguments, it goes on where it was stopped.
 
-First token, between tokens: seconds, p50 and p95 over all answers of a round. Memory: resident, of
-all processes, after the largest round. Equal: answers that are those of the same server asked one
-by one, and of transformers' `generate`. A ternary model is float32 beside its packed weights, so
+First token, between tokens: seconds, p50 and p95 over all answers. Memory: of all of the server's
+processes, pages that several share counted once, after the row's questions. Equal: answers that are
+those of the same server with one client. A ternary model is float32 beside its packed weights, so
 that equal sums give equal tokens; a dense one is bfloat16, whose tokens can depend on the batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,7 @@ import numpy as np
 import torch
 from common import Disturbance, Grid, Target, close, header
 from rich.console import Console
-from serve_load import Answer, Server, running
+from serve_load import Server, running
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitlab_hf import BitLabConfig, save
@@ -31,9 +35,12 @@ from bitlab_hf import BitLabConfig, save
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "bitlab_hf/demo/model"
 COLUMNS = [
-    "server", "streams", "tok/s", "first p50", "first p95", "between p50", "between p95", "memory",
-    "errors", "= alone", "= generate",
+    "server", "clients", "tok/s", "first p50", "first p95", "between p50", "between p95", "memory",
+    "errors", "= one client",
 ]  # fmt: skip
+# Enough for 32 clients; transformers would take most of the memory.
+PAGES = ["--cb-block-size", "32", "--cb-num-blocks", "512", "--cb-max-batch-tokens", "256"]
+CONTEXT = ["--max-model-len", "1024"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,14 +50,19 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--vllm", type=Path, required=True, help="vLLM's environment")
     parser.add_argument("--model", type=Path, default=DEMO, help="a float model with a tokenizer")
-    parser.add_argument("--streams", type=int, nargs="+", help="default: 1 8 32; quick: 1 4")
-    parser.add_argument("--tokens", type=int, help="of each answer; default 64, quick 16")
-    parser.add_argument("--servers", nargs="+", help="only these, by the beginning of their names")
+    parser.add_argument("--ternary", type=Path, help="the same, deployed; default: packed here")
+    parser.add_argument("--clients", type=int, nargs="+", help="default: 1 8 32; quick: 1 4")
+    parser.add_argument("--questions", type=int, help="in all; default 32, quick 4")
+    parser.add_argument("--tokens", type=int, help="of each answer; default 48, quick 8")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each server")
+    parser.add_argument("--servers", nargs="+", help="only these, by their whole names")
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
     parser.add_argument("--output", type=Path, default=Path("serve.json"))
     given = parser.parse_args()
-    given.streams = given.streams or ([1, 4] if given.quick else [1, 8, 32])
-    given.tokens = given.tokens or (16 if given.quick else 64)
+    # The answers to one client come first: the others' are compared with them.
+    given.clients = sorted({1, *(given.clients or ([4] if given.quick else [8, 32]))})
+    given.questions = given.questions or (4 if given.quick else 32)
+    given.tokens = given.tokens or (8 if given.quick else 48)
     return given
 
 
@@ -72,19 +84,6 @@ def pack(source: Path, folder: Path) -> Path:
     return folder
 
 
-def generated(folder: Path, given: list[str], tokens: int) -> list[str]:
-    """What plain `generate` continues each prompt with."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = []
-    for prompt in given:
-        ids = tokenizer(prompt, return_tensors="pt")
-        out = model.generate(**ids, max_new_tokens=tokens, do_sample=False)[0]
-        start = ids["input_ids"].shape[1]
-        texts.append(str(tokenizer.decode(out[start:], skip_special_tokens=True)))
-    return texts
-
-
 def percentiles(values: list[float]) -> tuple[float, float]:
     """The 50th and the 95th."""
     if not values:
@@ -94,41 +93,117 @@ def percentiles(values: list[float]) -> tuple[float, float]:
 
 
 def measure(
-    server: Server, given: list[str], tokens: int, count_tokens: Any, alone: list[str]
+    server: Server, asked: list[str], clients: int, tokens: int, count_tokens: Any
 ) -> dict[str, Any]:
-    """One round of questions at once."""
-    answers, seconds = server.ask_all(given, tokens)
+    """All questions, asked by so many clients."""
+    answers, seconds = server.ask_all(asked, clients, tokens)
     first = [one.times[0] for one in answers if one.times]
     between = [float(gap) for one in answers for gap in np.diff(one.times)]
     return {
-        "streams": len(given),
-        "tokens_per_second": sum(count_tokens(one.text) for one in answers) / seconds,
+        "clients": clients,
+        "seconds": seconds,
+        "tokens": sum(count_tokens(one.text) for one in answers),
         "first": percentiles(first),
         "between": percentiles(between),
         "memory": server.memory(),
         "errors": [one.error for one in answers if one.error],
-        "alone": equal(answers, alone),
         "texts": [one.text for one in answers],
     }
 
 
-def equal(answers: list[Answer], texts: list[str]) -> int:
-    """How many whole answers have the text at their place."""
-    return sum(
-        not one.error and one.text == text for one, text in zip(answers, texts, strict=False)
-    )
+def equal(answers: list[str], texts: list[str]) -> int:
+    """How many answers are the text at their place."""
+    return sum(bool(one) and one == text for one, text in zip(answers, texts, strict=True))
 
 
-def row(name: str, found: dict[str, Any], reference: list[str]) -> list[str]:
+def row(name: str, found: dict[str, Any], alone: dict[str, Any]) -> list[str]:
     """A line of the table."""
-    count = found["streams"]
-    same = sum(a == b for a, b in zip(found["texts"], reference, strict=False))
     figures = [f"{value:.3f} s" for value in (*found["first"], *found["between"])]
+    same = f"{equal(found['texts'], alone['texts'])}/{len(found['texts'])}"
     return [
-        name, str(count), f"{found['tokens_per_second']:.1f}", *figures,
-        f"{found['memory'] / 1e9:.2f} GB", str(len(found["errors"])), f"{found['alone']}/{count}",
-        f"{same}/{count}",
+        name, str(found["clients"]), f"{found['tokens'] / found['seconds']:.1f}", *figures,
+        f"{found['memory'] / 1e9:.2f} GB", str(len(found["errors"])),
+        "-" if found["clients"] == 1 else same,
     ]  # fmt: skip
+
+
+class Results:
+    """What has been measured, in a file that is written whole after each row.
+
+    Args:
+        path: The file; what it holds of the same settings is taken over.
+        settings: What rows have to have in common.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self._path, self._settings = path, settings
+        self.servers: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            held = json.loads(path.read_text())
+            if held.get("settings") == settings:
+                self.servers = held["servers"]
+
+    def missing(self, server: str, clients: list[int]) -> list[int]:
+        """The rows of a server that are to be measured."""
+        return [many for many in clients if str(many) not in self.servers.get(server, {})]
+
+    def add(self, server: str, found: dict[str, Any]) -> None:
+        """Keeps a row."""
+        self.servers.setdefault(server, {})[str(found["clients"])] = found
+        beside = self._path.with_name(f".{self._path.name}.part")
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        beside.replace(self._path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the file holds."""
+        return {"settings": self._settings, "servers": self.servers}
+
+    def rows(self) -> list[list[str]]:
+        """The lines of the table."""
+        return [
+            row(name, found, rounds["1"])
+            for name, rounds in self.servers.items()
+            for found in rounds.values()
+        ]
+
+    def errors(self) -> int:
+        """How many answers failed in all."""
+        return sum(
+            len(one["errors"]) for rounds in self.servers.values() for one in rounds.values()
+        )
+
+
+def servers_of(given: argparse.Namespace, ternary: Path) -> dict[str, tuple[Path, list[str]]]:
+    """The model and the options of ``bitlab serve`` for each server."""
+    through = ["--vllm", str(given.vllm)]
+    # Compiling takes longer than all that is asked in a quick run.
+    options = [*CONTEXT, *(["--enforce-eager"] if given.quick else [])]
+    by_itself = ["--with-transformers", "--"]
+    servers = {
+        "vLLM, ternary": (ternary, [*through, "--", *options]),
+        "vLLM, dense bfloat16": (given.model, [*through, "--", "--dtype", "bfloat16", *options]),
+        "transformers, ternary": (ternary, [*by_itself, "--device", "cpu"]),
+        "transformers, ternary, continuous batching": (
+            ternary, [*by_itself, "--device", "cpu", "--continuous-batching", *PAGES],
+        ),
+    }  # fmt: skip
+    return {name: how for name, how in servers.items() if name in (given.servers or servers)}
+
+
+def ask(
+    given: argparse.Namespace, name: str, server: Server, asked: list[str], results: Results
+) -> None:
+    """Measures the rows of one server that are missing."""
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    # The first answers pay for what is made once, for one question and for many.
+    server.ask_all(asked[:2], 2, 2)
+    for clients in results.missing(name, given.clients):
+        results.add(name, measure(server, asked, clients, given.tokens, count_tokens))
 
 
 def main() -> None:
@@ -136,48 +211,27 @@ def main() -> None:
     given, console = parse_arguments(), Console()
     result: dict[str, Any] = header(console, "bench/serve.py")
     disturbance = Disturbance()
-    asked = prompts(max(given.streams))
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-
-    def count_tokens(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    grid, result["servers"] = Grid("Servers under load", COLUMNS), {}
+    asked = prompts(given.questions)
+    settings = {
+        "machine": result["machine"]["cpu"], "model": str(given.model), "tokens": given.tokens,
+        "ternary": str(given.ternary), "threads": given.threads, "quick": given.quick,
+        "prompts": asked,
+    }  # fmt: skip
+    results = Results(given.output, settings)
     with tempfile.TemporaryDirectory() as work:
-        ternary = pack(given.model, Path(work) / "ternary")
-        through = ["--vllm", str(given.vllm)]
-        servers: dict[str, tuple[Path, list[str]]] = {
-            "vLLM, ternary": (ternary, through),
-            "vLLM, dense bfloat16": (given.model, [*through, "--", "--dtype", "bfloat16"]),
-            "transformers, ternary": (ternary, ["--with-transformers"]),
-            "transformers, ternary, continuous batching": (
-                ternary, ["--with-transformers", "--", "--continuous-batching"],
-            ),
-        }  # fmt: skip
-        if given.servers:
-            servers = {
-                name: how for name, how in servers.items() if name.startswith(tuple(given.servers))
-            }
-        references = {
-            folder: generated(folder, asked, given.tokens)
-            for folder in {folder for folder, _ in servers.values()}
-        }
-        for name, (folder, options) in servers.items():
+        wanted = servers_of(given, given.ternary or Path(work) / "ternary")
+        wanted = {name: how for name, how in wanted.items() if results.missing(name, given.clients)}
+        if given.ternary is None and wanted:
+            pack(given.model, Path(work) / "ternary")
+        for name, (folder, options) in wanted.items():
             console.print(f"{name} ...")
             log = given.output.with_name(f"serve-{name.replace(', ', '-').replace(' ', '-')}.log")
-            with running(folder, options, log) as server:
-                # The first answer pays for what is made once.
-                server.ask(asked[0], given.tokens)
-                alone = [server.ask(prompt, given.tokens).text for prompt in asked]
-                rounds = [
-                    measure(server, asked[:count], given.tokens, count_tokens, alone)
-                    for count in given.streams
-                ]
-            result["servers"][name] = rounds
-            grid.rows += [row(name, found, references[folder]) for found in rounds]
+            with running(folder, options, log, given.threads) as server:
+                ask(given, name, server, asked, results)
+    grid = Grid("Servers under load", COLUMNS, results.rows())
     grid.show(console)
-    errors = sum(len(one["errors"]) for rounds in result["servers"].values() for one in rounds)
-    targets = [Target("errors: 0", float(errors), 0.0, at_least=False, unit="")]
+    targets = [Target("errors: 0", float(results.errors()), 0.0, at_least=False, unit="")]
+    result |= results.to_dict()
     close(console, result, [grid], targets, disturbance, given.output, for_vnni=False)
 
 

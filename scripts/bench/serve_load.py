@@ -9,14 +9,16 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from bitcore.kernels.native import library_path
 
 # A server may compile first.
 _START_SECONDS = 1800
@@ -82,37 +84,35 @@ class Server:
             connection.close()
         return answer
 
-    def ask_all(self, prompts: Sequence[str], tokens: int) -> tuple[list[Answer], float]:
-        """Asks all prompts at once; returns the answers and the seconds until the last has come."""
-        answers = [Answer()] * len(prompts)
-
-        def ask(index: int) -> None:
-            answers[index] = self.ask(prompts[index], tokens)
-
-        threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(prompts))]
+    def ask_all(
+        self, prompts: Sequence[str], clients: int, tokens: int
+    ) -> tuple[list[Answer], float]:
+        """Asks all prompts, by so many clients at once, each of which takes the next when it has
+        its answer; returns the answers and the seconds until the last has come.
+        """
         started = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(clients) as pool:
+            answers = list(pool.map(lambda prompt: self.ask(prompt, tokens), prompts))
         return answers, time.perf_counter() - started
 
     def memory(self) -> int:
-        """Resident bytes of all processes of the server, shared pages counted once each process."""
+        """Bytes of all processes of the server, a page that several share divided among them."""
         total = 0
-        for status in Path("/proc").glob("[0-9]*/stat"):
+        for folder in Path("/proc").glob("[0-9]*"):
             try:
-                fields = status.read_text().rpartition(")")[2].split()
+                group = int((folder / "stat").read_text().rpartition(")")[2].split()[2])
+                lines = (folder / "smaps_rollup").read_text() if group == self.group else ""
             except OSError:
-                # It has ended meanwhile.
+                # It has ended meanwhile, or is another user's.
                 continue
-            if int(fields[2]) == self.group:
-                total += int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+            total += sum(
+                int(line.split()[1]) * 1024 for line in lines.splitlines() if line[:4] == "Pss:"
+            )
         return total
 
 
 @contextmanager
-def running(model: Path, options: Sequence[str], log: Path) -> Iterator[Server]:
+def running(model: Path, options: Sequence[str], log: Path, threads: int) -> Iterator[Server]:
     """Runs ``bitlab serve`` with these options on a free port until the block ends.
 
     Raises:
@@ -123,8 +123,20 @@ def running(model: Path, options: Sequence[str], log: Path) -> Iterator[Server]:
         port = int(probe.getsockname()[1])
     bitlab = Path(sys.executable).with_name("bitlab")
     command: list[Any] = [bitlab, "serve", model, "--port", str(port), *options]
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        # vLLM's environment can hold BitLab without its libraries.
+        "BITLAB_LIBRARY_DIR": str(library_path("cpu").parent),
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
     server = Server(port, str(model), process.pid)
     try:
         end = time.monotonic() + _START_SECONDS

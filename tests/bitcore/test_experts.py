@@ -258,7 +258,12 @@ def test_compiled_without_a_graph_break() -> None:
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for tokens in (3, 5):
         x, index = torch.randn(tokens, 128), draw(tokens, 2, 4)
+        # One graph for any number of tokens, or an error.
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(index, 0)
         assert torch.equal(compiled(x, index), run(x, index))
+    with pytest.raises(ArgumentError, match="index must have as many entries for each of 3 tokens"):
+        compiled(torch.randn(3, 128), draw(4, 1, 4))
 
 
 @pytest.mark.parametrize("counts", [[1, 70, 0, 3, 24, 9], [4, 4, 4, 4, 4, 4]])

@@ -19,10 +19,14 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from bitlab_hf import BitLabConfig, save
@@ -44,6 +48,8 @@ SIZES: dict[str, Any] = {
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}
 GROUPS = {"weight_granularity": "per_group", "group_size": 64}
 NORMS = {"sub_norm": ["o_proj", "down_proj"]}
+
+EXPERTS = {"moe_intermediate_size": 128, "num_experts_per_tok": 3}
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,42 @@ CASES = {
     "phi3-groups": Case(Phi3Config, {}, GROUPS),
     "bitnet": Case(LlamaConfig, {}, {**NORMS, "weight_granularity": "per_channel"}),
     "bitnet-all": Case(LlamaConfig, {}, {"sub_norm": ["*_proj"], "weight_quantizer": "absmax"}),
+    # Two ranks have three experts each, and two: a token's are on both.
+    "qwen3-moe": Case(
+        Qwen3MoeConfig,
+        {**EXPERTS, "head_dim": 32, "num_experts": 6, "norm_topk_prob": True},
+        {**GROUPS, "head": "int8", "overrides": {"*.gate_up_proj": {"group_size": 128}}},
+    ),
+    "mixtral": Case(
+        MixtralConfig,
+        {"intermediate_size": 132, "num_local_experts": 5},
+        {"weight_granularity": "per_channel", "head": "int8"},
+    ),
+    "mixtral-float": Case(
+        MixtralConfig,
+        {"intermediate_size": 128, "num_local_experts": 5},
+        {"weight_granularity": "per_channel", "experts": "keep"},
+    ),
+    "olmoe": Case(OlmoeConfig, {"num_experts": 5, "num_experts_per_tok": 2}),
+    "qwen2-moe": Case(
+        # A shared expert beside the others, and a layer without any.
+        Qwen2MoeConfig,
+        {
+            **EXPERTS,
+            "num_experts": 5,
+            "shared_expert_intermediate_size": 192,
+            "mlp_only_layers": [0],
+        },
+        {**GROUPS, "group_scale_dtype": "float32"},
+    ),
+    "experts-weights": Case(
+        Qwen3MoeConfig,
+        {**EXPERTS, "head_dim": 32, "num_experts": 6, "norm_topk_prob": True},
+        {"activation_dtype": "float32"},
+    ),
+    "experts-float": Case(
+        Qwen3MoeConfig, {**EXPERTS, "head_dim": 32, "num_experts": 6}, {"experts": "keep"}
+    ),
     "qwen2-weights": Case(Qwen2Config, {}, {**GROUPS, "activation_dtype": "float32"}),
 }
 

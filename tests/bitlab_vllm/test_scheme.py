@@ -52,11 +52,11 @@ def test_layers_are_read_as_bitlab_hf_reads_them(fields: dict[str, Any]) -> None
     [
         (
             {"format_version": 9},
-            "at most 2 to be served, got 9: .*newer BitLab\nRun `pip install --upgrade --no-deps",
+            "at most 3 to be served, got 9: .*newer BitLab\nRun `pip install --upgrade --no-deps",
         ),
         (
-            {"format_version": 3, "experts": "ternary"},
-            "experts must be one of .*'keep'.* got 'ternary'\nRun `bitlab serve FOLDER --with",
+            {"format_version": 3, "experts": "int4"},
+            "experts must be one of .*'keep', 'ternary'.* got 'int4'",
         ),
         ({"format_version": None}, "format_version must be an int"),
         ({"format_version": True}, "format_version must be an int"),
@@ -78,6 +78,18 @@ def test_layers_are_read_as_bitlab_hf_reads_them(fields: dict[str, Any]) -> None
 def test_what_cannot_be_served_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         Scheme.from_dict({**written(), **change})
+
+
+def test_experts_are_named_by_their_module_or_their_tensor() -> None:
+    overrides = {"*.experts": GROUPS, "*.experts.down_proj": {**GROUPS, "group_size": 128}}
+    config = written(experts="ternary", overrides=overrides)
+    scheme, ours = Scheme.from_dict(config), BitLabConfig.from_dict(config)
+    found = []
+    for name in ("gate_up_proj", "down_proj"):
+        names = "model.layers.0.mlp.experts", f"model.layers.0.mlp.experts.{name}"
+        assert scheme.layer_config(*names) == ours.layer_config(*names)
+        found.append(scheme.layer_config(*names).group_size)
+    assert found == [64, 128]
 
 
 def test_an_estimator_that_is_not_registered_is_no_obstacle() -> None:

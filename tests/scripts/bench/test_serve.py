@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -20,7 +20,17 @@ BENCH = Path(__file__).parents[3] / "scripts/bench"
 class Handler(BaseHTTPRequestHandler):
     """Streams the prompt's words, one every 50 ms; a prompt of "bad" is an error."""
 
+    active: ClassVar[list[int]] = [0]
+    lock = threading.Lock()
+
     def do_POST(self) -> None:
+        with self.lock:
+            self.active.append(self.active[-1] + 1)
+        self.answer()
+        with self.lock:
+            self.active.append(self.active[-1] - 1)
+
+    def answer(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         prompt = body["prompt"]
         self.send_response(500 if prompt == "bad" else 200)
@@ -64,23 +74,65 @@ def port() -> Iterator[int]:
     thread.join()
 
 
+QUESTIONS = ["one two three", "four", "bad", "five cut six"]
+
+
+def count(text: str) -> int:
+    return len(text.split())
+
+
 def test_a_round(modules: tuple[Any, Any], port: int) -> None:
     serve, load = modules
     server = load.Server(port, "model", os.getpgid(0))
-    given = ["one two three", "four", "bad", "five cut six"]
-    alone = ["one two ", "another", "", "five cut "]
-    found = serve.measure(server, given, 2, lambda text: len(text.split()), alone)
+    found = serve.measure(server, QUESTIONS, 3, 2, count)
     assert found["texts"] == ["one two ", "four ", "", "five cut "]
     assert [error[:3] for error in found["errors"]] == ["500", "JSO"]
-    assert found["alone"] == 1
     assert found["first"][0] == pytest.approx(0.05, abs=0.5)
     assert found["first"][0] >= 0.05
-    assert found["between"][0] >= 0.04
-    assert 0 < found["tokens_per_second"] < 5 / 0.1
+    # A client that gets to read late has two pieces at once.
+    assert 0 < found["between"][0] <= found["between"][1]
+    assert found["tokens"] == 5
+    assert found["seconds"] >= 0.1
     assert found["memory"] > 10**7
-    line = serve.row("name", found, ["one two ", "four ", "x", "y"])
-    assert line[:2] == ["name", "4"]
-    assert line[-3:] == ["2", "1/4", "2/4"]
+    alone = {"texts": ["one two ", "another", "", "five cut "]}
+    line = serve.row("name", found, alone)
+    assert line[:2] == ["name", "3"]
+    # Nothing is no answer.
+    assert line[-2:] == ["2", "2/4"]
+
+
+@pytest.mark.parametrize("clients", [1, 3])
+def test_so_many_clients_ask_at_once(
+    modules: tuple[Any, Any], port: int, clients: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Handler, "active", [0])
+    server = modules[1].Server(port, "model", os.getpgid(0))
+    answers, seconds = server.ask_all(["a b c d e f"] * 6, clients, 6)
+    assert [one.text for one in answers] == ["a b c d e f "] * 6
+    assert max(Handler.active) <= clients
+    assert max(Handler.active) > 1 or clients == 1
+    assert seconds >= 6 * 6 * 0.05 / clients
+
+
+def test_a_run_goes_on_where_it_was_stopped(modules: tuple[Any, Any], tmp_path: Path) -> None:
+    serve, path = modules[0], tmp_path / "new/serve.json"
+    results = serve.Results(path, {"tokens": 2})
+    assert results.missing("a", [1, 8]) == [1, 8]
+    found = {
+        "clients": 1, "seconds": 2.0, "tokens": 5, "first": (0.1, 0.2), "between": (0.1, 0.2),
+        "memory": 10**9, "errors": ["x"], "texts": ["y", "z"],
+    }  # fmt: skip
+    results.add("a", found)
+    results.add("a", {**found, "clients": 8, "texts": ["y", "other"]})
+    again = serve.Results(path, {"tokens": 2})
+    assert again.missing("a", [1, 8, 32]) == [32]
+    assert again.missing("b", [1]) == [1]
+    assert again.errors() == 2
+    assert [line[-1] for line in again.rows()] == ["-", "1/2"]
+    assert again.rows()[0][:5] == ["a", "1", "2.5", "0.100 s", "0.200 s"]
+    # Of other questions nothing is taken over.
+    assert serve.Results(path, {"tokens": 3}).missing("a", [1, 8]) == [1, 8]
+    assert [file.name for file in path.parent.iterdir()] == ["serve.json"]
 
 
 def test_a_server_that_is_gone_is_an_error(modules: tuple[Any, Any]) -> None:
