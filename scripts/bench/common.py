@@ -77,6 +77,20 @@ def header(console: Console, script: str) -> dict[str, Any]:
     return found
 
 
+def device_words() -> str:
+    """Returns the GPU in words."""
+    found = torch.cuda.get_device_properties(0)
+    return f"{found.name}, {found.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes beside the file and renames, so that a killed run leaves whole files only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(value, indent=1) + "\n")
+    beside.replace(path)
+
+
 class Probe:
     """The limits of the machine, measured by `probe.cpp` on torch's OpenMP threads.
 
@@ -235,8 +249,7 @@ def close(
     if for_vnni and not result["machine"]["vnni"]:
         console.print("The targets are stated for machines with VNNI; this CPU has none.")
     result["targets"] = [target.to_dict() for target in targets]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(output, result)
     markdown = "\n".join(grid.markdown() for grid in (*grids, closing))
     output.with_suffix(".md").write_text(markdown)
 

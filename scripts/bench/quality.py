@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Grid, header, pyplot
+from common import Grid, header, pyplot, write_json
 from generate import weight_files
 from quality_methods import load_float
-from quality_model import write_json
 from quality_rows import LENGTH, ROWS, Costs, make
 from quality_tasks import Tasks, make_tasks, pack_blocks, read_articles, score
 from rich.console import Console

@@ -7,9 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from common import pyplot
+from common import pyplot, write_json
 from quality_methods import METHODS, POST_TRAINING
-from quality_model import write_json
 from rich.console import Console
 
 Rows = dict[str, dict[str, Any]]

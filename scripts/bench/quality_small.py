@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Disturbance, header
+from common import Disturbance, header, write_json
 from quality_methods import METHODS, POST_TRAINING, load_float, load_post_training, train
-from quality_model import nats, pretrain, write_json
+from quality_model import nats, pretrain
 from quality_report import summarize, write_report
 from quality_text import DOMAINS, PARTS, load_domain
 from rich.console import Console

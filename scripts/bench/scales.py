@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Grid, header
+from common import Grid, header, write_json
 from generate import run_worker, weight_files
-from quality_model import nats, write_json
+from quality_model import nats
 from quality_tasks import pack_blocks, read_articles
 from rich.console import Console
 from safetensors.torch import load_file
