@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import shlex
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from results import write_json
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -81,14 +81,6 @@ def device_words() -> str:
     """Returns the GPU in words."""
     found = torch.cuda.get_device_properties(0)
     return f"{found.name}, {found.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes beside the file and renames, so that a killed run leaves whole files only."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
-    beside.replace(path)
 
 
 class Probe:

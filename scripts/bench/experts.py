@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Disturbance, Grid, Probe, Target, close, device_words, header, write_json
+from common import Disturbance, Grid, Probe, Target, close, device_words, header
 from cuda_sides import Bench, ceilings
 from experts_sides import Geometry, Layer, check, geometries
 from ggml_peer import Ggml
+from results import write_json
 from rich.console import Console
 from torch import Tensor
 

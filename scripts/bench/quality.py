@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Grid, header, pyplot, write_json
+from common import Grid, header, pyplot
 from generate import weight_files
 from quality_methods import load_float
 from quality_rows import LENGTH, ROWS, USUAL, Costs, make
 from quality_tasks import Tasks, make_tasks, pack_blocks, read_articles, score
+from results import write_json
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer

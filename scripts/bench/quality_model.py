@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import write_json
 from quality_text import VOCABULARY, Domain
+from results import write_json
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 

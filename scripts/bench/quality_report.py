@@ -7,8 +7,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from common import pyplot, write_json
+from common import pyplot
 from quality_methods import METHODS, POST_TRAINING
+from results import write_json
 from rich.console import Console
 
 Rows = dict[str, dict[str, Any]]

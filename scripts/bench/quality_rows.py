@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import write_json
 from quality_methods import auto_bitlinear, load_bitlab, load_float
+from results import write_json
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Disturbance, Grid, Target, close, device_words, header, pyplot, write_json
+from common import Disturbance, Grid, Target, close, device_words, header, pyplot
+from results import write_json
 from rich.console import Console
 from rich.progress import Progress
 from train_block import (
