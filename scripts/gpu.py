@@ -66,6 +66,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=9, help="of all parts together (9)")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument(
+        "--installed", action="store_true", help="build no library, use what is here"
+    )
     parser.add_argument("--models", type=Path, help="scripts/real_models.py's folder, for quality")
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="two files: out/gpu")
     parser.add_argument("--work", type=Path, default=Path("out/gpu-work"), help="may be lost")
@@ -176,21 +179,22 @@ class Runner:
 
 
 def environment_of(visit: Visit) -> dict[str, str]:
-    """Returns the environment of the parts: the libraries that were built here, if they were."""
+    """Returns the environment of the parts: with the libraries that are measured."""
     found = dict(os.environ)
     if not visit.on_gpu:
         found[HOST_LIBRARY_VARIABLE] = str(host_library(visit.work))
-    elif (visit.work / "libraries" / "libbitkernels_cuda.so").is_file():
+    elif not visit.installed:
         found["BITLAB_LIBRARY_DIR"] = str(visit.work / "libraries")
     return found
 
 
 def has_library(visit: Visit) -> bool:
-    """Whether there are kernels to measure: built here, or installed."""
+    """Whether there are kernels to measure."""
     from bitcore.kernels.native import library_path
 
+    installed = library_path("bitkernels_cuda")
     built = visit.work / "libraries" / "libbitkernels_cuda.so"
-    return not visit.on_gpu or built.is_file() or library_path("bitkernels_cuda").is_file()
+    return not visit.on_gpu or (installed if visit.installed else built).is_file()
 
 
 def run_part(name: str, part: Part, visit: Visit, runner: Runner, seconds: float) -> Result:
@@ -234,7 +238,7 @@ def visit_all(options: argparse.Namespace, visit: Visit, result: Result) -> bool
         share = part.weight / sum(PARTS[one].weight for one in names[place:])
         problem = part.problem(visit)
         if problem is None and name != "build" and not has_library(visit):
-            problem = "there is no libbitkernels_cuda"
+            problem = "there is no libbitkernels_cuda (--installed takes one that pip has built)"
         if problem is None and left < part.least:
             problem = f"{left:.0f} s are left, and it takes {part.least:.0f}"
         if problem is not None:
@@ -276,7 +280,7 @@ def main() -> None:
     options.out, options.work = options.out.absolute(), options.work.absolute()
     options.work.mkdir(parents=True, exist_ok=True)
     models = options.models and options.models.absolute()
-    visit = Visit(options.work, on_gpu, options.quick, models)
+    visit = Visit(options.work, on_gpu, options.quick, models, options.installed)
     result = begin(options, on_gpu)
     complete = visit_all(options, visit, result)
     from page import visit_tables

@@ -43,6 +43,7 @@ class Visit:
         on_gpu: Whether there is a GPU.
         quick: Whether shapes are tiny, to see that everything runs.
         models: What scripts/real_models.py made; None where it was not brought.
+        installed: Whether to measure the installed libraries, and to build none.
         left: Returns the seconds that are left to the part that runs.
     """
 
@@ -50,6 +51,7 @@ class Visit:
     on_gpu: bool
     quick: bool
     models: Path | None
+    installed: bool = False
     left: Callable[[], float] = lambda: float("inf")
 
     def bench(self, script: str, result: str, *options: str) -> list[str]:
@@ -98,6 +100,8 @@ def host_library(work: Path) -> Path:
 
 
 def _build(visit: Visit) -> Iterator[list[str]]:
+    if visit.installed:
+        return
     script = "scripts/bench/native_build.py"
     if not visit.on_gpu:
         library, script = host_library(visit.work), "tests/native/cuda/build_host.py"
@@ -110,12 +114,16 @@ def _build(visit: Visit) -> Iterator[list[str]]:
 
 def _built(visit: Visit) -> Result | None:
     folder = visit.work / "libraries" if visit.on_gpu else host_library(visit.work).parent
+    if visit.installed:
+        from bitcore.kernels.native import library_path
+
+        folder = library_path("bitkernels_cuda").parent
     libraries = sorted(folder.glob("*.so"))
     return {"libraries": [path.name for path in libraries]} if libraries else None
 
 
 def _no_build(visit: Visit) -> str | None:
-    missing = missing_programs() if visit.on_gpu else []
+    missing = missing_programs() if visit.on_gpu and not visit.installed else []
     return f"missing {'; '.join(missing)}" if missing else None
 
 
@@ -288,9 +296,10 @@ def _written(name: str) -> Callable[[Visit], Result | None]:
 
 # The most important first; each must be able to run without those before it, but for the build.
 PARTS: dict[str, Part] = {
-    "build": Part(4, 20, _build, _built, _no_build),
+    # Nothing runs without it, so it may take half of the time; what it leaves goes on.
+    "build": Part(14, 20, _build, _built, _no_build),
     "tests": Part(1.5, 20, _tests, _tested("tests.xml")),
-    "sanitizer": Part(1.5, 20, _sanitizer, _sanitized, _no_sanitizer),
+    "sanitizer": Part(2.5, 30, _sanitizer, _sanitized, _no_sanitizer),
     "train": Part(2, 25, _train, _written("train.json")),
     "generate": Part(2, 40, _generate, _written("generate.json")),
     "kernels": Part(1.5, 20, _kernels, _written("kernels.json")),

@@ -321,7 +321,8 @@ def main() -> None:
     disturbance = Disturbance()
     result = header(console, "bench/train.py")
     kernels: Any = kernels_for(options.device)
-    problems = {name: find_problem(name, options.device) for name in options.engines}
+    one = options.precisions[0]
+    problems = {name: find_problem(name, one, options.device) for name in options.engines}
     not_run = {name: problem for name, problem in problems.items() if problem is not None}
     result |= {
         "device": options.device, "gpu": device_words() if on_gpu else None,

@@ -194,10 +194,10 @@ def has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def find_problem(engine: str, device: str) -> str | None:
+def find_problem(engine: str, precision: str, device: str) -> str | None:
     """Runs a step of a tiny block with an engine; returns what went wrong, or None."""
     try:
-        Block(engine, "quick", "float32", 8, device).step()
+        Block(engine, "quick", precision, 8, device).step()
     except Exception as error:  # whatever a peer raises is the answer
         return describe(error)
     return None
