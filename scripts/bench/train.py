@@ -72,7 +72,9 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--no-time", action="store_true", help="measure memory only")
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
-    parser.add_argument("--compile", action="store_true", help="compile each block whole")
+    parser.add_argument(
+        "--compile", nargs="?", const="inductor", metavar="BACKEND", help="compile each block whole"
+    )
     parser.add_argument("--compile-peer", action="store_true", help="let transformers compile")
     parser.add_argument("--json", type=Path, default=Path("out/bench/train.json"))
     parser.add_argument("--png", type=Path, help="default: beside the JSON")
@@ -105,8 +107,8 @@ def make_blocks(engines: list[str], cell: Cell, options: Any) -> tuple[dict[str,
     for name in engines:
         try:
             block = Block(name, geometry, precision, tokens, options.device)
-            if options.compile:
-                block.compile()
+            if options.compile is not None:
+                block.compile(options.compile)
             block.step()
             blocks[name] = block
         except Exception as error:  # whatever a peer raises is the answer

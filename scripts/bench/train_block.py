@@ -144,9 +144,9 @@ class Block:
             return nullcontext()
         return torch.autocast(self._device.type, torch.bfloat16)
 
-    def compile(self) -> None:
-        """Compiles the block with torch.compile; a graph break is an error."""
-        self.module.compile(fullgraph=True, dynamic=False)
+    def compile(self, backend: str) -> None:
+        """Compiles the block with torch.compile's backend; a graph break is an error."""
+        self.module.compile(fullgraph=True, dynamic=False, backend=backend)
 
     def forward(self) -> Tensor:
         """Runs the block."""

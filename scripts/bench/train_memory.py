@@ -111,17 +111,19 @@ def measure_process(
 
 
 def measure_gpu(
-    engine: str, geometry: str, precision: str, tokens: int, compiled: bool
+    engine: str, geometry: str, precision: str, tokens: int, backend: str | None
 ) -> dict[str, int]:
-    """Returns the same on the GPU, of what torch's allocator has given out there."""
+    """Returns the same on the GPU, of what torch's allocator has given out there; `backend` is
+    torch.compile's, None for a block that is not compiled.
+    """
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     block = Block(engine, geometry, precision, tokens, "cuda")
     held = torch.cuda.memory_allocated()
     saved = block.saved_bytes()
-    if compiled:
-        block.compile()
+    if backend is not None:
+        block.compile(backend)
     block.step(optimize=False)  # what is allocated once, and kept
     torch.cuda.reset_peak_memory_stats()
     block.step(optimize=False)
