@@ -47,13 +47,18 @@ PACKAGES = (
     ("cmake", "3.22", "build, unless installed otherwise"),
     ("ninja", "1.11", "build; quicker with it"),
     ("pytest", "8.0", "tests, sanitizer"),
-    ("hypothesis", "6.100", "tests, sanitizer"),
     ("accelerate", "1.10", "generate, quality"),
-    ("datasets", "3.0", "quality"),
     ("matplotlib", "3.8", "quality"),
     ("onebitllms", "0", "train, as a peer; left out without"),
 )
-# What a part prints is kept in the result so far.
+BRINGING = """
+Where there is a network, for the Python and the platform of the GPU's machine:
+    pip download --no-deps --only-binary=:all: --dest wheels NAME==VERSION ...
+There, `pip check` says what these need besides:
+    pip install --no-index --no-deps --target site wheels/*.whl
+    PYTHONPATH=$PWD/site scripts/gpu.sh
+"""
+# Characters of what a part printed that are kept where it did not end well.
 TAIL = 2000
 # Seconds between asking a part to end and ending it.
 GRACE = 5
@@ -235,8 +240,9 @@ def visit_all(options: argparse.Namespace, visit: Visit, result: Result) -> bool
     deadline = time.monotonic() + 60 * options.minutes
     for place, name in enumerate(names):
         part, left = PARTS[name], deadline - time.monotonic()
-        share = part.weight / sum(PARTS[one].weight for one in names[place:])
         problem = part.problem(visit)
+        others = [PARTS[one] for one in names[place + 1 :] if PARTS[one].problem(visit) is None]
+        share = part.weight / (part.weight + sum(one.weight for one in others))
         if problem is None and name != "build" and not has_library(visit):
             problem = "there is no libbitkernels_cuda (--installed takes one that pip has built)"
         if problem is None and left < part.least:
@@ -268,7 +274,7 @@ def main() -> None:
     """Runs what is missing, and prints the tables."""
     options = parse_arguments()
     if options.wheels:
-        print("\n".join(packages()))
+        print("\n".join([*packages(), BRINGING]))
         return
     import torch
 

@@ -128,10 +128,13 @@ def test_every_part_is_written_before_the_next_begins(
 def test_time_is_shared_by_weight_and_what_is_left_over_goes_on(
     tmp_path: Path, visit: Visit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "PARTS", {"build": part(weight=3.0), "one": part(), "two": part()})
+    barred = Part(9, 0, lambda visit: iter(()), lambda visit: None, lambda visit: "no key")
+    parts = {"build": part(weight=3.0), "one": part(), "barred": barred, "two": part()}
+    monkeypatch.setattr(gpu, "PARTS", parts)
     monkeypatch.setattr(gpu, "has_library", lambda visit: True)
     result: dict[str, Any] = {"parts": {}}
-    assert gpu.visit_all(options(tmp_path, minutes=1.0), visit, result)
+    assert not gpu.visit_all(options(tmp_path, minutes=1.0), visit, result)
+    assert result["parts"].pop("barred")["status"] == "not begun"
     limits = [one["limit"] for one in result["parts"].values()]
     assert limits == pytest.approx([36, 30, 60], abs=2)
 
