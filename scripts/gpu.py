@@ -206,6 +206,7 @@ def run_part(name: str, part: Part, visit: Visit, runner: Runner, seconds: float
     """Runs one part within its time; returns what is kept of it."""
     started = time.monotonic()
     visit.left = lambda: seconds - (time.monotonic() - started)
+    visit.clear()
     status = "done"
     commands = []
     for command in part.commands(visit):
@@ -286,8 +287,8 @@ def main() -> None:
     options.out, options.work = options.out.absolute(), options.work.absolute()
     options.work.mkdir(parents=True, exist_ok=True)
     models = options.models and options.models.absolute()
-    visit = Visit(options.work, on_gpu, options.quick, models, options.installed)
     result = begin(options, on_gpu)
+    visit = Visit(options.work, on_gpu, options.quick, models, result["sources"], options.installed)
     complete = visit_all(options, visit, result)
     from page import visit_tables
 

@@ -45,6 +45,7 @@ class Visit:
         on_gpu: Whether there is a GPU.
         quick: Whether shapes are tiny, to see that everything runs.
         models: What scripts/real_models.py made; None where it was not brought.
+        sources: What stands for them; models that others made are not gone on with.
         installed: Whether to measure the installed libraries, and to build none.
         left: Returns the seconds that are left to the part that runs.
     """
@@ -53,6 +54,7 @@ class Visit:
     on_gpu: bool
     quick: bool
     models: Path | None
+    sources: str = ""
     installed: bool = False
     left: Callable[[], float] = lambda: float("inf")
 
@@ -66,6 +68,12 @@ class Visit:
         """Returns the command of tests that writes their report into the work folder."""
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         return [*command, f"--junitxml={self.work / report}", *options]
+
+    def clear(self) -> None:
+        """Removes what earlier commands have written, which is no part's that follows."""
+        for path in self.work.iterdir():
+            if path.is_file():
+                path.unlink()
 
     def read(self, name: str) -> Result | None:
         """Returns a result in the work folder; None where a cut-off came first."""
@@ -255,12 +263,8 @@ def _experts(visit: Visit) -> Iterator[list[str]]:
 
 def _quality(visit: Visit) -> Iterator[list[str]]:
     command = [sys.executable, str(ROOT / "scripts/bench/quality.py")]
-    command += [
-        "--folder",
-        str(visit.work / "quality"),
-        "--device",
-        "cuda" if visit.on_gpu else "cpu",
-    ]
+    command += ["--device", "cuda" if visit.on_gpu else "cpu"]
+    command += ["--folder", str(visit.work / _made(visit))]
     if visit.quick:
         models = _quick_models(visit.work / "quick")
         few = ["--models", str(models), "--model", "demo", "--blocks", "2", "--examples", "2"]
@@ -269,14 +273,18 @@ def _quality(visit: Visit) -> Iterator[list[str]]:
     command += ["--models", str(visit.models), "--bf16", "--rows"]
     rows = list(LONGER)
     yield [*command, rows[0]]
-    made = visit.read(f"quality/smollm2-135m/{rows[0]}/seed-1/making.json")
+    made = visit.read(f"{_made(visit)}/smollm2-135m/{rows[0]}/seed-1/making.json")
     for row in rows[1:]:
         if made is not None and LONGER[row] * made["seconds"] < visit.left():
             yield [*command, row]
 
 
 def _quality_read(visit: Visit) -> Result | None:
-    return visit.read(f"quality/{'demo' if visit.quick else 'smollm2-135m'}/quality.json")
+    return visit.read(f"{_made(visit)}/{'demo' if visit.quick else 'smollm2-135m'}/quality.json")
+
+
+def _made(visit: Visit) -> str:
+    return f"quality-{visit.sources}"
 
 
 def _no_models(visit: Visit) -> str | None:

@@ -83,6 +83,16 @@ def test_a_part_that_takes_too_long_keeps_what_it_wrote(visit: Visit, runner: gp
         pytest.fail("the child of the part still runs")
 
 
+def test_what_an_earlier_part_wrote_is_not_taken_for_this_ones(
+    visit: Visit, runner: gpu.Runner
+) -> None:
+    (visit.work / "some.json").write_text('{"of": "before"}')
+    (visit.work / "kept").mkdir()
+    bad = part("raise SystemExit(1)", result=lambda visit: visit.read("some.json"))
+    assert gpu.run_part("bad", bad, visit, runner, 60)["result"] is None
+    assert (visit.work / "kept").is_dir()
+
+
 def test_a_part_that_fails_says_why(visit: Visit, runner: gpu.Runner) -> None:
     found = gpu.run_part(
         "bad", part("raise SystemExit('the reason')", "print(1)"), visit, runner, 60
