@@ -47,6 +47,8 @@ MOST_TIME = {"cpu": 1.15, "cuda": 1.1}
 LEAST_TOKENS = 4096
 WARM_UP = {"cpu": 1, "cuda": 3}
 LEAST_ROUNDS = 3
+# Dynamo's own is 8 versions of a function; here each block and each shape takes one.
+VERSIONS = 64
 PARTS = ("forward", "backward", "optimizer")
 
 
@@ -102,6 +104,8 @@ def make_blocks(engines: list[str], cell: Cell, options: Any) -> tuple[dict[str,
     fail, why.
     """
     precision, geometry, tokens = cell
+    if options.compile is not None:
+        torch.compiler.reset()
     blocks: dict[str, Block] = {}
     failed: Row = {}
     for name in engines:
@@ -319,6 +323,7 @@ def main() -> None:
     # On a CPU, what transformers compiles of its layer makes it slower.
     if not (on_gpu or options.compile or options.compile_peer):
         torch.compiler.set_stance("force_eager")
+    torch._dynamo.config.recompile_limit = VERSIONS
     console = Console()
     disturbance = Disturbance()
     result = header(console, "bench/train.py")

@@ -268,6 +268,34 @@ def test_tests_for_a_gpu_are_found() -> None:
     assert all((ROOT / name).is_file() for name in found)
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_commands_for_a_gpu(quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot run here: every script is there and has every option that it is given."""
+    monkeypatch.setattr(gpu_parts, "_is_hopper", lambda: True)
+    monkeypatch.setattr(gpu_parts, "find_program", lambda name: f"/bin/{name}")
+    visit = Visit(tmp_path, True, quick, tmp_path / "models")
+    made = tmp_path / "quality-/smollm2-135m/default-10m/seed-1/making.json"
+    made.parent.mkdir(parents=True)
+    made.write_text('{"seconds": 1.0}')
+    checked = 0
+    for name, one in gpu_parts.PARTS.items():
+        commands = list(one.commands(visit))
+        assert commands, name
+        assert name != "quality" or len(commands) == (1 if quick else 2)
+        for command in commands:
+            scripts = [
+                word for word in command if word.startswith(str(ROOT)) and word.endswith(".py")
+            ]
+            for script in scripts:
+                text = Path(script).read_text()
+                options = [word for word in command if word.startswith("--")]
+                assert all(f'"{option}"' in text for option in options), command
+                checked += len(options)
+            assert ("--device" in command) <= ("cuda" in command)
+            assert ("--quick" in command) <= quick
+    assert checked > 30
+
+
 def test_what_a_build_is_for_and_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert native_build.architecture((9, 0)) == "90a-real"
     assert native_build.architecture((8, 6)) == "86-real"
