@@ -38,6 +38,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -274,13 +275,16 @@ def main() -> None:
                 measured = measure(bench, shape, tokens)
                 rows += measured
                 print(layer_table(measured, limits).splitlines()[-1], flush=True)
-            for dtype in DTYPES if options.quick or shape in QUANTIZED else ():
-                few = 20 if options.quick else TRAINING_TOKENS
-                fused += quantizers(bench, shape, few, dtype)
-                print("\n".join(quantizer_table(fused[-3:]).splitlines()[2:]), flush=True)
             keep()
             if bench.device.type == "cuda":
                 torch.cuda.empty_cache()
+        few = 20 if options.quick else TRAINING_TOKENS
+        compiled = [shape for shape in options.shapes if options.quick or shape in QUANTIZED]
+        # Behind all layers, for torch.compile takes long.
+        for shape, dtype in product(compiled, DTYPES):
+            fused += quantizers(bench, shape, few, dtype)
+            print("\n".join(quantizer_table(fused[-3:]).splitlines()[2:]), flush=True)
+            keep()
     model = None if options.no_generate else generate(bench.device, options)
     engines = [] if model is None else model["engines"]
     speeds = {engine["engine"]: engine["decode_tok_s"] for engine in engines}
