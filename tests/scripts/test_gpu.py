@@ -332,7 +332,7 @@ def test_the_tables_of_a_visit() -> None:
 
 @pytest.mark.ci
 def test_all_of_it_without_a_gpu(tmp_path: Path, host_library: ctypes.CDLL) -> None:
-    command = [str(ROOT / "scripts/gpu.sh"), "--quick", "--minutes", "20"]
+    command = [str(ROOT / "scripts/gpu.sh"), "--quick", "--minutes", "60"]
     command += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     environment = {
         **os.environ, "PYTHON": sys.executable, gpu_parts.HOST_LIBRARY_VARIABLE: host_library._name,
