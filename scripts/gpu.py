@@ -79,7 +79,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("out/gpu-work"), help="may be lost")
     parser.add_argument("--wheels", action="store_true", help="list the packages, and end")
     parser.add_argument("--quick", action="store_true", help="tiny, to see that all of it runs")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not options.minutes > 0:
+        parser.error(f"--minutes must be more than 0, got {options.minutes:g}")
+    if options.models is not None and not options.models.is_dir():
+        parser.error(f"--models must be a folder of scripts/real_models.py, got {options.models}")
+    return options
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -129,8 +134,14 @@ def begin(options: argparse.Namespace, on_gpu: bool) -> Result:
     path = options.out / "gpu.json"
     if not path.is_file():
         return fresh
-    before: Result = json.loads(path.read_text())
-    if all(before[key] == fresh[key] for key in ("sources", "gpu", "quick")):
+    try:
+        before: Result = json.loads(path.read_text())
+        same = all(before[key] == fresh[key] for key in ("sources", "gpu", "quick"))
+    except (ValueError, TypeError, KeyError):
+        raise SystemExit(
+            f"gpu: {path} must be a result of gpu.sh; move it, or name another --out"
+        ) from None
+    if same:
         return before
     aside = path.with_name(f"gpu-{before['sources']}-{int(path.stat().st_mtime)}.json")
     path.rename(aside)

@@ -172,6 +172,32 @@ def test_results_of_other_sources_are_kept_aside(
     assert json.loads(aside.read_text()) == fresh
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_file_of_something_else_stays(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "out/gpu.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=r"gpu.json must be a result of gpu.sh"):
+        gpu.begin(options(tmp_path), False)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--minutes", "0"], "--minutes must be more than 0, got 0"),
+        (["--models", "no-such-folder"], "--models must be a folder of scripts/real_models.py"),
+    ],
+)
+def test_options_that_cannot_be(
+    given: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *given])
+    with pytest.raises(SystemExit):
+        gpu.parse_arguments()
+    assert message in capsys.readouterr().err
+
+
 def test_sources_are_what_is_digested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     (tmp_path / "bitcore").mkdir()
