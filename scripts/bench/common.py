@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import shlex
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from results import write_json
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -75,6 +75,12 @@ def header(console: Console, script: str) -> dict[str, Any]:
         highlight=False,
     )
     return found
+
+
+def device_words() -> str:
+    """Returns the GPU in words."""
+    found = torch.cuda.get_device_properties(0)
+    return f"{found.name}, {found.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
 
 
 class Probe:
@@ -235,8 +241,7 @@ def close(
     if for_vnni and not result["machine"]["vnni"]:
         console.print("The targets are stated for machines with VNNI; this CPU has none.")
     result["targets"] = [target.to_dict() for target in targets]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(output, result)
     markdown = "\n".join(grid.markdown() for grid in (*grids, closing))
     output.with_suffix(".md").write_text(markdown)
 

@@ -4,8 +4,8 @@
     python scripts/bench/cuda.py --shapes 8192x8192 --tokens 1 16 --no-generate
     python scripts/bench/cuda.py --quick  # tiny, to see that it runs; without a GPU too
 
-Needs this repository, torch with CUDA, and either an installed libbitkernels_cuda or nvcc, which
-then compiles it for this GPU (a minute or two). The whole model needs transformers besides, and is
+Needs this repository, torch with CUDA, and either an installed libbitkernels_cuda or what compiles
+it for this GPU (`native_build.py`). The whole model needs transformers besides, and is
 left out, with a line that says so, where that is missing.
 
 **Layers** run against bf16 cuBLAS. Each side is a CUDA graph that runs the layer once on each of
@@ -23,7 +23,7 @@ faster or more, else the simpler torch.compile.
 **Generate**: bench/generate.py on this GPU: BitNet-2B-4T's geometry, random weights, static cache
 and transformers' own compilation to CUDA graphs, against dense bf16 and the packed `bitnet`.
 
-Writes out/bench_cuda.json and, in Markdown, out/bench_cuda.md.
+Writes out/bench_cuda.json, anew after each shape, and, in Markdown, out/bench_cuda.md.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ import argparse
 import importlib.util
 import json
 import os
-import shutil
+import shlex
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ from cuda_sides import (  # noqa: E402
     measure,
     quantizers,
 )
+from native_build import build_libraries  # noqa: E402
+from results import write_json  # noqa: E402
 
 # Outputs x inputs of the layers of BitNet 2B-4T, Llama 8B and Llama 70B, and a square.
 SHAPES = (
@@ -87,34 +90,6 @@ class Target:
             return "not in this run"
         met = self.measured >= self.bound if self.at_least else self.measured <= self.bound
         return "yes" if met else "NO"
-
-
-def build_library() -> str:
-    """Compiles libbitkernels_cuda for this GPU; returns its folder.
-
-    Raises:
-        SystemExit: There is no nvcc, or it fails.
-    """
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if nvcc is None:
-        raise SystemExit("libbitkernels_cuda is not installed, and no nvcc was found to build it.")
-    folder = Path(tempfile.mkdtemp(prefix="bitlab_cuda_"))
-    print("compiling libbitkernels_cuda for this GPU ...", flush=True)
-    # wgmma is in no other target than this, and the library must be told that it was compiled.
-    hopper = torch.cuda.get_device_capability() == (9, 0)
-    target = "-gencode=arch=compute_90a,code=sm_90a" if hopper else "-arch=native"
-    name = "sm_90a" if hopper else "native"
-    command = [
-        nvcc, "-std=c++17", "-O3", "-fmad=false", target, "-shared",
-        "-Xcompiler=-fPIC,-fvisibility=hidden", f'-DBK_CUDA_ARCHITECTURES="{name}"',
-        f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'csrc/cuda'}",
-        *map(str, sorted((ROOT / "csrc/cuda").glob("*.cu"))),
-        "-o", str(folder / "libbitkernels_cuda.so"),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(done.stderr)
-    return str(folder)
 
 
 def targets(rows: list[Row], limits: dict[str, float], speeds: dict[str, float]) -> list[Target]:
@@ -260,7 +235,8 @@ def prepare(quick: bool) -> tuple[Bench, str]:
     from bitcore.kernels.native import LIBRARY_DIRECTORY_VARIABLE, library_path
 
     if not library_path("bitkernels_cuda").is_file():
-        os.environ[LIBRARY_DIRECTORY_VARIABLE] = build_library()
+        folder = Path(tempfile.mkdtemp(prefix="bitlab_cuda_"))
+        os.environ[LIBRARY_DIRECTORY_VARIABLE] = str(build_libraries(folder))
     properties = torch.cuda.get_device_properties(0)
     device = torch.device("cuda", 0)
     l2_bytes = getattr(properties, "L2_cache_size", Bench(device).l2_bytes)
@@ -279,35 +255,44 @@ def main() -> None:
     print(f"copy {limits['copy_gbs']:.0f} GB/s, bf16 matmul {limits['bf16_tops']:.1f} TFLOP/s")
     rows: list[Row] = []
     fused: list[Quantizer] = []
+    result: dict[str, Any] = {
+        "device": words,
+        "date": date.today().isoformat(),
+        "command": shlex.join(["python", "scripts/bench/cuda.py", *sys.argv[1:]]),
+        "torch": torch.__version__,
+        "quick": options.quick,
+        "ceilings": limits,
+    }
+
+    def keep() -> None:
+        result["rows"] = [asdict(row) for row in rows]
+        result["quantizers"] = [{**asdict(one), "keep": one.keep} for one in fused]
+        write_json(options.json, result)
+
     with bitcore.use_backend("cuda" if bench.device.type == "cuda" else "auto"):
         for shape in options.shapes:
             for tokens in options.tokens:
                 measured = measure(bench, shape, tokens)
                 rows += measured
                 print(layer_table(measured, limits).splitlines()[-1], flush=True)
-            for dtype in DTYPES if options.quick or shape in QUANTIZED else ():
-                few = 20 if options.quick else TRAINING_TOKENS
-                fused += quantizers(bench, shape, few, dtype)
-                print("\n".join(quantizer_table(fused[-3:]).splitlines()[2:]), flush=True)
+            keep()
             if bench.device.type == "cuda":
                 torch.cuda.empty_cache()
+        few = 20 if options.quick else TRAINING_TOKENS
+        compiled = [shape for shape in options.shapes if options.quick or shape in QUANTIZED]
+        # Behind all layers, for torch.compile takes long.
+        for shape, dtype in product(compiled, DTYPES):
+            fused += quantizers(bench, shape, few, dtype)
+            print("\n".join(quantizer_table(fused[-3:]).splitlines()[2:]), flush=True)
+            keep()
     model = None if options.no_generate else generate(bench.device, options)
     engines = [] if model is None else model["engines"]
     speeds = {engine["engine"]: engine["decode_tok_s"] for engine in engines}
     closing = targets(rows, limits, speeds)
     print(target_table(closing))
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "device": words,
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        "ceilings": limits,
-        "rows": [asdict(row) for row in rows],
-        "quantizers": [{**asdict(one), "keep": one.keep} for one in fused],
-        "generate": model,
-        "targets": [{**asdict(target), "verdict": target.verdict} for target in closing],
-    }
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    result["generate"] = model
+    result["targets"] = [{**asdict(target), "verdict": target.verdict} for target in closing]
+    keep()
     decode = markdown(
         ["engine", "decode tok/s", "prompt tok/s", "compiled"],
         [[one["engine"], f"{one['decode_tok_s']:.1f}", f"{one['prompt_tok_s']:.0f}",

@@ -2,12 +2,14 @@
 
     python scripts/bench/experts.py                       # Qwen3-30B-A3B, Mixtral-8x7B, GPT-OSS-20B
     python scripts/bench/experts.py --geometry qwen3 --tokens 1 8 --threads 2
+    python scripts/bench/experts.py --device cuda         # --quick: without a GPU on the CPU
 
 Engines take turns call by call, and every call sends its tokens to other experts, so that no cache
 can keep their weights. All times hold what an engine does from the router's choice to the sum of a
 token's experts, but ggml's, which leaves that sum out. "of DRAM" is of the weights of those
-experts that got tokens. Beside them runs BitLab's dense layer, on one expert's matrices and as
-many tokens as an expert gets on average. Writes experts.json and experts.md.
+experts that got tokens, on a GPU of the rate of a copy. Beside them runs BitLab's dense layer, on
+one expert's matrices and as many tokens as an expert gets on average. Writes experts.json, anew
+after each number of tokens, and experts.md.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Disturbance, Grid, Probe, Target, close, header
+from common import Disturbance, Grid, Probe, Target, close, device_words, header
+from cuda_sides import Bench, ceilings
 from experts_sides import Geometry, Layer, check, geometries
 from ggml_peer import Ggml
+from results import write_json
 from rich.console import Console
 from torch import Tensor
 
@@ -37,6 +41,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = list(geometries(True))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--geometry", nargs="+", choices=names, default=names)
     parser.add_argument("--tokens", nargs="+", type=int, metavar="M")
     parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
@@ -46,9 +51,43 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=Path("out/bench/experts.json"))
     parser.add_argument("--quick", action="store_true", help="tiny layers, to see that it runs")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        if not arguments.quick:
+            parser.error("--device cuda needs a CUDA device, and torch finds none (but --quick)")
+        arguments.device = "cpu"
     arguments.tokens = arguments.tokens or ([1, 5] if arguments.quick else [1, 8, 64, 512])
     arguments.seconds = arguments.seconds or (0.01 if arguments.quick else 1.0)
     return arguments
+
+
+class Limits:
+    """What the machine can do: `Probe` on a CPU, which races with the rest; on a GPU a copy, and a
+    bf16 matmul as multiply-adds.
+    """
+
+    def __init__(self, options: Any) -> None:
+        self._probe: Probe | None = None
+        self._fixed = (0.0, 0.0)
+        if options.device == "cpu":
+            self._probe = Probe(
+                1_000_000 if options.quick else max(450_000_000, 4 * last_level_cache())
+            )
+        else:
+            found = ceilings(
+                Bench(torch.device("cuda"), ceiling_side=1024 if options.quick else 8192)
+            )
+            self._fixed = found["copy_gbs"], 1e3 * found["bf16_tops"] / 2
+
+    def contenders(self) -> list[Contender]:
+        """Returns who races for them."""
+        return [] if self._probe is None else list(self._probe.contenders())
+
+    def rates(self, times: dict[str, Timing], racing: list[Contender]) -> tuple[float, float]:
+        """Returns GB/s and GMAC/s, out of a race with `contenders`."""
+        if not racing:
+            return self._fixed
+        read, multiply = (one.work / times[one.name].p50 / 1e3 for one in racing)
+        return read, multiply
 
 
 def draw_choices(geometry: Geometry, tokens: int) -> list[Tensor]:
@@ -62,23 +101,22 @@ def draw_choices(geometry: Geometry, tokens: int) -> list[Tensor]:
     return list(scores.topk(chosen).indices)
 
 
-def measure(layer: Layer, tokens: int, probe: Probe, options: Any) -> list[Row]:
+def measure(layer: Layer, tokens: int, limits: Limits, options: Any) -> list[Row]:
     """Races the engines and the machine's limits on one number of tokens."""
     geometry = layer.geometry
-    x = torch.randn(tokens, geometry.hidden)
-    weights = torch.rand(tokens, geometry.choices).bfloat16()
-    choices = draw_choices(geometry, tokens)
+    x = torch.randn(tokens, geometry.hidden).to(layer.device)
+    weights = torch.rand(tokens, geometry.choices).bfloat16().to(layer.device)
+    choices = [choice.to(layer.device) for choice in draw_choices(geometry, tokens)]
     rows = tokens * geometry.choices
     sides = [one for one in layer.sides() if one.most_rows is None or rows <= one.most_rows]
     check(sides, x, weights, choices[0])
     visited = sum(choice.unique().numel() for choice in choices) / len(choices)
     each = max(1, round(rows / visited))
-    read, multiply = probe.contenders()
+    racing = limits.contenders()
     contenders = [Contender(one.name, one.calls(x, weights, choices)) for one in sides]
     contenders.append(Contender(DENSE, layer.dense(each)))
-    times = race([read, multiply, *contenders], options.seconds, options.limit)
-    read_gbs = read.work / times[read.name].p50 / 1e3
-    peak = multiply.work / times[multiply.name].p50 / 1e3
+    times = race([*racing, *contenders], options.seconds, options.limit)
+    read_gbs, peak = limits.rates(times, racing)
     expert = sum(stack.weights for stack in layer.ternary.stacks.values()) // geometry.experts
     reads = {one.name: one.expert_bytes * visited for one in sides}
     reads[DENSE] = sides[0].expert_bytes
@@ -171,33 +209,36 @@ def main() -> None:
     console = Console()
     disturbance = Disturbance()
     result = header(console, "bench/experts.py")
+    on_gpu = options.device == "cuda"
     kernels: Any = kernels_for("cpu")
     kernels.select_isa(options.isa)
-    ggml = Ggml.load()
-    if ggml is None:
+    ggml = None if on_gpu else Ggml.load()
+    if ggml is None and not on_gpu:
         console.print("ggml TQ2_0: not installed (pip install llama-cpp-python)")
-    probe = Probe(1_000_000 if options.quick else max(450_000_000, 4 * last_level_cache()))
+    limits = Limits(options)
+    where = device_words() if on_gpu else kernels.isa
     result |= {"isa": kernels.isa, "quick": options.quick, "ggml": ggml is not None}
+    result |= {"device": options.device, "gpu": where if on_gpu else None}
     rows: list[Row] = []
+    result["rows"] = rows
     grids: list[Grid] = []
     for short in options.geometry:
         geometry = geometries(options.quick)[short]
-        layer = Layer(geometry, ggml)
+        layer = Layer(geometry, ggml, options.device)
         for threads in options.threads:
             torch.set_num_threads(threads)
-            found = [
-                row
-                for tokens in sorted(options.tokens)
-                for row in measure(layer, tokens, probe, options)
-            ]
+            found: list[Row] = []
+            for tokens in sorted(options.tokens):
+                found += measure(layer, tokens, limits, options)
+                write_json(options.json, {**result, "rows": rows + found})
             sizes = f"{geometry.experts} experts, {geometry.choices} a token, H {geometry.hidden}"
-            title = f"{geometry.name}: {sizes}, I {geometry.wide}; threads {threads}, {kernels.isa}"
+            title = f"{geometry.name}: {sizes}, I {geometry.wide}; threads {threads}, {where}"
             grids.append(grid_of(title, found))
             grids[-1].show(console)
             rows += found
         del layer
-    result["rows"] = rows
-    targets = find_targets([] if options.quick else rows, max(options.threads))
+    # They are stated for CPUs.
+    targets = find_targets([] if options.quick or on_gpu else rows, max(options.threads))
     close(console, result, grids, targets, disturbance, options.json)
     console.print(f"Results: {options.json}", highlight=False)
 

@@ -1,5 +1,7 @@
 """The contenders of bench/experts.py: BitLab and its peers, with the same ternary experts.
 
+On a GPU a call ends when its results are there.
+
 All compute the same layer of the same codes: `check` compares them before any is timed. Weights
 are cold as they are in a model: each call sends its tokens to other experts.
 """
@@ -101,12 +103,19 @@ class Side:
 
 
 class Layer:
-    """The experts of a layer, as every contender holds them."""
+    """The experts of a layer, as every contender holds them.
 
-    def __init__(self, geometry: Geometry, ggml: Ggml | None) -> None:
+    Args:
+        geometry: Of the layer.
+        ggml: A contender on CPUs; None where it is not installed.
+        device: Where.
+    """
+
+    def __init__(self, geometry: Geometry, ggml: Ggml | None, device: str = "cpu") -> None:
         self.geometry = geometry
+        self.device = torch.device(device)
         self.ternary = self._skeleton()
-        self.floats = geometry.build().to(torch.bfloat16).to_empty(device="cpu")
+        self.floats = geometry.build().to(torch.bfloat16).to_empty(device=self.device)
         sizes = geometry.hidden, geometry.wide
         plain = "gpt-oss" not in geometry.name.lower() and takes(*sizes)
         self.peer = GgmlExperts(ggml, geometry.experts, *sizes) if ggml and plain else None
@@ -117,7 +126,7 @@ class Layer:
         (found,) = find_experts(holder, [])
         ternary = convert_experts(found.module, stacks_of(holder, found, BitLabConfig()))
         ternary.make_skeleton()
-        return ternary.to_empty(device="cpu").eval()
+        return ternary.to_empty(device=self.device).eval()
 
     def _fill(self) -> None:
         stacks, peer = self.ternary.stacks, self.peer
@@ -131,7 +140,7 @@ class Layer:
             dense = []
             for name, stack in stacks.items():
                 shape = stack.out_features, stack.in_features
-                codes = torch.randint(-1, 2, shape, dtype=torch.int8)
+                codes = torch.randint(-1, 2, shape, dtype=torch.int8, device=self.device)
                 self.ternary.packed_stack(name)["qweight"][expert] = pack_ternary(codes)
                 dense.append(codes.float() * _SCALE)
                 held = self.floats._parameters[name]
@@ -147,14 +156,15 @@ class Layer:
             stack.packed_tensors()["qweight"][1][1] * stack.in_features for stack in stacks
         )
         full = sum(2 * stack.weights // stack.experts for stack in stacks)
-        sides = [Side("bitlab", packed, partial(_forward, self.ternary))]
+        ended = self.device.type == "cuda"
+        sides = [Side("bitlab", packed, partial(_forward, self.ternary, ended))]
         for name in ("eager", "grouped_mm", "batched_mm"):
             module = copy.copy(self.floats)
             module.config = copy.copy(module.config)
             module.config._experts_implementation = name
             most = MOST_GATHERED // full if name == "batched_mm" else None
             title = f"transformers bf16 {name}"
-            sides.append(Side(title, full, partial(_forward, module), most_rows=most))
+            sides.append(Side(title, full, partial(_forward, module, ended), most_rows=most))
         if self.peer is not None:
             peer = self.peer
             sides.append(
@@ -173,7 +183,10 @@ class Layer:
         """
         calls: list[Call] = []
         stacks = self.ternary.stacks
-        inputs = [torch.randn(tokens, one.in_features).bfloat16() for one in stacks.values()]
+        inputs = [
+            torch.randn(tokens, one.in_features, device=self.device).bfloat16()
+            for one in stacks.values()
+        ]
         for expert in range(self.geometry.experts):
             layers = [
                 PreparedLinear(
@@ -183,7 +196,7 @@ class Layer:
                 for name, stack in stacks.items()
             ]  # fmt: skip
             calls.append(partial(_both, layers, inputs))
-        return calls
+        return [partial(_end, call) for call in calls] if self.device.type == "cuda" else calls
 
 
 def _both(layers: list[PreparedLinear], inputs: list[Tensor]) -> None:
@@ -191,9 +204,19 @@ def _both(layers: list[PreparedLinear], inputs: list[Tensor]) -> None:
         layer(x)
 
 
-def _forward(module: nn.Module, x: Tensor, weights: Tensor, choices: list[Tensor]) -> list[Call]:
+def _end(call: Call) -> object:
+    """Makes a call and waits until the GPU has done it."""
+    result = call()
+    torch.cuda.synchronize()
+    return result
+
+
+def _forward(
+    module: nn.Module, ended: bool, x: Tensor, weights: Tensor, choices: list[Tensor]
+) -> list[Call]:
     x = x.bfloat16()
-    return [partial(module, x, choice, weights) for choice in choices]
+    calls: list[Call] = [partial(module, x, choice, weights) for choice in choices]
+    return [partial(_end, call) for call in calls] if ended else calls
 
 
 def check(sides: list[Side], x: Tensor, weights: Tensor, choice: Tensor) -> None:

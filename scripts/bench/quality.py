@@ -25,9 +25,9 @@ import torch
 from common import Grid, header, pyplot
 from generate import weight_files
 from quality_methods import load_float
-from quality_model import write_json
-from quality_rows import LENGTH, ROWS, Costs, make
+from quality_rows import LENGTH, ROWS, USUAL, Costs, make
 from quality_tasks import Tasks, make_tasks, pack_blocks, read_articles, score
+from results import write_json
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -49,12 +49,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, required=True, help="scripts/real_models.py's")
     parser.add_argument("--model", default="smollm2-135m", help="a folder in --models, or a path")
     parser.add_argument("--text", default=TEXT, help="a folder of articles in --models")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=USUAL)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--blocks", type=int, default=96, help=f"of {LENGTH} tokens, to score")
     parser.add_argument("--examples", type=int, default=200, help="of each task")
     parser.add_argument("--folder", type=Path, default=Path("out/quality"), help="kept, resumed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--bf16", action="store_true", help="fit and train in bfloat16 (autocast)")
     parser.add_argument("--report", action="store_true", help="of what is done; makes nothing")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -95,7 +96,7 @@ def work(options: argparse.Namespace, name: str, seed: int) -> None:
             fit = pack_blocks(tokenizer, texts, None, LENGTH, seed)
             scratch = folder / "checkpoints"
             costs = Costs(scratch, place_of(options) / "starts" / row.start(seed, options.bf16))
-            model = make(row, source, fit, seed, options.bf16, costs, say)
+            model = make(row, source, fit, seed, options.bf16, costs, say, options.device)
             write_json(making, {**costs.now(), "threads": options.threads})
             if row.config is not None:
                 save(deploy(model).to(torch.bfloat16), deployed, tokenizer=tokenizer)
@@ -110,7 +111,7 @@ def work(options: argparse.Namespace, name: str, seed: int) -> None:
     )
     known = folder_of(options, "original", 0) / "predicted.safetensors"
     original = load_file(known)["predicted"] if known.is_file() else None
-    found = score(model, tasks, original)
+    found = score(model.to(options.device), tasks, original)
     predicted = found.pop("predicted")
     if name == "original":
         known.parent.mkdir(parents=True, exist_ok=True)
@@ -122,6 +123,7 @@ def work(options: argparse.Namespace, name: str, seed: int) -> None:
         "tokens": row.tokens,
         "rate": row.rate,
         "scored": counts(tasks),
+        "device": options.device,
         "bits": bits_per_weight(model) if row.config is not None else 16.0,
         "file_bytes": None
         if row.tokens and row.config is None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from quality_text import VOCABULARY, Domain
+from results import write_json
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -101,11 +101,3 @@ def pretrain(
     save(model, folder / "model", tokenizer=domain.tokenizer)
     write_json(record, result)
     return result
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes beside the file and renames, so that a killed run leaves whole files only."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=2) + "\n")
-    beside.replace(path)

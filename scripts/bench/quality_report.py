@@ -9,7 +9,7 @@ from typing import Any
 
 from common import pyplot
 from quality_methods import METHODS, POST_TRAINING
-from quality_model import write_json
+from results import write_json
 from rich.console import Console
 
 Rows = dict[str, dict[str, Any]]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from quality_methods import auto_bitlinear, load_bitlab, load_float
-from quality_model import write_json
+from results import write_json
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -167,11 +167,23 @@ ROWS: dict[str, Row] = {
         config={**LEARNED, "activation_dtype": "float32"},
     ),
 }  # fmt: skip
+# What `quality.py` makes where it is not told: the others take a GPU, or show only that it runs.
+USUAL = list(ROWS)
+# Steps of 16,384 tokens, which fill a GPU.
+_FILLED = replace(_DEFAULT, batch=64)
+ROWS |= {
+    "default-10m": replace(_FILLED, title="default, 10 M tokens", tokens=10_000_000),
+    "default-50m": replace(_FILLED, title="default, 50 M tokens", tokens=50_000_000),
+    "quick": replace(
+        _DEFAULT, title="default, a few blocks", tokens=8 * LENGTH, batch=2,
+        recipe=replace(RECIPES["default"], calibration_samples=2),
+    ),
+}  # fmt: skip
 
 
 def make(
     row: Row, source: Path, fit: Tensor, seed: int, bf16: bool, costs: Costs,
-    say: Callable[[str], None],
+    say: Callable[[str], None], device: str = "cpu",
 ) -> Any:  # fmt: skip
     """Makes a row's model from the float one; a killed training goes on from its checkpoint.
 
@@ -184,6 +196,7 @@ def make(
         bf16: Whether to compute in bfloat16 (autocast).
         costs: Of making it; they know where checkpoints are kept.
         say: Is told how far it is.
+        device: ``"cpu"`` or ``"cuda"``.
     """
     torch.manual_seed(seed)
     if row.config is not None:
@@ -191,12 +204,13 @@ def make(
     else:
         model = load_float(source)
         model = auto_bitlinear(model) if row.stock else model
+    model.to(device)
     if row.calibrated:
         samples = fit[: row.tokens // LENGTH]
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             say(str(calibrate(model, samples, progress=_progress(say))))
     if row.blocks and not row.calibrated:
-        _train(row, model, source, fit, seed, bf16, costs, say)
+        _train(row, model, source, fit, seed, bf16, costs, say, device)
     return model
 
 
@@ -210,13 +224,13 @@ def _progress(say: Callable[[str], None]) -> Callable[[int, int, str], None]:
 
 def _train(
     row: Row, model: Any, source: Path, blocks: Tensor, seed: int, bf16: bool, costs: Costs,
-    say: Callable[[str], None],
+    say: Callable[[str], None], device: str,
 ) -> None:  # fmt: skip
     scratch, batch = costs.scratch, row.batch or batch_size(row.blocks)
     arguments = TrainingArguments(
         output_dir=str(scratch), per_device_train_batch_size=batch, max_steps=row.blocks // batch,
         learning_rate=row.rate, lr_scheduler_type="cosine", warmup_steps=0.1, adam_beta2=0.95,
-        weight_decay=0.0, use_cpu=True, bf16=bf16, seed=seed, report_to="none",
+        weight_decay=0.0, use_cpu=device == "cpu", bf16=bf16, seed=seed, report_to="none",
         save_steps=0.1, save_total_limit=1, logging_steps=0.05, disable_tqdm=True,
     )  # fmt: skip
     data = [{"input_ids": ids, "labels": ids} for ids in blocks]

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from common import Disturbance, header
 from quality_methods import METHODS, POST_TRAINING, load_float, load_post_training, train
-from quality_model import nats, pretrain, write_json
+from quality_model import nats, pretrain
 from quality_report import summarize, write_report
 from quality_text import DOMAINS, PARTS, load_domain
+from results import write_json
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor

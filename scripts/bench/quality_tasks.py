@@ -167,12 +167,13 @@ def score(model: Any, tasks: Tasks, original: Tensor | None = None) -> dict[str,
     """
     model.eval()
     total, predicted = 0.0, []
-    for part in tasks.blocks.split(4):
+    device = next(model.parameters()).device
+    for part in tasks.blocks.to(device).split(4):
         logits = model(input_ids=part).logits[:, :-1].float()
         total += F.cross_entropy(
             logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
         ).item()
-        predicted.append(logits.argmax(-1).int())
+        predicted.append(logits.argmax(-1).int().cpu())
     likeliest = torch.cat(predicted)
     result = {
         "nats": total / likeliest.numel(),
@@ -193,16 +194,19 @@ def _share(right: Iterator[bool]) -> float:
 
 def _log_probabilities(model: Any, example: Example) -> list[tuple[float, bool]]:
     """Returns of each choice its log-likelihood, and whether every token of it is the likeliest."""
-    context = model(input_ids=torch.tensor([example.context]), use_cache=True, logits_to_keep=1)
+    device = next(model.parameters()).device
+    ids = torch.tensor([example.context], device=device)
+    context = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     results = []
     for choice in example.choices:
         logits = context.logits[0]
         if len(choice) > 1:
             # Each choice goes on from the same context.
             cache = copy.deepcopy(context.past_key_values)
-            rest = model(input_ids=torch.tensor([choice[:-1]]), past_key_values=cache)
+            ids = torch.tensor([choice[:-1]], device=device)
+            rest = model(input_ids=ids, past_key_values=cache)
             logits = torch.cat([logits, rest.logits[0]])
-        wanted = torch.tensor(choice)
+        wanted = torch.tensor(choice, device=device)
         likelihood = logits.float().log_softmax(-1).gather(1, wanted[:, None]).sum().item()
         results.append((likelihood, bool((logits.argmax(-1) == wanted).all())))
     return results

@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from common import Grid, header
 from generate import run_worker, weight_files
-from quality_model import nats, write_json
+from quality_model import nats
 from quality_tasks import pack_blocks, read_articles
+from results import write_json
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor

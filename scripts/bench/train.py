@@ -2,35 +2,53 @@
 
     python scripts/bench/train.py
     python scripts/bench/train.py --precisions float32 --tokens 512 --rounds 9
+    python scripts/bench/train.py --device cuda             # --compile: with torch.compile
+    python scripts/bench/train.py --device cuda --quick     # tiny; without a GPU on the CPU
 
-The block is a Llama block of BitNet-2B-4T's geometry. Times are of interleaved steps in one
-process; memory is the resident memory of a fresh process for each configuration. Writes train.json,
-train.md and train.png. docs/benchmarks.md says what each column means.
+The block is a Llama block of BitNet-2B-4T's geometry, on a GPU of an 8B Llama's, too. Times are of
+interleaved steps in one process, on a GPU between CUDA events; memory is the resident memory of a
+fresh process for each configuration, on a GPU the peak of torch's allocator. Writes train.json,
+anew after each cell, train.md and train.png. docs/benchmarks.md says what each column means.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import Disturbance, Grid, Target, close, header, pyplot
+from common import Disturbance, Grid, Target, close, device_words, header, pyplot
+from results import write_json
 from rich.console import Console
 from rich.progress import Progress
-from train_block import ENGINES, PRECISIONS, copies, find_problem, has_bfloat16
+from train_block import (
+    ENGINES,
+    GEOMETRIES,
+    PRECISIONS,
+    Block,
+    describe,
+    find_problem,
+    has_bfloat16,
+)
+from train_memory import measure_gpu, measure_process
 
 from bitcore.kernels import kernels_for
 
 Row = dict[str, Any]
+# precision, geometry, tokens
+Cell = tuple[str, str, int]
 MEGABYTE = 1e6
-MOST_TIME = 1.15
+# Of the plain block's time: by device.
+MOST_TIME = {"cpu": 1.15, "cuda": 1.1}
+# Fewer tokens do not fill a GPU: nothing is asked there.
+LEAST_TOKENS = 4096
+WARM_UP = {"cpu": 1, "cuda": 3}
+LEAST_ROUNDS = 3
+# Dynamo's own is 8 versions of a function; here each block and each shape takes one.
+VERSIONS = 64
 PARTS = ("forward", "backward", "optimizer")
 
 
@@ -39,111 +57,166 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--tokens", nargs="+", type=int, metavar="M")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--geometries", nargs="+", choices=GEOMETRIES, help="default: by device")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="default: by device")
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="M", help="default: by device")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each engine")
+    parser.add_argument("--rounds", type=int, help="timed steps of each engine; 5, on a GPU 30")
     parser.add_argument(
         "--limit", type=float, default=20,
         help="seconds: a step above is timed once, and its engine sits out more tokens",
     )  # fmt: skip
+    parser.add_argument(
+        "--cell-seconds", type=float, default=float("inf"),
+        help=f"fewer rounds where those of a cell would take longer, but {LEAST_ROUNDS}",
+    )  # fmt: skip
     parser.add_argument("--no-time", action="store_true", help="measure memory only")
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
+    parser.add_argument(
+        "--compile", nargs="?", const="inductor", metavar="BACKEND", help="compile each block whole"
+    )
     parser.add_argument("--compile-peer", action="store_true", help="let transformers compile")
     parser.add_argument("--json", type=Path, default=Path("out/bench/train.json"))
     parser.add_argument("--png", type=Path, help="default: beside the JSON")
     parser.add_argument("--no-png", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a tiny block, to see that it runs")
     arguments = parser.parse_args()
-    arguments.tokens = sorted(arguments.tokens or ([16, 32] if arguments.quick else [512, 2048]))
-    arguments.geometry = "quick" if arguments.quick else "2B-4T"
+    on_gpu, quick = arguments.device == "cuda", arguments.quick
+    if on_gpu and not torch.cuda.is_available():
+        if not quick:
+            parser.error("--device cuda needs a CUDA device, and torch finds none (but --quick)")
+        arguments.device = "cpu"
+    precisions = ["bf16 autocast", "bfloat16"] if on_gpu else list(PRECISIONS)
+    tokens = [2048, 4096, 8192, 16384] if on_gpu else [512, 2048]
+    arguments.precisions = arguments.precisions or precisions
+    arguments.tokens = sorted(arguments.tokens or ([16, 32] if quick else tokens))
+    geometries = ["2B-4T", "8B"] if on_gpu else ["2B-4T"]
+    arguments.geometries = ["quick"] if quick else arguments.geometries or geometries
+    arguments.rounds = arguments.rounds or (30 if on_gpu and not quick else 5)
     arguments.png = arguments.png or arguments.json.with_suffix(".png")
     return arguments
 
 
-def measure_time(engines: list[str], precision: str, tokens: int, options: Any) -> dict[str, Row]:
+def make_blocks(engines: list[str], cell: Cell, options: Any) -> tuple[dict[str, Block], Row]:
+    """Returns a block for each engine, warm, with weights of equal values; and for those that
+    fail, why.
+    """
+    precision, geometry, tokens = cell
+    if options.compile is not None:
+        torch.compiler.reset()
+    blocks: dict[str, Block] = {}
+    failed: Row = {}
+    for name in engines:
+        try:
+            block = Block(name, geometry, precision, tokens, options.device)
+            if options.compile is not None:
+                block.compile(options.compile)
+            block.step()
+            blocks[name] = block
+        except Exception as error:  # whatever a peer raises is the answer
+            failed[name] = describe(error)
+    return blocks, failed
+
+
+def measure_time(blocks: dict[str, Block], options: Any) -> dict[str, Row]:
     """Returns the milliseconds of the parts of a step, p50 of interleaved steps."""
-    blocks = copies(engines, options.geometry, precision, tokens)
-    steps: dict[str, list[dict[str, float]]] = {}
+    steps: dict[str, list[dict[str, float]]] = {name: [] for name in blocks}
     slow = set()
+    taken = 0.0
     for name, block in blocks.items():
-        first = asdict(block.step())
-        steps[name] = []
+        for _ in range(WARM_UP[options.device]):
+            first = asdict(block.step())
         if sum(first.values()) > options.limit:
             slow.add(name)
             steps[name].append(first)
-    for _ in range(options.rounds):
+        else:
+            taken += sum(first.values())
+    affordable = options.cell_seconds / max(taken, 1e-9)
+    for _ in range(int(min(options.rounds, max(LEAST_ROUNDS, affordable)))):
         for name, block in blocks.items():
             if name not in slow:
                 steps[name].append(asdict(block.step()))
     found = {}
-    for name, taken in steps.items():
-        parts = {part: 1e3 * np.array([step[part] for step in taken]) for part in PARTS}
+    for name, timed in steps.items():
+        parts = {part: 1e3 * np.array([step[part] for step in timed]) for part in PARTS}
         step = parts["forward"] + parts["backward"]
+        whole = float(np.median(step + parts["optimizer"]))
         p10, p50, p90 = np.percentile(step, (10, 50, 90))
         found[name] = {
             **{f"{part}_ms": float(np.median(values)) for part, values in parts.items()},
             "step_ms": float(p50), "step_p10": float(p10), "step_p90": float(p90),
-            "with_optimizer_ms": float(np.median(step + parts["optimizer"])),
-            "repeats": len(taken),
+            "with_optimizer_ms": whole,
+            "tokens_per_second": 1e3 * blocks[name].x.shape[1] / whole,
+            "repeats": len(timed),
         }  # fmt: skip
     return found
 
 
-def measure_memory(engine: str, precision: str, tokens: int, options: Any) -> Row:
-    """Returns the bytes of one configuration, out of a fresh process."""
-    request = {
-        "engine": engine, "precision": precision, "tokens": tokens, "threads": options.threads,
-        "geometry": options.geometry, "multiply": has_bfloat16(),
-    }  # fmt: skip
-    script = str(Path(__file__).with_name("train_block.py"))
-    environment = {
-        **os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MKL_DISABLE_FAST_MM": "1",
-    }  # fmt: skip
-    command = [sys.executable, script, json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode != 0:
-        raise SystemExit(f"{engine}, {precision}, M={tokens} failed:\n{done.stderr}")
-    found: Row = json.loads(done.stdout.splitlines()[-1])
-    return found
+def measure_memory(engine: str, cell: Cell, options: Any) -> Row:
+    """Returns the bytes of one configuration."""
+    precision, geometry, tokens = cell
+    if options.device == "cpu":
+        return measure_process(engine, geometry, precision, tokens, options.threads)
+    return measure_gpu(engine, geometry, precision, tokens, options.compile)
 
 
-def measure(options: Any, engines: list[str], console: Console) -> list[Row]:
-    """Returns a row for each engine, precision and number of tokens."""
-    rows: list[Row] = []
-    cells = [(precision, m) for precision in options.precisions for m in options.tokens]
-    slow: set[tuple[str, str]] = set()
+def measure(options: Any, engines: list[str], result: Row, console: Console) -> list[Row]:
+    """Returns a row for each engine, precision, geometry and number of tokens; writes what there
+    is after each cell.
+    """
+    rows: list[Row] = result.setdefault("rows", [])
+    cells = [
+        (precision, geometry, m)
+        for geometry in options.geometries
+        for precision in options.precisions
+        for m in options.tokens
+    ]
+    if options.device == "cuda":  # a run that is cut off has all of the fewest tokens
+        cells.sort(key=lambda cell: cell[2])
+    slow: set[tuple[str, str, str]] = set()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=len(cells))
-        for precision, m in cells:
-            progress.update(task, description=f"{precision}, M={m}")
-            running = [name for name in engines if (name, precision) not in slow]
-            times = {} if options.no_time else measure_time(running, precision, m, options)
+        for cell in cells:
+            precision, geometry, m = cell
+            progress.update(task, description=f"{precision}, {geometry}, M={m}")
+            failed: Row = {}
+            times: dict[str, Row] = {}
+            if not options.no_time:
+                running = [name for name in engines if (name, *cell[:2]) not in slow]
+                blocks, failed = make_blocks(running, cell, options)
+                times = measure_time(blocks, options)
+                del blocks
             for engine in engines:
-                time = times.get(engine)
+                time, memory = times.get(engine), None
                 if time is not None and time["with_optimizer_ms"] > 1e3 * options.limit:
-                    slow.add((engine, precision))
-                memory = (
-                    None if options.no_memory else measure_memory(engine, precision, m, options)
-                )
-                cell = {"precision": precision, "m": m, "engine": engine}
-                rows.append({**cell, "time": time, "bytes": memory})
+                    slow.add((engine, *cell[:2]))
+                if not options.no_memory and engine not in failed:
+                    memory = measure_memory(engine, cell, options)
+                key = {"precision": precision, "geometry": geometry, "m": m, "engine": engine}
+                rows.append({**key, "time": time, "bytes": memory, "failed": failed.get(engine)})
+            write_json(options.json, result)
             progress.advance(task)
     return rows
 
 
-def ratio(rows: list[Row], cell: tuple[str, int, str], *path: str) -> float | None:
+def cell_of(row: Row) -> Cell:
+    """Returns what a row has in common with the other engines' rows."""
+    return row["precision"], row["geometry"], row["m"]
+
+
+def ratio(rows: list[Row], cell: Cell, engine: str, *path: str) -> float | None:
     """Returns a figure of an engine over the plain block's; None where one was not measured."""
 
-    def figure(engine: str) -> float | None:
+    def figure(name: str) -> float | None:
         for row in rows:
-            if (row["precision"], row["m"], row["engine"]) == (*cell[:2], engine):
+            if (cell_of(row), row["engine"]) == (cell, name):
                 part = row[path[0]]
                 return None if part is None else float(part[path[1]])
         return None
 
-    above, below = figure(cell[2]), figure("plain")
+    above, below = figure(engine), figure("plain")
     return None if above is None or below is None else above / below
 
 
@@ -151,39 +224,47 @@ def _ratio_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def time_grid(rows: list[Row]) -> Grid:
     """Returns the table of times."""
-    columns = ["precision", "M", "engine", "forward", "backward", "step", "p10-p90", "of plain"]
-    grid = Grid("A step, ms", [*columns, "with AdamW", "of plain"], left=3)
+    columns = ["precision", "block", "M", "engine", "forward", "backward", "step", "p10-p90"]
+    columns += ["of plain", "with AdamW", "of plain", "tokens/s"]
+    grid = Grid("A step, ms", columns, left=4)
     for row in rows:
-        cell, time = (row["precision"], row["m"], row["engine"]), row["time"]
-        figures = ["-"] * 7
+        cell, time = cell_of(row), row["time"]
+        figures = ["-"] * 8
         if time is not None:
             figures = [
-                f"{time['forward_ms']:.0f}", f"{time['backward_ms']:.0f}", f"{time['step_ms']:.0f}",
-                f"{time['step_p10']:.0f}-{time['step_p90']:.0f}",
-                _ratio_text(ratio(rows, cell, "time", "step_ms")),
-                f"{time['with_optimizer_ms']:.0f}",
-                _ratio_text(ratio(rows, cell, "time", "with_optimizer_ms")),
+                _ms(time["forward_ms"]), _ms(time["backward_ms"]), _ms(time["step_ms"]),
+                f"{_ms(time['step_p10'])}-{_ms(time['step_p90'])}",
+                _ratio_text(ratio(rows, cell, row["engine"], "time", "step_ms")),
+                _ms(time["with_optimizer_ms"]),
+                _ratio_text(ratio(rows, cell, row["engine"], "time", "with_optimizer_ms")),
+                f"{time['tokens_per_second']:.0f}",
             ]  # fmt: skip
-        grid.rows.append([cell[0], str(cell[1]), cell[2], *figures])
+        grid.rows.append([*map(str, cell), row["engine"], *figures])
     return grid
 
 
 def memory_grid(rows: list[Row]) -> Grid:
     """Returns the table of bytes."""
-    columns = ["precision", "M", "engine", "model", "saved", "peak", "of plain"]
-    grid = Grid("Memory of a step, MB", [*columns, "with AdamW", "of plain"], left=3)
+    columns = ["precision", "block", "M", "engine", "model", "saved", "peak", "of plain"]
+    grid = Grid("Memory of a step, MB", [*columns, "with AdamW", "of plain"], left=4)
     for row in rows:
-        cell, found = (row["precision"], row["m"], row["engine"]), row["bytes"]
+        cell, found = cell_of(row), row["bytes"]
         if found is None:
             continue
         megabytes = {name: f"{value / MEGABYTE:.0f}" for name, value in found.items()}
+        peaks = [
+            _ratio_text(ratio(rows, cell, row["engine"], "bytes", name))
+            for name in ("peak", "peak_with_optimizer")
+        ]
         grid.rows.append([
-            cell[0], str(cell[1]), cell[2], megabytes["model"], megabytes["saved"],
-            megabytes["peak"], _ratio_text(ratio(rows, cell, "bytes", "peak")),
-            megabytes["peak_with_optimizer"],
-            _ratio_text(ratio(rows, cell, "bytes", "peak_with_optimizer")),
+            *map(str, cell), row["engine"], megabytes["model"], megabytes["saved"],
+            megabytes["peak"], peaks[0], megabytes["peak_with_optimizer"], peaks[1],
         ])  # fmt: skip
     return grid
 
@@ -191,39 +272,41 @@ def memory_grid(rows: list[Row]) -> Grid:
 def find_targets(rows: list[Row], options: Any) -> list[Target]:
     """Returns the closing table's lines."""
     targets = []
-    for precision in options.precisions:
-        for m in options.tokens:
-            cell = (precision, m, "bitlab")
-            memory = ratio(rows, cell, "bytes", "peak")
-            # Resident memory of equal processes differs in the fourth digit.
-            memory = None if memory is None else round(memory, 3)
-            name = f"{precision} M={m}"
-            targets.append(Target(f"{name}: at most the plain peak", memory, 1, False, "x"))
-            if precision != "bfloat16":
-                time = ratio(rows, cell, "time", "step_ms")
-                text = f"{name}: at most {MOST_TIME}x the plain time"
-                targets.append(Target(text, time, MOST_TIME, False, "x"))
+    most, on_gpu = MOST_TIME[options.device], options.device == "cuda"
+    for cell in dict.fromkeys(map(cell_of, rows)):
+        precision, geometry, m = cell
+        if on_gpu and m < LEAST_TOKENS:
+            continue
+        memory = ratio(rows, cell, "bitlab", "bytes", "peak")
+        # Resident memory of equal processes differs in the fourth digit.
+        memory = None if memory is None else round(memory, 3)
+        name = f"{geometry} {precision} M={m}" if on_gpu else f"{precision} M={m}"
+        targets.append(Target(f"{name}: at most the plain peak", memory, 1, False, "x"))
+        if on_gpu or precision != "bfloat16":
+            time = ratio(rows, cell, "bitlab", "time", "step_ms")
+            text = f"{name}: at most {most}x the plain time"
+            targets.append(Target(text, time, most, False, "x"))
     return targets
 
 
-def draw(rows: list[Row], path: Path) -> None:
+def draw(rows: list[Row], most: float, path: Path) -> None:
     """Draws times and peaks as shares of the plain block's."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    cells = list(dict.fromkeys((row["precision"], row["m"]) for row in rows))
+    cells = list(dict.fromkeys(map(cell_of, rows)))
     engines = list(dict.fromkeys(row["engine"] for row in rows))
     width = 0.8 / len(engines)
     panels = (("time", "step_ms", "Time of a step"), ("bytes", "peak", "Peak memory of a step"))
     for ax, (part, field, title) in zip(axes, panels, strict=True):
         for index, engine in enumerate(engines):
-            heights = [ratio(rows, (*cell, engine), part, field) or 0 for cell in cells]
+            heights = [ratio(rows, cell, engine, part, field) or 0 for cell in cells]
             places = [place + index * width for place in range(len(cells))]
             bars = ax.bar(places, heights, width, label=engine)
             labels = [f"{height:.2f}" if height else "-" for height in heights]
             ax.bar_label(bars, labels, fontsize="x-small")
-        ax.axhline(MOST_TIME if part == "time" else 1, color="black", linestyle="--", linewidth=0.8)
+        ax.axhline(most if part == "time" else 1, color="black", linestyle="--", linewidth=0.8)
         ax.set_xticks([place + 0.4 - width / 2 for place in range(len(cells))])
-        ax.set_xticklabels([f"{precision}\nM={m}" for precision, m in cells])
+        ax.set_xticklabels([f"{precision}\n{geometry}, M={m}" for precision, geometry, m in cells])
         ax.set(title=title, ylabel="of the plain block's; dashed: the target")
         ax.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,35 +319,41 @@ def main() -> None:
     if not options.no_png:
         pyplot()
     torch.set_num_threads(options.threads)
-    if not options.compile_peer:
+    on_gpu = options.device == "cuda"
+    # On a CPU, what transformers compiles of its layer makes it slower.
+    if not (on_gpu or options.compile or options.compile_peer):
         torch.compiler.set_stance("force_eager")
+    torch._dynamo.config.recompile_limit = VERSIONS
     console = Console()
     disturbance = Disturbance()
     result = header(console, "bench/train.py")
-    kernels: Any = kernels_for("cpu")
-    problems = {name: find_problem(name) for name in options.engines}
+    kernels: Any = kernels_for(options.device)
+    one = options.precisions[0]
+    problems = {name: find_problem(name, one, options.device) for name in options.engines}
     not_run = {name: problem for name, problem in problems.items() if problem is not None}
     result |= {
-        "isa": kernels.isa, "threads": options.threads, "quick": options.quick,
-        "torch_bfloat16": has_bfloat16(), "not_run": not_run,
+        "device": options.device, "gpu": device_words() if on_gpu else None,
+        "compiled": options.compile, "isa": getattr(kernels, "isa", options.device),
+        "threads": options.threads, "quick": options.quick,
+        "torch_bfloat16": on_gpu or has_bfloat16(), "not_run": not_run,
     }  # fmt: skip
-    console.print(f"{options.threads} threads, {kernels.isa}", highlight=False)
+    console.print(result["gpu"] or f"{options.threads} threads, {result['isa']}", highlight=False)
     for name, problem in not_run.items():
         console.print(f"{name}: not run: {problem}", highlight=False)
     if "plain" in not_run or "bitlab" in not_run:
         raise SystemExit("The plain block and BitLab's must run.")
-    if not has_bfloat16():
+    if not result["torch_bfloat16"]:
         console.print("torch has no fast bfloat16 products on this CPU.")
-    rows = measure(options, [name for name in options.engines if name not in not_run], console)
+    engines = [name for name in options.engines if name not in not_run]
+    rows = measure(options, engines, result, console)
     grids = [] if options.no_time else [time_grid(rows)]
     grids += [] if options.no_memory else [memory_grid(rows)]
     for grid in grids:
         grid.show(console)
-    result["rows"] = rows
     targets = find_targets(rows, options)
     close(console, result, grids, targets, disturbance, options.json, for_vnni=False)
     if not options.no_png:
-        draw(rows, options.png)
+        draw(rows, MOST_TIME[options.device], options.png)
     console.print(f"Results: {options.json}", highlight=False)
 
 

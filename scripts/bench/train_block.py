@@ -1,25 +1,16 @@
-"""The transformer block of bench/train.py with each kind of linear layer, and what a step of it
-costs in memory, measured in a process of its own.
-
-Run as a script it reads a JSON request from its argument and prints the answer as JSON. The parent
-sets glibc's MALLOC_MMAP_THRESHOLD_ and MKL_DISABLE_FAST_MM, so that freed tensors and the buffers
-of matrix products leave the resident memory at once.
-"""
+"""The block of bench/train.py with each kind of linear layer, and the time of a step."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
@@ -36,6 +27,12 @@ GEOMETRIES = {
         "intermediate_size": 6912,
         "num_attention_heads": 20,
         "num_key_value_heads": 5,
+    },
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
     },
     "quick": {
         "hidden_size": 128,
@@ -86,6 +83,30 @@ class Seconds:
     optimizer: float
 
 
+class Marks:
+    """Moments of a step: on a GPU those when its stream gets there, else those of the process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._events: list[torch.cuda.Event] = []
+        self._times: list[float] = []
+
+    def set(self) -> None:
+        """Notes one."""
+        if self._on_gpu:
+            self._events.append(torch.cuda.Event(enable_timing=True))
+            self._events[-1].record()
+        else:
+            self._times.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Returns what passed between neighbours; waits for the last."""
+        if not self._on_gpu:
+            return [after - before for before, after in pairwise(self._times)]
+        self._events[-1].synchronize()
+        return [1e-3 * before.elapsed_time(after) for before, after in pairwise(self._events)]
+
+
 class Block:
     """A Llama block in training, with its optimizer and the input of one sequence.
 
@@ -96,24 +117,36 @@ class Block:
         tokens: Length of the sequence.
     """
 
-    def __init__(self, engine: str, geometry: str, precision: str, tokens: int) -> None:
+    def __init__(
+        self, engine: str, geometry: str, precision: str, tokens: int, device: str = "cpu"
+    ) -> None:
         torch.manual_seed(0)
         dtype, self._autocast = PRECISIONS[precision]
+        self._device = torch.device(device)
         config = LlamaConfig(**GEOMETRIES[geometry], attn_implementation="sdpa")
-        self.module = LlamaDecoderLayer(config, 0).to(dtype).train()
+        with self._device:
+            self.module = LlamaDecoderLayer(config, 0).to(dtype).train()
         if engine != "plain":
             for name, linear in list(self.module.named_modules()):
                 if isinstance(linear, nn.Linear):
                     self.module.set_submodule(name, _CONVERSIONS[engine](linear))
+        self.module.to(self._device)
         self._optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4, fused=True)
         shape = (1, tokens, config.hidden_size)
-        self.x = torch.randn(shape).to(dtype).requires_grad_()
-        self._dy = torch.randn(shape)
-        positions = torch.arange(tokens)[None]
-        self._embedding = LlamaRotaryEmbedding(config)(self.x, positions)
+        self.x = torch.randn(shape, device=self._device).to(dtype).requires_grad_()
+        self._dy = torch.randn(shape, device=self._device)
+        positions = torch.arange(tokens, device=self._device)[None]
+        rotary = LlamaRotaryEmbedding(config).to(self._device)
+        self._embedding = rotary(self.x, positions)
 
     def _casts(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16) if self._autocast else nullcontext()
+        if not self._autocast:
+            return nullcontext()
+        return torch.autocast(self._device.type, torch.bfloat16)
+
+    def compile(self, backend: str) -> None:
+        """Compiles the block with torch.compile's backend; a graph break is an error."""
+        self.module.compile(fullgraph=True, dynamic=False, backend=backend)
 
     def forward(self) -> Tensor:
         """Runs the block."""
@@ -125,15 +158,17 @@ class Block:
         """Runs forward, backward and, if asked for, the optimizer; drops the gradients before."""
         self._optimizer.zero_grad()
         self.x.grad = None
-        started = time.perf_counter()
+        marks = Marks(self._device)
+        marks.set()
         y = self.forward()
         dy = self._dy.to(y.dtype)
-        forwarded = time.perf_counter()
+        marks.set()
         y.backward(dy)
-        ended = time.perf_counter()
+        marks.set()
         if optimize:
             self._optimizer.step()
-        return Seconds(forwarded - started, ended - forwarded, time.perf_counter() - ended)
+        marks.set()
+        return Seconds(*marks.seconds())
 
     def saved_bytes(self) -> int:
         """Returns the bytes that the backward pass keeps, parameters and the input excluded."""
@@ -154,86 +189,21 @@ class Block:
         return found
 
 
-class ZeroProducts(TorchDispatchMode):
-    """Writes zeros for torch's bfloat16 products, which take minutes on a CPU without bfloat16.
-
-    Their operands, and an output of the same size, are allocated and written all the same.
-    """
-
-    _PRODUCTS = (
-        torch.ops.aten.mm.default,
-        torch.ops.aten.bmm.default,
-        torch.ops.aten.addmm.default,
-    )
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Runs one op."""
-        if func in self._PRODUCTS and args[-1].dtype == torch.bfloat16:
-            left, right = args[-2:]
-            return left.new_zeros((*left.shape[:-1], right.shape[-1]))
-        return func(*args, **(kwargs or {}))
-
-
 def has_bfloat16() -> bool:
     """Tells whether this CPU multiplies bfloat16 at a useful speed in torch."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _resident(field: str) -> int:
-    """Returns a line of /proc/self/status in bytes: VmRSS now, VmHWM at most since the reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"/proc/self/status has no {field}: the benchmark needs Linux.")
-
-
-def _peak_of(call: Callable[[], object]) -> int:
-    """Returns the most resident bytes while a call runs."""
-    Path("/proc/self/clear_refs").write_text("5")
-    call()
-    return _resident("VmHWM")
-
-
-def measure_memory(request: dict[str, Any]) -> dict[str, int]:
-    """Returns bytes of one configuration: the model, the peaks of a step, what backward keeps."""
-    engine, precision, tokens = request["engine"], request["precision"], request["tokens"]
-    torch.set_num_threads(request["threads"])
-    torch.compiler.set_stance("force_eager")
-    products = nullcontext() if request["multiply"] else ZeroProducts()
-    with products:
-        warm = Block(engine, "quick", precision, 8)
-        warm.step()
-        del warm
-        imported = _resident("VmRSS")
-        block = Block(engine, request["geometry"], precision, tokens)
-        block.saved_bytes()
-        held = _resident("VmRSS")
-        step = _peak_of(lambda: block.step(optimize=False))
-        block.step()
-        optimized = _peak_of(block.step)
-        return {
-            "model": held - imported,
-            "peak": step - imported,
-            "peak_with_optimizer": optimized - imported,
-            "saved": block.saved_bytes(),
-        }
-
-
-def find_problem(engine: str) -> str | None:
+def find_problem(engine: str, precision: str, device: str) -> str | None:
     """Runs a step of a tiny block with an engine; returns what went wrong, or None."""
     try:
-        Block(engine, "quick", "float32", 8).step()
+        Block(engine, "quick", precision, 8, device).step()
     except Exception as error:  # whatever a peer raises is the answer
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return describe(error)
     return None
 
 
-def copies(engines: list[str], geometry: str, precision: str, tokens: int) -> dict[str, Block]:
-    """Returns a block for each engine, with its own weights of equal values."""
-    return {name: Block(name, geometry, precision, tokens) for name in engines}
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure_memory(json.loads(sys.argv[1]))))
+def describe(error: Exception) -> str:
+    """Returns an error in one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

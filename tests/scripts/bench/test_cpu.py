@@ -137,6 +137,9 @@ def test_train(tmp_path: Path) -> None:
     for row in found.values():
         time, size = row["time"], row["bytes"]
         assert 0 < time["step_p10"] <= time["step_ms"] <= time["step_p90"]
+        rate = 1e3 * 16 / time["with_optimizer_ms"]
+        assert time["tokens_per_second"] == pytest.approx(rate)
+        assert (row["geometry"], row["failed"]) == ("quick", None)
         assert size["peak_with_optimizer"] >= size["peak"] > 0
         assert size["saved"] > 0
     targets = {target["name"]: target["measured"] for target in result["targets"]}

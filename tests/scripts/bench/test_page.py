@@ -1,0 +1,94 @@
+"""How a benchmark's result comes onto the page."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "scripts/bench"))
+
+import page
+from page_runs import compact, load_runs, take
+from page_tables import figure
+
+MACHINE = {"cpu": "a CPU", "cores": 2, "memory_bytes": 2**34, "versions": {"torch": "2.13.0"}}
+
+
+def write(folder: Path, script: str, **result: Any) -> Path:
+    path = folder / "result.json"
+    command = f"python scripts/bench/{script} --threads 2 --json {path} --work /somewhere/models"
+    common = {"machine": MACHINE, "date": "2026-12-01", "command": command, "quick": False}
+    busy = {"disturbance": {"other_processes": 0.0123, "host": 0.0}}
+    path.write_text(json.dumps({**common, **busy, **result}))
+    return path
+
+
+def test_a_result_becomes_a_run(tmp_path: Path) -> None:
+    engine = {"load_seconds": 0.123456789, "file_bytes": 850_000_000, "peak_bytes": 1_730_000_000}
+    engine |= {"above_bytes": 140_000_000, "decode_tok_s": 18.7, "prompt_tok_s": 133.6}
+    engines = [{**engine, "engine": "bitlab int8", "runs": [1, 2]},
+               {**engine, "engine": "dense bf16", "decode_tok_s": 4.25}]  # fmt: skip
+    target = {"name": "decode: 20 tok/s", "measured": 18.7, "unit": " tok/s", "met": False}
+    path = write(tmp_path, "generate.py", device="cpu", engines=engines, targets=[target])
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    (written,) = take(path, "Zen 5, 2 cores", folder)
+    assert written.name == "generate-zen-5-2-cores.json"
+    (run,) = load_runs(folder)
+    assert run.command == "python scripts/bench/generate.py --threads 2"
+    assert str(tmp_path) not in written.read_text()
+    assert run.conditions == "other processes took 1.2 % of the CPU time"
+    assert run.machine == "2 cores of a CPU, 16 GiB; torch 2.13.0"
+    assert run.result["engines"][0]["load_seconds"] == 0.12346
+    assert "runs" not in run.result["engines"][0]
+    end = "| Zen 5, 2 cores | 2026-12-01 | [generate-zen-5-2-cores](#generate-zen-5-2-cores) |"
+    lines = page.render("memory", [run]).splitlines()
+    assert lines[2] == f"| bitlab int8 | 0.12 | 0.85 | 1.73 | 0.14 {end}"
+    (line,) = page.render("whole", [run]).splitlines()[2:]
+    assert line == f"| bitlab int8 | dense bf16 | 18.7 | 4.25 | 4.40 | 134 | 134 | 1.00 {end}"
+    (line,) = page.render("targets", [run]).splitlines()[2:]
+    assert line == f"| decode: 20 tok/s | 18.7 tok/s | **no** {end}"
+    assert page.render("gpu-whole", [run]) == "Not measured."
+    assert "### generate-zen-5-2-cores\n" in page.render(page.RUNS, [run])
+
+
+def test_what_is_no_measurement_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"must be a measurement, got one of --quick"):
+        take(write(tmp_path, "linear.py", quick=True), "Zen 5", tmp_path)
+    with pytest.raises(SystemExit, match=r"--label must name the machine"):
+        take(write(tmp_path, "linear.py"), None, tmp_path)
+    with pytest.raises(SystemExit, match=r"benchmark's command, got 'cat'"):
+        take(write(tmp_path, "linear.py", command="cat"), "Zen 5", tmp_path)
+    (tmp_path / "result.json").write_text('{"label": "Zen 5"}')
+    with pytest.raises(SystemExit, match=r"result.json: must have \['command'"):
+        load_runs(tmp_path)
+
+
+def test_marks_of_no_table_are_refused() -> None:
+    with pytest.raises(SystemExit, match=r"got no-such-table"):
+        page.fill("<!-- no-such-table -->\n<!-- /no-such-table -->", [])
+
+
+def test_what_stands_around_tables_stays() -> None:
+    text = "before\n<!-- packing -->\nold\n<!-- /packing -->\nafter <!-- remark -->\n"
+    assert page.fill(text, []) == (
+        "before\n<!-- packing -->\nNot measured.\n<!-- /packing -->\nafter <!-- remark -->\n"
+    )
+
+
+def test_figures() -> None:
+    shown = [figure(value) for value in (None, 512, 1234.5, 33.333, 2.0, 0.0119, 0.5)]
+    assert shown == ["-", "512", "1234", "33.3", "2.00", "0.012", "0.50"]
+
+
+def test_files_have_a_record_a_line() -> None:
+    rows = [{"m": m, "us": {"p50": 1.5}, "name": "x" * 40} for m in range(3)]
+    value = {"label": "Zen 5", "result": {"rows": rows, "few": [1, 2]}}
+    text = compact(value)
+    assert json.loads(text) == value
+    assert text.count("\n") == 10
+    assert max(map(len, text.splitlines())) < 100
