@@ -20,6 +20,8 @@ from bitcore.kernels.native import library_path
 from bitcore.kernels.registry import kernels_for
 from bitcore.schemas import library
 
+# The first whose C interface has sums.
+_OLDEST_TORCH = (2, 10)
 _SHIMS = Path(__file__).with_name("inductor_shims.inl")
 # Inductor writes `extern <text>;`, so that the text has to begin and end within a declaration.
 _FRAME = 'int bitlab_shims;\n#define BITLAB_LIBRARY "{library}"\n{text}\nextern int bitlab_shims'
@@ -62,7 +64,15 @@ def inductor_options() -> dict[str, Any]:
     ``torch._inductor.aoti_compile_and_package``; none of them where the reference runs.
 
     Precision casts are emulated: a fused operation rounds where the eager one does.
+
+    Raises:
+        BackendError: torch is too old, or the library's path cannot stand in C++.
     """
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH:
+        raise BackendError(
+            f"inductor_options: torch must be {'.'.join(map(str, _OLDEST_TORCH))} or newer, "
+            f"got {torch.__version__}"
+        )
     if not isinstance(kernels_for("cpu"), CpuKernels):
         return {"emulate_precision_casts": True}
     library = str(library_path("bitkernels_cpu").resolve())

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from bitcore.errors import ArgumentError
+from bitlab_hf.cli.common import progress
 from bitlab_hf.demo.terminal import printable
 
 
@@ -112,14 +113,15 @@ class Speaker:
         started = time.perf_counter()
         compile_decoding(self._model, exact=compiling is Compiling.EXACT)
         ids = torch.zeros((1, 1), dtype=torch.long, device=self._model.device)
-        self._model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            min_new_tokens=2,
-            max_new_tokens=2,
-            cache_implementation="static",
-        )
+        with progress("compiling", None):
+            self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                min_new_tokens=2,
+                max_new_tokens=2,
+                cache_implementation="static",
+            )
         return time.perf_counter() - started
 
     def continue_(self, ids: list[int], show: bool) -> dict[str, Any]:

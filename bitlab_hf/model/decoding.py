@@ -55,6 +55,7 @@ def compile_decoding(model: PreTrainedModel, exact: bool = True) -> int:
         as before.
 
     Raises:
+        BackendError: torch is older than 2.10.
         LifecycleError: The model is not deployed, or not on the CPU.
         ArgumentError: It has another attention than sdpa, or no decoder layers with a static cache.
     """

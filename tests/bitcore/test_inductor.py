@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitcore import ops, use_backend
+from bitcore.errors import BackendError
 from bitcore.kernels.inductor import inductor_options, sum_as_eager
 from tests.conftest import native_kernels
 
@@ -110,6 +111,19 @@ def test_means_over_the_last_axis_become_sums() -> None:
 def test_the_reference_is_called_through_the_dispatcher() -> None:
     with use_backend("reference"):
         assert "aot_inductor.custom_ops_to_c_shims" not in inductor_options()
+
+
+def test_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(BackendError, match=r"torch must be 2\.10 or newer, got 2\.9\.1"):
+        inductor_options()
+
+
+def test_a_path_that_cannot_stand_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    native_kernels()
+    monkeypatch.setattr("bitcore.kernels.inductor.library_path", lambda _: Path('/a"b/lib.so'))
+    with pytest.raises(BackendError, match="path must hold no quotes"):
+        inductor_options()
 
 
 def test_record_is_the_headers() -> None:

@@ -111,6 +111,9 @@ def test_compiled(
         assert done.json["tokens"] == plain["tokens"] == 12
         assert done.json["compile_seconds"] > 0
     assert len(list((tmp_path / "cache" / "decoding").glob("*.pt2"))) == 1
+    if how == "exact":
+        sampling = (*command, "--temperature", 1.5, "--seed", 3)
+        assert cli(*sampling, "--compile", how).json["text"] == cli(*sampling).json["text"]
     talk = cli("chat", states["deployed"], "--max-tokens", 4, "--temperature", 0, "--compile", how,
                text="import os\n")  # fmt: skip
     assert talk.code == 0, talk.err

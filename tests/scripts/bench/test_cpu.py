@@ -92,15 +92,17 @@ def test_linear_with_all_granularities(tmp_path: Path) -> None:
 @pytest.mark.ci
 def test_generate(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    engines = ("bitlab int8", "bitlab keep", "bitlab g64", "dense bf16", "bitnet packed")
+    engines = ("bitlab int8", "bitlab keep", "bitlab g64", "dense bf16", "bitnet packed",
+               "bitlab int8 exact")  # fmt: skip
     options = ("--threads", "1", "--work", str(work), "--engines", *engines)
     result, output = run("bench/generate.py", tmp_path, *options)
     found = {one["engine"]: one for one in result["engines"]}
     assert tuple(found) == engines
     layers = [one["layer"] for one in found.values()]
-    assert layers == ["BitLinear", "BitLinear", "BitLinear", "Linear", "BitLinear"]
+    assert layers == ["BitLinear", "BitLinear", "BitLinear", "Linear", "BitLinear", "BitLinear"]
     heads = [one["head"] for one in found.values()]
-    assert heads == ["Int8Linear", "Linear", "Int8Linear", "Linear", "Linear"]
+    assert heads == ["Int8Linear", "Linear", "Int8Linear", "Linear", "Linear", "Int8Linear"]
+    assert [one["compiled"] for one in found.values()] == [False] * 5 + ["exact"]
     int8, keep, groups, *_ = found.values()
     assert int8["bits_per_weight"] == pytest.approx(2, abs=0.01)
     # A byte for each 64 inputs, and a float for each row of 256 or 512.
@@ -108,7 +110,7 @@ def test_generate(tmp_path: Path) -> None:
     assert int8["file_bytes"] < groups["file_bytes"]
     assert int8["file_bytes"] < keep["file_bytes"]
     for name, one in found.items():
-        for key in ("prompt_tok_s", "decode_tok_s", "load_seconds", "read_seconds"):
+        for key in ("prompt_tok_s", "decode_tok_s", "load_seconds", "warm_seconds", "read_seconds"):
             assert one[key] > 0, f"{name} {key}"
         assert one["decode_p10"] <= one["decode_tok_s"] <= one["decode_p90"]
         assert one["peak_bytes"] >= one["imported_bytes"] > one["file_bytes"] > 0
@@ -121,6 +123,9 @@ def test_generate(tmp_path: Path) -> None:
     }  # fmt: skip
     asked = next(one for one in result["targets"] if "groups of 64" in one["name"])
     assert asked["measured"] == pytest.approx(groups["decode_tok_s"] / int8["decode_tok_s"])
+    asked = next(one for one in result["targets"] if "int8 exact" in one["name"])
+    gain = found["bitlab int8 exact"]["decode_tok_s"] / int8["decode_tok_s"]
+    assert asked["measured"] == pytest.approx(gain)
     assert_targets(result, output)
 
 
