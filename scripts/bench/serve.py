@@ -8,10 +8,11 @@ deployed one. Starts each server in turn, and has the same questions asked by 1,
 once, streamed and greedy. Writes serve.json after each row, and serve.md at the end; run again with
 the same arguments, it goes on where it was stopped.
 
-First token, between tokens: seconds, p50 and p95 over all answers. Memory: of all of the server's
-processes, pages that several share counted once, after the row's questions. Equal: answers that are
-those of the same server with one client. A ternary model is float32 beside its packed weights, so
-that equal sums give equal tokens; a dense one is bfloat16, whose tokens can depend on the batch.
+Tokens are counted by tokenizing the texts. First token, between tokens: seconds, p50 and p95 over
+all answers. Memory: of all of the server's processes, pages that several share counted once, after
+the row's questions. Equal: answers that are those of the same server with one client. A ternary
+model is float32 beside its packed weights, so that equal sums give equal tokens; a dense one is
+bfloat16, whose tokens can depend on the batch.
 """
 
 from __future__ import annotations

@@ -100,10 +100,11 @@ def test_one_process(vllm_environment: Path, models: Path, tmp_path: Path) -> No
 
 
 def test_two_processes(vllm_environment: Path, models: Path) -> None:
-    """A tied int8 embedding, groups cut in the middle, one head of keys for both."""
-    folders = [models / "qwen3-mixed", models / "gemma3"]
+    """A tied int8 embedding, groups cut in the middle, one head of keys for both; experts."""
+    folders = [models / "qwen3-mixed", models / "gemma3", models / "qwen3-moe"]
     check(models, run(vllm_environment, *((one, 2) for one in folders), spread=True))
 
 
 def test_compiled(vllm_environment: Path, models: Path) -> None:
-    check(models, run(vllm_environment, models / "qwen3-mixed", compiled=True))
+    folders = [models / "qwen3-mixed", models / "qwen3-moe"]
+    check(models, run(vllm_environment, *folders, compiled=True))
