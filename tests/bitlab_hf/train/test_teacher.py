@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,10 @@ def trainer(model: Any, folder: Path, **fields: Any) -> BitLabTrainer:
 
 @pytest.mark.parametrize(("config", "kind"), OTHERS, ids=[kind for _, kind in OTHERS])
 def test_only_causal_language_models_are_distilled(config: Any, kind: str, tmp_path: Path) -> None:
-    make = getattr(transformers, kind)
+    def make(config: Any) -> Any:
+        # An encoder writes into the configuration that it is made from.
+        return getattr(transformers, kind)(copy.deepcopy(config))
+
     said = rf"model must be a causal language model to be distilled, got {kind}\n.*recipe='plain'"
     for recipe in ("default", "distill"):
         with pytest.raises(ArgumentError, match=said):
