@@ -65,7 +65,7 @@ def compiled(module: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> Cal
     return loaded
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_as_eager(dtype: torch.dtype, tmp_path: Path) -> None:
     native_kernels()

@@ -52,6 +52,7 @@ def use(name: str, deployed: Path, scratch: Path) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.ci
 def test_causal_and_assisted_decoding(deployed: Path, tmp_path: Path) -> None:
     found = use("causal", deployed, tmp_path)
     model: Any = AutoModelForCausalLM.from_pretrained(deployed)
@@ -63,6 +64,7 @@ def test_causal_and_assisted_decoding(deployed: Path, tmp_path: Path) -> None:
     assert found["assisted"] == found["tokens"]
 
 
+@pytest.mark.ci
 def test_pipeline(deployed: Path, tmp_path: Path) -> None:
     found = use("pipe", deployed, tmp_path)
     assert found["packed"] == 42
@@ -70,6 +72,7 @@ def test_pipeline(deployed: Path, tmp_path: Path) -> None:
     assert len(found["text"]) > len(PROMPT)
 
 
+@pytest.mark.ci
 def test_base_model_and_new_head(deployed: Path, tmp_path: Path) -> None:
     found = use("heads", deployed, tmp_path)
     assert found["base"] == {"packed": 42, "float": 0}
@@ -79,6 +82,7 @@ def test_base_model_and_new_head(deployed: Path, tmp_path: Path) -> None:
     assert found["hidden"][-1] == 256
 
 
+@pytest.mark.ci
 def test_peft(deployed: Path, tmp_path: Path) -> None:
     found = use("peft", deployed, tmp_path)
     assert found["packed"] == 42
@@ -96,6 +100,7 @@ FIRST_IMPORTS = [
 ]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("first", FIRST_IMPORTS)
 def test_import_orders(first: str) -> None:
     """Whatever comes first, transformers reads a configuration, and gets BitLab's classes."""

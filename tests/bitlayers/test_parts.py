@@ -114,6 +114,7 @@ print(memory("VmHWM") - before)
 
 
 # Many experts, so that weights count most, and many tokens, so that activations do.
+@pytest.mark.ci
 @pytest.mark.parametrize(("experts", "tokens"), [(64, 512), (8, 4096)])
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -94,7 +94,7 @@ def test_generate(cli: Cli, states: dict[str, Path]) -> None:
     assert sampled[0] == sampled[1] != sampled[2]
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("how", ["exact", "fused"])
 def test_compiled(
     how: str, cli: Cli, states: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

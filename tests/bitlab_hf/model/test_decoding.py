@@ -111,7 +111,7 @@ def test_exact_for_other_architectures(kind: str) -> None:
         assert compiled_layers(model) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_another_process_compiles_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would export first. The library is that of the test above."""
     ids = prompts()[2]
@@ -129,7 +129,7 @@ def test_another_process_compiles_nothing(cache: Path, monkeypatch: pytest.Monke
     assert compiled_layers(second) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_fused_is_equal_to_rounding_and_takes_padding() -> None:
     model = make()
     ids = torch.randint(2, VOCABULARY, (2, 9))
@@ -147,7 +147,7 @@ def test_fused_is_equal_to_rounding_and_takes_padding() -> None:
     assert torch.equal(scores(model, ids, mask, cache_implementation="static"), got)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_exact_leaves_padded_steps_alone() -> None:
     model = make()
     ids, mask = torch.randint(2, VOCABULARY, (2, 9)), torch.ones(2, 9, dtype=torch.long)
@@ -158,7 +158,7 @@ def test_exact_leaves_padded_steps_alone() -> None:
     assert compiled_layers(model) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_new_weights_are_used(cache: Path) -> None:
     """The libraries hold none: a layer whose tensors are exchanged or written to follows."""
     model, other = make(), make(rms_norm_eps=1e-6)
@@ -178,7 +178,7 @@ def test_new_weights_are_used(cache: Path) -> None:
     assert compiled_layers(model) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_step_that_differs_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -212,6 +212,7 @@ def test_a_layer_that_cannot_be_exported_runs_as_before(
     assert "torch.export cannot take it: no" in caplog.text
 
 
+@pytest.mark.ci
 def test_a_damaged_library_is_made_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.mkdir(exist_ok=True)
     damaged = cache / "key.pt2"

@@ -43,6 +43,7 @@ def weights(one: Row, fit: Tensor, folder: Path, start: Path) -> tuple[dict[str,
     return model.state_dict(), costs.now()
 
 
+@pytest.mark.ci
 def test_rows_share_a_start(fit: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second row takes over what the first has found, and its price; the bits are the same."""
     shared = tmp_path / "starts" / row(1).start(1, False)

@@ -46,7 +46,7 @@ def run(models: Path, folder: Path, *arguments: str) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_rows_are_kept_as_they_are_done(models: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     seeds = run(models, folder, "--rows", "groups-64", "--seeds", "0", "1")["groups-64"]
