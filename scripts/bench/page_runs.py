@@ -122,9 +122,11 @@ def _in_units(row: Result, unit: str, size: float) -> Result:
 def figures(kind: str, result: Result) -> Result:
     """Returns what the page needs of a command's result, in the page's units."""
     kept = {
-        key: result[key] for key in ("device", "prompt", "compiled", "targets") if key in result
+        key: result[key]
+        for key in ("device", "prompt", "threads", "compiled", "targets")
+        if key in result
     }
-    if kind == "generate":
+    if kind in ("generate", "experts_model"):
         engines = [_in_units(one, "gb", 1e9) for one in result["engines"]]
         kept["engines"] = [{k: v for k, v in one.items() if k != "runs"} for one in engines]
     elif kind == "train":

@@ -147,6 +147,13 @@ def _whole(on_gpu: bool) -> Callable[[Run], Iterator[Cells]]:
     return rows
 
 
+def _mixtures(run: Run) -> Iterator[Cells]:
+    for one in run.result["engines"] if run.kind == "experts_model" else []:
+        names = ("decode_tok_s", "prompt_tok_s", "load_seconds", "peak_gb", "file_gb")
+        threads = str(run.result["threads"])
+        yield [one["engine"], threads, *(figure(one[name]) for name in names)]
+
+
 def _whole_groups(run: Run) -> Iterator[Cells]:
     engines = run.result["engines"] if run.kind == "generate" else []
     one = _find(engines, engine="bitlab int8")
@@ -259,6 +266,11 @@ TABLES: dict[str, Table] = {
     "whole": Table(
         ["engine", "against", *_RATE, "prompt, tokens/s", "the other's", "ratio"],
         _whole(False),
+    ),
+    "mixture": Table(
+        ["engine", "threads", "decode, tokens/s", "prompt, tokens/s", "load, s", "peak, GB",
+         "file, GB"],
+        _mixtures,
     ),
     "memory": Table(["engine", "load, s", "file, GB", "peak, GB", "above, GB"], _memory, 1),
     "loads": Table(
