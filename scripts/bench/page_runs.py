@@ -121,11 +121,8 @@ def _in_units(row: Result, unit: str, size: float) -> Result:
 
 def figures(kind: str, result: Result) -> Result:
     """Returns what the page needs of a command's result, in the page's units."""
-    kept = {
-        key: result[key]
-        for key in ("device", "prompt", "threads", "compiled", "targets")
-        if key in result
-    }
+    names = ("device", "prompt", "threads", "compiled", "targets")
+    kept = {key: result[key] for key in names if key in result}
     if kind in ("generate", "experts_model"):
         engines = [_in_units(one, "gb", 1e9) for one in result["engines"]]
         kept["engines"] = [{k: v for k, v in one.items() if k != "runs"} for one in engines]
@@ -141,8 +138,8 @@ def figures(kind: str, result: Result) -> Result:
             for name, runs in result["results"].items()
         }
     else:
-        names = ("rows", "head", "packing", "quantizers", "ceilings", "generate")
-        kept |= {key: result[key] for key in names if result.get(key)}
+        parts = ("rows", "head", "packing", "quantizers", "ceilings", "generate")
+        kept |= {key: result[key] for key in parts if result.get(key)}
         if kind == "cuda":
             kept["device"] = "cuda"
     found: Result = _significant(kept)
