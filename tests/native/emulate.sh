@@ -39,7 +39,7 @@ run() {
 build() { # FOLDER CMAKE_ARGUMENTS...
     local folder=$1
     shift
-    cmake -S csrc -B "$folder" "$@" >/dev/null
+    cmake -S csrc -B "$folder" -DBITLAB_CUDA=OFF "$@" >/dev/null
     cmake --build "$folder" >/dev/null
 }
 flags=(-std=c++17 -O3 -Wall -Wextra -Werror -ffp-contract=off -fno-exceptions -fno-rtti -Icsrc/include)
