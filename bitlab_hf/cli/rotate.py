@@ -12,8 +12,8 @@ def rotate(source: FloatSource, output: Output, seed: Seed = 0, as_json: Json = 
     """Turns a float model's hidden states into another basis, in which less is lost when it becomes
     ternary.
 
-    OUTPUT is a float model of the same class that computes the same; its embedding and its head are
-    no longer tied. Train or deploy it like the original.
+    OUTPUT is a float model of the same class and dtype that computes the same; its embedding and
+    its head are no longer tied. Train or deploy it like the original.
     """
     from bitcore.errors import ArgumentError
     from bitlab_hf.checkpoint.saving import replacing
@@ -44,6 +44,6 @@ def rotate(source: FloatSource, output: Output, seed: Seed = 0, as_json: Json = 
     found = {"output": str(output), "difference": difference, "seconds": seconds}
     emit(
         found, as_json,
-        f"{output}: the same model in another basis, logits differ by {difference:.1e}, "
-        f"{seconds:.1f} s",
+        f"{output}: the same model in another basis, logits differ by {difference:.1e} "
+        f"before weights are rounded to {str(dtype).removeprefix('torch.')}, {seconds:.1f} s",
     )  # fmt: skip

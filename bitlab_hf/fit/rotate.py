@@ -59,10 +59,9 @@ def rotate(model: PreTrainedModel, *, seed: int = 0) -> float:
 
     Raises:
         ArgumentTypeError: model is no transformers model.
-        ArgumentError: It is of another kind, or has weights that this kind should not have. The
-            model is as it was.
-        LifecycleError: It holds ternary layers: rotate the model that they are made of.
-        RuntimeError: It computes something else than before, and must be loaded again.
+        ArgumentError: It is of another kind, or has weights that this kind should not have: it is
+            as it was. Or it computes something else than before, and must be loaded again.
+        LifecycleError: It is quantized: rotate the model that it is made of. It is as it was.
     """
     _check(model)
     generator = torch.Generator().manual_seed(seed)
@@ -72,7 +71,7 @@ def rotate(model: PreTrainedModel, *, seed: int = 0) -> float:
     _rotate_stream(model, _random_basis(model.config.hidden_size, generator).to(model.device))
     difference = float((_logits(model, ids) - before).norm() / before.norm())
     if not difference <= _TOLERANCE.get(model.dtype, _TOLERANCE_16_BIT):
-        raise RuntimeError(
+        raise ArgumentError(
             f"rotate: {type(model).__name__} must compute what it did, got logits that differ by "
             f"{difference:.1e} of their size\nLoad it again, and calibrate it as it is."
         )
@@ -90,18 +89,12 @@ def _check(model: Any) -> None:
             f"rotate: model must be a causal LM of a kind among {', '.join(KINDS)}, got "
             f"{type(model).__name__}\nCalibrate it as it is."
         )
-    if quantized_layers(model):
+    if quantized_layers(model) or getattr(model, "hf_quantizer", None) is not None:
         raise LifecycleError(
-            "rotate: model must be in full precision, got one with ternary layers\n"
-            "Rotate the model that they are made of, and load the result with a BitLabConfig."
+            "rotate: model must be in full precision, got a quantized one\n"
+            "Rotate the model that it is made of, and load the result with a BitLabConfig."
         )
-    known = {
-        *_READERS,
-        *_INNER,
-        _OUTPUT,
-        _DOWN,
-        *(name for names in _READERS.values() for name in names),
-    }
+    known = {*_READERS, *_INNER, _OUTPUT, _DOWN}.union(*_READERS.values())
     for layer in _layers(model):
         for name, _ in layer.named_parameters():
             if name.rpartition(".")[0] not in known:
