@@ -4,12 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/environment.sh dev
-bin=$(cd "${BITLAB_VENV:-.venv}/bin" && pwd)
-"$bin/ruff" check .
-"$bin/ruff" format --check .
-"$bin/clang-format" --dry-run --Werror $(git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh')
-"$bin/mypy"
-"$bin/lint-imports"
+scripts/check.sh
 # One process for each CPU; a test that is about threads sets their number itself.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$bin/pytest" -n logical --dist worksteal -m "not ci" "$@"
+exec "${BITLAB_VENV:-.venv}/bin/pytest" -n logical --dist worksteal -m "not ci" "$@"

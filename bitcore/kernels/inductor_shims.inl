@@ -17,9 +17,25 @@ extern "C++" {
 
 /* The fields of bk_linear_args (bitkernels.h) in their order: eight bytes each. */
 enum {
-    BITLAB_QWEIGHT, BITLAB_WEIGHT_SCALE, BITLAB_SCALE_ROWS, BITLAB_SCALE_COLUMNS, BITLAB_MULTIPLIER, BITLAB_BIAS,
-    BITLAB_BIAS_TYPE, BITLAB_N, BITLAB_K, BITLAB_PER_TENSOR, BITLAB_X, BITLAB_X_TYPE, BITLAB_X_STRIDE, BITLAB_Y,
-    BITLAB_Y_TYPE, BITLAB_M, BITLAB_WORKSPACE, BITLAB_NUM_THREADS, BITLAB_FIELDS
+    BITLAB_QWEIGHT,
+    BITLAB_WEIGHT_SCALE,
+    BITLAB_SCALE_ROWS,
+    BITLAB_SCALE_COLUMNS,
+    BITLAB_MULTIPLIER,
+    BITLAB_BIAS,
+    BITLAB_BIAS_TYPE,
+    BITLAB_N,
+    BITLAB_K,
+    BITLAB_PER_TENSOR,
+    BITLAB_X,
+    BITLAB_X_TYPE,
+    BITLAB_X_STRIDE,
+    BITLAB_Y,
+    BITLAB_Y_TYPE,
+    BITLAB_M,
+    BITLAB_WORKSPACE,
+    BITLAB_NUM_THREADS,
+    BITLAB_FIELDS
 };
 typedef int32_t (*bitlab_linear)(const int64_t *record);
 typedef int64_t (*bitlab_workspace)(int64_t M, int64_t K, int64_t scale_columns, int32_t planes, int32_t num_threads);
