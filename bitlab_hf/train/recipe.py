@@ -61,6 +61,10 @@ class Recipe:
         scale_rate: Learning rate of learned scales, in units of the run's; one steers a whole group
             of weights.
         vector_rate: That of norms and biases, likewise.
+        rate_magnitude: The mean magnitude of a parameter's elements at which it learns at its rate
+            as that is given; one of k times this magnitude learns k times as fast, since a step of
+            Adam is as large for small elements as for large ones. 0 for rates that do not look at
+            magnitudes. Biases and adapters, which begin at 0, never do.
         guard: Stop at the first loss or gradient that is not finite, naming where it came from.
 
     Raises:
@@ -86,10 +90,12 @@ class Recipe:
     stage_share: float = 0.7
     scale_rate: float = 1.0
     vector_rate: float = 1.0
+    rate_magnitude: float = 0.0
     guard: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("cross_entropy_weight", "logits_weight", "hidden_weight", "relation_weight"):
+        at_least_0 = ("cross_entropy_weight", "logits_weight", "hidden_weight", "relation_weight")
+        for name in (*at_least_0, "rate_magnitude"):
             value = getattr(self, name)
             if not _is_number(value) or value < 0:
                 raise _wrong(name, "a finite number of at least 0", value)
@@ -160,7 +166,10 @@ class Recipe:
         if self.teacher_share:
             told.insert(0, f"the teacher learns first, for {self.teacher_share:g} times the steps")
         scales, vectors = (learning_rate * one for one in (self.scale_rate, self.vector_rate))
-        told.append(f"rates {learning_rate:g}, scales {scales:g}, norms and biases {vectors:g}")
+        rates = f"rates {learning_rate:g}, scales {scales:g}, norms and biases {vectors:g}"
+        if self.rate_magnitude:
+            rates += f" for a mean magnitude of {self.rate_magnitude:g}, others by theirs"
+        told.append(rates)
         return ", ".join(told)
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from bitcore.errors import CheckpointError, ConfigError
 from bitlab_hf import BitLabConfig
 from bitlab_hf.train import BitLabTrainer, Recipe
+from bitlab_hf.train.rates import rates_of
 from tests.bitlab_hf.models import make_float_model, training_data
 from tests.bitlab_hf.test_trainer import assert_equal_states, state_of
 
 RECIPE = Recipe(scale_rate=3.0, vector_rate=10.0)
+RELATIVE = replace(RECIPE, rate_magnitude=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +65,50 @@ def test_every_parameter_has_its_rate(source: Path, tmp_path: Path, optim: str) 
     assert trainer.lr_scheduler.base_lrs[0] == pytest.approx(1e-3)
 
 
-def test_the_schedule_and_resuming_hold(source: Path, tmp_path: Path) -> None:
-    whole = make(source, tmp_path / "whole")
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
+def test_rates_follow_magnitudes(source: Path, tmp_path: Path, optim: str) -> None:
+    trainer = make(source, tmp_path, RELATIVE, optim=optim)
+    model = trainer.model
+    with torch.no_grad():
+        model.model.norm.weight.fill_(40)
+        model.model.layers[0].input_layernorm.weight.zero_()
+    trainer.create_optimizer_and_scheduler(4)
+    rates = {
+        id(parameter): group["initial_lr"]
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert rates.keys() == {id(parameter) for parameter in model.parameters()}
+    kinds = {"learned_scale": 3e-3, "norm.weight": 1e-2, "bias": 1e-2}
+    for name, parameter in model.named_parameters():
+        wanted = next((rate for kind, rate in kinds.items() if name.endswith(kind)), 1e-3)
+        magnitude = parameter.abs().mean().item()
+        if not name.endswith("bias") and magnitude:
+            wanted *= magnitude / 0.1
+        assert rates[id(parameter)] == pytest.approx(wanted, rel=1e-3), name
+    assert rates[id(model.model.norm.weight)] == pytest.approx(4.0)
+    assert trainer.lr_scheduler.base_lrs[0] == pytest.approx(1e-3)
+    assert trainer.optimizer.param_groups[0]["params"] == []
+
+
+def test_adapters_do_not_follow_magnitudes(source: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    trainer = make(source, tmp_path, RELATIVE)
+    adapters = peft.LoraConfig(target_modules=["q_proj"], r=2)
+    trainer.model.add_adapter(adapters)
+    trained = [one for one in trainer.model.parameters() if one.requires_grad]
+    rates = rates_of(trainer.model, RELATIVE)
+    assert len(trained) == 4
+    assert {rates[id(one)] for one in trained} == {1.0}
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, RELATIVE])
+def test_the_schedule_and_resuming_hold(source: Path, tmp_path: Path, recipe: Recipe) -> None:
+    whole = make(source, tmp_path / "whole", recipe)
     whole.train()
     assert all(group["lr"] == pytest.approx(0, abs=1e-9) for group in whole.optimizer.param_groups)
-    make(source, tmp_path / "cut", save_strategy="steps", save_steps=2).train()
-    again = make(source, tmp_path / "cut", save_strategy="steps", save_steps=2)
+    make(source, tmp_path / "cut", recipe, save_strategy="steps", save_steps=2).train()
+    again = make(source, tmp_path / "cut", recipe, save_strategy="steps", save_steps=2)
     again.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2"))
     assert_equal_states(state_of(again.model), state_of(whole.model))
     other = make(source, tmp_path / "cut", Recipe(scale_rate=2.0, vector_rate=10.0))
@@ -89,3 +130,9 @@ def test_an_optimizer_that_is_given_stays(source: Path, tmp_path: Path) -> None:
 def test_rates_are_checked(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"Recipe: {field} must be a finite number above 0"):
         Recipe(**{field: value})
+
+
+@pytest.mark.parametrize("value", [-1.0, math.inf, "small", True])
+def test_the_magnitude_is_checked(value: Any) -> None:
+    with pytest.raises(ConfigError, match="Recipe: rate_magnitude must be a finite number of at"):
+        Recipe(rate_magnitude=value)
