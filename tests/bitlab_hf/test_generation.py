@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, QuantizedLayer
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+from tests.bitlab_hf.greedy import greedy_tokens
 from tests.bitlab_vllm.models import CASES, make_deployed, token_ids
 
 NEW = 16
@@ -24,6 +25,8 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 # Without a number of blocks the cache takes most of the memory.
 PAGES: dict[str, Any] = {"num_blocks": 32, "page_size": 32}
+# A code that moves changes a logit by a hundredth.
+MARGIN = 0.05
 MODELS = {"int8 head": "mistral-groups", "tied int8 head": "qwen2-tied", "experts": "qwen3-moe"}
 
 
@@ -38,14 +41,13 @@ def prompts() -> list[list[int]]:
     """From one token to more than a batch takes, of what the models have learned and not."""
     ids = token_ids(3, 4, 24)
     learned = [ids[0, :9], ids[1, :1], ids[2, :17], ids[3], ids[0, :2]]
-    return [one.tolist() for one in [*learned[:2], token_ids(9, 150), *learned[2:]]]
+    return [one.tolist() for one in [*learned[:2], token_ids(10, 150), *learned[2:]]]
 
 
 def alone(model: Any, prompt: list[int], new: int = NEW) -> list[int]:
-    ids = torch.tensor([prompt])
-    given = {**OPTIONS, "max_new_tokens": new, "attention_mask": torch.ones_like(ids)}
-    tokens: list[int] = model.generate(ids, **given)[0, len(prompt) :].tolist()
-    return tokens
+    return greedy_tokens(
+        model, torch.tensor([prompt]), MARGIN, **{**OPTIONS, "max_new_tokens": new}
+    )
 
 
 @pytest.mark.parametrize("batch", [16, 256])
