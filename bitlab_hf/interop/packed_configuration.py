@@ -82,6 +82,8 @@ def swap_skeleton(model: PreTrainedModel, config: BitLabConfig) -> None:
     swap_packed(model, find_linears(model, skip), config, experts=experts)
     if embedding is not None:
         swap_embeddings(model, embedding, config)
+        # One tensor for all, as in the loaded model.
         owner = model.get_submodule(embedding.owner)
-        for name in embedding.names:
-            model.get_submodule(name).qweight = owner.qweight
+        for module in map(model.get_submodule, embedding.names):
+            module.qweight = owner.qweight
+            module._buffers.update(owner._buffers)
