@@ -224,11 +224,8 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
 
 def _stored_bytes(model: nn.Module) -> int:
     """Returns the bytes of what a file of the model holds; a tensor held twice counts once."""
-    # Not by address: a skeleton's tensors have none, and a mapped file's may share a storage.
-    tensors = {
-        (tensor.untyped_storage()._cdata, tensor.storage_offset()): tensor
-        for tensor in model.state_dict().values()
-    }
+    # Not by address: a skeleton's tensors have none.
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

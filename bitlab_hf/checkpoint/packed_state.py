@@ -12,6 +12,7 @@ from bitlab_hf.checkpoint.headers import LAYERS_KEY, MODEL_NAMES, NAMES_KEY
 from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.head import int8_modules, is_borrower
 from bitlab_hf.model.parts import gathered, parts
+from bitlab_hf.model.rows import stored_elsewhere
 from bitlab_hf.model.tree import quantized_layers, ternary_modules
 from bitlayers.state import SCALES
 
@@ -27,7 +28,7 @@ def packed_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, s
     for found in parts(model):
         whole = gathered(found.module)
         state |= {f"{name}.{leaf}": whole[leaf] for name in found.names for leaf in whole}
-    tied = model.all_tied_weights_keys or {}
+    tied = stored_elsewhere(model)
     stored: set[int] = set()
     ternary = ternary_modules(model)
     for found in ternary:

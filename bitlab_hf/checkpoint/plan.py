@@ -118,8 +118,8 @@ def make_plan(
     )
     named += lost
     config.experts = "ternary" if plan.experts else None
-    if config.embedding == "ternary":
-        plan.embedding = find_embedding(model)
+    if known is not None and config.embedding == "ternary":
+        plan.embedding = _stored_embedding(model, known)
         config.embedding = "keep" if plan.embedding is None else "ternary"
     if known is not None:
         if source.was_converted:
@@ -146,6 +146,19 @@ def make_plan(
         if head is not None and source.builds_packed:
             plan.int8 = [head]
     return plan
+
+
+def _stored_embedding(model: PreTrainedModel, known: Checkpoint) -> Rows | None:
+    """Returns the input embedding, with what is tied to it, of a file that holds it ternary; None
+    of a model that has none.
+    """
+    rows = find_embedding(model)
+    if rows is not None and "qweight" not in known.leaves(rows.names):
+        raise CheckpointError(
+            f"{rows.owner}.qweight must be in the checkpoint, got none\n"
+            "The checkpoint is incomplete; fetch or write it again."
+        )
+    return rows
 
 
 def _check_format(known: Checkpoint, packed: bool, found: list[Found[nn.Linear]]) -> None:
@@ -224,6 +237,12 @@ def _check_ternary_head(model: PreTrainedModel, plan: Plan) -> None:
         # The base model of a file whose head is ternary.
         return
     if not any(layer.module is head for layer in plan.layers):
+        if plan.source.is_packed and type(head) is nn.Linear:
+            name = next(name for name, module in model.named_modules() if module is head)
+            raise CheckpointError(
+                f'{name}.qweight must be in the checkpoint for head="ternary", got none\n'
+                "config.json and the tensors do not belong together."
+            )
         raise ConfigError(
             'bitlab: head="ternary" must find an output head that is an nn.Linear, got '
             f"{type(head).__name__}"

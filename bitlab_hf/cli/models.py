@@ -106,7 +106,7 @@ def convert(
     emit(
         {"output": str(output), **dataclasses.asdict(report), "seconds": seconds},
         as_json,
-        f"{output}: {len(report.packed)} layers packed, {megabytes(report.bytes_before)} -> "
+        f"{output}: {len(report.packed)} matrices packed, {megabytes(report.bytes_before)} -> "
         f"{megabytes(report.bytes_after)}, {proven}, {seconds:.1f} s{kept}",
     )
 

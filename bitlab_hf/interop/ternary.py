@@ -152,7 +152,7 @@ def convert_ternary(
         model, names | vocabulary, structures, group_scale_dtype, embedding=embedding
     )
     # Without BitLab, this key makes a load fail instead of giving random weights.
-    sentinel = next(key for key in structures if key not in vocabulary)
+    sentinel = next(key for key in names if key in structures)
     with replacing(directory, "convert_ternary") as staged:
         weight_map: dict[str, str] = {}
         for index, file in enumerate(files):
@@ -281,8 +281,8 @@ def _examine(
                         report.packed[name] = structure.label
                     elif structure.scheme is not None:
                         report.kept[key] = (
-                            f"exactly ternary {structure.label}, but only linear layers and the "
-                            "input embedding are packed"
+                            f"exactly ternary {structure.label}, but no linear layer or input "
+                            "embedding that can be packed"
                         )
                     else:
                         report.kept[key] = structure.label

@@ -141,20 +141,20 @@ def _attach(model: PreTrainedModel) -> None:
     mark_quantized(model, quantizer)
     retie_packed(model, set())
     guard_vocabulary(model)
-    head = model.get_output_embeddings()
-    if isinstance(head, QuantizedModule) and not _borrows(model, head):
-        # The head has quantized weights of its own now; the embedding keeps the float ones.
-        model.config.tie_word_embeddings = False
-        model.config.get_text_config().tie_word_embeddings = False
 
 
 def settle_vocabulary(model: PreTrainedModel, config: BitLabConfig) -> None:
-    """Makes a configuration say what the output head and the embedding are, where somebody put in
-    others.
+    """Makes configurations say what the output head and the embedding are, and whether they are
+    tied, once they are packed or somebody put in others.
     """
     if config.embedding == "ternary" and not ternary_embeddings(model):
         config.embedding = "keep"
     head = model.get_output_embeddings()
+    packed = head is not None and head._parameters.get("qweight") is not None
+    if isinstance(head, QuantizedModule) and packed and not _borrows(model, head):
+        # The head has quantized weights of its own; the embedding has other ones, or float ones.
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
     if config.head == "ternary" and head is not None and not isinstance(head, BitLayerBase):
         config.head = "keep"
         names = [name for name, module in model.named_modules() if module is head]

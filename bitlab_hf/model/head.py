@@ -24,6 +24,7 @@ from bitlab_hf.model.rows import (
     embedding_factor,
     find_rows,
     float_embedding,
+    stored_elsewhere,
 )
 from bitlab_hf.model.tree import Found, find_modules, set_module, take_hooks
 from bitlab_hf.model.vocabulary import guard_vocabulary
@@ -194,8 +195,7 @@ def int8_modules(model: nn.Module) -> list[Found[Int8Rows]]:
 
 def is_borrower(model: PreTrainedModel, found: Found[Int8Rows]) -> bool:
     """Tells whether a file holds the tensors of an int8 module under another one's name."""
-    tied = model.all_tied_weights_keys
-    return any(f"{name}.qweight" in tied for name in found.names)
+    return not stored_elsewhere(model).isdisjoint(f"{name}.qweight" for name in found.names)
 
 
 def restore_float(model: PreTrainedModel, dtype: torch.dtype | None) -> None:

@@ -137,6 +137,15 @@ def _tried_factor(embedding: nn.Embedding, factor: float) -> tuple[float, bool] 
     return None
 
 
+def stored_elsewhere(model: PreTrainedModel) -> set[str]:
+    """Returns the names of the tensors that a file holds under another one's name, as transformers
+    ties them; those whose other half is no longer in the model are not among them.
+    """
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied = model.all_tied_weights_keys or {}
+    return {target for target, source in tied.items() if source in names}
+
+
 def unsupported(model: PreTrainedModel, rows: Rows) -> str | None:
     """Says what every member would have to be, and one is not, to have a quantized form that does
     the same; None where all have.
