@@ -55,7 +55,8 @@ class Conversion:
     """What `convert_ternary` did.
 
     Attributes:
-        packed: Scheme of each layer that was packed, by the model's name of it.
+        packed: Scheme of each layer that was packed, and of the embedding, by the model's name of
+            it.
         kept: Why each other matrix stayed as it was, by the file's key.
         bytes_before: Size of the source's weight files.
         bytes_after: Size of the written ones.

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bitcore import BitQuantConfig
 from bitcore.errors import ArgumentError, ArgumentTypeError, LifecycleError
-from bitlayers import BitLinear, TernaryEmbedding
+from bitlayers import BitLinear, TernaryEmbedding, estimate_memory_usage
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.tensor([[0, 96, 3], [7, 7, 1]])
@@ -100,6 +100,12 @@ def test_a_tied_head_shares_one_matrix(scheme: str, activation: str) -> None:
     for same in (copy.deepcopy(both), copy.deepcopy(both).to(torch.bfloat16)):
         assert same[0].qweight is same[1].qweight
         assert torch.equal(same[0].qweight_scale, same[1].qweight_scale)
+
+
+def test_memory() -> None:
+    found = estimate_memory_usage(embedding(dtype=torch.bfloat16))
+    assert found["original"] == 2 * 97 * 128
+    assert found["quantized"] == 25 * 128 + 4 * 97 + 2 * 97
 
 
 def test_it_does_not_train() -> None:
