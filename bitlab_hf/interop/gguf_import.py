@@ -206,7 +206,10 @@ def import_gguf(
     with building(Path(path).name, "load_gguf"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     sources = _sources(model, str(fields["general.architecture"]), items)
-    config.dtype = sources["model.embed_tokens.weight"].dtype
+    # The embedding's, or where that is ternary the first that another matrix has.
+    matrices = [sources["model.embed_tokens.weight"], *sources.values()]
+    floats = [one.dtype for one in matrices if len(one.shape) == 2 and not one.ternary]
+    config.dtype = floats[0] if floats else torch.float32
     names = {
         f"{name}.weight": name
         for found in find_linears(model, [])

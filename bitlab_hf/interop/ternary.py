@@ -42,7 +42,6 @@ from bitlab_hf.interop.structure import Structure, find_structure
 from bitlab_hf.model.embedding import packable_embedding
 from bitlab_hf.model.replace import find_linears
 from bitlab_hf.model.rows import Rows
-from bitlab_hf.model.vocabulary import input_embeddings
 
 Advance = Callable[[int], None]
 _FLOATS = ("F32", "BF16", "F16")
@@ -139,10 +138,13 @@ def convert_ternary(
     vocabulary, copies = _vocabulary(embedding, checkpoint, places)
     report = Conversion(bytes_before=sum(file.stat().st_size for file in files))
     found = _examine(
-        model, files, names | vocabulary, keep_inexact, report, advance or (lambda size: None)
+        model, files, names, vocabulary, keep_inexact, report, advance or (lambda size: None)
     )
     if not vocabulary.keys() & found.keys():
         copies = set()
+    for key in copies:
+        # One with what is packed, and no longer in the files.
+        del report.kept[key]
     if vocabulary.keys() >= found.keys():
         raise CheckpointError(
             "convert_ternary: at least one linear layer must be exactly ternary, got none; "
@@ -262,13 +264,14 @@ def _examine(
     model: PreTrainedModel,
     files: list[Path],
     names: dict[str, str],
+    vocabulary: dict[str, str],
     keep_inexact: bool,
     report: Conversion,
     advance: Advance,
 ) -> dict[str, Structure]:
     """Finds the structure of every matrix; fills the report."""
-    ends = model.get_output_embeddings(), input_embeddings(model)
-    free = {name for name, module in model.named_modules() if module in ends}
+    head = model.get_output_embeddings()
+    heads = {name for name, module in model.named_modules() if module is head}
     structures: dict[str, Structure] = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
@@ -276,7 +279,7 @@ def _examine(
                 tensor = handle.get_tensor(key)
                 if tensor.dim() == 2 and tensor.is_floating_point() and tensor.numel():
                     structure = find_structure(tensor)
-                    name = names.get(key)
+                    name = names.get(key, vocabulary.get(key))
                     if name is not None and structure.scheme is not None:
                         structures[key] = structure
                         report.packed[name] = structure.label
@@ -288,7 +291,7 @@ def _examine(
                     else:
                         report.kept[key] = structure.label
                         # Without its own prefix a layer is a head of the task.
-                        body = name is not None and name not in free and "." in name
+                        body = key in names and names[key] not in heads and "." in names[key]
                         if body and not keep_inexact:
                             raise CheckpointError(
                                 f"{key} must be exactly ternary, got {structure.label}\n"

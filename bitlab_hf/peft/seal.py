@@ -26,11 +26,7 @@ from bitlayers.int8 import Int8Rows
 from bitlayers.lookup import QuantizedEmbedding
 from bitlayers.state import LayerState
 
-_FIX = (
-    "Use an adapter that needs no weight, such as plain LoRA, or adapt the latent model.",
-    'Use an adapter that needs no weight, such as plain LoRA, or load the model with head="keep".',
-    "Use an adapter that needs no weight, such as plain LoRA, or call model.dequantize() first.",
-)
+_FIX = "Use an adapter that needs no weight, such as plain LoRA"
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -56,10 +52,14 @@ def kind_of(module: nn.Module) -> str:
 
 def refusal(op: str, name: str, module: nn.Module, requirement: str) -> LifecycleError:
     """Returns the error that names the layer and what works instead."""
-    fix = _FIX[1 if isinstance(module, Int8Rows) else 2 * isinstance(module, TernaryEmbedding)]
+    other = ", or adapt the latent model"
     if not is_packed(module):
-        fix = _FIX[0].split(", or ")[0] + "."
-    return LifecycleError(f"{op}: {name} must {requirement}, got {kind_of(module)}\n{fix}")
+        other = ""
+    elif isinstance(module, Int8Rows):
+        other = ', or load the model with head="keep"'
+    elif isinstance(module, TernaryEmbedding):
+        other = ", or call model.dequantize() first"
+    return LifecycleError(f"{op}: {name} must {requirement}, got {kind_of(module)}\n{_FIX}{other}.")
 
 
 class SealedWeight(Tensor):

@@ -153,6 +153,23 @@ def test_an_embedding_that_is_not_ternary_stays(tied: bool, tmp_path: Path) -> N
     assert "embedding" not in scheme
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_of_another_scheme(tied: bool, tmp_path: Path) -> None:
+    """A head that is tied to it has its scheme, too."""
+    source = build(tmp_path / "source", "per_tensor", tied=tied)
+    tensors = load_file(source / "model.safetensors")
+    tensors[EMBEDDING] = ternary((97, 64), "per_channel")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    report = convert_ternary(source, tmp_path / "out")
+    assert report.packed["model.embed_tokens"] == "per channel"
+    scheme = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert scheme["weight_granularity"] == "per_tensor"
+    own = {"weight_granularity": "per_channel", "group_size": None}
+    names = ["lm_head", "model.embed_tokens"] if tied else ["model.embed_tokens"]
+    assert scheme["overrides"] == dict.fromkeys(names, own)
+    assert_same_model(source, tmp_path / "out")
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_a_tied_embedding_that_is_stored_twice(same: bool, tmp_path: Path) -> None:
     source = build(tmp_path / "source", "per_tensor", tied=True)
@@ -171,6 +188,7 @@ def test_a_tied_embedding_that_is_stored_twice(same: bool, tmp_path: Path) -> No
     report = convert_ternary(source, tmp_path / "out")
     assert ("model.embed_tokens" in report.packed) == same
     if same:
+        assert not report.kept
         packed = assert_same_model(source, tmp_path / "out")
         assert packed.lm_head.qweight is packed.model.embed_tokens.qweight
     else:
