@@ -213,7 +213,7 @@ def test_counts(name: str, tmp_path: Path) -> None:
     card = (packed / "README.md").read_text()
     assert f"| ternary weights | {weights:,} in" in card
     assert "linear layers and of the embedding are -1, 0 or +1" in card
-    assert "| 1 embeddings | scales per group of 64 in float32 |" in card
+    assert "| the embedding | scales per group of 64 in float32 |" in card
     # Of the skeleton, which the card was made from, as of the model.
     sizes = [re.findall(r"\| size \|.*", text) for text in (card, model_card(model, "x"))]
     assert sizes[0] == sizes[1] != []
