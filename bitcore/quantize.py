@@ -160,7 +160,7 @@ def dequantize(
     codes = codes if multiplier is None else multiplied(codes, multiplier)
     out_features, in_features = codes.shape
     columns = scale.shape[1] if scale.dim() == 2 else 1
-    grouped = codes.float().view(out_features, columns, -1)
+    grouped = codes.float().view(out_features, columns, in_features // columns)
     values = grouped * scale.view(scale.shape[0], columns, 1)
     return values.view(out_features, in_features).to(dtype)
 

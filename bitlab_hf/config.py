@@ -14,13 +14,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from bitcore.config import BitQuantConfig
 from bitcore.errors import ConfigError
 
-# The highest that is read: that of files with ternary experts. Those with groups in two levels are
-# of version 2, all others of version 1, in which groups have float32 scales.
-FORMAT_VERSION = 3
+# The highest that is read: that of files with a ternary embedding. Those with ternary experts are
+# of version 3, those with groups in two levels of version 2, all others of version 1, in which
+# groups have float32 scales.
+FORMAT_VERSION = 4
 QUANT_METHOD = "bitlab"
 _CHOICES = {
     "weight_format": ("latent", "packed"),
     "head": ("keep", "int8", "ternary"),
+    "embedding": ("keep", "ternary"),
     "experts": (None, "keep", "ternary"),
     "mode": ("auto", "train", "infer"),
     "latent_dtype": ("float32", "keep"),
@@ -49,6 +51,9 @@ class BitLabConfig(QuantizationConfigMixin):
         head: ``"keep"`` leaves the output head alone. ``"int8"`` stores it, and the embedding tied
             to it, in int8 with a scale per row, from `deploy` or ``mode="infer"`` on; a latent
             model keeps it float. ``"ternary"`` converts it like the other layers.
+        embedding: ``"ternary"`` is written where a deployed file holds the input embedding packed,
+            because it was ternary already; a head that is tied to it is ternary then, too. Not for
+            the user to set: no embedding is made ternary.
         experts: ``None`` converts experts that a model keeps as tensors, where it is known how
             these lie; ``"ternary"`` insists on it; ``"keep"`` leaves them float. A file says
             ``"ternary"`` where its experts are. An estimator that trains a scale does so for
@@ -83,6 +88,7 @@ class BitLabConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         overrides: dict[str, dict[str, Any]] | None = None,
         head: str = "keep",
+        embedding: str = "keep",
         experts: str | None = None,
         sub_norm: list[str] | None = None,
         activation_dtype: str = "int8",
@@ -123,6 +129,7 @@ class BitLabConfig(QuantizationConfigMixin):
         given = {
             "weight_format": weight_format,
             "head": head,
+            "embedding": embedding,
             "experts": experts,
             "mode": mode,
             "latent_dtype": latent_dtype,
@@ -146,6 +153,7 @@ class BitLabConfig(QuantizationConfigMixin):
                 f"BitLabConfig: layer must be 'BitLinear' with sub_norm, got {layer!r}"
             )
         self.head = head
+        self.embedding = self._checked_embedding(embedding)
         self.experts = experts
         self.mode = mode
         self.latent_dtype = latent_dtype
@@ -210,6 +218,21 @@ class BitLabConfig(QuantizationConfigMixin):
             for pattern, values in overrides.items()
         }
 
+    def _checked_embedding(self, embedding: str) -> str:
+        """Returns the choice, if it goes with the format of the weights and with the head's."""
+        if embedding == "ternary" and self.weight_format != "packed":
+            raise ConfigError(
+                f"BitLabConfig: embedding must be 'keep' for {self.weight_format} weights, got "
+                "'ternary'\nAn embedding is packed where it is ternary already: by "
+                "bitlab_hf.convert_ternary or import_gguf."
+            )
+        if embedding == "ternary" and self.head == "int8":
+            raise ConfigError(
+                "BitLabConfig: head must be 'keep' or 'ternary' beside a ternary embedding, got "
+                "'int8'"
+            )
+        return embedding
+
     def _check_first_version(self, given: str | None) -> None:
         """Checks that a file of version 1 has no groups in two levels; its groups have floats."""
         said = {"": given} | {
@@ -239,9 +262,12 @@ class BitLabConfig(QuantizationConfigMixin):
 
     @property
     def format_version(self) -> int:
-        """The version that a file of this configuration has, which older readers then refuse: 3
-        with ternary experts, 2 if layers have groups in two levels, else 1.
+        """The version that a file of this configuration has, which older readers then refuse: 4
+        with a ternary embedding, 3 with ternary experts, 2 if layers have groups in two levels,
+        else 1.
         """
+        if self.embedding == "ternary":
+            return 4
         if self.experts == "ternary":
             return 3
         base, given = self._base_fields(), [dict[str, Any]()]
@@ -282,6 +308,9 @@ class BitLabConfig(QuantizationConfigMixin):
             # Its readers do not know the field.
             for values in (held, *held["overrides"].values()):
                 values.pop("group_scale_dtype", None)
+        if self.embedding == "keep":
+            # Readers of versions before its own do not know the field.
+            del held["embedding"]
         if self.experts is None:
             del held["experts"]
         return held

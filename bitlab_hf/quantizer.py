@@ -31,6 +31,7 @@ from bitlab_hf.checkpoint.plan import Source, make_plan
 from bitlab_hf.config import LOADING_ATTRIBUTES, QUANT_METHOD, BitLabConfig
 from bitlab_hf.model.by_expert import by_expert
 from bitlab_hf.model.count import bits_per_weight
+from bitlab_hf.model.embedding import restore_embeddings, ternary_embeddings
 from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.head import restore_float
 from bitlab_hf.model.marks import mark_latent, mark_quantized, unmark
@@ -175,6 +176,8 @@ class BitLabHfQuantizer(HfQuantizer):
         check_whole("dequantize", model)
         for found in quantized_layers(model):
             _check_dequantizable(found)
+        for embedding in ternary_embeddings(model):
+            _check_data(embedding.names[0], embedding.module.qweight)
         for one in expert_modules(model):
             _check_data(one.names[0], next(one.module.parameters(recurse=False)))
         weights: dict[int, nn.Parameter] = {}
@@ -194,6 +197,7 @@ class BitLabHfQuantizer(HfQuantizer):
                 set_module(model, name, linear)
         for one in expert_modules(model):
             one.module.to_float(dtype)
+        restore_embeddings(model, dtype, weights)
         restore_float(model, dtype)
         # A float model is saved as transformers saves it.
         unmark(model)

@@ -15,7 +15,7 @@ from bitcore.errors import ConfigError
 
 METHOD = "bitlab"
 # The highest that is read.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _EXPERTS = (None, "keep", "ternary")
 _HEADS = ("keep", "int8", "ternary")
 _LAYERS = ("BitLinear", "RMSNormBitLinear")
@@ -23,6 +23,7 @@ _LAYERS = ("BitLinear", "RMSNormBitLinear")
 # that is not registered here.
 _LAYER_FIELDS = {field.name for field in fields(BitQuantConfig)} - {"weight_quantizer"}
 _KNOWN = _LAYER_FIELDS | {
+    "embedding",
     "experts",
     "format_version",
     "head",
@@ -94,6 +95,12 @@ class Scheme:
             config.get("layer", "BitLinear"),
             _LAYERS,
             "vLLM runs no layers of your own: `bitlab serve FOLDER --with-transformers`.",
+        )
+        _check(
+            "embedding",
+            config.get("embedding", "keep"),
+            ("keep",),
+            "vLLM looks up no packed rows yet: `bitlab serve FOLDER --with-transformers`.",
         )
         _check("experts", config.get("experts"), _EXPERTS)
         head = config.get("head", "keep")

@@ -2,6 +2,7 @@
 
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
+from bitlayers.embedding import TernaryEmbedding
 from bitlayers.int8 import Int8Embedding, Int8Linear
 from bitlayers.registry import LAYER_REGISTRY, register_layer
 from bitlayers.rmsnorm import RMSNormBitLinear
@@ -15,6 +16,7 @@ __all__ = [
     "Int8Embedding",
     "Int8Linear",
     "RMSNormBitLinear",
+    "TernaryEmbedding",
     "compare_layers",
     "estimate_memory_usage",
     "register_layer",

@@ -8,7 +8,6 @@ to its input. Two of them can share one ``qweight``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Self, cast
 
 import torch
@@ -16,14 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitcore import ops
-from bitcore.checks import check_devices, check_float, check_in_features, check_int8
+from bitcore.checks import check_devices, check_in_features, check_int8
 from bitcore.errors import ArgumentError, ArgumentTypeError
 from bitcore.quantize import dequantize_rows_int8, quantize_rows_int8
 from bitlayers.checks import int8_problem
-from bitlayers.quantized import QuantizedModule, cast_dtype
+from bitlayers.lookup import QuantizedEmbedding, check_embedding
+from bitlayers.quantized import TypedModule
 
 
-class Int8Rows(QuantizedModule):
+class Int8Rows(TypedModule):
     """What both modules share: ``qweight`` int8 [V, K], ``qweight_scale`` float32 [V], no weight.
 
     Attributes:
@@ -32,8 +32,6 @@ class Int8Rows(QuantizedModule):
         dtype: dtype of the float weight that they stand for; follows ``module.to(dtype)``.
         weight: A view of codes times scale in it, see `bitlayers.quantized.QuantizedModule`.
     """
-
-    dtype: torch.dtype
 
     def commit(self, qweight: Tensor, qweight_scale: Tensor) -> Self:
         """Takes these tensors as they are; a Parameter is shared with the module that holds it.
@@ -60,9 +58,6 @@ class Int8Rows(QuantizedModule):
         self.register_buffer("qweight_scale", qweight_scale)
         return self
 
-    def _float_dtype(self) -> torch.dtype:
-        return self.dtype
-
     def _tensors(self) -> tuple[Tensor, Tensor]:
         # Not by attribute: nn.Module's look-up costs as much as a small layer.
         tensors = self._parameters["qweight"], self._buffers["qweight_scale"]
@@ -78,14 +73,6 @@ class Int8Rows(QuantizedModule):
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Returns codes times scale, [V, K] of dtype (default float32)."""
         return dequantize_rows_int8(self.qweight, self.qweight_scale, dtype or torch.float32)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self._set_dtype(cast_dtype(fn, self.dtype))
-        return self
-
-    def _set_dtype(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
 
     def _load_from_state_dict(
         self,
@@ -188,22 +175,13 @@ class Int8Linear(Int8Rows, nn.Linear):
         return ops.linear_int8(x, *self._tensors(), self._parameters["bias"])
 
 
-class Int8Embedding(Int8Rows, nn.Embedding):
+class Int8Embedding(Int8Rows, QuantizedEmbedding):
     """An embedding in int8: row ``qweight[i] * qweight_scale[i]``, rounded once to ``dtype``.
 
     Args:
-        num_embeddings: V.
-        embedding_dim: K.
-        padding_idx: As in ``nn.Embedding``; nothing trains, so it changes nothing here.
-        embed_scale: What rows are multiplied with after that rounding.
-        rounds_scale: Whether it is itself rounded to ``dtype`` first (Gemma's embeddings do so,
-            BART's do not).
+        num_embeddings, embedding_dim, padding_idx, embed_scale, dtype, rounds_scale: See
+            `QuantizedEmbedding`.
         device: Where the tensors are made, empty.
-        dtype: dtype of the output; follows ``module.to(dtype)``.
-
-    Attributes:
-        dtype: dtype of the output and of `weight`.
-        float_class: The class that this module replaces.
     """
 
     def __init__(
@@ -216,19 +194,10 @@ class Int8Embedding(Int8Rows, nn.Embedding):
         dtype: torch.dtype | None = None,
         rounds_scale: bool = True,
     ) -> None:
-        super().__init__(num_embeddings, embedding_dim, padding_idx, device="meta")
-        self.embed_scale, self.rounds_scale = embed_scale, rounds_scale
-        self.float_class: type[nn.Embedding] = nn.Embedding
-        self._set_dtype(dtype or torch.get_default_dtype())
+        super().__init__(
+            num_embeddings, embedding_dim, padding_idx, embed_scale, dtype, rounds_scale
+        )
         self._commit_empty(device)
-
-    def _set_dtype(self, dtype: torch.dtype) -> None:
-        super()._set_dtype(dtype)
-        rounded = torch.tensor(self.embed_scale, dtype=dtype, device="cpu").item()
-        self._factor = rounded if self.rounds_scale else self.embed_scale
-
-    def _weight_shape(self) -> tuple[int, int]:
-        return self.num_embeddings, self.embedding_dim
 
     @classmethod
     def skeleton(
@@ -243,21 +212,9 @@ class Int8Embedding(Int8Rows, nn.Embedding):
             rounds_scale: Whether it is rounded first.
 
         Raises:
-            ArgumentTypeError: embedding is no ``nn.Embedding``, a subclass without an embed_scale,
-                or has another dtype than float of 16 or 32 bits.
-            ArgumentError: embedding has a max_norm, which changes the weight at each use.
+            ArgumentTypeError, ArgumentError: See `bitlayers.lookup.check_embedding`.
         """
-        plain = type(embedding) is nn.Embedding
-        if not isinstance(embedding, nn.Embedding) or (embed_scale is None and not plain):
-            raise ArgumentTypeError(
-                f"{cls.__name__}: embedding must be a plain nn.Embedding, or one that only scales "
-                f"its rows, got {type(embedding).__name__}"
-            )
-        if embedding.max_norm is not None:
-            raise ArgumentError(
-                f"{cls.__name__}: embedding must have no max_norm, got {embedding.max_norm}"
-            )
-        check_float(cls.__name__, "embedding.weight", embedding.weight)
+        check_embedding(cls.__name__, embedding, embed_scale)
         module = cls(
             embedding.num_embeddings,
             embedding.embedding_dim,
@@ -284,10 +241,4 @@ class Int8Embedding(Int8Rows, nn.Embedding):
         # With indices on the meta device torch would give uninitialized memory.
         check_devices("Int8Embedding", input, qweight, scale)
         codes = F.embedding(input, qweight).float()
-        rows = (codes * scale[input].unsqueeze(-1)).to(self.dtype)
-        return rows if self._factor == 1.0 else rows * self._factor
-
-    def extra_repr(self) -> str:
-        """Returns what ``repr`` shows: sizes, padding, output dtype."""
-        factor = "" if self.embed_scale == 1.0 else f", embed_scale={self.embed_scale:g}"
-        return f"{super().extra_repr()}{factor}, dtype={self.dtype}"
+        return self._scaled((codes * scale[input].unsqueeze(-1)).to(self.dtype))

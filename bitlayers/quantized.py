@@ -80,6 +80,27 @@ class QuantizedModule(nn.Module):
         return self
 
 
+class TypedModule(QuantizedModule):
+    """A quantized module that notes the dtype of the float weight that it stands for.
+
+    Attributes:
+        dtype: That dtype; follows ``module.to(dtype)``.
+    """
+
+    dtype: torch.dtype
+
+    def _set_dtype(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def _float_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._set_dtype(cast_dtype(fn, self.dtype))
+        return self
+
+
 def cast_dtype(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
     """Returns what a module's ``_apply`` makes of tensors of a dtype."""
     return fn(torch.empty(0, dtype=dtype)).dtype

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bitcore.errors import ArgumentError, ArgumentTypeError
 from bitlayers.base import BitLayerBase
+from bitlayers.embedding import TernaryEmbedding
 from bitlayers.experts import BitExperts
 
 
@@ -41,11 +42,12 @@ def _bytes(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
-def estimate_memory_usage(layer: BitLayerBase | BitExperts) -> MemoryUsage:
-    """Estimates the memory of a quantized layer or of ternary experts, in any state, changing none.
+def estimate_memory_usage(layer: BitLayerBase | TernaryEmbedding | BitExperts) -> MemoryUsage:
+    """Estimates the memory of a quantized layer, of a ternary embedding or of ternary experts, in
+    any state, changing none.
 
     Args:
-        layer: A layer with in_features and out_features, or a module of experts.
+        layer: A layer with in_features and out_features, an embedding, or a module of experts.
 
     Returns:
         ``original`` (bytes of the latent weight and the bias), ``quantized`` (bytes of the packed
@@ -53,7 +55,7 @@ def estimate_memory_usage(layer: BitLayerBase | BitExperts) -> MemoryUsage:
         experts all of theirs.
 
     Raises:
-        ArgumentTypeError: layer is not a BitLayerBase, nor experts.
+        ArgumentTypeError: layer is not a BitLayerBase, nor an embedding, nor experts.
     """
     if isinstance(layer, BitExperts):
         names = [f"{name}_bias" for name in layer.stacks]
@@ -64,6 +66,8 @@ def estimate_memory_usage(layer: BitLayerBase | BitExperts) -> MemoryUsage:
             for name, stack in layer.stacks.items()
         )
         return _usage(original + bias, bias, layer.packed_tensors())
+    if isinstance(layer, TernaryEmbedding):
+        return _usage(layer.weight.nbytes, 0, layer.packed_tensors())
     if not isinstance(layer, BitLayerBase):
         raise ArgumentTypeError(
             f"estimate_memory_usage: layer must be a BitLayerBase, got {type(layer).__name__}"

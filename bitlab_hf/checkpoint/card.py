@@ -20,8 +20,9 @@ from bitcore.errors import ArgumentError
 from bitlab_hf.checkpoint.atomic import write_atomically
 from bitlab_hf.checkpoint.facts import Facts
 from bitlab_hf.model.count import bits_per_weight
+from bitlab_hf.model.embedding import ternary_embeddings
 from bitlab_hf.model.experts import expert_modules
-from bitlab_hf.model.tree import quantized_layers
+from bitlab_hf.model.tree import quantized_layers, ternary_modules
 from bitlayers.int8 import Int8Rows
 
 CARD = "README.md"
@@ -153,9 +154,10 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
     facts = facts or Facts()
     layers = [found.module for found in quantized_layers(model)]
     packed = {
-        id(layer if layer.packs_itself else layer.qweight): layer.in_features * layer.out_features
-        for layer in layers
+        id(one if one.packs_itself else one.qweight): one.in_features * one.out_features
+        for one in (found.module for found in ternary_modules(model))
     }
+    embeddings = [found.module for found in ternary_embeddings(model)]
     experts = [found.module for found in expert_modules(model)]
     stacks = [stack for one in experts for stack in one.stacks.values()]
     ternary = sum(packed.values()) + sum(stack.weights for stack in stacks)
@@ -170,7 +172,10 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
     of_experts = Counter(_scheme(stack.config) for stack in stacks)
     rows = [f"| {count} layers | {scheme} |" for scheme, count in schemes.items()]
     rows += [f"| {count} tensors of experts | {scheme} |" for scheme, count in of_experts.items()]
-    also = f" and of the experts of {len(experts)} layers" if experts else ""
+    rows += [f"| the embedding | {_scales(one.quant_config)} |" for one in embeddings[:1]]
+    parts = [f"{len(layers)} linear layers"]
+    parts += [f"the experts of {len(experts)} layers"] if experts else []
+    parts += ["the embedding"] if embeddings else []
     # It stands in the file empty, see `packed_state`.
     missing = (
         f"{quantized_layers(model)[0].names[0]}.weight"
@@ -197,8 +202,7 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
         "\n".join(["---", *base, *(f"{k}: {json.dumps(v)}" for k, v in metadata.items()), "---"]),
         f"# {_plain(title)}",
         f"A ternary (1.58-bit) {architecture}, packed by BitLab: the weights of "
-        f"{len(layers)} linear layers{also} are -1, 0 or +1 times a scale, four to a "
-        "byte.",
+        f"{' and of '.join(parts)} are -1, 0 or +1 times a scale, four to a byte.",
         "## Load it",
         f"```bash\n{INSTALL}\n```",
         f"```python\nfrom transformers import {auto}\n\nmodel = {auto}.{_call(title)}\n```",
@@ -219,17 +223,22 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
 
 def _stored_bytes(model: nn.Module) -> int:
     """Returns the bytes of what a file of the model holds; a tensor held twice counts once."""
-    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+    # Not by address: a skeleton's tensors have none.
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _scheme(config: BitQuantConfig) -> str:
+def _scales(config: BitQuantConfig) -> str:
     grouped = f" of {config.group_size}" if config.group_size else ""
     grouped += " in float32" if config.group_scale_dtype == "float32" else ""
-    weights = config.weight_granularity.replace("_", " ") + grouped
+    return f"scales {config.weight_granularity.replace('_', ' ')}{grouped}"
+
+
+def _scheme(config: BitQuantConfig) -> str:
+    scales = _scales(config)
     if config.activation_dtype == "float32":
-        return f"scales {weights}, activations not quantized"
-    return f"scales {weights}, activations int8 {config.activation_granularity.replace('_', ' ')}"
+        return f"{scales}, activations not quantized"
+    return f"{scales}, activations int8 {config.activation_granularity.replace('_', ' ')}"
 
 
 def _dtypes(model: nn.Module) -> str:

@@ -21,6 +21,7 @@ from bitlab_hf.checkpoint.headers import (
 )
 from bitlab_hf.checkpoint.plan import Plan
 from bitlab_hf.checkpoint.verified import Verification
+from bitlab_hf.model.embedding import swap_embeddings
 from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.head import finish, int8_modules, is_borrower, swap_skeletons
 from bitlab_hf.model.learned import (
@@ -33,7 +34,7 @@ from bitlab_hf.model.marks import retie_packed, tied_groups
 from bitlab_hf.model.packing import PackAtLoad
 from bitlab_hf.model.parts import cut, cut_experts
 from bitlab_hf.model.replace import OwnTensors, swap_latent, swap_packed
-from bitlab_hf.model.tree import Found, quantized_layers
+from bitlab_hf.model.tree import Found, quantized_layers, ternary_modules
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
 from bitlayers.checks import (
@@ -46,7 +47,7 @@ from bitlayers.experts import BitExperts
 from bitlayers.int8 import Int8Rows
 from bitlayers.registry import get_layer
 from bitlayers.rmsnorm import InputRMSNorm
-from bitlayers.state import SCALES
+from bitlayers.state import SCALES, LayerState, Packed
 
 _SAFETENSORS_NAMES = {torch.uint8: "U8", torch.float32: "F32"}
 _DTYPES = {
@@ -104,6 +105,7 @@ class Loading:
         named = [found.names for found in plan.layers]
         named += [found.names for found in plan.experts]
         named += [rows.names for rows in plan.int8]
+        named += [] if plan.embedding is None else [plan.embedding.names]
         scanned = sorted(name for names in named for name in names)
         verification = Verification(plan.checkpoint.files, scanned)
         if not verification.is_known:
@@ -131,7 +133,9 @@ class Loading:
             check_packed_experts(experts, plan.checkpoint)
         for rows in plan.int8:
             swap_skeletons(model, rows)
-        for found in quantized_layers(model):
+        if plan.embedding is not None:
+            swap_embeddings(model, plan.embedding, plan.config)
+        for found in ternary_modules(model):
             layer = found.module
             if layer.packs_itself:
                 continue
@@ -253,7 +257,7 @@ class Loading:
             realign(model)
         known = self._verification
         if known is not None and not (known.is_known and known.is_same()):
-            verify_packed(layers)
+            verify_packed(ternary_modules(model))
             verify_experts(experts)
             verify_int8(model)
             if not any(one.is_meta for one in model.parameters()):
@@ -265,7 +269,7 @@ class Loading:
             cut_experts(one.module)
 
 
-def _check_levels(found: Found[BitLayerBase], known: Checkpoint) -> None:
+def _check_levels(found: Found[LayerState], known: Checkpoint) -> None:
     """Checks that a layer's tensors have scales in as many levels as its configuration says."""
     layer, name = found.module, f"{found.names[0]}.qweight_multiplier"
     granularity = layer.quant_config.granularity
@@ -299,17 +303,20 @@ def ignore_unexpected(model: PreTrainedModel, names: list[str]) -> None:
     attributes._keys_to_ignore_on_load_unexpected = known | patterns
 
 
-def verify_packed(layers: list[Found[BitLayerBase]]) -> None:
+def verify_packed(layers: list[Found[LayerState]]) -> None:
     """Scans packed tensors for what no writer produces.
 
     Raises:
         CheckpointError: A qweight holds the code 3, a scale is not a finite positive number, or
             multipliers are above 127 or all 0 in a row.
     """
-    packed = [
-        (found.names[0], found.module.packed()) for found in layers if not found.module.packs_itself
-    ]
-    held = [(name, tensors) for name, tensors in packed if not tensors[0].is_meta]
+    packed: dict[int, tuple[str, Packed]] = {}
+    for found in layers:
+        if not found.module.packs_itself:
+            tensors = found.module.packed()
+            # What is tied is scanned once, under the name that the file has.
+            packed.setdefault(id(tensors[0]), (found.names[0], tensors))
+    held = [(name, tensors) for name, tensors in packed.values() if not tensors[0].is_meta]
     invalid = find_invalid_code([tensors[0] for _, tensors in held])
     if invalid is not None:
         raise CheckpointError(

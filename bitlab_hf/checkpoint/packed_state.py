@@ -12,7 +12,8 @@ from bitlab_hf.checkpoint.headers import LAYERS_KEY, MODEL_NAMES, NAMES_KEY
 from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.head import int8_modules, is_borrower
 from bitlab_hf.model.parts import gathered, parts
-from bitlab_hf.model.tree import quantized_layers
+from bitlab_hf.model.rows import stored_elsewhere
+from bitlab_hf.model.tree import quantized_layers, ternary_modules
 from bitlayers.state import SCALES
 
 
@@ -27,9 +28,10 @@ def packed_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, s
     for found in parts(model):
         whole = gathered(found.module)
         state |= {f"{name}.{leaf}": whole[leaf] for name in found.names for leaf in whole}
-    tied = model.all_tied_weights_keys or {}
+    tied = stored_elsewhere(model)
     stored: set[int] = set()
-    for found in layers:
+    ternary = ternary_modules(model)
+    for found in ternary:
         name, *aliases = found.names
         _drop(state, aliases)
         if found.module.packs_itself:
@@ -59,7 +61,7 @@ def packed_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, s
     elif experts:
         first = next(iter(experts[0].module.stacks))
         state[f"{experts[0].names[0]}.{first}"] = torch.empty(0, dtype=torch.uint8)
-    names = [layer.names[0] for layer in layers]
+    names = [one.names[0] for one in ternary]
     names += [one.names[0] for one in experts] + [rows.names[0] for rows in int8]
     return state, {LAYERS_KEY: json.dumps(names), NAMES_KEY: MODEL_NAMES}
 

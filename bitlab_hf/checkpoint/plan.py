@@ -25,10 +25,13 @@ from bitlab_hf.checkpoint.headers import (
     with_tied,
 )
 from bitlab_hf.config import BitLabConfig
-from bitlab_hf.model.head import Rows, check_supported, find_head, find_rows, input_embeddings
+from bitlab_hf.model.embedding import find_embedding
+from bitlab_hf.model.head import INT8_HEAD, find_head
 from bitlab_hf.model.left import leave_float, note_float, note_new
 from bitlab_hf.model.replace import find_linears, skipped_modules
+from bitlab_hf.model.rows import Rows, check_supported, find_rows
 from bitlab_hf.model.tree import Found
+from bitlab_hf.model.vocabulary import input_embeddings
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Plan:
         layers: The linear layers that become ternary ones.
         experts: The modules of experts that become ternary.
         int8: What becomes int8: an output head with what is tied to it, and an embedding.
+        embedding: The input embedding with what is tied to it, where the files hold it ternary; a
+            head among it is one of the layers, too.
         stored_apart: Layers that the model ties to another and the files hold all the same.
         borrowers: By a layer that the files do not hold, the one that it is tied to.
     """
@@ -68,6 +73,7 @@ class Plan:
     layers: list[Found[nn.Linear]] = field(default_factory=list)
     experts: list[Found[nn.Module]] = field(default_factory=list)
     int8: list[Rows] = field(default_factory=list)
+    embedding: Rows | None = None
     stored_apart: list[str] = field(default_factory=list)
     borrowers: dict[str, str] = field(default_factory=dict)
 
@@ -112,6 +118,9 @@ def make_plan(
     )
     named += lost
     config.experts = "ternary" if plan.experts else None
+    if known is not None and config.embedding == "ternary":
+        plan.embedding = _stored_embedding(model, known)
+        config.embedding = "keep" if plan.embedding is None else "ternary"
     if known is not None:
         if source.was_converted:
             _check_format(known, source.is_packed, found)
@@ -139,6 +148,19 @@ def make_plan(
     return plan
 
 
+def _stored_embedding(model: PreTrainedModel, known: Checkpoint) -> Rows | None:
+    """Returns the input embedding, with what is tied to it, of a file that holds it ternary; None
+    of a model that has none.
+    """
+    rows = find_embedding(model)
+    if rows is not None and "qweight" not in known.leaves(rows.names):
+        raise CheckpointError(
+            f"{rows.owner}.qweight must be in the checkpoint, got none\n"
+            "The checkpoint is incomplete; fetch or write it again."
+        )
+    return rows
+
+
 def _check_format(known: Checkpoint, packed: bool, found: list[Found[nn.Linear]]) -> None:
     """Checks that ``weight_format`` in config.json is what the file holds."""
     leaves = {True: "qweight", False: "weight"}
@@ -160,6 +182,7 @@ def _with_tied_layers(
 ) -> Checkpoint:
     """Counts what is stored of a packed layer as stored of those that are tied to it, too."""
     layers = {name for layer in found for name in layer.names}
+    layers |= set(plan.embedding.names) if plan.embedding else set()
     tensors = dict(known.tensors)
     for pair in model.all_tied_weights_keys.items():
         names = [name.removesuffix(".weight") for name in pair]
@@ -214,12 +237,21 @@ def _check_ternary_head(model: PreTrainedModel, plan: Plan) -> None:
         # The base model of a file whose head is ternary.
         return
     if not any(layer.module is head for layer in plan.layers):
+        if plan.source.is_packed and type(head) is nn.Linear:
+            name = next(name for name, module in model.named_modules() if module is head)
+            raise CheckpointError(
+                f'{name}.qweight must be in the checkpoint for head="ternary", got none\n'
+                "config.json and the tensors do not belong together."
+            )
         raise ConfigError(
             'bitlab: head="ternary" must find an output head that is an nn.Linear, got '
             f"{type(head).__name__}"
         )
     names = {f"{name}.weight" for layer in plan.layers for name in layer.names}
     embedding = {f"{name}.weight" for name, _ in model.named_modules()} - names
+    if plan.embedding is not None:
+        # It is as ternary as the head.
+        embedding -= {f"{name}.weight" for name in plan.embedding.names}
     if not any(
         names.intersection(pair) and embedding.intersection(pair)
         for pair in model.all_tied_weights_keys.items()
@@ -270,7 +302,7 @@ def _stored_int8(model: PreTrainedModel, known: Checkpoint, config: BitLabConfig
             module is found.module for rows in result for found in rows.members
         ):
             continue
-        rows = find_rows(model, module)
+        rows = find_rows(model, module, *INT8_HEAD)
         held = {
             leaf: [name for name in rows.names if f"{name}.{leaf}" in known.tensors]
             for leaf in ("weight", "qweight", "qweight_scale")
@@ -282,7 +314,7 @@ def _stored_int8(model: PreTrainedModel, known: Checkpoint, config: BitLabConfig
             expected = not held["weight"] and (module is head or tied)
         if not expected and not held["qweight"]:
             continue
-        check_supported(model, rows)
+        check_supported(model, rows, *INT8_HEAD)
         _check_int8_headers(rows, known)
         result.append(rows)
     return result
@@ -319,6 +351,7 @@ def _check_all_claimed(model: PreTrainedModel, plan: Plan) -> None:
     claimed = {name for layer in plan.layers for name in layer.names}
     claimed |= {name for rows in plan.int8 for name in rows.names}
     claimed |= {name for experts in plan.experts for name in experts.names}
+    claimed |= set(plan.embedding.names) if plan.embedding else set()
     check_claimed(modules, claimed, plan.checkpoint)
     packed = {
         name.removesuffix(f".{leaf}"): leaf

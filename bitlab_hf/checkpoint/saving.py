@@ -28,7 +28,7 @@ from bitlab_hf.checkpoint.facts import Facts
 from bitlab_hf.checkpoint.previous import take_over, weights_of
 from bitlab_hf.checkpoint.written import check_written
 from bitlab_hf.config import QUANT_METHOD, BitLabConfig
-from bitlab_hf.model.deploy import settle_head
+from bitlab_hf.model.deploy import settle_vocabulary
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -83,7 +83,7 @@ def save(
         )
     scheme = getattr(model.config, "quantization_config", None)
     if isinstance(scheme, BitLabConfig):
-        settle_head(model, scheme)
+        settle_vocabulary(model, scheme)
     with replacing(directory, "save") as staged:
         model.save_pretrained(staged, **kwargs)
         for file in staged.glob("*.safetensors"):

@@ -111,10 +111,7 @@ def _show(result: dict[str, Any], layers: bool) -> None:
         _say(f"codes: {shares}")
         _say(f"{result['bits_per_weight']:.2f} bits a weight, scales included")
     if not layers:
-        kinds = Counter(
-            ("tensors of experts" if "experts" in layer else "packed layers", layer["scheme"])
-            for layer in result["layers"]
-        )
+        kinds = Counter((_kind(layer), layer["scheme"]) for layer in result["layers"])
         for (kind, scheme), count in kinds.items():
             _say(f"{count} {kind}, scales {scheme}")
         return
@@ -127,6 +124,12 @@ def _show(result: dict[str, Any], layers: bool) -> None:
             size = f"{layer['experts']} x {size}"
         bits = f"{layer['bits_per_weight']:.2f} bits a weight"
         typer.echo(f"{name:<{width}}  {size:>13}  {codes} {layer['scheme']}, {bits}")
+
+
+def _kind(layer: dict[str, Any]) -> str:
+    if "experts" in layer:
+        return "tensors of experts"
+    return "packed embeddings" if "embed" in layer["name"] else "packed layers"
 
 
 def _say(text: str) -> None:

@@ -106,7 +106,7 @@ def convert(
     emit(
         {"output": str(output), **dataclasses.asdict(report), "seconds": seconds},
         as_json,
-        f"{output}: {len(report.packed)} layers packed, {megabytes(report.bytes_before)} -> "
+        f"{output}: {len(report.packed)} matrices packed, {megabytes(report.bytes_before)} -> "
         f"{megabytes(report.bytes_after)}, {proven}, {seconds:.1f} s{kept}",
     )
 
@@ -265,7 +265,7 @@ def _faster(output: Path) -> str:
     config = BitLabConfig.from_dict(read_config(output)["quantization_config"])
     fields = (config.weight_granularity, *(one.get("weight_granularity") for one in
               config.overrides.values()))  # fmt: skip
-    if "per_group" not in fields or config.format_version > 1:
+    if "per_group" not in fields or config.group_scale_dtype == "uint8":
         return ""
     return (
         "\nscales of groups are float32, as they were; --group-scale-dtype uint8 rounds them to be "

@@ -36,7 +36,7 @@ class Found:
         architecture: The first name of ``architectures`` in config.json.
         bytes: Size of the weight files.
         scheme: The quantization_config, or None.
-        parts: Tensors by kind: ternary layers, their scales, embeddings and the rest.
+        parts: Tensors by kind: ternary layers and embeddings, their scales, others and the rest.
         layers: Name, sizes, scheme, bits a weight and shares of the codes of every packed layer,
             and of every packed tensor of experts, with their number.
         codes: Shares of -1, 0 and +1 over all packed layers; None without any.
@@ -119,7 +119,8 @@ def _examine_file(handle: Any, found: Found, advance: Callable[[float], None]) -
             found.layers.append(layer)
             total += counts
             weights = _weights(layer)
-            kind = "ternary experts" if experts else "ternary layers"
+            kind = "ternary embeddings" if "embed" in base else "ternary layers"
+            kind = "ternary experts" if experts else kind
         elif leaf.endswith(("qweight_scale", "qweight_multiplier")) or leaf == "weight_scale":
             kind = "their scales"
         elif leaf == "qweight":

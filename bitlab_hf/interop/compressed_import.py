@@ -30,6 +30,11 @@ from bitlab_hf.checkpoint.files import companions, read_config, shard_keys, weig
 from bitlab_hf.checkpoint.saving import replacing
 from bitlab_hf.interop.compressed import FORMAT, METHOD, PACKED, SCALE, SHAPE, WORD, unpack_words
 from bitlab_hf.interop.compressed_experts import model_names, names_of
+from bitlab_hf.interop.packed_configuration import (
+    experts_of,
+    packed_configuration,
+    swap_skeleton,
+)
 from bitlab_hf.interop.packed_file import (
     find_expert_structures,
     find_structures,
@@ -40,7 +45,6 @@ from bitlab_hf.interop.packed_stream import check_group_scale_dtype
 from bitlab_hf.interop.rotated import check_not_rotated
 from bitlab_hf.interop.skeleton import model_of
 from bitlab_hf.interop.source import Experts, Source
-from bitlab_hf.interop.ternary import experts_of, packed_configuration, swap_skeleton
 from bitlab_hf.model.replace import find_linears
 
 _OP = "import_compressed_tensors"

@@ -91,7 +91,7 @@ def export_gguf(
         model: A latent or deployed model; it is left as it is.
         path: The file.
         qtype: ``"Q2_0"`` (2.25 bits a weight; takes scales of groups), ``"TQ2_0"`` (2.06),
-            ``"TQ1_0"`` (1.69) or ``"BF16"`` for the ternary layers; everything else keeps the
+            ``"TQ1_0"`` (1.69) or ``"BF16"`` for what is ternary; everything else keeps the
             model's dtype, which heads and embeddings in int8 are rounded to, norms are float32.
             Default TQ2_0 if it can hold every layer, else Q2_0.
         tokenizer: The tokenizer; default the one of the folder or repository that the model was

@@ -33,6 +33,11 @@ from bitlab_hf.interop.gguf_config import read_config
 from bitlab_hf.interop.gguf_file import GgufFile, GgufTensor, read_gguf, require_gguf
 from bitlab_hf.interop.gguf_tokenizer import rebuild_tokenizer
 from bitlab_hf.interop.matrices import apart
+from bitlab_hf.interop.packed_configuration import (
+    experts_of,
+    packed_configuration,
+    swap_skeleton,
+)
 from bitlab_hf.interop.packed_file import (
     find_expert_structures,
     find_structures,
@@ -43,7 +48,7 @@ from bitlab_hf.interop.packed_stream import check_group_scale_dtype
 from bitlab_hf.interop.rotated import check_not_rotated
 from bitlab_hf.interop.skeleton import building
 from bitlab_hf.interop.source import Experts, Source
-from bitlab_hf.interop.ternary import experts_of, packed_configuration, swap_skeleton
+from bitlab_hf.model.embedding import packable_embedding
 from bitlab_hf.model.replace import find_linears
 
 logger = logging.getLogger("bitlab")
@@ -156,8 +161,8 @@ def import_gguf(
     Args:
         path: A file of an architecture that `export_gguf` writes, with tensors of the types Q2_0,
             in blocks of 64 or, as other programs write it, of 128, TQ2_0, TQ1_0, BF16, F16 and F32.
-            Linear layers and experts in floats that are exactly ternary are packed too, others stay
-            float.
+            Linear layers, experts and an embedding in floats that are exactly ternary are packed
+            too, others stay float.
         directory: The folder to write.
         activation_dtype: ``"int8"`` or ``"float32"``, see `BitLabConfig`; the file does not say.
             Default int8 where a tensor is of a ternary type, for which llama.cpp quantizes
@@ -201,18 +206,23 @@ def import_gguf(
     with building(Path(path).name, "load_gguf"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     sources = _sources(model, str(fields["general.architecture"]), items)
-    config.dtype = sources["model.embed_tokens.weight"].dtype
+    # The embedding's, or where that is ternary the first that another matrix has.
+    matrices = [sources["model.embed_tokens.weight"], *sources.values()]
+    floats = [one.dtype for one in matrices if len(one.shape) == 2 and not one.ternary]
+    config.dtype = floats[0] if floats else torch.float32
     names = {
         f"{name}.weight": name
         for found in find_linears(model, [])
         for name in found.names
         if f"{name}.weight" in sources
     }
+    embedding = packable_embedding(model)
+    vocabulary = {} if embedding is None else {f"{embedding.owner}.weight": embedding.owner}
     experts = experts_of(model)
-    found = find_structures("load_gguf", sources, names)
+    found = find_structures("load_gguf", sources, names | vocabulary)
     found |= find_expert_structures("load_gguf", sources, experts)
     structures = {key: held.kept_as(group_scale_dtype) for key, held in found.items()}
-    if not structures:
+    if vocabulary.keys() >= structures.keys():
         raise CheckpointError(
             "load_gguf: at least one linear layer must be ternary, got none\n"
             "transformers loads other GGUF files: from_pretrained(folder, gguf_file=...)."
@@ -221,7 +231,13 @@ def import_gguf(
         ternary = any(sources[key].ternary for key in structures)
         activation_dtype = "int8" if ternary else "float32"
     quantization = packed_configuration(
-        model, names, structures, group_scale_dtype, activation_dtype, experts
+        model,
+        names | vocabulary,
+        structures,
+        group_scale_dtype,
+        activation_dtype,
+        experts,
+        embedding,
     )
     tokenizer = rebuild_tokenizer(fields)
     if tokenizer is None:

@@ -9,12 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError
-from bitcore.quantize import dequantize
+from bitcore.quantize import dequantize, row_blocks
 from bitlab_hf.interop import q2_0
 from bitlab_hf.interop.expressible import check_modules
 from bitlab_hf.interop.matrices import Matrices, matrices_of
 from bitlab_hf.interop.packed_stream import relative_change
 from bitlayers.bitlinear import BitLinear
+from bitlayers.embedding import TernaryEmbedding
 from bitlayers.experts import BitExperts
 from bitlayers.int8 import Int8Rows
 
@@ -65,7 +66,10 @@ def check_layers(model: PreTrainedModel, qtype: str) -> float:
     check_modules(
         "export_gguf",
         model,
-        lambda module: type(module) is BitLinear or isinstance(module, BitExperts | Int8Rows),
+        lambda module: (
+            type(module) is BitLinear
+            or isinstance(module, BitExperts | Int8Rows | TernaryEmbedding)
+        ),
         ALTERNATIVES,
     )
     dtype = torch.bfloat16 if qtype == "BF16" else torch.float16
@@ -114,11 +118,20 @@ def values_of(matrices: Matrices, qtype: str, order: Tensor | None) -> Tensor:
 
 
 def _encoded(codes: Tensor, scale: Tensor, qtype: str, order: Tensor | None) -> Tensor:
-    import gguf
-
     if order is not None:
         codes = codes[order]
         scale = scale if len(scale) == 1 else scale[order]
+    # Part by part: those of an embedding are as many as of the rest of a small model.
+    parts = [
+        _encoded_rows(codes[rows], scale if len(scale) == 1 else scale[rows], qtype)
+        for rows in row_blocks(*codes.shape)
+    ]
+    return torch.cat(parts)
+
+
+def _encoded_rows(codes: Tensor, scale: Tensor, qtype: str) -> Tensor:
+    import gguf
+
     if qtype == "BF16":
         return dequantize(codes, scale, torch.bfloat16)
     if qtype == "Q2_0":

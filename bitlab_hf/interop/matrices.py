@@ -1,4 +1,5 @@
-"""The ternary matrices of a model as other formats have them: a layer's, or those of all experts.
+"""The ternary matrices of a model as other formats have them: that of a layer or an embedding, or
+those of all experts.
 
 GGUF and compressed-tensors keep the gate and the up projections of experts apart, where
 transformers has one tensor for both.
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 
 from bitcore import unpack_ternary
 from bitcore.quantize import group_scale
+from bitlab_hf.model.embedding import ternary_embeddings
 from bitlab_hf.model.experts import expert_modules
-from bitlab_hf.model.tree import quantized_layers
-from bitlayers.base import BitLayerBase
+from bitlab_hf.model.tree import ternary_modules
+from bitlayers.embedding import TernaryEmbedding
 from bitlayers.experts import BitExperts
-from bitlayers.state import Packed
+from bitlayers.state import LayerState, Packed
 
 _GATE_UP, _HALVES = "gate_up_proj", ("gate_proj", "up_proj")
 
@@ -32,7 +34,7 @@ class Matrices:
         out_features: N.
         in_features: K.
         group_size: Inputs that share a scale, or None for whole rows.
-        experts: How many there are; None for the one of a layer.
+        experts: How many there are; None for the one of a layer or an embedding.
         read: Gives the codes of one, int8 [N, K], and what they are multiplied with, float32 [1],
             [N] or [N, K / G].
         tensor: The name of the model's tensor that they are in.
@@ -65,9 +67,17 @@ class Matrices:
 
 
 def matrices_of(model: nn.Module) -> list[Matrices]:
-    """Returns the ternary matrices of a model's layers and experts."""
-    layers = [_of_layer(found.names[0], found.module) for found in quantized_layers(model)]
-    return layers + expert_matrices(model)
+    """Returns the ternary matrices of a model's embedding, layers and experts; a head that is tied
+    to the embedding has none of its own.
+    """
+    held = {id(found.module.qweight) for found in ternary_embeddings(model)}
+    modules = [
+        _of_module(found.names[0], found.module)
+        for found in ternary_modules(model)
+        if isinstance(found.module, TernaryEmbedding)
+        or id(found.module._parameters.get("qweight")) not in held
+    ]
+    return modules + expert_matrices(model)
 
 
 def expert_matrices(model: nn.Module) -> list[Matrices]:
@@ -95,7 +105,7 @@ def apart(key: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     ]  # fmt: skip
 
 
-def _of_layer(name: str, layer: BitLayerBase) -> Matrices:
+def _of_module(name: str, layer: LayerState) -> Matrices:
     rows = layer.out_features
     return Matrices(
         f"{name}.weight",

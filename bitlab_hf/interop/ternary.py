@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError
@@ -29,7 +28,7 @@ from bitlab_hf.checkpoint.files import INDEX, read_config, shard_keys, weight_fi
 from bitlab_hf.checkpoint.headers import LAYERS_KEY, Checkpoint, read_checkpoint, with_tied
 from bitlab_hf.checkpoint.previous import weights_of
 from bitlab_hf.checkpoint.saving import replacing
-from bitlab_hf.config import BitLabConfig
+from bitlab_hf.interop.packed_configuration import packed_configuration, swap_skeleton
 from bitlab_hf.interop.packed_stream import (
     check_group_scale_dtype,
     packed_entries,
@@ -40,8 +39,9 @@ from bitlab_hf.interop.rotated import check_not_rotated
 from bitlab_hf.interop.skeleton import model_of
 from bitlab_hf.interop.stream import Entry, StreamWriter
 from bitlab_hf.interop.structure import Structure, find_structure
-from bitlab_hf.model.experts import find_experts, projections
-from bitlab_hf.model.replace import find_linears, swap_packed
+from bitlab_hf.model.embedding import packable_embedding
+from bitlab_hf.model.replace import find_linears
+from bitlab_hf.model.rows import Rows
 
 Advance = Callable[[int], None]
 _FLOATS = ("F32", "BF16", "F16")
@@ -54,7 +54,8 @@ class Conversion:
     """What `convert_ternary` did.
 
     Attributes:
-        packed: Scheme of each layer that was packed, by the model's name of it.
+        packed: Scheme of each layer that was packed, and of the embedding, by the model's name of
+            it.
         kept: Why each other matrix stayed as it was, by the file's key.
         bytes_before: Size of the source's weight files.
         bytes_after: Size of the written ones.
@@ -78,9 +79,9 @@ def convert_ternary(
 ) -> Conversion:
     """Packs a float checkpoint whose linear layers are exactly ternary into a deployed one.
 
-    Activations stay unquantized (``activation_dtype="float32"``): such models are weight-only.
-    Embeddings stay as they are, and so does the output head unless it is exactly ternary and not
-    tied. Signs of zeros are not kept: -0.0 becomes 0.0.
+    Activations stay unquantized (``activation_dtype="float32"``): such models are weight-only. The
+    output head and the input embedding are packed where they are exactly ternary, tied to each
+    other or not, and stay as they are otherwise. Signs of zeros are not kept: -0.0 becomes 0.0.
 
     Args:
         path_or_repo: A folder with safetensors files, or a hub name.
@@ -120,7 +121,8 @@ def convert_ternary(
         raise ConfigError(
             f"convert_ternary: the checkpoint must be a float one, got quant_method {method!r:.80}"
         )
-    model = model_of(source, len(shard_keys(files, "convert_ternary")), "convert_ternary")
+    places = shard_keys(files, "convert_ternary")
+    model = model_of(source, len(places), "convert_ternary")
     checkpoint = read_checkpoint(model, [str(file) for file in files], None)
     assert checkpoint is not None
     _check_whole(model, with_tied(checkpoint, model))
@@ -132,17 +134,36 @@ def convert_ternary(
         for name in found.names
         if f"{name}.weight" in checkpoint.tensors and f"{name}.weight" not in tied
     }
+    embedding = packable_embedding(model)
+    vocabulary, copies = _vocabulary(embedding, checkpoint, places)
     report = Conversion(bytes_before=sum(file.stat().st_size for file in files))
-    found = _examine(model, files, names, keep_inexact, report, advance or (lambda size: None))
+    found = _examine(
+        model, files, names, vocabulary, keep_inexact, report, advance or (lambda size: None)
+    )
+    if not vocabulary.keys() & found.keys():
+        copies = set()
+    for key in copies:
+        # One with what is packed, and no longer in the files.
+        del report.kept[key]
+    if vocabulary.keys() >= found.keys():
+        raise CheckpointError(
+            "convert_ternary: at least one linear layer must be exactly ternary, got none; "
+            + "; ".join(f"{key} is {why}" for key, why in list(report.kept.items())[:1])
+        )
     structures = {key: held.kept_as(group_scale_dtype) for key, held in found.items()}
-    config = packed_configuration(model, names, structures, group_scale_dtype)
+    config = packed_configuration(
+        model, names | vocabulary, structures, group_scale_dtype, embedding=embedding
+    )
+    # Without BitLab, this key makes a load fail instead of giving random weights.
+    sentinel = next(key for key in names if key in structures)
     with replacing(directory, "convert_ternary") as staged:
         weight_map: dict[str, str] = {}
         for index, file in enumerate(files):
-            keys, change = _write(file, staged / file.name, structures, first=index == 0)
+            own_sentinel = sentinel if index == 0 else None
+            keys, change = _write(file, staged / file.name, structures, copies, own_sentinel)
             report.scale_change = max(report.scale_change, change)
             weight_map.update(dict.fromkeys(keys, file.name))
-            _prove(file, staged / file.name, structures, advance or (lambda size: None))
+            _prove(file, staged / file.name, structures, copies, advance or (lambda size: None))
         report.bytes_after = sum((staged / file.name).stat().st_size for file in files)
         if len(files) > 1:
             metadata = {"total_size": report.bytes_after}
@@ -212,6 +233,29 @@ def _check_nothing_more(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             )
 
 
+def _vocabulary(
+    embedding: Rows | None, checkpoint: Checkpoint, places: dict[str, Path]
+) -> tuple[dict[str, str], set[str]]:
+    """Returns the model's name of the input embedding by the file's key of it, and the keys of
+    copies of it under names that are tied to it.
+
+    Nothing where it cannot be packed: there is no embedding, it is not in floats, or what the files
+    hold under tied names differs.
+    """
+    names = [] if embedding is None else [f"{name}.weight" for name in embedding.names]
+    held = [checkpoint.tensors[name] for name in names if name in checkpoint.tensors]
+    if embedding is None or not held or held[0].dtype not in _FLOATS:
+        return {}, set()
+    key, *copies = [header.key for header in held]
+    with safe_open(places[key], "pt") as source:
+        tensor = source.get_tensor(key)
+        for copy in copies:
+            with safe_open(places[copy], "pt") as other:
+                if not torch.equal(tensor, other.get_tensor(copy)):
+                    return {}, set()
+    return {key: embedding.owner}, set(copies)
+
+
 def _kind(tensor: Tensor) -> str:
     return "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
 
@@ -220,6 +264,7 @@ def _examine(
     model: PreTrainedModel,
     files: list[Path],
     names: dict[str, str],
+    vocabulary: dict[str, str],
     keep_inexact: bool,
     report: Conversion,
     advance: Advance,
@@ -234,18 +279,19 @@ def _examine(
                 tensor = handle.get_tensor(key)
                 if tensor.dim() == 2 and tensor.is_floating_point() and tensor.numel():
                     structure = find_structure(tensor)
-                    name = names.get(key)
+                    name = names.get(key, vocabulary.get(key))
                     if name is not None and structure.scheme is not None:
                         structures[key] = structure
                         report.packed[name] = structure.label
                     elif structure.scheme is not None:
                         report.kept[key] = (
-                            f"exactly ternary {structure.label}, but only linear layers are packed"
+                            f"exactly ternary {structure.label}, but no linear layer or input "
+                            "embedding that can be packed"
                         )
                     else:
                         report.kept[key] = structure.label
                         # Without its own prefix a layer is a head of the task.
-                        body = name is not None and name not in heads and "." in name
+                        body = key in names and names[key] not in heads and "." in names[key]
                         if body and not keep_inexact:
                             raise CheckpointError(
                                 f"{key} must be exactly ternary, got {structure.label}\n"
@@ -253,81 +299,20 @@ def _examine(
                                 "float."
                             )
                 advance(tensor.numel() * tensor.element_size())
-    if not structures:
-        raise CheckpointError(
-            "convert_ternary: at least one linear layer must be exactly ternary, got none; "
-            + "; ".join(f"{key} is {why}" for key, why in list(report.kept.items())[:1])
-        )
     return structures
 
 
-def packed_configuration(
-    model: PreTrainedModel,
-    names: dict[str, str],
-    structures: dict[str, Structure],
-    group_scale_dtype: str,
-    activation_dtype: str = "float32",
-    experts: dict[str, list[str]] | None = None,
-) -> BitLabConfig:
-    """Returns the configuration: the commonest scheme, and overrides for the others.
-
-    Args:
-        model: The skeleton.
-        names: The model's name of each linear layer, by the file's key.
-        structures: Structure of each layer that is packed, by the file's key.
-        group_scale_dtype: See `BitLabConfig`.
-        activation_dtype: See `BitLabConfig`.
-        experts: By a module of experts, the names of its tensors, which are the file's keys too.
-    """
-    packed = {names.get(key, key): structure for key, structure in structures.items()}
-    ternary = {module for module, keys in (experts or {}).items() if packed.keys() >= {*keys}}
-    base = Counter((s.scheme, s.group_size) for s in packed.values()).most_common(1)[0][0]
-    head = model.get_output_embeddings()
-    modules = dict(model.named_modules())
-    return BitLabConfig(
-        weight_format="packed",
-        activation_dtype=activation_dtype,
-        weight_granularity=str(base[0]),
-        group_size=base[1],
-        group_scale_dtype=group_scale_dtype,
-        overrides={
-            name: {"weight_granularity": s.scheme, "group_size": s.group_size}
-            for name, s in packed.items()
-            if (s.scheme, s.group_size) != base
-        },
-        head="ternary" if any(modules.get(name) is head for name in packed) else "keep",
-        experts="ternary" if ternary else None,
-        modules_to_not_convert=sorted(
-            name
-            for name, module in modules.items()
-            if name not in packed
-            and (isinstance(module, nn.Linear) or name in (experts or {}).keys() - ternary)
-        ),
-    )
-
-
-def experts_of(model: PreTrainedModel) -> dict[str, list[str]]:
-    """Returns the names of the tensors of each module of experts that can be ternary."""
-    return {
-        found.names[0]: [f"{found.names[0]}.{leaf}" for leaf in projections(found.module)]
-        for found in find_experts(model, [])
-    }
-
-
-def swap_skeleton(model: PreTrainedModel, config: BitLabConfig) -> None:
-    """Makes a skeleton the deployed model of a configuration, without values."""
-    skip = config.modules_to_not_convert or []
-    experts = find_experts(model, skip) if config.experts == "ternary" else []
-    swap_packed(model, find_linears(model, skip), config, experts=experts)
-
-
 def _write(
-    file: Path, target: Path, structures: dict[str, Structure], first: bool
+    file: Path,
+    target: Path,
+    structures: dict[str, Structure],
+    left_out: set[str],
+    sentinel: str | None,
 ) -> tuple[list[str], float]:
     """Writes one weight file; returns its keys, and the largest relative change of a scale."""
     change = 0.0
     with safe_open(file, framework="pt") as handle:
-        keys = list(handle.keys())
+        keys = [key for key in handle.keys() if key not in left_out]  # noqa: SIM118
         mine = {key: structures[key] for key in keys if key in structures}
         entries: list[Entry] = []
         for key in keys:
@@ -338,9 +323,7 @@ def _write(
                 continue
             entries += packed_entries(key, shape, mine[key])
         layers = [key.removesuffix(".weight") for key in mine]
-        if first:
-            # Without BitLab, this key makes a load fail instead of giving random weights.
-            sentinel = next(key for key in [*mine, *structures])
+        if sentinel is not None:
             entries.append(Entry(sentinel, "U8", (0,)))
         with StreamWriter(target, entries, {"format": "pt", LAYERS_KEY: json.dumps(layers)}) as out:
             for key in keys:
@@ -353,12 +336,21 @@ def _write(
     return [entry.name for entry in entries], change
 
 
-def _prove(file: Path, target: Path, structures: dict[str, Structure], advance: Advance) -> None:
+def _prove(
+    file: Path,
+    target: Path,
+    structures: dict[str, Structure],
+    left_out: set[str],
+    advance: Advance,
+) -> None:
     """Reads what was written back and compares it with the source, value for value."""
     with safe_open(file, "pt") as source, safe_open(target, "pt") as written:
         for key in source.keys():  # noqa: SIM118  (not a mapping)
             tensor = source.get_tensor(key)
-            if key not in structures:
+            if key in left_out:
+                # Compared with the one that is kept before anything was written.
+                same = True
+            elif key not in structures:
                 # As bytes: a NaN equals itself.
                 same = torch.equal(
                     tensor.reshape(-1).view(torch.uint8),

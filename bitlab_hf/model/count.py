@@ -12,17 +12,18 @@ from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError
 from bitlab_hf.model.experts import expert_modules
-from bitlab_hf.model.tree import quantized_layers
-from bitlayers.base import BitLayerBase
-from bitlayers.int8 import Int8Embedding
+from bitlab_hf.model.tree import ternary_modules
+from bitlayers.lookup import QuantizedEmbedding
+from bitlayers.state import LayerState
 
 
 def bits_per_weight(model: nn.Module) -> float:
     """Returns the bits that a file of the deployed model holds for each ternary weight: its code,
     and its share of the scales and multipliers.
 
-    A layer that is latent is counted as it will be deployed, one that packed itself with all that
-    it stores but a bias; a matrix that several layers share counts once.
+    A ternary embedding's are among them. A layer that is latent is counted as it will be deployed,
+    one that packed itself with all that it stores but a bias; a matrix that several modules share
+    counts once.
 
     Args:
         model: Any module tree with ternary layers, in any state.
@@ -32,7 +33,7 @@ def bits_per_weight(model: nn.Module) -> float:
     """
     bits: dict[int, int] = {}
     weights: dict[int, int] = {}
-    for found in quantized_layers(model):
+    for found in ternary_modules(model):
         layer = found.module
         if layer.packs_itself:
             own = (tensor for name, tensor in layer.state_dict().items() if name != "bias")
@@ -59,16 +60,16 @@ def uncounted_weights(model: nn.Module, exclude_embeddings: bool = False) -> int
     Args:
         model: Any module tree.
         exclude_embeddings: Whether the count is one without embeddings, which knows them by a
-            Parameter called ``weight``: then the codes of an int8 embedding are taken off.
+            Parameter called ``weight``: then the codes of a quantized embedding are taken off.
     """
     missing = 0
     for name, parameter in model.named_parameters():
         parent, _, leaf = name.rpartition(".")
         layer = model.get_submodule(parent) if leaf == "qweight" else None
-        if isinstance(layer, BitLayerBase) and layer.is_deployed:
-            missing += layer.out_features * layer.in_features - parameter.numel()
-        elif isinstance(layer, Int8Embedding) and exclude_embeddings:
+        if isinstance(layer, QuantizedEmbedding) and exclude_embeddings:
             missing -= parameter.numel()
+        elif isinstance(layer, LayerState) and layer.is_deployed:
+            missing += layer.out_features * layer.in_features - parameter.numel()
     for one in expert_modules(model):
         for name, stack in one.module.stacks.items():
             if one.module.is_packed(name):

@@ -12,6 +12,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from bitcore.errors import LifecycleError
 from bitlab_hf.config import QUANT_METHOD, BitLabConfig
+from bitlab_hf.model.embedding import ternary_embeddings
 from bitlab_hf.model.experts import expert_modules, find_experts
 from bitlab_hf.model.head import int8_modules, plan_head
 from bitlab_hf.model.marks import mark_quantized, retie_packed
@@ -21,7 +22,7 @@ from bitlab_hf.model.vocabulary import guard_vocabulary
 from bitlayers.base import BitLayerBase
 from bitlayers.checks import check_deployable
 from bitlayers.deployment import Deployment
-from bitlayers.int8 import Int8Embedding
+from bitlayers.lookup import QuantizedEmbedding
 from bitlayers.quantized import QuantizedModule
 from bitlayers.registry import LAYER_REGISTRY
 from bitlayers.rmsnorm import RMSNormBitLinear
@@ -129,7 +130,7 @@ def _attach(model: PreTrainedModel) -> None:
     if not isinstance(config, BitLabConfig):
         config = described(model)
     config = copy.deepcopy(config)
-    settle_head(model, config)
+    settle_vocabulary(model, config)
     if config.head == "int8" and not int8_modules(model):
         # A model without a head, of a file that has one.
         config.head = "keep"
@@ -140,16 +141,20 @@ def _attach(model: PreTrainedModel) -> None:
     mark_quantized(model, quantizer)
     retie_packed(model, set())
     guard_vocabulary(model)
+
+
+def settle_vocabulary(model: PreTrainedModel, config: BitLabConfig) -> None:
+    """Makes configurations say what the output head and the embedding are, and whether they are
+    tied, once they are packed or somebody put in others.
+    """
+    if config.embedding == "ternary" and not ternary_embeddings(model):
+        config.embedding = "keep"
     head = model.get_output_embeddings()
-    if isinstance(head, QuantizedModule) and not _borrows(model, head):
-        # The head has quantized weights of its own now; the embedding keeps the float ones.
+    packed = head is not None and head._parameters.get("qweight") is not None
+    if isinstance(head, QuantizedModule) and packed and not _borrows(model, head):
+        # The head has quantized weights of its own; the embedding has other ones, or float ones.
         model.config.tie_word_embeddings = False
         model.config.get_text_config().tie_word_embeddings = False
-
-
-def settle_head(model: PreTrainedModel, config: BitLabConfig) -> None:
-    """Makes a configuration say what the output head is, where somebody put in another one."""
-    head = model.get_output_embeddings()
     if config.head == "ternary" and head is not None and not isinstance(head, BitLayerBase):
         config.head = "keep"
         names = [name for name, module in model.named_modules() if module is head]
@@ -159,7 +164,7 @@ def settle_head(model: PreTrainedModel, config: BitLabConfig) -> None:
 def _borrows(model: nn.Module, head: QuantizedModule) -> bool:
     """Tells whether a head shares its weight with an embedding, the encoder's or the decoder's."""
     return any(
-        isinstance(module, Int8Embedding) and module.qweight is head.qweight
+        isinstance(module, QuantizedEmbedding) and module.qweight is head.qweight
         for module in model.modules()
     )
 

@@ -7,10 +7,9 @@ saving, device maps and ``tie_weights()`` go on as they do for float weights.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,93 +18,24 @@ from transformers import PreTrainedModel
 from bitcore.errors import ConfigError, NonFiniteError
 from bitcore.quantize import quantize_rows_int8
 from bitlab_hf.config import BitLabConfig
+from bitlab_hf.model.rows import (
+    Rows,
+    check_supported,
+    embedding_factor,
+    find_rows,
+    float_embedding,
+    stored_elsewhere,
+)
 from bitlab_hf.model.tree import Found, find_modules, set_module, take_hooks
-from bitlab_hf.model.vocabulary import FixedVocabulary
+from bitlab_hf.model.vocabulary import guard_vocabulary
 from bitlayers.checks import check_whole
 from bitlayers.int8 import Int8Embedding, Int8Linear, Int8Rows
 
 _LEAVES = ("qweight", "qweight_scale")
-_FIX = 'Use head="keep".'
+# Who asks for rows, and what to do where there are none to be had, for messages.
+INT8_HEAD = ('head="int8"', 'Use head="keep".')
 # Where `replace_linear` leaves the choice of the head for `deploy`.
 HEAD_ATTRIBUTE = "_bitlab_head"
-
-
-@dataclass
-class Rows:
-    """The modules that share one float matrix [V, K]: an output head, an embedding, or both.
-
-    Attributes:
-        members: The modules; the first is the one whose names a file holds.
-        tied: What transformers ties in the model and each model inside it, by its name there.
-    """
-
-    members: list[Found[nn.Module]]
-    tied: dict[str, dict[str, str]]
-
-    @property
-    def names(self) -> list[str]:
-        """Every name of every member."""
-        return [name for member in self.members for name in member.names]
-
-    @property
-    def owner(self) -> str:
-        """The name under which a file holds the tensors."""
-        return self.members[0].names[0]
-
-    @property
-    def tensor(self) -> Tensor:
-        """The shared matrix: ``weight`` before the swap, ``qweight`` after it."""
-        module = self.members[0].module
-        return cast(Tensor, module.qweight if isinstance(module, Int8Rows) else module.weight)
-
-
-def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
-    """Returns the model's input embedding, or None where it has none."""
-    try:
-        found: nn.Module | None = model.get_input_embeddings()
-    except NotImplementedError:
-        # transformers' way to say that a model has none.
-        return None
-    return found
-
-
-def find_rows(model: PreTrainedModel, module: nn.Module) -> Rows:
-    """Returns a module with all modules that hold the same weight.
-
-    A skeleton's weights are tied by name only, as the configuration says.
-
-    Raises:
-        ConfigError: The weight is also a parameter of another name than ``weight``.
-    """
-    weight = module.weight
-    shared = {id(weight)}
-    if weight.is_meta:
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        pairs = model.all_tied_weights_keys.items()
-        # Targets of one source are tied to each other, whichever of them the module is.
-        for _ in range(2):
-            for pair in pairs:
-                held = {id(parameters[name]) for name in pair if name in parameters}
-                shared |= held if held & shared else set()
-    members: dict[int, Found[nn.Module]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) not in shared:
-            continue
-        parent, _, leaf = name.rpartition(".")
-        if leaf != "weight":
-            raise ConfigError(f'bitlab: head="int8" must find weights only, got {name}\n{_FIX}')
-        holder = model.get_submodule(parent)
-        members.setdefault(id(holder), Found(holder)).names.append(parent)
-    targets = model.all_tied_weights_keys
-    ordered = sorted(
-        members.values(), key=lambda found: f"{found.names[0]}.weight" in targets
-    )  # stable: the source of the others comes first
-    tied = {
-        name: part.get_expanded_tied_weights_keys(all_submodels=False)
-        for name, part in model.named_modules()
-        if isinstance(part, PreTrainedModel)
-    }
-    return Rows(ordered, tied)
 
 
 def find_head(model: PreTrainedModel) -> Rows | None:
@@ -120,81 +50,11 @@ def find_head(model: PreTrainedModel) -> Rows | None:
     if type(head) is not nn.Linear:
         raise ConfigError(
             f'bitlab: head="int8" must find an output head that is an nn.Linear, got '
-            f"{type(head).__name__}\n{_FIX}"
+            f"{type(head).__name__}\n{INT8_HEAD[1]}"
         )
-    rows = find_rows(model, head)
-    check_supported(model, rows)
+    rows = find_rows(model, head, *INT8_HEAD)
+    check_supported(model, rows, *INT8_HEAD)
     return rows
-
-
-def check_supported(model: PreTrainedModel, rows: Rows) -> None:
-    """Checks that every member has an int8 form that does the same.
-
-    Raises:
-        ConfigError: One has not; the message names it.
-    """
-    tied_names = {name for pair in model.all_tied_weights_keys.items() for name in pair}
-    for found in rows.members:
-        module, name = found.module, found.names[0]
-        if isinstance(module, nn.Embedding):
-            if embedding_factor(module) is None or module.max_norm is not None:
-                raise ConfigError(
-                    f'bitlab: head="int8" must find a plain embedding at {name}, or one that only '
-                    f"scales its rows, got {module!r}\n{_FIX}"
-                )
-        elif type(module) is not nn.Linear:
-            raise ConfigError(
-                f'bitlab: head="int8" must find an nn.Linear or an nn.Embedding at {name}, got '
-                f"{type(module).__name__}\n{_FIX}"
-            )
-        elif module.bias is not None and (
-            len(rows.members) > 1 or any(f"{name}.bias" in tied_names for name in found.names)
-        ):
-            # transformers pads a tied head's bias to the length of its weight, which is gone.
-            raise ConfigError(
-                f'bitlab: head="int8" must find a tied head without bias, got {name}.bias\n{_FIX}'
-            )
-
-
-def embedding_factor(embedding: nn.Module) -> tuple[float, bool] | None:
-    """Returns what an embedding multiplies its rows with; None where it does anything else.
-
-    Many of transformers' embeddings multiply with a factor: Gemma's with one that is rounded to the
-    dtype of the weight first, BART's with a Python number. Which it is, and that it is all, is
-    found out by trying the class on four rows.
-
-    Returns:
-        The factor, and whether it is rounded first.
-    """
-    if type(embedding) is nn.Embedding:
-        return 1.0, True
-    tensors = {name for name, _ in embedding.named_parameters()}
-    tensors |= {name for name, _ in embedding.named_buffers()}
-    factor = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
-    if not isinstance(embedding, nn.Embedding) or not isinstance(factor, (int, float)):
-        return None
-    if not tensors <= {"weight", "embed_scale"}:
-        return None
-    with torch.device("cpu"):
-        return _tried_factor(embedding, float(factor))
-
-
-def _tried_factor(embedding: nn.Embedding, factor: float) -> tuple[float, bool] | None:
-    rows = torch.linspace(-1, 1, 32).view(4, 8).bfloat16()
-    tried = copy.copy(embedding)
-    fields = vars(tried)
-    fields["_parameters"] = {"weight": nn.Parameter(rows, requires_grad=False)}
-    fields["_buffers"] = dict.fromkeys(embedding._buffers, torch.tensor(factor))
-    tried.padding_idx = None
-    try:
-        got = type(embedding).forward(tried, torch.arange(4))
-    except (RuntimeError, AttributeError, TypeError):
-        # It does more than look rows up.
-        return None
-    for rounded in (True, False):
-        if torch.equal(got, rows * (torch.tensor(factor).bfloat16() if rounded else factor)):
-            return factor, rounded
-    return None
 
 
 def _skeleton(module: nn.Module) -> Int8Linear | Int8Embedding:
@@ -259,9 +119,7 @@ def finish(model: PreTrainedModel, rows: Rows) -> None:
         if renamed != tied:
             part._tied_weights_keys = renamed
             part.all_tied_weights_keys = _renamed(part.all_tied_weights_keys, names, _LEAVES[:1])
-        embedding = input_embeddings(part)
-        if isinstance(embedding, Int8Rows) or isinstance(part.get_output_embeddings(), Int8Rows):
-            part.resize_token_embeddings = FixedVocabulary(embedding)
+    guard_vocabulary(model)
 
 
 def _renamed(tied: dict[str, str], names: Iterable[str], leaves: tuple[str, ...]) -> dict[str, str]:
@@ -337,8 +195,7 @@ def int8_modules(model: nn.Module) -> list[Found[Int8Rows]]:
 
 def is_borrower(model: PreTrainedModel, found: Found[Int8Rows]) -> bool:
     """Tells whether a file holds the tensors of an int8 module under another one's name."""
-    tied = model.all_tied_weights_keys
-    return any(f"{name}.qweight" in tied for name in found.names)
+    return not stored_elsewhere(model).isdisjoint(f"{name}.qweight" for name in found.names)
 
 
 def restore_float(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
@@ -361,22 +218,12 @@ def restore_float(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
 
 
 def _float_module(module: Int8Rows, weight: nn.Parameter) -> nn.Module:
-    rows, columns = weight.shape
     if isinstance(module, Int8Linear):
+        rows, columns = weight.shape
         linear = nn.Linear(columns, rows, bias=False, device="meta")
         linear.weight = weight
         if module.bias is not None:
             linear.bias = nn.Parameter(module.bias.detach().to(weight.dtype))
         return linear
     assert isinstance(module, Int8Embedding)
-    # Made with one row: no weight is allocated and filled only to be dropped.
-    make: Any = module.float_class
-    if make is nn.Embedding:
-        embedding = make(1, columns)
-    else:
-        embedding = make(1, columns, None, embed_scale=module.embed_scale)
-        embedding = embedding.to(device=weight.device, dtype=weight.dtype)
-    embedding.weight = weight
-    embedding.num_embeddings, embedding.padding_idx = rows, module.padding_idx
-    restored: nn.Module = embedding
-    return restored
+    return float_embedding(module, weight)

@@ -12,8 +12,9 @@ from transformers.core_model_loading import ConversionOps
 
 from bitcore.errors import CheckpointError, NonFiniteError
 from bitcore.quantize import quantize_rows_int8
-from bitlab_hf.model.head import Rows, swap_quantized
+from bitlab_hf.model.head import swap_quantized
 from bitlab_hf.model.marks import retie_packed
+from bitlab_hf.model.rows import Rows
 from bitlab_hf.model.tree import Found
 from bitlayers.base import BitLayerBase
 from bitlayers.experts import BitExperts

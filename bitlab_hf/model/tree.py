@@ -10,6 +10,7 @@ from torch import nn
 
 from bitcore.errors import ArgumentError
 from bitlayers.base import BitLayerBase
+from bitlayers.state import LayerState
 
 Layer = TypeVar("Layer", bound=nn.Module)
 # Where a module keeps the hooks that a user registered; a layer that takes its place takes them.
@@ -55,6 +56,11 @@ def aliases_of(model: nn.Module, name: str) -> list[str]:
 def quantized_layers(model: nn.Module) -> list[Found[BitLayerBase]]:
     """Returns the quantized layers of a model, each once."""
     return find_modules(model, BitLayerBase)
+
+
+def ternary_modules(model: nn.Module) -> list[Found[LayerState]]:
+    """Returns the quantized layers and the ternary embeddings of a model, each once."""
+    return find_modules(model, LayerState)
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:

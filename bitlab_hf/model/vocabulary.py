@@ -1,4 +1,4 @@
-"""``resize_token_embeddings`` of models whose output head is quantized."""
+"""``resize_token_embeddings`` of models whose output head or embedding is quantized."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from transformers import PreTrainedModel
 
 from bitcore.errors import LifecycleError
 from bitlayers.base import BitLayerBase
+from bitlayers.quantized import QuantizedModule
 from bitlayers.training import make_learned_scale
 
 
 class FixedVocabulary:
-    """Stands for ``resize_token_embeddings`` of a model whose head is packed: it refuses to resize.
+    """Stands for ``resize_token_embeddings`` of a model whose head or embedding is packed: it
+    refuses to resize.
 
     Args:
         embedding: The model's input embedding.
@@ -41,9 +43,9 @@ class FixedVocabulary:
             wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
         if wanted != size:
             raise LifecycleError(
-                f"resize_token_embeddings: new_num_tokens must be {size} once the head is packed, "
-                f"got {wanted}\nResize the float or latent model before deploy(), or call "
-                "model.dequantize() first."
+                f"resize_token_embeddings: new_num_tokens must be {size} once the head or the "
+                f"embedding is packed, got {wanted}\nResize the float or latent model before "
+                "deploy(), or call model.dequantize() first."
             )
         embedding: nn.Module = self._embedding
         return embedding
@@ -104,13 +106,29 @@ def _resize_scale(layer: BitLayerBase) -> None:
     scale[:rows] = before[:rows]
 
 
+def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """Returns the model's input embedding, or None where it has none."""
+    try:
+        found: nn.Module | None = model.get_input_embeddings()
+    except NotImplementedError:
+        # transformers' way to say that a model has none.
+        return None
+    return found
+
+
 def guard_vocabulary(model: nn.Module) -> None:
-    """Lets a model with a ternary head be resized while it is latent, and refuse once deployed."""
-    if not isinstance(model, PreTrainedModel):
-        return
-    attributes: Any = model
-    head = model.get_output_embeddings()
-    if isinstance(head, BitLayerBase) and head.is_deployed:
-        attributes.resize_token_embeddings = FixedVocabulary(model.get_input_embeddings())
-    elif isinstance(head, BitLayerBase):
-        attributes.resize_token_embeddings = TernaryVocabulary(model)
+    """Lets a model with a ternary head be resized while it is latent, and refuse once its head or
+    its embedding is packed; so do the models inside it.
+    """
+    for part in model.modules():
+        if not isinstance(part, PreTrainedModel):
+            continue
+        attributes: Any = part
+        embedding, head = input_embeddings(part), part.get_output_embeddings()
+        latent = isinstance(head, BitLayerBase) and not head.is_deployed
+        if isinstance(embedding, QuantizedModule) or (
+            isinstance(head, QuantizedModule) and not latent
+        ):
+            attributes.resize_token_embeddings = FixedVocabulary(embedding)
+        elif latent and part is model:
+            attributes.resize_token_embeddings = TernaryVocabulary(part)

@@ -16,10 +16,22 @@ from torch import nn
 from bitcore.errors import LifecycleError
 from bitlab_hf.model.count import uncounted_weights
 from bitlab_hf.peft.arrival import when_imported
-from bitlab_hf.peft.seal import base_of, is_packed, plain, refusal, sealed, try_adapter, unwritten
+from bitlab_hf.peft.seal import (
+    base_of,
+    is_packed,
+    kind_of,
+    plain,
+    refusal,
+    sealed,
+    try_adapter,
+    unwritten,
+)
 from bitlayers.base import BitLayerBase
+from bitlayers.embedding import TernaryEmbedding
 from bitlayers.experts import BitExperts
-from bitlayers.int8 import Int8Embedding, Int8Rows
+from bitlayers.int8 import Int8Rows
+from bitlayers.lookup import QuantizedEmbedding
+from bitlayers.quantized import QuantizedModule
 
 # These write the weight minus the adapter back; ternarized again, it is another model.
 _REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
@@ -33,7 +45,7 @@ def check_mergeable(model: nn.Module) -> None:
     """Refuses PEFT's own merge where a packed layer is among the adapted ones.
 
     Raises:
-        LifecycleError: A deployed or int8 layer has an adapter; the message names the layer.
+        LifecycleError: A packed layer or embedding has an adapter; the message names it.
     """
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
@@ -43,10 +55,10 @@ def check_mergeable(model: nn.Module) -> None:
                 "layer\nCall bitlab_hf.merge_and_requantize(peft_model), which ternarizes the sum "
                 "and reports the drift, or keep the adapter unmerged."
             )
-        if isinstance(base, Int8Rows):
+        if isinstance(base, (Int8Rows, TernaryEmbedding)):
             raise LifecycleError(
-                f"merge: {name} must have a float weight to add an adapter to, got an int8 one\n"
-                "Keep the adapter unmerged."
+                f"merge: {name} must have a float weight to add an adapter to, got "
+                f"{kind_of(base)}\nKeep the adapter unmerged."
             )
 
 
@@ -166,8 +178,8 @@ _NAMES: dict[int, str] = {}
 
 @contextmanager
 def _named(model: nn.Module) -> Iterator[None]:
-    ours = (BitLayerBase, Int8Rows)
-    names = {id(m): plain(n) for n, m in model.named_modules() if isinstance(m, ours)}
+    modules = model.named_modules()
+    names = {id(m): plain(n) for n, m in modules if isinstance(m, QuantizedModule)}
     added = names.keys() - _NAMES.keys()
     _NAMES.update(names)
     try:
@@ -203,7 +215,7 @@ def _guarded(method: Callable[..., None]) -> Callable[..., None]:
     @wraps(method)
     def guarded(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_parameters(self.peft_config[adapter_name], model)
-        if not any(isinstance(one, (BitLayerBase, Int8Rows)) for one in model.modules()):
+        if not any(isinstance(one, QuantizedModule) for one in model.modules()):
             method(self, model, adapter_name, *args, **kwargs)
             return
         op = _method(self.peft_config, adapter_name)
@@ -218,7 +230,7 @@ def _guarded(method: Callable[..., None]) -> Callable[..., None]:
             check_adapter(given[0] if given else None, target, name)
             if bound.get("parameter_name") and is_packed(base_of(target)):
                 raise refusal(op, name, base_of(target), "have float Parameters to be adapted")
-            if isinstance(base_of(target), (BitLayerBase, Int8Rows)):
+            if isinstance(base_of(target), QuantizedModule):
                 targets.append((name, base_of(target), bound["parent"], bound["target_name"]))
             with unwritten(op, name, base_of(target)):
                 create(*given, **named)
@@ -264,13 +276,13 @@ def _told(op: str, error: Exception, targets: list[Any]) -> LifecycleError | Non
 
 
 def _prompting(method: Callable[..., None]) -> Callable[..., None]:
-    """Shows an int8 embedding where PEFT looks for one: it knows them by a float Parameter."""
+    """Shows a quantized embedding where PEFT looks for one: it knows them by a float Parameter."""
 
     @wraps(method)
     def shown(self: Any, adapter_name: str) -> None:
         finder = getattr(self.base_model, "get_input_embeddings", None)
         embedding = finder() if finder else None
-        if not isinstance(embedding, Int8Embedding) or hasattr(self.base_model, "embeddings"):
+        if not isinstance(embedding, QuantizedEmbedding) or hasattr(self.base_model, "embeddings"):
             method(self, adapter_name)
             return
         holder = nn.Module()

@@ -13,6 +13,7 @@ from bitcore.errors import ArgumentError, ArgumentTypeError, LifecycleError, Non
 from bitcore.packing import pack_ternary
 from bitcore.quantize import dequantize, group_scale, ternarize, two_levels
 from bitlayers.base import BitLayerBase
+from bitlayers.embedding import TernaryEmbedding
 from bitlayers.int8 import Int8Rows
 from bitlayers.state import Packed
 
@@ -156,7 +157,8 @@ def _adapted(peft_model: nn.Module) -> list[tuple[str, Any]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found: list[tuple[str, Any]] = []
-    seen: set[int] = set()
+    # A head that is tied to a ternary embedding would be merged without it.
+    seen = {id(one.qweight) for one in peft_model.modules() if isinstance(one, TernaryEmbedding)}
     for full, module in peft_model.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
@@ -176,9 +178,10 @@ def _adapted(peft_model: nn.Module) -> list[tuple[str, Any]]:
                 f"{problem}\nNothing was changed; keep the adapter, or train plain LoRA."
             )
         base = module.get_base_layer()
-        if isinstance(base, Int8Rows):
+        if isinstance(base, (Int8Rows, TernaryEmbedding)):
+            kind = "int8" if isinstance(base, Int8Rows) else "ternary"
             raise LifecycleError(
-                f"merge_and_requantize: {name} must have a float weight, got int8 rows\n"
+                f"merge_and_requantize: {name} must have a float weight, got {kind} rows\n"
                 "Nothing was changed; keep the adapter unmerged."
             )
         if isinstance(base, BitLayerBase):
@@ -191,7 +194,7 @@ def _adapted(peft_model: nn.Module) -> list[tuple[str, Any]]:
             if id(weight) in seen:
                 raise LifecycleError(
                     f"merge_and_requantize: {name} must have a weight of its own, got one shared "
-                    "with another adapted layer\nKeep the adapter unmerged."
+                    "with an embedding or another adapted layer\nKeep the adapter unmerged."
                 )
             seen.add(id(weight))
         found.append((name, module))

@@ -21,12 +21,12 @@ from torch.utils._pytree import tree_leaves
 
 from bitcore.errors import LifecycleError
 from bitlayers.base import BitLayerBase
-from bitlayers.int8 import Int8Embedding, Int8Rows
+from bitlayers.embedding import TernaryEmbedding
+from bitlayers.int8 import Int8Rows
+from bitlayers.lookup import QuantizedEmbedding
+from bitlayers.state import LayerState
 
-_FIX = (
-    "Use an adapter that needs no weight, such as plain LoRA, or adapt the latent model.",
-    'Use an adapter that needs no weight, such as plain LoRA, or load the model with head="keep".',
-)
+_FIX = "Use an adapter that needs no weight, such as plain LoRA"
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -40,7 +40,7 @@ def base_of(module: nn.Module) -> nn.Module:
 
 def is_packed(module: nn.Module) -> bool:
     """Tells whether a layer holds codes instead of a float weight."""
-    return isinstance(module, Int8Rows) or (isinstance(module, BitLayerBase) and module.is_deployed)
+    return isinstance(module, Int8Rows) or (isinstance(module, LayerState) and module.is_deployed)
 
 
 def kind_of(module: nn.Module) -> str:
@@ -52,10 +52,14 @@ def kind_of(module: nn.Module) -> str:
 
 def refusal(op: str, name: str, module: nn.Module, requirement: str) -> LifecycleError:
     """Returns the error that names the layer and what works instead."""
-    fix = _FIX[1 if isinstance(module, Int8Rows) else 0]
+    other = ", or adapt the latent model"
     if not is_packed(module):
-        fix = _FIX[0].split(", or ")[0] + "."
-    return LifecycleError(f"{op}: {name} must {requirement}, got {kind_of(module)}\n{fix}")
+        other = ""
+    elif isinstance(module, Int8Rows):
+        other = ', or load the model with head="keep"'
+    elif isinstance(module, TernaryEmbedding):
+        other = ", or call model.dequantize() first"
+    return LifecycleError(f"{op}: {name} must {requirement}, got {kind_of(module)}\n{_FIX}{other}.")
 
 
 class SealedWeight(Tensor):
@@ -66,16 +70,11 @@ class SealedWeight(Tensor):
     @staticmethod
     def __new__(cls, layer: Any, error: LifecycleError) -> SealedWeight:
         """Makes one for a layer; reading its values raises the error."""
-        codes = layer.qweight
-        embedding = isinstance(layer, Int8Embedding)
-        shape = (
-            (layer.num_embeddings, layer.embedding_dim)
-            if embedding
-            else (layer.out_features, layer.in_features)
-        )
-        dtype = getattr(layer, "dtype", None) or getattr(layer, "float_dtype", torch.float32)
         made: SealedWeight = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=codes.device
+            cls,
+            layer._weight_shape(),
+            dtype=layer._float_dtype(),
+            device=layer.qweight.device,
         )
         made.error = error
         return made
@@ -103,7 +102,7 @@ def sealed(op: str, model: nn.Module) -> Iterator[None]:
     """
     held: list[tuple[nn.Module, type[nn.Module]]] = []
     for name, module in model.named_modules():
-        known = hasattr(module, "in_features") or isinstance(module, Int8Embedding)
+        known = hasattr(module, "in_features") or isinstance(module, QuantizedEmbedding)
         if not is_packed(module) or not known or hasattr(type(module), "_bitlab_sealed"):
             continue
         error = refusal(op, plain(name), module, "have a float weight to be read")

@@ -309,7 +309,7 @@ def version(folder: Path, rng: Rng) -> Mutation:
     else:
         scheme["group_scale_dtype"] = rng.choice(["uint8", "float32", None])
     if rng.random() < 0.5:
-        scheme["format_version"] = rng.choice([1, 2, 3])
+        scheme["format_version"] = rng.choice([1, 2, 3, 4])
     file.write_text(json.dumps(content))
     # Of latent groups any kind of scales can be made.
     legal = scheme == before or scheme["weight_format"] == "latent"

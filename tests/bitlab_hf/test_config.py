@@ -17,6 +17,22 @@ ON_DISK = {
 }  # fmt: skip
 
 
+def test_a_ternary_embedding_is_of_version_4() -> None:
+    config = BitLabConfig(weight_format="packed", embedding="ternary", head="ternary")
+    written = config.to_dict()
+    assert (written["format_version"], written["embedding"]) == (4, "ternary")
+    assert BitLabConfig.from_dict(written).to_dict() == written
+    assert "embedding" not in BitLabConfig(weight_format="packed").to_dict()
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "embedding must be 'keep' for latent weights, got 'ternary'\n.*convert_ternary"),
+        ({"weight_format": "packed", "head": "int8"}, "head must be 'keep' or 'ternary' beside"),
+        ({"weight_format": "packed", "embedding": "int8"}, "embedding must be one of"),
+    ]
+    for fields, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            BitLabConfig(**{"embedding": "ternary", **fields})
+
+
 def test_what_is_written() -> None:
     config = BitLabConfig(mode="infer", latent_dtype="keep", verify=False)
     written = config.to_dict()
@@ -57,8 +73,8 @@ def test_a_value_that_is_not_allowed_lists_those_that_are(name: str, value: obje
     ("fields", "message"),
     [
         ({"weight_granularty": "per_tensor"}, "fields must be among .*got 'weight_granularty'"),
-        ({"format_version": 4}, "at most 3, got 4: the checkpoint was written by a newer BitLab"),
-        ({"format_version": 4, "new_field": 1}, "newer BitLab"),
+        ({"format_version": 5}, "at most 4, got 5: the checkpoint was written by a newer BitLab"),
+        ({"format_version": 5, "new_field": 1}, "newer BitLab"),
         ({"experts": "float"}, r"experts must be one of \(None, 'keep', 'ternary'\), got 'float'"),
         ({"experts": True}, "experts must be one of"),
         ({"format_version": 0}, "must be at least 1, got 0"),

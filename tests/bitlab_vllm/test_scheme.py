@@ -52,11 +52,15 @@ def test_layers_are_read_as_bitlab_hf_reads_them(fields: dict[str, Any]) -> None
     [
         (
             {"format_version": 9},
-            "at most 3 to be served, got 9: .*newer BitLab\nRun `pip install --upgrade --no-deps",
+            "at most 4 to be served, got 9: .*newer BitLab\nRun `pip install --upgrade --no-deps",
         ),
         (
             {"format_version": 3, "experts": "int4"},
             "experts must be one of .*'keep', 'ternary'.* got 'int4'",
+        ),
+        (
+            {"format_version": 4, "embedding": "ternary"},
+            "embedding must be 'keep' to be served, got 'ternary'\n.*--with-transformers",
         ),
         ({"format_version": None}, "format_version must be an int"),
         ({"format_version": True}, "format_version must be an int"),

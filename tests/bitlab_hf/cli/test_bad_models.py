@@ -65,7 +65,7 @@ def test_unknown_schemes(cli: Cli, model: Path, tmp_path: Path, command: str) ->
         assert "Take the float model" in str(done.error)
     set_scheme(model, {"quant_method": "bitlab", "format_version": 99})
     done = cli(*commands(model, tmp_path / "out")[command])
-    assert "format_version must be at most 3, got 99" in str(done.error)
+    assert "format_version must be at most 4, got 99" in str(done.error)
     assert not (tmp_path / "out").exists()
 
 

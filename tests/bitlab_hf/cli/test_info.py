@@ -17,6 +17,7 @@ from bitlab_hf import BitLabConfig, save
 from bitlab_hf.model.count import bits_per_weight
 from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.models import make_float_model
+from tests.bitlab_hf.ternary import make_packed
 
 Cli = Callable[..., Any]
 
@@ -134,3 +135,17 @@ def test_errors(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(content[:1000])
     assert "must be a whole safetensors file" in str(cli("info", tmp_path).error)
     assert cli("info", tmp_path, "--nonsense").code == 2
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_a_ternary_embedding(cli: Cli, name: str, tmp_path: Path) -> None:
+    folder = make_packed(name, tmp_path)
+    found = cli("info", folder, "--json").json
+    part = found["parts"]["ternary embeddings"]
+    # 97 rows and three of padding, four to a byte.
+    assert part == {"tensors": 1, "weights": 97 * 128, "bytes": 25 * 128}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert found["bits_per_weight"] == pytest.approx(bits_per_weight(model))
+    shown = cli("info", folder).out
+    assert "1 packed embeddings, scales per group of 64 in float32" in shown
+    assert "embedding ternary" in shown

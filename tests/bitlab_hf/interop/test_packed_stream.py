@@ -97,9 +97,9 @@ def test_scales_of_groups_in_two_levels(tmp_path: Path) -> None:
     assert report.scale_change == pytest.approx(worst, rel=1e-6)
     assert report.bytes_after < exact.bytes_after
     assert report.packed == exact.packed
-    for folder, version in (("out", 2), ("exact", 1)):
+    for folder, dtype in (("out", "uint8"), ("exact", "float32")):
         config = json.loads((tmp_path / folder / "config.json").read_text())
-        assert config["quantization_config"]["format_version"] == version
+        assert config["quantization_config"]["group_scale_dtype"] == dtype
     with pytest.raises(ArgumentError, match="group_scale_dtype must be one of .*, got 'int8'"):
         convert_ternary(source, tmp_path / "other", group_scale_dtype="int8")
     assert not (tmp_path / "other").exists()

@@ -23,6 +23,7 @@ from bitcore.errors import LifecycleError
 from bitlab_hf import BitLabConfig, merge_and_requantize
 from bitlab_hf.model.head import int8_modules
 from tests.bitlab_hf.models import logits_of, make_float_model, token_ids
+from tests.bitlab_hf.ternary import make_packed
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
@@ -213,3 +214,40 @@ def test_the_order_of_imports_does_not_matter(first: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{first == 'peft'}\n"
+
+
+def test_a_ternary_embedding_and_its_head(tmp_path: Path) -> None:
+    packed = make_packed("qwen2", tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(packed)
+    before, expected = shape_of(base), logits_of(base)
+    for fields, op in (
+        ({"trainable_token_indices": [5, 6]}, "trainable_token_indices"),
+        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
+    ):
+        message = rf"^{op}: .*embed_tokens must .* a deployed one\n.*model.dequantize\(\) first"
+        with pytest.raises(LifecycleError, match=message):
+            get_peft_model(base, lora(**fields))
+        assert shape_of(base) == before
+    for targets in (["q_proj", "lm_head"], ["q_proj", "embed_tokens"]):
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(packed), lora(target_modules=targets)
+        )
+        losses = train(model)
+        assert losses[-1] < losses[0]
+        trained = logits_of(model)
+        model.save_pretrained(tmp_path / targets[1])
+        again = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(packed), tmp_path / targets[1]
+        )
+        assert torch.equal(logits_of(again.eval()), trained)
+        with pytest.raises(LifecycleError, match=r"merge: .* must have a float weight"):
+            model.merge_and_unload()
+        name = targets[1] if targets[1] == "lm_head" else "model.embed_tokens"
+        wanted = "a weight of its own.*an embedding" if name == "lm_head" else "got ternary rows"
+        with pytest.raises(LifecycleError, match=f"{name} must have .*{wanted}"):
+            merge_and_requantize(model, verbose=False)
+        assert torch.equal(logits_of(model), trained)
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    losses = train(get_peft_model(base, prompts))
+    assert losses[-1] < losses[0]
+    assert torch.equal(logits_of(base), expected)
