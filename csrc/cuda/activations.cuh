@@ -93,14 +93,11 @@ BK_DEVICE void store_placed(int8_t *row, int32_t k, int32_t padded, const Bytes8
 // Bytes of shared memory: maxima of the warps, then a sum for every 64 columns.
 inline uint32_t quantize_shared_bytes(int64_t K) { return static_cast<uint32_t>(128 + 4 * ((K + 63) / 64)); }
 
-BK_KERNEL(kQuantizeThreads) quantize_kernel(QuantizeParams p) {
-    begin();
-    if (block_x() >= p.tokens) {
-        place_multipliers(p.place, static_cast<uint32_t>(block_x() - p.tokens));
-        return;
-    }
+// Quantizes a token of x by this block to row `to` of the codes. Of the largest magnitude bits that a thread finds,
+// `largest` makes those that it brings to the block's.
+template <typename Largest>
+BK_DEVICE void quantize_token(const QuantizeParams &p, int64_t token, int64_t to, const Largest &largest) {
     const int thread = thread_x();
-    const int64_t token = block_x();
     const void *row = static_cast<const uint8_t *>(p.x) + token * p.x_stride * element_bytes(p.x_type);
     const int32_t padded = (p.K + 63) / 64 * 64;
     constexpr int32_t kStep = kQuantizeThreads * 8;
@@ -117,22 +114,15 @@ BK_KERNEL(kQuantizeThreads) quantize_kernel(QuantizeParams p) {
         load_eight(row, p.x_type, k, p.K, p.x_vector, values);
         most = most_of(values, most);
     }
-    if (p.maxima) {
-        most = 0;
-        for (int i = thread; i < p.maxima_count; i += kQuantizeThreads) {
-            const uint32_t other = load_global(p.maxima + i);
-            most = other > most ? other : most;
-        }
-    }
-    Scaling by = scaling_of(block_max(most, 0, kQuantizeThreads));
+    Scaling by = scaling_of(block_max(largest(most), 0, kQuantizeThreads));
     if (p.x_type == BK_CUDA_I8) by = {1.0f, 1.0f, true};
-    if (thread == 0 && p.scale) store_global(p.scale + token, by.scale);
+    if (thread == 0 && p.scale) store_global(p.scale + to, by.scale);
 
-    int8_t *codes = p.codes + token * p.code_stride;
+    int8_t *codes = p.codes + to * p.code_stride;
     const auto finish = [&](int32_t k, const float(&values)[8]) {
         int32_t sum = 0;
         const Bytes8 eight = encode_eight(values, by, sum);
-        if (p.placed) store_placed(p.placed + token * padded, k, padded, eight);
+        if (p.placed) store_placed(p.placed + to * padded, k, padded, eight);
         if (p.codes && p.code_vector) {
             if (k < padded) store_global(reinterpret_cast<Bytes8 *>(codes + k), eight);
         } else if (p.codes) {
@@ -165,7 +155,7 @@ BK_KERNEL(kQuantizeThreads) quantize_kernel(QuantizeParams p) {
             sum += load_shared<int32_t>(128u + 4u * static_cast<uint32_t>(b));
         }
         sum = block_sum(sum, 64, kQuantizeThreads);
-        if (thread == 0) store_global(p.sums + token, sum);
+        if (thread == 0) store_global(p.sums + to, sum);
         return;
     }
     const int per_group = p.K / p.columns / 64;
@@ -174,8 +164,25 @@ BK_KERNEL(kQuantizeThreads) quantize_kernel(QuantizeParams p) {
         for (int b = 0; b < per_group; ++b) {
             sum += load_shared<int32_t>(128u + 4u * static_cast<uint32_t>(column * per_group + b));
         }
-        store_global(p.sums + token * p.columns + column, sum);
+        store_global(p.sums + to * p.columns + column, sum);
     }
+}
+
+BK_KERNEL(kQuantizeThreads) quantize_kernel(QuantizeParams p) {
+    begin();
+    if (block_x() >= p.tokens) {
+        place_multipliers(p.place, static_cast<uint32_t>(block_x() - p.tokens));
+        return;
+    }
+    quantize_token(p, block_x(), block_x(), [&](uint32_t own) {
+        if (!p.maxima) return own;
+        uint32_t most = 0;
+        for (int i = thread_x(); i < p.maxima_count; i += kQuantizeThreads) {
+            const uint32_t other = load_global(p.maxima + i);
+            most = other > most ? other : most;
+        }
+        return most;
+    });
 }
 
 struct AbsmaxParams {
