@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from bitcore import reference
+from bitcore.checks import check_memory
 from bitcore.kernels.native import TYPE_CODES, count_columns
 
 
 class CudaExperts:
-    """The part of `bitcore.kernels.cuda.CudaKernels` that multiplies with the weights of experts."""
+    """The part of `bitcore.kernels.cuda.CudaKernels` that multiplies with weights of experts."""
 
     linear: Callable[..., Tensor]
     _library: ctypes.CDLL
@@ -42,29 +43,68 @@ class CudaExperts:
             return reference.experts_linear(
                 x, index, *weights, out_dtype, multiplier, run=self.linear
             )
+        args = out_features, activation == "int8_per_tensor", multiplier
+        return self._run_experts(x, index, qweight, weight_scale, bias, *args, out_dtype)
+
+    def prepare_experts(
+        self,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        activation: str,
+        multiplier: Tensor | None = None,
+    ) -> Callable[[Tensor, Tensor, torch.dtype], Tensor] | None:
+        """Returns `experts_linear` of these weights, of tokens, their index and their dtype; or
+        None if it is not one native call.
+        """
+        if activation == "float":
+            return None
+        run = self._run_experts
+        weights = (
+            qweight,
+            weight_scale,
+            bias,
+            out_features,
+            activation == "int8_per_tensor",
+            multiplier,
+        )
+        return lambda x, index, dtype: run(x, index, *weights, dtype)
+
+    def _run_experts(
+        self,
+        x: Tensor,
+        index: Tensor,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        per_tensor: bool,
+        multiplier: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
         op, device = "bitlab::experts_linear", x.device
         self._count_multiprocessors(op, device)
+        # Past the dispatcher nobody else has looked at it.
+        check_memory(op, index=index)
         tokens, many, stride = self._tokens(op, "x", x)
         rows, experts, in_features = index.numel(), qweight.shape[0], qweight.shape[2]
         y = x.new_empty((rows, out_features), dtype=out_dtype)
         if rows == 0:
             return y
         # Of an expert: what is one scale, one a row, or a row of them.
-        one = None if multiplier is None else multiplier[0]
-        columns = count_columns(weight_scale[0], one)
-        per_tensor, shape = int(activation == "int8_per_tensor"), (many, out_features, in_features)
-        choices = rows // many
+        columns = count_columns(weight_scale[0], None if multiplier is None else multiplier[0])
+        shape, choices = (many, out_features, in_features), rows // many
         size = self._library.bk_cuda_experts_workspace(
-            many, choices, experts, out_features, in_features, columns, int(one is not None),
+            many, choices, experts, out_features, in_features, columns, multiplier is not None,
             per_tensor,
         )  # fmt: skip
         workspace = self._scratch(max(size, 1), device)
-        bias = None if bias is None else bias.contiguous()
+        given = [None if one is None else one.contiguous() for one in (multiplier, bias)]
         self._call(
             op, "experts_i8_t2", (y, workspace), tokens, TYPE_CODES[x.dtype], stride,
             index.contiguous(), choices, experts, qweight.contiguous(), weight_scale.contiguous(),
-            weight_scale.shape[1], columns, None if multiplier is None else multiplier.contiguous(),
-            bias, 0 if bias is None else TYPE_CODES[bias.dtype], y, TYPE_CODES[out_dtype], *shape,
-            per_tensor, workspace,
+            weight_scale.shape[1], columns, *given, 0 if bias is None else TYPE_CODES[bias.dtype],
+            y, TYPE_CODES[out_dtype], *shape, per_tensor, workspace,
         )  # fmt: skip
         return y

@@ -82,11 +82,9 @@ const char *prepare(const Call &call, ExpertsQuantizeParams params, uint32_t *ma
     QuantizeParams &quantize = params.quantize;
     if (call.per_tensor) {
         quantize.maxima = maxima;
-        const AbsmaxParams absmax = {quantize.x, quantize.x_stride, quantize.x_type, quantize.x_vector,
-                                     maxima,     call.M,            quantize.K};
-        if (const char *error = launch(absmax_kernel, Grid{call.M, 1}, kQuantizeThreads, 128, stream, absmax)) {
-            return error;
-        }
+        const AbsmaxParams absmax = {quantize.x, quantize.x_stride, quantize.x_type, quantize.x_vector, maxima,
+                                     call.M,     quantize.K};
+        if (const char *error = run_absmax(absmax, call.M, stream)) return error;
     }
     params.place_blocks = quantize.place.multiplier ? static_cast<int32_t>(place_blocks(quantize.place)) : 0;
     const int64_t blocks = 1 + quantize.tokens + call.experts * params.place_blocks;
@@ -148,9 +146,7 @@ ExpertsPlan plan_experts(int64_t rows, int64_t experts, Groups groups) {
     plan.few = each <= 4 ? 1 : 2;
     // Where few experts have more, theirs are several tiles of few: one launch less.
     plan.many = rows <= kFewTokens || each < 8 ? 0 : plan.grouped || each <= 48 ? 2 : 4;
-    const auto most = [](int64_t rows, int64_t experts, int64_t tokens) {
-        return experts + (rows - experts) / tokens;
-    };
+    const auto most = [](int64_t rows, int64_t experts, int64_t tokens) { return experts + (rows - experts) / tokens; };
     // With tiles of many, an expert has one tile of few at most.
     plan.most_few = plan.many ? visited : most(rows, visited, 8 * plan.few);
     const int64_t full = rows / (kFewTokens + 1);

@@ -75,8 +75,7 @@ const char *run_experts_many(const ExpertsPlan &plan, ExpertsParams params, cons
 
 // Few tokens in one or two tiles of eight, many in two or four of sixteen; with groups of floats always two.
 template <typename Math, bool kGrouped>
-const char *run_experts(const ExpertsPlan &plan, const ExpertsParams &params, const ExpertsTiles &tiles,
-                        void *stream) {
+const char *run_experts(const ExpertsPlan &plan, const ExpertsParams &params, const ExpertsTiles &tiles, void *stream) {
     const char *error = plan.few == 1 ? run_experts_few<Math, 1, kGrouped>(plan, params, tiles.few, stream)
                                       : run_experts_few<Math, 2, kGrouped>(plan, params, tiles.few, stream);
     if (error || plan.many == 0) return error;

@@ -9,10 +9,10 @@ namespace bitlab {
 struct ExpertsParams;
 
 struct ExpertsPlan {
-    bool grouped;     // a float32 scale for each group
-    bool multiplied;  // an integer multiplier for each group, and one scale for each output
-    int few;          // kTiles of few_tile, of eight tokens each
-    int many;         // kTiles of many_tile, of sixteen tokens each; 0: all experts have tiles of few
+    bool grouped;                 // a float32 scale for each group
+    bool multiplied;              // an integer multiplier for each group, and one scale for each output
+    int few;                      // kTiles of few_tile, of eight tokens each
+    int many;                     // kTiles of many_tile, of sixteen tokens each; 0: all experts have tiles of few
     int64_t most_few, most_many;  // tiles of tokens that there may be, wherever the tokens go
 };
 

@@ -50,12 +50,10 @@ const char *quantize(const void *x, int32_t x_type, int64_t x_stride, int64_t M,
     if (maxima) {
         params.maxima_count = static_cast<int32_t>(M < kMaxMaxima ? M : kMaxMaxima);
         const AbsmaxParams absmax = {x, x_stride, x_type, params.x_vector, maxima, M, params.K};
-        const char *error = launch(absmax_kernel, Grid{params.maxima_count, 1}, kQuantizeThreads, 128, stream, absmax);
-        if (error) return error;
+        if (const char *error = run_absmax(absmax, params.maxima_count, stream)) return error;
     }
     params.tokens = M;
-    const int64_t blocks = M + (params.place.multiplier ? place_blocks(params.place) : 0);
-    return launch(quantize_kernel, Grid{blocks, 1}, kQuantizeThreads, quantize_shared_bytes(K), stream, params);
+    return run_quantize(params, M + (params.place.multiplier ? place_blocks(params.place) : 0), stream);
 }
 
 // Where the codes of x and their scales are to stay, or nulls.
@@ -322,7 +320,7 @@ int32_t bk_cuda_linear_float_t2(const void *x, int32_t x_type, int64_t x_stride,
     } else {
         const PlanesParams planes = {
             x, x_stride, x_type, is_vector(x, x_type, x_stride), at<uint16_t>(workspace, parts.x), M, p.K};
-        BK_CUDA_TRY(launched(shape, launch(planes_kernel, Grid{M, 1}, kQuantizeThreads, 0, stream, planes)));
+        BK_CUDA_TRY(launched(shape, run_planes(planes, stream)));
         p.x = at<uint8_t>(workspace, parts.x);
         p.x_stride = padded * 2;
         p.x_plane = M * padded * 2;
@@ -331,8 +329,7 @@ int32_t bk_cuda_linear_float_t2(const void *x, int32_t x_type, int64_t x_stride,
     p.partial = at<uint8_t>(workspace, parts.partial);
     if (plan.multiplied) {
         const PlaceParams place = place_params(shape, weights, at<uint32_t>(workspace, parts.multipliers));
-        BK_CUDA_TRY(
-            launched(shape, launch(place_kernel, Grid{place_blocks(place), 1}, kPlaceThreads, 0, stream, place)));
+        BK_CUDA_TRY(launched(shape, run_place(place, stream)));
         p.multipliers = place.words;
         return launched(shape, run_multiplied_float(plan, p, x_type, stream));
     }

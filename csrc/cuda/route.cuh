@@ -183,6 +183,18 @@ BK_DEVICE void place_expert(const ExpertsQuantizeParams &p, int32_t expert, uint
     place_multipliers(place, block);
 }
 
+// Of the largest magnitude bits of the tokens of an expert, those that this thread brings.
+BK_DEVICE uint32_t largest_of_expert(const ExpertsQuantizeParams &p, int32_t expert) {
+    uint32_t most = 0;
+    for (int64_t row = thread_x(); row < p.route.rows; row += kQuantizeThreads) {
+        if (expert_of(p.route, row) != expert) continue;
+        const uint32_t token = static_cast<uint32_t>(row) / static_cast<uint32_t>(p.route.choices);
+        const uint32_t other = load_global(p.quantize.maxima + token);
+        most = other > most ? other : most;
+    }
+    return most;
+}
+
 // Makes row `to` of the codes, if one of its rows of y has an expert; the others become zeros.
 BK_DEVICE void quantize_for_experts(const ExpertsQuantizeParams &p, int64_t to) {
     const RouteParams &route = p.route;
@@ -195,20 +207,9 @@ BK_DEVICE void quantize_for_experts(const ExpertsQuantizeParams &p, int64_t to) 
         for (int64_t n = thread_x(); n < p.N; n += kQuantizeThreads) store_float(p.y, p.y_type, row * p.N + n, 0.0f);
     }
     if (!used) return;
-    const auto choices = static_cast<uint32_t>(route.choices);
-    const uint32_t token = static_cast<uint32_t>(to * route.sharing) / choices;
-    quantize_token(p.quantize, token, to, [&](uint32_t own) {
-        if (!p.quantize.maxima) return own;
-        // One scale for all tokens of the expert that the one row is of.
-        const int32_t expert = expert_of(route, to);
-        uint32_t most = 0;
-        for (uint32_t row = static_cast<uint32_t>(thread_x()); row < static_cast<uint32_t>(route.rows);
-             row += kQuantizeThreads) {
-            if (expert_of(route, row) != expert) continue;
-            const uint32_t other = load_global(p.quantize.maxima + row / choices);
-            most = other > most ? other : most;
-        }
-        return most;
+    const uint32_t token = static_cast<uint32_t>(to * route.sharing) / static_cast<uint32_t>(route.choices);
+    quantize_token(p.quantize, token, to, [&p, to](uint32_t own) {
+        return p.quantize.maxima ? largest_of_expert(p, expert_of(p.route, to)) : own;
     });
 }
 
