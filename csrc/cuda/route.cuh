@@ -79,7 +79,8 @@ template <typename Visit>
 BK_DEVICE void count_rows(const RouteParams &p, const Visit &visit) {
     const int warp = thread_x() / kWarp, lane = thread_x() % kWarp;
     if (warp >= p.warps) return;
-    const int64_t share = (p.rows + kWarp * static_cast<int64_t>(p.warps) - 1) / (kWarp * p.warps) * kWarp;
+    const auto together = static_cast<uint32_t>(kWarp * p.warps);
+    const int64_t share = (static_cast<uint32_t>(p.rows) + together - 1) / together * kWarp;
     const int64_t end = share * (warp + 1), last = end < p.rows ? end : p.rows;
     for (int64_t first = share * warp; first < last; first += kWarp) {
         const int32_t expert = first + lane < last ? expert_of(p, first + lane) : -1;

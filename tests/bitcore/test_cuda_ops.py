@@ -171,6 +171,7 @@ def test_an_old_gpu_is_refused(
         call(kernels, name)
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("name", [name for name in OPS if name != "quantize_activation"])
 def test_two_devices_are_refused(host: HostKernels, name: str) -> None:
     """Two GPUs, and a CPU with a GPU, as far as the addresses: fakes have none."""

@@ -22,7 +22,7 @@ EXPERTS = [
         ("lanes after this one counted", "if (other < lane) alike.before", "if (other <= lane) alike.before"),
         ("rows past a warp's share", "first + lane < last ?", "first + lane < p.rows ?"),
         ("rows of the last share left out", "end < p.rows ? end : p.rows", "end < p.rows ? end : p.rows - 1"),
-        ("a share of a warp's lanes", "(kWarp * p.warps) * kWarp;", "(kWarp * p.warps) * (kWarp / 2);"),
+        ("a share of a warp's lanes", "together * kWarp;", "together * (kWarp / 2);"),
         ("experts past the last taken", "expert >= 0 && expert < p.experts ?", "expert >= 0 ?"),
         ("negative experts taken", "expert >= 0 && expert < p.experts ?", "expert < p.experts ?"),
         ("experts cut to 32 bits before they are compared", "const int64_t expert = load_global(p.index + row);", "const int64_t expert = static_cast<int32_t>(load_global(p.index + row));"),
