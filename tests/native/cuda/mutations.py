@@ -30,8 +30,8 @@ MUTATIONS = [
         ("offset of the codes left in", "-Math::kOffset * x_sum", "Math::kOffset * x_sum"),
         (
             "wrong order of the scales",
-            "multiply(static_cast<float>(sum), multiply(load_global(p.x_scale + m), scale))",
-            "multiply(multiply(static_cast<float>(sum), load_global(p.x_scale + m)), scale)",
+            "multiply(static_cast<float>(sum), multiply(load_global(p.x_scale + p.token(m)), scale))",
+            "multiply(multiply(static_cast<float>(sum), load_global(p.x_scale + p.token(m))), scale)",
         ),
         (
             "wrong order of the shares of K",
@@ -223,8 +223,13 @@ MUTATIONS = [
         ("wrong place of a column", "c / 8 % 2 * 32 + c / 4 % 2 * 16", "c / 4 % 2 * 32 + c / 8 % 2 * 16"),
         ("words of neighbours exchanged", "eight.word[odd ? 0 : 1], 2)", "eight.word[odd ? 0 : 1], 4)"),
         ("places past the row written", "if (k < padded) { store_global(reinterpret_cast<Bytes8 *>(row +", "{ store_global(reinterpret_cast<Bytes8 *>(row +"),
+    ),
+    *faults_in(
+        "csrc/cuda/activations.cu",
+        "activations",
         ("multipliers placed by the wrong block", "block_x() - p.tokens", "block_x()"),
         ("a plane not taken off", "values[i] = add(values[i], -bits_float(low));", ""),
+        ("largest of the block's token alone", "if (!p.maxima) return own;", "return own;"),
     ),
     *faults_in(
         "csrc/cuda/types.cuh",

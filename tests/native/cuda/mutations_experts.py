@@ -12,7 +12,7 @@ EXPERTS = [
         ("counts cleared for fewer experts", "i < p.warps * p.experts; i +=", "i < p.warps * (p.experts - 1); i +="),
         ("missing barrier before rows are counted", f"int32_t{{0}}); }} {BARRIER}", "int32_t{0}); }"),
         ("missing barrier before counts are added", f"count_rows(p, [](int64_t, int32_t) {{}}); {BARRIER}", "count_rows(p, [](int64_t, int32_t) {});"),
-        ("missing barrier before rows are sorted", f"store_tile(p.many, at, 0, 0, 0); }} {BARRIER}", "store_tile(p.many, at, 0, 0, 0); }"),
+        ("missing barrier before rows are sorted", f"store_tile(p.many, at, 0, 0, 0); {BARRIER}", "store_tile(p.many, at, 0, 0, 0);"),
         ("missing barrier before sums are read", f"sums[i]); }} {BARRIER}", "sums[i]); }"),
         ("missing barrier before sums are written again", f"(3 * w + i)); }} }} {BARRIER}", "(3 * w + i)); } }"),
         ("counts read while they are written", "if (expert >= 0) count = load_shared<int32_t>(count_at(p, warp, expert)); sync_warp();", "if (expert >= 0) count = load_shared<int32_t>(count_at(p, warp, expert));"),
