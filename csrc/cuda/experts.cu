@@ -22,18 +22,21 @@ struct Call {
     // With one scale for all tokens of an expert, a token's codes differ from expert to expert.
     int64_t sharing() const { return per_tensor ? 1 : choices; }
     int64_t code_rows() const { return rows() / sharing(); }
+    // Whether 32 bits tell where a token's codes are from the first one's on.
+    bool is_near() const { return code_rows() * padded_to_64(K) <= 0xFFFFFFFF; }
 };
 
 // The parts of a workspace, in bytes from its beginning.
 struct Workspace {
-    int64_t x, sums, scale, maxima, multipliers, sorted, codes, few, many, bytes;
+    int64_t x, placed, sums, scale, maxima, multipliers, sorted, codes, few, many, bytes;
 };
 
 Workspace lay_out(const Call &call, Groups groups, const ExpertsPlan &plan) {
     const int64_t codes = call.code_rows();
     Workspace w;
     w.x = 0;
-    w.sums = w.x + aligned_up(codes * padded_to_64(call.K));
+    w.placed = w.x + aligned_up(codes * padded_to_64(call.K));
+    w.sums = w.placed + (plan.wgmma ? aligned_up(codes * padded_to_64(call.K)) : 0);
     w.scale = w.sums + aligned_up(codes * (plan.grouped ? groups.columns : 1) * 4);
     w.maxima = w.scale + aligned_up(codes * 4);
     w.multipliers = w.maxima + (call.per_tensor ? aligned_up(call.M * 4) : 0);
@@ -100,10 +103,11 @@ int32_t experts_i8(const Call &call, const void *x, int32_t x_type, int64_t x_st
     BK_CUDA_TRY(check_linear(shape, weights, output, workspace, 1));
     if (call.M == 0) return BK_CUDA_OK;
     BK_CUDA_TRY(check_tensor(shape, "x", x, x_type));
-    const ExpertsPlan plan = plan_experts(call.rows(), call.experts, weights.groups());
-    const Workspace parts = lay_out(call, weights.groups(), plan);
     ExpertsParams p = {};
     static_cast<MatmulParams &>(p) = params_of(BK_CUDA_I8_T2, shape, weights, output);
+    const bool wgmma = p.weight_vector && call.is_near() && has_wgmma();
+    const ExpertsPlan plan = plan_experts(call.rows(), call.experts, weights.groups(), wgmma);
+    const Workspace parts = lay_out(call, weights.groups(), plan);
     ExpertsQuantizeParams q = {};
     q.route = route_params(call, index, plan, parts, workspace);
     q.y = output.y;
@@ -114,6 +118,7 @@ int32_t experts_i8(const Call &call, const void *x, int32_t x_type, int64_t x_st
     q.quantize.x_type = x_type;
     q.quantize.x_vector = is_vector(x, x_type, x_stride);
     q.quantize.codes = at<int8_t>(workspace, parts.x);
+    q.quantize.placed = plan.wgmma ? at<int8_t>(workspace, parts.placed) : nullptr;
     q.quantize.code_stride = padded_to_64(call.K);
     q.quantize.code_vector = true;
     q.quantize.sums = at<int32_t>(workspace, parts.sums);
@@ -131,13 +136,16 @@ int32_t experts_i8(const Call &call, const void *x, int32_t x_type, int64_t x_st
     p.sorted = q.route.sorted;
     p.codes = q.route.codes;
     const ExpertsTiles tiles = {q.route.few.tiles, q.route.many.tiles};
-    return launched(shape, plan.multiplied ? run_experts_multiplied(plan, p, tiles, stream)
-                                           : run_experts_int8(plan, p, tiles, stream));
+    BK_CUDA_TRY(launched(shape, plan.multiplied ? run_experts_multiplied(plan, p, tiles, stream)
+                                                : run_experts_int8(plan, p, tiles, stream)));
+    if (!plan.wgmma) return BK_CUDA_OK;
+    p.x = reinterpret_cast<const uint8_t *>(q.quantize.placed);
+    return launched(shape, run_experts_wgmma(plan, p, tiles, stream));
 }
 
 }  // namespace
 
-ExpertsPlan plan_experts(int64_t rows, int64_t experts, Groups groups) {
+ExpertsPlan plan_experts(int64_t rows, int64_t experts, Groups groups, bool wgmma) {
     ExpertsPlan plan = {};
     plan.grouped = groups.columns > 0 && !groups.multiplied;
     plan.multiplied = groups.columns > 0 && groups.multiplied;
@@ -145,7 +153,8 @@ ExpertsPlan plan_experts(int64_t rows, int64_t experts, Groups groups) {
     const int64_t visited = rows < experts ? rows : experts, each = rows / visited;
     plan.few = each <= 4 ? 1 : 2;
     // Where few experts have more, theirs are several tiles of few: one launch less.
-    plan.many = rows <= kFewTokens || each < 8 ? 0 : plan.grouped || each <= 48 ? 2 : 4;
+    plan.many = rows <= kFewTokens || each < 8 ? 0 : plan.grouped || (!wgmma && each <= 48) ? 2 : 4;
+    plan.wgmma = wgmma && plan.many == 4;
     const auto most = [](int64_t rows, int64_t experts, int64_t tokens) { return experts + (rows - experts) / tokens; };
     // With tiles of many, an expert has one tile of few at most.
     plan.most_few = plan.many ? visited : most(rows, visited, 8 * plan.few);
@@ -165,7 +174,13 @@ int64_t bk_cuda_experts_workspace(int64_t M, int64_t choices, int64_t experts, i
     const Call call = {"bk_cuda_experts_workspace", M, N, K, choices, experts, per_tensor != 0};
     if (M <= 0 || N <= 0 || K <= 0 || choices <= 0 || experts <= 0) return 0;
     const Groups groups = {scale_columns, multiplied != 0};
-    return lay_out(call, groups, plan_experts(call.rows(), experts, groups)).bytes;
+    // Enough with wgmma and without, which depends on the current device and on where the weights lie.
+    int64_t most = 0;
+    for (int wgmma = 0; wgmma < 2; ++wgmma) {
+        const int64_t bytes = lay_out(call, groups, plan_experts(call.rows(), experts, groups, wgmma != 0)).bytes;
+        most = bytes > most ? bytes : most;
+    }
+    return most;
 }
 
 int32_t bk_cuda_experts_i8_t2(const void *x, int32_t x_type, int64_t x_stride, const int64_t *index, int64_t choices,

@@ -1,4 +1,4 @@
-// The products of all experts of a layer: few_tile and many_tile on tiles of one expert's tokens.
+// The products of all experts of a layer: few_tile, many_tile and wgmma_tile on tiles of one expert's tokens.
 //
 // A block takes a tile of tokens off its list (route.cuh) and some packed rows of that tile's expert. Blocks that run
 // at the same time have the same rows of the tiles of an expert, so that its weights come from memory once for all of
@@ -10,6 +10,7 @@
 #include "experts.h"
 #include "few.cuh"
 #include "many.cuh"
+#include "wgmma.cuh"
 
 namespace bitlab {
 
@@ -20,6 +21,7 @@ struct ExpertsParams : MatmulParams {
     const int32_t *sorted;  // rows of y
     const int32_t *codes;   // rows of x
 
+    static constexpr bool kScattered = true;
     BK_DEVICE int64_t token(int64_t m) const { return load_global(codes + m); }
     BK_DEVICE int64_t row(int64_t m) const { return load_global(sorted + m); }
 };
@@ -56,6 +58,19 @@ experts_many_kernel(ExpertsParams p) {
     many_tile<Math, kTiles, kGrouped>(tile_params(p, tile), static_cast<int64_t>(block_y()) * kManyRows, 0, 0);
 }
 
+// One warpgroup, so that a multiprocessor runs two blocks.
+template <bool kMultiplied>
+BK_KERNEL(WgmmaLayout<1, kMultiplied>::kThreads)
+experts_wgmma_kernel(ExpertsParams p) {
+#if BK_HAS_WGMMA
+    begin();
+    const Bytes16 tile = load_global(p.tiles + block_x());
+    if (tile.word[2] == 0) return;
+    const int64_t first_row = static_cast<int64_t>(block_y()) * WgmmaLayout<1, kMultiplied>::kRows;
+    wgmma_tile<1, kMultiplied>(tile_params(p, tile), first_row, 0, 0);
+#endif
+}
+
 template <typename Math, int kTiles, bool kGrouped>
 const char *run_experts_few(const ExpertsPlan &plan, ExpertsParams params, const void *tiles, void *stream) {
     params.tiles = static_cast<const Bytes16 *>(tiles);
@@ -73,12 +88,13 @@ const char *run_experts_many(const ExpertsPlan &plan, ExpertsParams params, cons
                   Layout::kStages * Layout::kStageBytes, stream, params);
 }
 
-// Few tokens in one or two tiles of eight, many in two or four of sixteen; with groups of floats always two.
+// Few tokens in one or two tiles of eight, many in two or four of sixteen, with groups of floats always two; but for
+// what run_experts_wgmma does.
 template <typename Math, bool kGrouped>
 const char *run_experts(const ExpertsPlan &plan, const ExpertsParams &params, const ExpertsTiles &tiles, void *stream) {
     const char *error = plan.few == 1 ? run_experts_few<Math, 1, kGrouped>(plan, params, tiles.few, stream)
                                       : run_experts_few<Math, 2, kGrouped>(plan, params, tiles.few, stream);
-    if (error || plan.many == 0) return error;
+    if (error || plan.many == 0 || plan.wgmma) return error;
     if constexpr (!kGrouped) {
         if (plan.many == 4) return run_experts_many<Math, 4, kGrouped>(plan, params, tiles.many, stream);
     }

@@ -37,8 +37,9 @@ struct MatmulParams {
     int32_t splits;  // over K; with more than one, sums go to `partial` [splits, M, N], terms of groups to `partial`
     void *partial;   // [columns, M, N], and split_kernel ends the work
 
-    // Where in x, x_sums and x_scale token m lies, and which row of y is its. Kernels whose tokens lie elsewhere hide
+    // Where in x, x_sums and x_scale token m lies, and which row of y is its. Kernels whose tokens are scattered hide
     // these by their own, in a struct of their own, which the functions below take as Params.
+    static constexpr bool kScattered = false;
     BK_DEVICE int64_t token(int64_t m) const { return m; }
     BK_DEVICE int64_t row(int64_t m) const { return m; }
 };

@@ -17,7 +17,8 @@ constexpr int kRouteWarps = kQuantizeThreads / kWarp;
 // Shared memory before the counts: three sums of each warp.
 constexpr uint32_t kRouteScratch = 3 * 4 * kRouteWarps;
 
-// Tiles of tokens, in words: the expert, the first of its sorted rows, how many; those past the last have none.
+// Tiles of tokens, in words: the expert, the first of its sorted rows, and how many it has from there on, which may be
+// more than a tile's; those past the last have none.
 struct TileList {
     Bytes16 *tiles;
     int32_t most;    // that there may be; 0: there is no such list
@@ -46,8 +47,9 @@ inline uint32_t route_shared_bytes(int64_t experts) {
     return kRouteScratch + 4u * static_cast<uint32_t>(experts * route_warps(experts));
 }
 
-// The expert of a row of y, or -1.
+// The expert of a row of y, or -1; past the last row -1.
 BK_DEVICE int32_t expert_of(const RouteParams &p, int64_t row) {
+    if (row >= p.rows) return -1;
     const int64_t expert = load_global(p.index + row);
     return expert >= 0 && expert < p.experts ? static_cast<int32_t>(expert) : -1;
 }
@@ -81,9 +83,8 @@ BK_DEVICE void count_rows(const RouteParams &p, const Visit &visit) {
     if (warp >= p.warps) return;
     const auto together = static_cast<uint32_t>(kWarp * p.warps);
     const int64_t share = (static_cast<uint32_t>(p.rows) + together - 1) / together * kWarp;
-    const int64_t end = share * (warp + 1), last = end < p.rows ? end : p.rows;
-    for (int64_t first = share * warp; first < last; first += kWarp) {
-        const int32_t expert = first + lane < last ? expert_of(p, first + lane) : -1;
+    for (int64_t first = share * warp; first < share * (warp + 1) && first < p.rows; first += kWarp) {
+        const int32_t expert = expert_of(p, first + lane);
         const Alike alike = lanes_alike(expert);
         int32_t count = 0;
         if (expert >= 0) count = load_shared<int32_t>(count_at(p, warp, expert));
@@ -144,8 +145,7 @@ BK_DEVICE void sort_rows(const RouteParams &p) {
         if (expert >= p.experts) continue;
         int32_t next = sums[0] - count, at = (many ? sums[2] : sums[1]) - tiles;
         for (int32_t done = 0; done < count; done += list.tokens, ++at) {
-            const int32_t left = count - done;
-            store_tile(list, at, expert, next + done, left < list.tokens ? left : list.tokens);
+            store_tile(list, at, expert, next + done, count - done);
         }
         for (int w = 0; w < p.warps; ++w) {
             const int32_t own = load_shared<int32_t>(count_at(p, w, expert));

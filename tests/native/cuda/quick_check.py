@@ -306,18 +306,21 @@ def experts_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, T
     """All experts of a layer: tiles of few and of many tokens, every kind of scale, several rounds
     of rows and of experts, tokens without an expert.
     """
-    for tokens, choices, experts, out_features, in_features, granularity, activation in (
+    for tokens, choices, experts, out_features, in_features, granularity, activation, *wgmma in (
         (2, 3, 5, 70, 192, "per_channel", "int8_per_token"),
         (5, 9, 5, 70, 64, "per_tensor", "int8_per_token"),
         (9, 12, 3, 70, 320, "per_channel", "int8_per_token"),
         (3, 70, 2, 9, 128, "per_channel", "int8_per_token"),
-        (2, 5, 4, 70, 128, "per_channel", "int8_per_tensor"),
+        (6, 3, 5, 70, 128, "per_channel", "int8_per_tensor"),
         (2, 3, 3, 70, 384, "per_group", "int8_per_token"),
         (2, 6, 2, 600, 640, "per_group 128", "int8_per_token"),
         (5, 8, 3, 9, 128, "per_group", "int8_per_token"),
         (3, 9, 3, 9, 192, "per_group_float32", "int8_per_token"),
         (2, 280, 2, 5, 64, "per_channel", "int8_per_token"),
         (2, 33, 1030, 5, 64, "per_channel", "int8_per_token"),
+        (7, 20, 2, 300, 192, "per_channel", "int8_per_token", True),
+        (9, 14, 2, 70, 384, "per_group 128", "int8_per_token", True),
+        (9, 14, 2, 9, 72, "per_channel", "int8_per_tensor", True),
     ):
         kind, *group = granularity.split()
         width = int(group[0]) if group else 64
@@ -330,14 +333,18 @@ def experts_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, T
         )
         bias = torch.randn(experts, out_features).bfloat16()
         index = torch.randint(-1, experts + 1, (tokens, choices))
-        # Some of 33 bits that name an expert by their low ones, and an expert with many tokens.
-        index[-1, -1], index[0, : choices // 2] = 2**32, experts - 1
+        # Numbers of 33 bits that name an expert by their low ones, and an expert with many tokens.
+        index[-1, :2], index[0, : choices // 2] = torch.tensor([2**32, -(2**32)]), experts - 1
         x = torch.randn(tokens, in_features)
         args = (x, index, qweight, scale, bias, out_features, activation, torch.float32)
-        yield lambda a=args, m=multiplier: (
-            kernels.experts_linear(*a, *m),
-            reference.experts_linear(*a, *m),
-        )
+
+        def layer(args: tuple[Any, ...] = (*args, *multiplier), wgmma: bool = bool(wgmma)) -> Any:
+            kernels.set_wgmma(wgmma)
+            ours = kernels.experts_linear(*args)
+            kernels.set_wgmma(False)
+            return ours, reference.experts_linear(*args)
+
+        yield layer
 
 
 def first_failure(library: ctypes.CDLL, of_experts: bool = False) -> str | None:

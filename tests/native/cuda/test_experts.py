@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bitcore import reference
 from tests.bitcore.test_experts import draw, make
-from tests.native.cuda.host import CONFLICTS, LAUNCHES, MMA, HostKernels
+from tests.native.cuda.host import CONFLICTS, LAUNCHES, MMA, WGMMA, HostKernels
 from tests.native.cuda.test_kernels import DTYPES
 
 ACTIVATIONS = ["int8_per_token", "int8_per_tensor"]
@@ -42,6 +42,29 @@ def test_equals_the_reference(
     assert host.count(LAUNCHES) - before == 2 + many + per_tensor
     assert host.count(CONFLICTS) == 0
     assert torch.equal(y, reference.experts_linear(*args))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shape", [(9, 9, 3, 130, 144), (3, 60, 2, 300, 320), (2, 90, 2, 5, 72)])
+def test_many_tokens_on_a_hopper(
+    host: HostKernels, shape: tuple[int, ...], granularity: str
+) -> None:
+    """Tiles of 64 tokens with wgmma; rows that are not aligned, and groups of floats, without."""
+    tokens, choices, experts, rows, columns = shape
+    if granularity.startswith("per_group"):
+        columns = (columns + 63) // 64 * 64
+    qweight, scale, multiplier = make(experts, rows, columns, granularity)
+    x, bias = torch.randn(tokens, columns).bfloat16(), torch.randn(experts, rows)
+    index = draw(tokens, choices, experts)
+    host.set_wgmma(True)
+    for activation in ACTIVATIONS:
+        before = host.count(WGMMA)
+        args = (x, index, qweight, scale, bias, rows, activation, torch.float32, multiplier)
+        y = host.experts_linear(*args)
+        assert torch.equal(y, reference.experts_linear(*args))
+        with_wgmma = granularity != "per_group_float32" and columns % 16 == 0
+        assert (host.count(WGMMA) > before) == with_wgmma
+    host.set_wgmma(False)
 
 
 @pytest.mark.parametrize("columns", [31, 1008])

@@ -38,6 +38,7 @@ INSTRUCTIONS = {
 }
 # The same for kernels that hold nothing on other architectures.
 HOPPER = {
+    "experts_wgmma_kernel": (r"IGMMA\.64x64x32\.U8\.S8", r"FENCE\.VIEW\.ASYNC", *PIPELINE),
     "wgmma_kernel": (r"IGMMA\.64x64x32\.U8\.S8", r"FENCE\.VIEW\.ASYNC", *PIPELINE),
 }
 LOCAL = r"\b(LDL|STL)\b"

@@ -70,6 +70,8 @@ int main() {
     experts<TernaryInt8>("TernaryInt8");
     experts<TernaryInt8Multiplied>("TernaryInt8Multiplied");
     printf("experts_quantize_kernel\t%u\n", kSharedBytes);
+    printf("experts_wgmma_kernel<false>\t%u\n", WgmmaLayout<1, false>::kBytes);
+    printf("experts_wgmma_kernel<true>\t%u\n", WgmmaLayout<1, true>::kBytes);
     wgmma<1, false>("1, false");
     wgmma<2, false>("2, false");
     wgmma<1, true>("1, true");
