@@ -21,7 +21,6 @@ struct ExpertsParams : MatmulParams {
     const int32_t *sorted;  // rows of y
     const int32_t *codes;   // rows of x
 
-    static constexpr bool kScattered = true;
     BK_DEVICE int64_t token(int64_t m) const { return load_global(codes + m); }
     BK_DEVICE int64_t row(int64_t m) const { return load_global(sorted + m); }
 };

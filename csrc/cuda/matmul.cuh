@@ -39,7 +39,6 @@ struct MatmulParams {
 
     // Where in x, x_sums and x_scale token m lies, and which row of y is its. Kernels whose tokens are scattered hide
     // these by their own, in a struct of their own, which the functions below take as Params.
-    static constexpr bool kScattered = false;
     BK_DEVICE int64_t token(int64_t m) const { return m; }
     BK_DEVICE int64_t row(int64_t m) const { return m; }
 };

@@ -66,8 +66,8 @@ BK_DEVICE uint64_t token_descriptor(uint32_t offset) {
 }
 
 // What a thread copies to every stage: 16 bytes of each of some packed rows and tokens, in bytes from the first column
-// of the block's first row or token (scattered ones: of the first token of all). Rows and tokens past the end repeat
-// the last one.
+// of the block's first row or token (scattered ones have one tile, whose first token is 0). Rows and tokens past the
+// end repeat the last one.
 template <typename Layout, int kGroups, bool kMultiplied>
 struct WgmmaCopies {
     static constexpr int kAtOnce = Layout::kThreads / 8;
@@ -84,7 +84,7 @@ struct WgmmaCopies {
     template <typename Params>
     BK_DEVICE WgmmaCopies(const Params &p, int64_t first_row, int64_t first_token)
         : rows(p.weight + first_row * p.K),
-          tokens(p.x + (Params::kScattered ? 0 : first_token) * p.x_stride),
+          tokens(p.x + first_token * p.x_stride),
           row_end(p.K),
           token_end(64 * p.blocks),
           multipliers(nullptr),
@@ -102,7 +102,7 @@ struct WgmmaCopies {
         BK_UNROLL
         for (int i = 0; i < kTokenCopies; ++i) {
             const int64_t at = p.token(first_token + at_most(r + i * kAtOnce, p.M - first_token));
-            token[i] = static_cast<uint32_t>((at - (Params::kScattered ? 0 : first_token)) * p.x_stride);
+            token[i] = static_cast<uint32_t>((at - first_token) * p.x_stride);
         }
         // kAtOnce is a multiple of eight, so the chunk lies alike in all.
         const uint32_t at = static_cast<uint32_t>(r), chunk = static_cast<uint32_t>(thread_x() % 8);

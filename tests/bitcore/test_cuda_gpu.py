@@ -106,7 +106,7 @@ def make_experts(
 )
 @pytest.mark.parametrize(
     "shape",
-    [(1, 8, 128, 1536, 2048), (3, 2, 40, 67, 192), (200, 4, 32, 130, 320), (300, 2, 6, 515, 1088)],
+    [(3, 2, 40, 67, 192), (1, 8, 16, 1536, 2048), (300, 2, 6, 515, 1088), (200, 4, 32, 130, 320)],
 )
 def test_experts_equal_the_reference(
     gpu: torch.device, shape: tuple[int, ...], granularity: str, activation: str

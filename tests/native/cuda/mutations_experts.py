@@ -80,7 +80,6 @@ EXPERTS = [
         ("past the end of the list of wgmma", "if (tile.word[2] == 0) return; const int64_t first_row", "const int64_t first_row", "experts_wgmma"),
         ("the first packed rows of wgmma for all", "first_row = static_cast<int64_t>(block_y()) *", "first_row = 0 *", "experts_wgmma"),
         ("the first tile of wgmma for all", "load_global(p.tiles + block_x()); if (tile.word[2] == 0) return; const", "load_global(p.tiles); if (tile.word[2] == 0) return; const", "experts_wgmma"),
-        ("scattered tokens taken for neighbours", "kScattered = true", "kScattered = false", "experts_wgmma"),
         ("multipliers of wgmma of the first expert", "p.multipliers += expert *", "p.multipliers += 0 *", "experts_wgmma"),
     ),
     *faults_in(
