@@ -62,14 +62,14 @@ def check_experts(
         )
 
 
-def is_index(index: Tensor, tokens: int) -> bool:
-    """Tells whether an index on the CPU has a dtype and a number of entries that fit so many
+def is_index(index: Tensor, tokens: int, device: torch.device) -> bool:
+    """Tells whether an index is on a device, has a dtype and a number of entries that fit so many
     tokens, and is its memory.
     """
     rows = index.numel()
     return (
         index.dtype is torch.int64
-        and index.is_cpu
+        and index.device == device
         and is_memory(index)
         and (rows == 0 or (tokens > 0 and rows % tokens == 0))
     )

@@ -141,7 +141,7 @@ class PreparedExperts(_Prepared):
             and x.shape[1] == self._in_features
             and (dtype := x.dtype) in checks.FLOAT_DTYPES
             and kernels_for(self._type) is self._kernels
-            and is_index(index, len(x))
+            and is_index(index, len(x), self._device)
         ):
             return self._run(x, index, dtype)
         return ops.experts_linear(x, index, *self._constants)

@@ -15,6 +15,7 @@ from torch import Tensor
 from bitcore import reference
 from bitcore.checks import LOWEST_ADDRESS
 from bitcore.errors import ArgumentError, BackendError
+from bitcore.kernels.cuda_experts import CudaExperts
 from bitcore.kernels.cuda_native import INVALID_ARGUMENT, load_cuda_library
 from bitcore.kernels.native import TYPE_CODES, library_path, made_memory
 
@@ -37,7 +38,7 @@ def _scales(
     return weight_scale.contiguous(), weight_scale.shape[0], columns, multiplier
 
 
-class CudaKernels:
+class CudaKernels(CudaExperts):
     """libbitkernels_cuda on torch's current stream.
 
     Raises:

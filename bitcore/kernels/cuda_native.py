@@ -7,7 +7,7 @@ from ctypes import c_char_p, c_int32, c_int64, c_void_p
 
 from bitcore.kernels.native import Signatures, declare, load_library
 
-CUDA_ABI_VERSION = 3
+CUDA_ABI_VERSION = 4
 INVALID_ARGUMENT = 1
 
 # name: (result, arguments); pointers are c_void_p. A test compares this with bitkernels_cuda.h.
@@ -40,6 +40,18 @@ CUDA_SIGNATURES: Signatures = {
         (
             c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p,
             c_int32, c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_int32, c_void_p,
+        ),
+    ),
+    "bk_cuda_experts_workspace": (
+        c_int64,
+        (c_int64, c_int64, c_int64, c_int64, c_int64, c_int64, c_int32, c_int32),
+    ),
+    "bk_cuda_experts_i8_t2": (
+        c_int32,
+        (
+            c_void_p, c_int32, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64,
+            c_int64, c_void_p, c_void_p, c_int32, c_void_p, c_int32, c_int64, c_int64, c_int64,
+            c_int32, c_void_p, c_void_p,
         ),
     ),
     "bk_cuda_linear_i8_i8": (

@@ -93,14 +93,11 @@ BK_DEVICE void store_placed(int8_t *row, int32_t k, int32_t padded, const Bytes8
 // Bytes of shared memory: maxima of the warps, then a sum for every 64 columns.
 inline uint32_t quantize_shared_bytes(int64_t K) { return static_cast<uint32_t>(128 + 4 * ((K + 63) / 64)); }
 
-BK_KERNEL(kQuantizeThreads) quantize_kernel(QuantizeParams p) {
-    begin();
-    if (block_x() >= p.tokens) {
-        place_multipliers(p.place, static_cast<uint32_t>(block_x() - p.tokens));
-        return;
-    }
+// Quantizes a token of x by this block to row `to` of the codes. Of the largest magnitude bits that a thread finds,
+// `largest` makes those that it brings to the block's.
+template <typename Largest>
+BK_DEVICE void quantize_token(const QuantizeParams &p, int64_t token, int64_t to, const Largest &largest) {
     const int thread = thread_x();
-    const int64_t token = block_x();
     const void *row = static_cast<const uint8_t *>(p.x) + token * p.x_stride * element_bytes(p.x_type);
     const int32_t padded = (p.K + 63) / 64 * 64;
     constexpr int32_t kStep = kQuantizeThreads * 8;
@@ -117,22 +114,15 @@ BK_KERNEL(kQuantizeThreads) quantize_kernel(QuantizeParams p) {
         load_eight(row, p.x_type, k, p.K, p.x_vector, values);
         most = most_of(values, most);
     }
-    if (p.maxima) {
-        most = 0;
-        for (int i = thread; i < p.maxima_count; i += kQuantizeThreads) {
-            const uint32_t other = load_global(p.maxima + i);
-            most = other > most ? other : most;
-        }
-    }
-    Scaling by = scaling_of(block_max(most, 0, kQuantizeThreads));
+    Scaling by = scaling_of(block_max(largest(most), 0, kQuantizeThreads));
     if (p.x_type == BK_CUDA_I8) by = {1.0f, 1.0f, true};
-    if (thread == 0 && p.scale) store_global(p.scale + token, by.scale);
+    if (thread == 0 && p.scale) store_global(p.scale + to, by.scale);
 
-    int8_t *codes = p.codes + token * p.code_stride;
+    int8_t *codes = p.codes + to * p.code_stride;
     const auto finish = [&](int32_t k, const float(&values)[8]) {
         int32_t sum = 0;
         const Bytes8 eight = encode_eight(values, by, sum);
-        if (p.placed) store_placed(p.placed + token * padded, k, padded, eight);
+        if (p.placed) store_placed(p.placed + to * padded, k, padded, eight);
         if (p.codes && p.code_vector) {
             if (k < padded) store_global(reinterpret_cast<Bytes8 *>(codes + k), eight);
         } else if (p.codes) {
@@ -165,7 +155,7 @@ BK_KERNEL(kQuantizeThreads) quantize_kernel(QuantizeParams p) {
             sum += load_shared<int32_t>(128u + 4u * static_cast<uint32_t>(b));
         }
         sum = block_sum(sum, 64, kQuantizeThreads);
-        if (thread == 0) store_global(p.sums + token, sum);
+        if (thread == 0) store_global(p.sums + to, sum);
         return;
     }
     const int per_group = p.K / p.columns / 64;
@@ -174,7 +164,7 @@ BK_KERNEL(kQuantizeThreads) quantize_kernel(QuantizeParams p) {
         for (int b = 0; b < per_group; ++b) {
             sum += load_shared<int32_t>(128u + 4u * static_cast<uint32_t>(column * per_group + b));
         }
-        store_global(p.sums + token * p.columns + column, sum);
+        store_global(p.sums + to * p.columns + column, sum);
     }
 }
 
@@ -188,22 +178,6 @@ struct AbsmaxParams {
     int32_t K;
 };
 
-// The bits of max|x| over the tokens of each block.
-BK_KERNEL(kQuantizeThreads) absmax_kernel(AbsmaxParams p) {
-    begin();
-    uint32_t most = 0;
-    for (int64_t token = block_x(); token < p.M; token += grid_x()) {
-        const void *row = static_cast<const uint8_t *>(p.x) + token * p.x_stride * element_bytes(p.x_type);
-        for (int32_t k = thread_x() * 8; k < p.K; k += kQuantizeThreads * 8) {
-            float values[8];
-            load_eight(row, p.x_type, k, p.K, p.x_vector, values);
-            most = most_of(values, most);
-        }
-    }
-    most = block_max(most, 0, kQuantizeThreads);
-    if (thread_x() == 0) store_global(p.maxima + block_x(), most);
-}
-
 struct PlanesParams {
     const void *x;
     int64_t x_stride;
@@ -214,46 +188,11 @@ struct PlanesParams {
     int32_t K;
 };
 
-// A float32 value becomes three bfloat16 ones whose sum it is: its first, second and last 8 bits, each cut off and not
-// rounded, so that none overflows. 16-bit values are copied. Columns past K are zero.
-BK_KERNEL(kQuantizeThreads) planes_kernel(PlanesParams p) {
-    begin();
-    const int64_t token = block_x();
-    const void *row = static_cast<const uint8_t *>(p.x) + token * p.x_stride * element_bytes(p.x_type);
-    const int32_t padded = (p.K + 63) / 64 * 64;
-    for (int32_t k = thread_x() * 8; k < padded; k += kQuantizeThreads * 8) {
-        uint16_t *out = p.planes + token * padded + k;
-        if (p.x_type != BK_CUDA_F32) {
-            Bytes16 bits = {{0, 0, 0, 0}};
-            const auto *source = static_cast<const uint16_t *>(row) + k;
-            if (p.x_vector && k + 8 <= p.K) {
-                bits = load_global(reinterpret_cast<const Bytes16 *>(source));
-            } else {
-                BK_UNROLL
-                for (int i = 0; i < 8; ++i) {
-                    const uint32_t half = k + i < p.K ? load_global(source + i) : 0;
-                    bits.word[i / 2] |= half << (16 * (i % 2));
-                }
-            }
-            store_global(reinterpret_cast<Bytes16 *>(out), bits);
-            continue;
-        }
-        float values[8];
-        load_eight(row, p.x_type, k, p.K, p.x_vector, values);
-        BK_UNROLL
-        for (int plane = 0; plane < 3; ++plane) {
-            Bytes16 bits;
-            BK_UNROLL
-            for (int i = 0; i < 8; i += 2) {
-                const uint32_t low = float_bits(values[i]) & 0xFFFF0000, high = float_bits(values[i + 1]) & 0xFFFF0000;
-                bits.word[i / 2] = low >> 16 | high;
-                values[i] = add(values[i], -bits_float(low));
-                values[i + 1] = add(values[i + 1], -bits_float(high));
-            }
-            store_global(reinterpret_cast<Bytes16 *>(out + plane * p.M * padded), bits);
-        }
-    }
-}
+// Queue the kernels of activations.cu, of so many blocks.
+const char *run_quantize(const QuantizeParams &params, int64_t blocks, void *stream);
+const char *run_absmax(const AbsmaxParams &params, int64_t blocks, void *stream);
+const char *run_planes(const PlanesParams &params, void *stream);
+const char *run_place(const PlaceParams &params, void *stream);
 
 }  // namespace bitlab
 

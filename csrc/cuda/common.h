@@ -38,6 +38,20 @@ inline bool aligned(const void *pointer, int64_t stride_bytes, int64_t to) {
     return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(to) == 0 && stride_bytes % to == 0;
 }
 
+inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
+    return value < low ? low : value > high ? high : value;
+}
+
+// Workspaces and their parts.
+constexpr int64_t kAlignment = 256;
+
+inline int64_t aligned_up(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
+
+template <typename T>
+T *at(void *workspace, int64_t offset) {
+    return reinterpret_cast<T *>(static_cast<uint8_t *>(workspace) + offset);
+}
+
 // Returns the first failure of statuses that are computed in order.
 #define BK_CUDA_TRY(expression)                                 \
     do {                                                        \

@@ -66,8 +66,8 @@ BK_DEVICE void store_floats(void *p, int32_t type, int64_t index, const Bytes16 
 // of K; see finish_share. The tile lies at offset `tile`; its first output is packed row `first_row` under mask `lane`.
 // All of the block's kThreads threads call this,
 // with a barrier before it.
-template <typename Math, bool kGrouped, int kThreads, int kTokens, int kOutputs>
-BK_DEVICE void finish_tile(const MatmulParams &p, uint32_t tile, int64_t first_row, int64_t first_token, int lane,
+template <typename Math, bool kGrouped, int kThreads, int kTokens, int kOutputs, typename Params>
+BK_DEVICE void finish_tile(const Params &p, uint32_t tile, int64_t first_row, int64_t first_token, int lane,
                            int split) {
     using Sum = typename Pick<kGrouped, float, typename Math::Sum>::Type;
     using Tile = SumTile<kTokens, kOutputs>;
@@ -100,13 +100,14 @@ BK_DEVICE void finish_tile(const MatmulParams &p, uint32_t tile, int64_t first_r
             const int token = first + j * kTokensAtOnce;
             const int64_t m = first_token + token < p.M ? first_token + token : p.M - 1;
             values[j] = load_shared<Bytes16>(tile + Tile::at(token, 4 * quad));
-            x_sum[j] = kIsCodes && !is_share ? load_global(p.x_sums + m) : 0;
-            x_scale[j] = Math::kIsInteger && is_float ? load_global(p.x_scale + m) : 0.0f;
+            x_sum[j] = kIsCodes && !is_share ? load_global(p.x_sums + p.token(m)) : 0;
+            x_scale[j] = Math::kIsInteger && is_float ? load_global(p.x_scale + p.token(m)) : 0.0f;
         }
         BK_UNROLL
         for (int j = 0; j < kTogether; ++j) {
-            const int64_t m = first_token + first + j * kTokensAtOnce, index = m * p.N + output;
+            const int64_t m = first_token + first + j * kTokensAtOnce;
             if (m >= p.M) break;
+            const int64_t index = p.row(m) * p.N + output;
             if constexpr (kIsCodes) {
                 BK_UNROLL
                 for (int i = 0; i < 4; ++i) {

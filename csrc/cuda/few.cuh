@@ -85,10 +85,10 @@ BK_DEVICE void multiply_range(const MatmulParams &p, FewRows rows, const uint8_t
 template <typename Math>
 constexpr int kFewBlocks = Math::kMultiplied && Math::kIsInteger ? 2 : 0;
 
-// kShares: the terms of groups go to `partial`, and no block has more than its share of them.
-template <typename Math, int kTiles, bool kGrouped, bool kShares>
-BK_KERNEL(kFewThreads, kFewBlocks<Math>)
-few_kernel(MatmulParams p) {
+// The outputs of kFewRows packed rows and all tokens, or a share of K of their sums. kShares: the terms of groups go to
+// `partial`, and no block has more than its share of them.
+template <typename Math, int kTiles, bool kGrouped, bool kShares, typename Params>
+BK_DEVICE void few_tile(const Params &p, int64_t first_row, int split) {
     using Sum = typename Math::Sum;
     // A group of 64 or 128 has no more blocks than two; shares have many warps at work, and no registers to spare.
     constexpr int kMost = kShares ? 1 : kGrouped ? 2 : kFewBlocks<Math> && kTiles > 1 ? 2 : Math::kDepth;
@@ -97,15 +97,6 @@ few_kernel(MatmulParams p) {
     constexpr int kOutputs = Math::kLanes * kFewRows * kTokens;
     constexpr int kOwn = (kOutputs + kFewThreads - 1) / kFewThreads;
     const int thread = thread_x(), warp = thread / kWarp, g = thread % kWarp / 4, t = thread % 4;
-    const int64_t first_row = block_x() * kFewRows;
-    const int split = block_y();
-
-    // While earlier kernels, the one that makes the codes among them, still run.
-    start_next();
-    const int64_t rows = p.weight_rows - first_row < kFewRows ? p.weight_rows - first_row : kFewRows;
-    prefetch_rows<kFewThreads>(p.weight + first_row * p.K, rows * p.K);
-    wait_for_previous();
-
     // Rows and tokens past the end repeat the last one; their sums are dropped.
     const int64_t most = p.weight_rows - 1;
     const int64_t low_row = first_row + g < most ? first_row + g : most;
@@ -117,7 +108,7 @@ few_kernel(MatmulParams p) {
     }
     const uint8_t *tokens[kTiles];
     BK_UNROLL
-    for (int n = 0; n < kTiles; ++n) tokens[n] = p.x + (8 * n + g < p.M ? 8 * n + g : p.M - 1) * p.x_stride;
+    for (int n = 0; n < kTiles; ++n) tokens[n] = p.x + p.token(8 * n + g < p.M ? 8 * n + g : p.M - 1) * p.x_stride;
 
     const int all_rounds = kGrouped ? (p.columns + kFewWarps - 1) / kFewWarps : 1;
     const int first_round = kShares ? all_rounds * split / p.splits : 0;
@@ -180,6 +171,18 @@ few_kernel(MatmulParams p) {
         }
         if (kGrouped) sync_block();
     }
+}
+
+template <typename Math, int kTiles, bool kGrouped, bool kShares>
+BK_KERNEL(kFewThreads, kFewBlocks<Math>)
+few_kernel(MatmulParams p) {
+    const int64_t first_row = block_x() * kFewRows;
+    // While earlier kernels, the one that makes the codes among them, still run.
+    start_next();
+    const int64_t rows = p.weight_rows - first_row < kFewRows ? p.weight_rows - first_row : kFewRows;
+    prefetch_rows<kFewThreads>(p.weight + first_row * p.K, rows * p.K);
+    wait_for_previous();
+    few_tile<Math, kTiles, kGrouped, kShares>(p, first_row, block_y());
 }
 
 }  // namespace bitlab

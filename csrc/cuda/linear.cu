@@ -9,17 +9,11 @@
 namespace bitlab {
 namespace {
 
-constexpr int64_t kFewTokens = 16;
-constexpr int64_t kAlignment = 256;
 // A share of K that is worth a block of its own, in blocks of 64 columns.
 constexpr int64_t kFewShare = 16, kManyShare = 8, kWgmmaShare = 16;
 constexpr int64_t kMaxSplits = 64;
 // The fewest tokens for wgmma_kernel, whose tiles have 64.
 constexpr int64_t kLeastWgmmaTokens = kFewTokens + 1;
-
-int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
-
-int64_t aligned_up(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
 int64_t weight_rows(bk_cuda_product product, int64_t N) { return product == BK_CUDA_I8_I8 ? N : ceil_div(N, 4); }
 
@@ -43,13 +37,6 @@ Workspace lay_out(bk_cuda_product product, int64_t M, int64_t N, int64_t K, Grou
     return w;
 }
 
-template <typename T>
-T *at(void *workspace, int64_t offset) {
-    return reinterpret_cast<T *>(static_cast<uint8_t *>(workspace) + offset);
-}
-
-bool is_vector(const void *x, int32_t type, int64_t stride) { return aligned(x, stride * size_of(type), 16); }
-
 // Queues the quantization of x, and the placing of multipliers if there are any; maxima is memory for kMaxMaxima values
 // if one scale serves all tokens, else null.
 const char *quantize(const void *x, int32_t x_type, int64_t x_stride, int64_t M, int64_t K, uint32_t *maxima,
@@ -63,59 +50,17 @@ const char *quantize(const void *x, int32_t x_type, int64_t x_stride, int64_t M,
     if (maxima) {
         params.maxima_count = static_cast<int32_t>(M < kMaxMaxima ? M : kMaxMaxima);
         const AbsmaxParams absmax = {x, x_stride, x_type, params.x_vector, maxima, M, params.K};
-        const char *error = launch(absmax_kernel, Grid{params.maxima_count, 1}, kQuantizeThreads, 128, stream, absmax);
-        if (error) return error;
+        if (const char *error = run_absmax(absmax, params.maxima_count, stream)) return error;
     }
     params.tokens = M;
-    const int64_t blocks = M + (params.place.multiplier ? place_blocks(params.place) : 0);
-    return launch(quantize_kernel, Grid{blocks, 1}, kQuantizeThreads, quantize_shared_bytes(K), stream, params);
+    return run_quantize(params, M + (params.place.multiplier ? place_blocks(params.place) : 0), stream);
 }
-
-struct Weights {
-    const void *weight;
-    const float *scale;
-    int64_t scale_rows, scale_columns;
-    const uint8_t *multiplier;  // [N, scale_columns], or null
-    const void *bias;
-    int32_t bias_type;
-
-    Groups groups() const { return {scale_columns, multiplier != nullptr}; }
-    bool grouped() const { return scale_columns > 0 && !multiplier; }
-};
-
-struct Output {
-    void *y;
-    int32_t y_type;
-};
 
 // Where the codes of x and their scales are to stay, or nulls.
 struct Kept {
     int8_t *codes;
     float *scale;
 };
-
-MatmulParams params_of(bk_cuda_product product, const Shape &shape, const Weights &weights, const Output &output) {
-    MatmulParams p = {};
-    p.weight = static_cast<const uint8_t *>(weights.weight);
-    p.weight_rows = weight_rows(product, shape.N);
-    p.weight_vector = aligned(weights.weight, shape.K, 16);
-    p.weight_scale = weights.scale;
-    p.scale_rows = weights.scale_rows == 1 ? 1 : 2;
-    p.columns = static_cast<int32_t>(weights.grouped() ? weights.scale_columns : 1);
-    p.blocks = static_cast<int32_t>(ceil_div(shape.K, 64));
-    p.group_blocks = p.blocks / p.columns;
-    p.multiplier_rows = p.weight_rows;
-    p.group_shift = weights.multiplier && shape.K / weights.scale_columns == 128 ? 1 : 0;
-    p.bias = weights.bias;
-    p.bias_type = weights.bias_type;
-    p.y = output.y;
-    p.y_type = output.y_type;
-    p.M = shape.M;
-    p.N = shape.N;
-    p.K = static_cast<int32_t>(shape.K);
-    p.splits = 1;
-    return p;
-}
 
 // How one token runs as one kernel: the warps to a packed row, 0 if it does not fit in shared memory.
 int gemv_team(const MatmulParams &matmul, bool grouped, int multiprocessors) {
@@ -148,36 +93,6 @@ const char *run_gemv(const void *x, int32_t x_type, const MatmulParams &matmul, 
                         : weights.multiplier ? gemv_kernel<GemvGroups::kMultipliers>
                                              : gemv_kernel<GemvGroups::kNone>;
     return launch(kernel, grid, kGemvThreads, shared, stream, p);
-}
-
-PlaceParams place_params(const Shape &shape, const Weights &weights, uint32_t *words) {
-    return {weights.multiplier,
-            words,
-            shape.N,
-            ceil_div(shape.N, 4),
-            static_cast<int32_t>(weights.scale_columns),
-            aligned(weights.multiplier, weights.scale_columns, 4)};
-}
-
-int32_t check_linear(const Shape &shape, const Weights &weights, const Output &output, const void *workspace,
-                     int32_t multiprocessors) {
-    BK_CUDA_TRY(check_shape(shape, weights.scale_rows, weights.scale_columns, 64));
-    BK_CUDA_TRY(check_multiplier(shape, weights.multiplier, weights.scale_columns));
-    if (shape.M == 0) return BK_CUDA_OK;
-    if (output.y_type != BK_CUDA_I32) {
-        BK_CUDA_TRY(check_tensor(shape, "y", output.y, output.y_type));
-        BK_CUDA_TRY(check_tensor(shape, "weight_scale", weights.scale, BK_CUDA_F32));
-    }
-    if (weights.bias) BK_CUDA_TRY(check_tensor(shape, "bias", weights.bias, weights.bias_type));
-    if (multiprocessors < 1) {
-        return fail(BK_CUDA_INVALID_ARGUMENT, "%s: multiprocessors must be at least 1, got %d", shape.op,
-                    multiprocessors);
-    }
-    if (!workspace || !aligned(workspace, 0, kAlignment)) {
-        return fail(BK_CUDA_INVALID_ARGUMENT, "%s: workspace must be aligned to 256 bytes, got %p", shape.op,
-                    workspace);
-    }
-    return BK_CUDA_OK;
 }
 
 // Codes, exact sums, scales: all linear layers with int8 activations, and the product alone.
@@ -224,6 +139,59 @@ int32_t linear_i8(bk_cuda_product product, const Shape &shape, const void *x, in
 }
 
 }  // namespace
+
+MatmulParams params_of(bk_cuda_product product, const Shape &shape, const Weights &weights, const Output &output) {
+    MatmulParams p = {};
+    p.weight = static_cast<const uint8_t *>(weights.weight);
+    p.weight_rows = weight_rows(product, shape.N);
+    p.weight_vector = aligned(weights.weight, shape.K, 16);
+    p.weight_scale = weights.scale;
+    p.scale_rows = weights.scale_rows == 1 ? 1 : 2;
+    p.columns = static_cast<int32_t>(weights.grouped() ? weights.scale_columns : 1);
+    p.blocks = static_cast<int32_t>(ceil_div(shape.K, 64));
+    p.group_blocks = p.blocks / p.columns;
+    p.multiplier_rows = p.weight_rows;
+    p.group_shift = weights.multiplier && shape.K / weights.scale_columns == 128 ? 1 : 0;
+    p.bias = weights.bias;
+    p.bias_type = weights.bias_type;
+    p.y = output.y;
+    p.y_type = output.y_type;
+    p.M = shape.M;
+    p.N = shape.N;
+    p.K = static_cast<int32_t>(shape.K);
+    p.splits = 1;
+    return p;
+}
+
+PlaceParams place_params(const Shape &shape, const Weights &weights, uint32_t *words) {
+    return {weights.multiplier,
+            words,
+            shape.N,
+            ceil_div(shape.N, 4),
+            static_cast<int32_t>(weights.scale_columns),
+            aligned(weights.multiplier, weights.scale_columns, 4)};
+}
+
+int32_t check_linear(const Shape &shape, const Weights &weights, const Output &output, const void *workspace,
+                     int32_t multiprocessors) {
+    BK_CUDA_TRY(check_shape(shape, weights.scale_rows, weights.scale_columns, 64));
+    BK_CUDA_TRY(check_multiplier(shape, weights.multiplier, weights.scale_columns));
+    if (shape.M == 0) return BK_CUDA_OK;
+    if (output.y_type != BK_CUDA_I32) {
+        BK_CUDA_TRY(check_tensor(shape, "y", output.y, output.y_type));
+        BK_CUDA_TRY(check_tensor(shape, "weight_scale", weights.scale, BK_CUDA_F32));
+    }
+    if (weights.bias) BK_CUDA_TRY(check_tensor(shape, "bias", weights.bias, weights.bias_type));
+    if (multiprocessors < 1) {
+        return fail(BK_CUDA_INVALID_ARGUMENT, "%s: multiprocessors must be at least 1, got %d", shape.op,
+                    multiprocessors);
+    }
+    if (!workspace || !aligned(workspace, 0, kAlignment)) {
+        return fail(BK_CUDA_INVALID_ARGUMENT, "%s: workspace must be aligned to 256 bytes, got %p", shape.op,
+                    workspace);
+    }
+    return BK_CUDA_OK;
+}
 
 Plan plan_matmul(bk_cuda_product product, int64_t M, int64_t N, int64_t K, Groups groups, int multiprocessors,
                  bool wgmma) {
@@ -352,7 +320,7 @@ int32_t bk_cuda_linear_float_t2(const void *x, int32_t x_type, int64_t x_stride,
     } else {
         const PlanesParams planes = {
             x, x_stride, x_type, is_vector(x, x_type, x_stride), at<uint16_t>(workspace, parts.x), M, p.K};
-        BK_CUDA_TRY(launched(shape, launch(planes_kernel, Grid{M, 1}, kQuantizeThreads, 0, stream, planes)));
+        BK_CUDA_TRY(launched(shape, run_planes(planes, stream)));
         p.x = at<uint8_t>(workspace, parts.x);
         p.x_stride = padded * 2;
         p.x_plane = M * padded * 2;
@@ -361,8 +329,7 @@ int32_t bk_cuda_linear_float_t2(const void *x, int32_t x_type, int64_t x_stride,
     p.partial = at<uint8_t>(workspace, parts.partial);
     if (plan.multiplied) {
         const PlaceParams place = place_params(shape, weights, at<uint32_t>(workspace, parts.multipliers));
-        BK_CUDA_TRY(
-            launched(shape, launch(place_kernel, Grid{place_blocks(place), 1}, kPlaceThreads, 0, stream, place)));
+        BK_CUDA_TRY(launched(shape, run_place(place, stream)));
         p.multipliers = place.words;
         return launched(shape, run_multiplied_float(plan, p, x_type, stream));
     }

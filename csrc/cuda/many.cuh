@@ -35,8 +35,8 @@ BK_DEVICE uint32_t swizzle(uint32_t token, uint32_t chunk) {
 }
 
 // Starts the copies of block b of K to a stage. Rows and tokens past the end repeat the last one.
-template <typename Math, int kTiles>
-BK_DEVICE void load_stage(const MatmulParams &p, int64_t first_row, int64_t first_token, int32_t b, uint32_t stage) {
+template <typename Math, int kTiles, typename Params>
+BK_DEVICE void load_stage(const Params &p, int64_t first_row, int64_t first_token, int32_t b, uint32_t stage) {
     using Layout = ManyLayout<Math, kTiles>;
     const int thread = thread_x();
     {
@@ -61,7 +61,7 @@ BK_DEVICE void load_stage(const MatmulParams &p, int64_t first_row, int64_t firs
         const int at = i * kManyThreads + thread;
         const uint32_t token = static_cast<uint32_t>(at / kChunks), chunk = static_cast<uint32_t>(at % kChunks);
         const int64_t m = first_token + token < p.M ? first_token + token : p.M - 1;
-        const uint8_t *from = p.x + m * p.x_stride + static_cast<int64_t>(b) * Layout::kRowBytes + chunk * 16;
+        const uint8_t *from = p.x + p.token(m) * p.x_stride + static_cast<int64_t>(b) * Layout::kRowBytes + chunk * 16;
         const uint32_t to =
             stage + Layout::kWeightBytes + token * Layout::kRowBytes + swizzle<Math::kBytes>(token, chunk) * 16;
         BK_UNROLL
@@ -101,8 +101,8 @@ BK_DEVICE void multiply_stage(uint32_t stage, typename Math::Sum (&sums)[Math::k
 }
 
 // Adds this lane's terms of a group to its totals; nothing where there is no output.
-template <typename Math, int kTiles>
-BK_DEVICE void add_group(const MatmulParams &p, int64_t first_row, int64_t first_token, int column,
+template <typename Math, int kTiles, typename Params>
+BK_DEVICE void add_group(const Params &p, int64_t first_row, int64_t first_token, int column,
                          typename Math::Sum (&sums)[Math::kLanes][kTiles][4],
                          float (&totals)[Math::kLanes][kTiles][4]) {
     const int warp = thread_x() / kWarp, g = thread_x() % kWarp / 4, t = thread_x() % 4;
@@ -138,17 +138,13 @@ BK_DEVICE void stage_tile(const T (&values)[kTiles][4]) {
     }
 }
 
-template <typename Math, int kTiles, bool kGrouped>
-BK_KERNEL(kManyThreads)
-many_kernel(MatmulParams p) {
-    begin();
+// The outputs of kManyRows packed rows and a tile of tokens, or a share of K of their sums.
+template <typename Math, int kTiles, bool kGrouped, typename Params>
+BK_DEVICE void many_tile(const Params &p, int64_t first_row, int64_t first_token, int split) {
     using Sum = typename Math::Sum;
     using Layout = ManyLayout<Math, kTiles>;
     using Tile = typename Layout::Tile;
     constexpr int kStages = Layout::kStages;
-    const int64_t row_tiles = (p.weight_rows + kManyRows - 1) / kManyRows;
-    const int64_t first_row = block_x() % row_tiles * kManyRows, first_token = block_x() / row_tiles * Layout::kTokens;
-    const int split = block_y();
     const int32_t first = static_cast<int32_t>(static_cast<int64_t>(p.blocks) * split / p.splits);
     const int32_t last = static_cast<int32_t>(static_cast<int64_t>(p.blocks) * (split + 1) / p.splits);
 
@@ -197,6 +193,16 @@ many_kernel(MatmulParams p) {
         finish_tile<Math, kGrouped, kManyThreads, Layout::kTokens, kManyRows>(p, 0, first_row, first_token, lane,
                                                                               split);
     }
+}
+
+template <typename Math, int kTiles, bool kGrouped>
+BK_KERNEL(kManyThreads)
+many_kernel(MatmulParams p) {
+    begin();
+    const int64_t row_tiles = (p.weight_rows + kManyRows - 1) / kManyRows;
+    const int64_t first_row = block_x() % row_tiles * kManyRows;
+    const int64_t first_token = block_x() / row_tiles * ManyLayout<Math, kTiles>::kTokens;
+    many_tile<Math, kTiles, kGrouped>(p, first_row, first_token, block_y());
 }
 
 }  // namespace bitlab

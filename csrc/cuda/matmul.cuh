@@ -36,6 +36,11 @@ struct MatmulParams {
     int32_t blocks;  // ceil(K / 64)
     int32_t splits;  // over K; with more than one, sums go to `partial` [splits, M, N], terms of groups to `partial`
     void *partial;   // [columns, M, N], and split_kernel ends the work
+
+    // Where in x, x_sums and x_scale token m lies, and which row of y is its. Kernels whose tokens are scattered hide
+    // these by their own, in a struct of their own, which the functions below take as Params.
+    BK_DEVICE int64_t token(int64_t m) const { return m; }
+    BK_DEVICE int64_t row(int64_t m) const { return m; }
 };
 
 // Sixteen bytes of a weight row; those past K are zero.
@@ -270,52 +275,55 @@ BK_DEVICE typename Math::Sum without_offset(typename Math::Sum share, int32_t x_
 
 // The value of one group, or of the whole of K without groups: what the mask's factor and the codes' offset added is
 // taken off, exactly.
-template <typename Math>
-BK_DEVICE typename Math::Sum true_sum(const MatmulParams &p, typename Math::Sum sum, int lane, int64_t m, int column) {
-    const int32_t x_sum = Math::kOffset ? load_global(p.x_sums + m * p.columns + column) : 0;
+template <typename Math, typename Params>
+BK_DEVICE typename Math::Sum true_sum(const Params &p, typename Math::Sum sum, int lane, int64_t m, int column) {
+    const int32_t x_sum = Math::kOffset ? load_global(p.x_sums + p.token(m) * p.columns + column) : 0;
     return without_offset<Math>(share_of<Math>(sum, lane), x_sum);
 }
 
-BK_DEVICE void finish_value(const MatmulParams &p, int64_t m, int64_t n, float value) {
+template <typename Params>
+BK_DEVICE void finish_value(const Params &p, int64_t m, int64_t n, float value) {
     if (p.bias) value = add(value, load_float(p.bias, p.bias_type, n));
-    store_float(p.y, p.y_type, m * p.N + n, value);
+    store_float(p.y, p.y_type, p.row(m) * p.N + n, value);
 }
 
 // A true sum over all of K, scaled. The order of the float operations is the specification's.
-BK_DEVICE float scaled(const MatmulParams &p, int64_t m, int64_t n, int32_t sum) {
+template <typename Params>
+BK_DEVICE float scaled(const Params &p, int64_t m, int64_t n, int32_t sum) {
     const float scale = load_global(p.weight_scale + (p.scale_rows == 1 ? 0 : n));
-    return multiply(static_cast<float>(sum), multiply(load_global(p.x_scale + m), scale));
+    return multiply(static_cast<float>(sum), multiply(load_global(p.x_scale + p.token(m)), scale));
 }
-BK_DEVICE float scaled(const MatmulParams &p, int64_t, int64_t n, float sum) {
+template <typename Params>
+BK_DEVICE float scaled(const Params &p, int64_t, int64_t n, float sum) {
     return multiply(sum, load_global(p.weight_scale + (p.scale_rows == 1 ? 0 : n)));
 }
 
 // From a true sum over all of K to the output.
-template <typename Sum>
-BK_DEVICE void finish(const MatmulParams &p, int64_t m, int64_t n, Sum sum) {
+template <typename Params, typename Sum>
+BK_DEVICE void finish(const Params &p, int64_t m, int64_t n, Sum sum) {
     if (p.y_type == BK_CUDA_I32) {
-        store_global(static_cast<int32_t *>(p.y) + m * p.N + n, static_cast<int32_t>(sum));
+        store_global(static_cast<int32_t *>(p.y) + p.row(m) * p.N + n, static_cast<int32_t>(sum));
     } else {
         finish_value(p, m, n, scaled(p, m, n, sum));
     }
 }
 
 // One group's term of an output.
-template <typename Math>
-BK_DEVICE float group_term(const MatmulParams &p, typename Math::Sum sum, int lane, int64_t m, int64_t n, int column) {
+template <typename Math, typename Params>
+BK_DEVICE float group_term(const Params &p, typename Math::Sum sum, int lane, int64_t m, int64_t n, int column) {
     const float value = static_cast<float>(true_sum<Math>(p, sum, lane, m, column));
     return multiply(value, load_global(p.weight_scale + n * p.columns + column));
 }
 
 // The total of all groups' terms, scaled.
-template <typename Math>
-BK_DEVICE float scaled_groups(const MatmulParams &p, int64_t m, float total) {
-    return Math::kIsInteger ? multiply(total, load_global(p.x_scale + m)) : total;
+template <typename Math, typename Params>
+BK_DEVICE float scaled_groups(const Params &p, int64_t m, float total) {
+    return Math::kIsInteger ? multiply(total, load_global(p.x_scale + p.token(m))) : total;
 }
 
 // A sum over this block's share of K: the output, or one term for split_kernel.
-template <typename Math>
-BK_DEVICE void finish_share(const MatmulParams &p, int64_t m, int64_t n, typename Math::Sum sum, int lane, int split) {
+template <typename Math, typename Params>
+BK_DEVICE void finish_share(const Params &p, int64_t m, int64_t n, typename Math::Sum sum, int lane, int split) {
     if (p.splits == 1) {
         finish(p, m, n, true_sum<Math>(p, sum, lane, m, 0));
     } else {

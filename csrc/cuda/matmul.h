@@ -7,6 +7,10 @@
 namespace bitlab {
 
 struct MatmulParams;
+struct PlaceParams;
+
+// The most tokens of few_kernel.
+constexpr int kFewTokens = 16;
 
 struct Plan {
     bool few;         // few_kernel, else many_kernel
@@ -23,6 +27,35 @@ struct Groups {
     int64_t columns;
     bool multiplied;
 };
+
+struct Weights {
+    const void *weight;
+    const float *scale;
+    int64_t scale_rows, scale_columns;
+    const uint8_t *multiplier;  // [N, scale_columns], or null
+    const void *bias;
+    int32_t bias_type;
+
+    Groups groups() const { return {scale_columns, multiplier != nullptr}; }
+    bool grouped() const { return scale_columns > 0 && !multiplier; }
+};
+
+struct Output {
+    void *y;
+    int32_t y_type;
+};
+
+inline bool is_vector(const void *x, int32_t type, int64_t stride) { return aligned(x, stride * size_of(type), 16); }
+
+// BK_CUDA_OK, or a failure that says what is wrong with the arguments of a linear layer.
+int32_t check_linear(const Shape &shape, const Weights &weights, const Output &output, const void *workspace,
+                     int32_t multiprocessors);
+
+// What does not depend on the plan, nor on where the tokens are.
+MatmulParams params_of(bk_cuda_product product, const Shape &shape, const Weights &weights, const Output &output);
+
+// How multipliers are placed as `words`.
+PlaceParams place_params(const Shape &shape, const Weights &weights, uint32_t *words);
 
 // How a product of this shape is computed, with wgmma where it pays if the device and the weights' rows allow it; a
 // function of the arguments alone.

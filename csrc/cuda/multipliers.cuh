@@ -60,12 +60,6 @@ BK_DEVICE void place_multipliers(const PlaceParams &p, uint32_t block) {
     }
 }
 
-// The same by itself, before kernels that need no codes.
-BK_KERNEL(kPlaceThreads) place_kernel(PlaceParams p) {
-    begin();
-    place_multipliers(p, static_cast<uint32_t>(block_x()));
-}
-
 }  // namespace bitlab
 
 #endif

@@ -66,7 +66,8 @@ BK_DEVICE uint64_t token_descriptor(uint32_t offset) {
 }
 
 // What a thread copies to every stage: 16 bytes of each of some packed rows and tokens, in bytes from the first column
-// of the block's first row or token. Rows and tokens past the end repeat the last one.
+// of the block's first row or token (scattered ones have one tile, whose first token is 0). Rows and tokens past the
+// end repeat the last one.
 template <typename Layout, int kGroups, bool kMultiplied>
 struct WgmmaCopies {
     static constexpr int kAtOnce = Layout::kThreads / 8;
@@ -80,7 +81,8 @@ struct WgmmaCopies {
     int64_t multiplier_rows;
     int32_t group_shift;
 
-    BK_DEVICE WgmmaCopies(const MatmulParams &p, int64_t first_row, int64_t first_token)
+    template <typename Params>
+    BK_DEVICE WgmmaCopies(const Params &p, int64_t first_row, int64_t first_token)
         : rows(p.weight + first_row * p.K),
           tokens(p.x + first_token * p.x_stride),
           row_end(p.K),
@@ -94,18 +96,21 @@ struct WgmmaCopies {
             multipliers = p.multipliers + (own < p.weight_rows ? own : p.weight_rows - 1);
         }
         BK_UNROLL
-        for (int i = 0; i < kRowCopies; ++i) row[i] = offset_of(r + i * kAtOnce, p.weight_rows - first_row, p.K);
+        for (int i = 0; i < kRowCopies; ++i) {
+            row[i] = static_cast<uint32_t>(at_most(r + i * kAtOnce, p.weight_rows - first_row) * p.K);
+        }
         BK_UNROLL
-        for (int i = 0; i < kTokenCopies; ++i) token[i] = offset_of(r + i * kAtOnce, p.M - first_token, p.x_stride);
+        for (int i = 0; i < kTokenCopies; ++i) {
+            const int64_t at = p.token(first_token + at_most(r + i * kAtOnce, p.M - first_token));
+            token[i] = static_cast<uint32_t>((at - first_token) * p.x_stride);
+        }
         // kAtOnce is a multiple of eight, so the chunk lies alike in all.
         const uint32_t at = static_cast<uint32_t>(r), chunk = static_cast<uint32_t>(thread_x() % 8);
         to_row = at * kWgmmaColumns + weight_chunk(at, chunk) * 16;
         to_token = Layout::kWeightBytes + at * kWgmmaColumns + token_chunk(at, chunk) * 16;
     }
 
-    static BK_DEVICE uint32_t offset_of(int r, int64_t count, int64_t stride) {
-        return static_cast<uint32_t>((r < count ? r : count - 1) * stride);
-    }
+    static BK_DEVICE int64_t at_most(int r, int64_t count) { return r < count ? r : count - 1; }
 
     // Starts the copies of a step to a stage; of zeros from step `last` on. A branch instead of the zeros, between
     // wgmma that run, makes ptxas wait for each of them.
@@ -193,18 +198,14 @@ BK_DEVICE uint32_t wgmma_sum_at(int i) {
     return Tile::at(i / 4 * 8 + 2 * t + i % 2, thread / kWarp * 16 + g + i % 4 / 2 * 8);
 }
 
-template <int kGroups, bool kMultiplied>
-BK_KERNEL(WgmmaLayout<kGroups, kMultiplied>::kThreads)
-wgmma_kernel(MatmulParams p) {
 #if BK_HAS_WGMMA
-    begin();
+// The outputs of 64 packed rows and 64 tokens, or a share of K of their sums.
+template <int kGroups, bool kMultiplied, typename Params>
+BK_DEVICE void wgmma_tile(const Params &p, int64_t first_row, int64_t first_token, int split) {
     using Layout = WgmmaLayout<kGroups, kMultiplied>;
     using Math = typename Pick<kMultiplied, TernaryInt8Multiplied, TernaryInt8>::Type;
     using Tile = typename Layout::Tile;
     constexpr int kAhead = Layout::kStages - 2;
-    const int64_t row_tiles = (p.weight_rows + Layout::kRows - 1) / Layout::kRows;
-    const int64_t first_row = block_x() % row_tiles * Layout::kRows, first_token = block_x() / row_tiles * kWgmmaTokens;
-    const int split = block_y();
     const int64_t steps = (p.blocks + 2 * kGroups - 1) / (2 * kGroups);
     const int32_t first = static_cast<int32_t>(steps * split / p.splits);
     const int32_t last = static_cast<int32_t>(steps * (split + 1) / p.splits);
@@ -267,6 +268,18 @@ wgmma_kernel(MatmulParams p) {
         finish_tile<Math, false, Layout::kThreads, kWgmmaTokens, Layout::kRows>(
             p, static_cast<uint32_t>(lane) * Tile::kBytes, first_row, first_token, lane, split);
     }
+}
+#endif
+
+template <int kGroups, bool kMultiplied>
+BK_KERNEL(WgmmaLayout<kGroups, kMultiplied>::kThreads)
+wgmma_kernel(MatmulParams p) {
+#if BK_HAS_WGMMA
+    begin();
+    constexpr int kRows = WgmmaLayout<kGroups, kMultiplied>::kRows;
+    const int64_t row_tiles = (p.weight_rows + kRows - 1) / kRows;
+    const int64_t first_row = block_x() % row_tiles * kRows, first_token = block_x() / row_tiles * kWgmmaTokens;
+    wgmma_tile<kGroups, kMultiplied>(p, first_row, first_token, block_y());
 #endif
 }
 

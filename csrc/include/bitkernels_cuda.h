@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define BK_CUDA_ABI_VERSION 3
+#define BK_CUDA_ABI_VERSION 4
 #define BK_CUDA_API __attribute__((visibility("default")))
 
 /* Largest K: a sum of K products of the int8 code -128 and the byte 128 still fits int32. */
@@ -116,6 +116,35 @@ BK_CUDA_API int32_t bk_cuda_linear_float_t2(const void *x, int32_t x_type, int64
                                             const uint8_t *multiplier, const void *bias, int32_t bias_type, void *y,
                                             int32_t y_type, int64_t M, int64_t N, int64_t K, void *workspace,
                                             int32_t multiprocessors, void *stream);
+
+/*
+ * Returns the bytes of workspace that bk_cuda_experts_i8_t2 needs; scale_columns is K / group size, or 0; multiplied
+ * and per_tensor: whether the call has a multiplier, and one activation scale for the tokens of an expert.
+ */
+BK_CUDA_API int64_t bk_cuda_experts_workspace(int64_t M, int64_t choices, int64_t experts, int64_t N, int64_t K,
+                                              int64_t scale_columns, int32_t multiplied, int32_t per_tensor);
+
+/*
+ * y[s] = what bk_cuda_linear_i8_t2 gives for token s / choices and the weights of expert index[s]; zeros for none; see
+ * bk_cpu_experts_i8_t2.
+ *
+ * All experts of a layer in two or three launches (per_tensor: one more), whose grids depend on the sizes alone: tokens
+ * are sorted by expert on the device, a token's codes are made once, and the weights of experts without tokens are not
+ * read. The result has the same bits as a call for each expert.
+ *
+ *   index        int64 [M * choices], contiguous: the expert of each row of y; any number that is not one is none
+ *   choices      rows of y that each token has, one after the other; M * choices < 2^31
+ *   experts      how many there are, at most 8192
+ *   qweight, weight_scale, multiplier, bias: as in bk_cuda_linear_i8_t2, those of all experts one after the other
+ *   y            [M * choices, N] of y_type, contiguous; N at most 4194240
+ *   workspace    bk_cuda_experts_workspace(...) bytes
+ */
+BK_CUDA_API int32_t bk_cuda_experts_i8_t2(const void *x, int32_t x_type, int64_t x_stride, const int64_t *index,
+                                          int64_t choices, int64_t experts, const uint8_t *qweight,
+                                          const float *weight_scale, int64_t scale_rows, int64_t scale_columns,
+                                          const uint8_t *multiplier, const void *bias, int32_t bias_type, void *y,
+                                          int32_t y_type, int64_t M, int64_t N, int64_t K, int32_t per_tensor,
+                                          void *workspace, void *stream);
 
 /*
  * y = x_q @ qweight.T * (x_scale * weight_scale) + bias with int8 weights, for output heads; see bk_cpu_linear_i8_i8.

@@ -89,6 +89,55 @@ def test_calls_are_captured_in_a_graph(gpu: torch.device) -> None:
     assert torch.equal(y, torch.ops.bitlab.linear(x, *args))
 
 
+def make_experts(
+    experts: int, rows: int, columns: int, granularity: str
+) -> tuple[torch.Tensor, ...]:
+    """Packed weights of all experts, their scales and, of groups, multipliers."""
+    group = 64 if granularity.startswith("per_group") else 0
+    latent = torch.randn(experts, rows, columns)
+    each = [reference.pack_weight(one, granularity, group) for one in latent]
+    parts = [[one for one in found if one is not None] for found in zip(*each, strict=True)]
+    return tuple(torch.stack(part) for part in parts if part)
+
+
+@pytest.mark.parametrize("activation", ["int8_per_token", "int8_per_tensor"])
+@pytest.mark.parametrize(
+    "granularity", ["per_tensor", "per_channel", "per_group", "per_group_float32"]
+)
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 2, 40, 67, 192), (1, 8, 16, 1536, 2048), (300, 2, 6, 515, 1088), (200, 4, 32, 130, 320)],
+)
+def test_experts_equal_the_reference(
+    gpu: torch.device, shape: tuple[int, ...], granularity: str, activation: str
+) -> None:
+    tokens, choices, experts, rows, columns = shape
+    qweight, scale, *multiplier = make_experts(experts, rows, columns, granularity)
+    x, bias = torch.randn(tokens, columns).bfloat16(), torch.randn(experts, rows)
+    index = torch.randint(-1, experts + 1, (tokens, choices))
+    args = (x, index, qweight, scale, bias, rows, activation, torch.float32, *multiplier)
+    moved = [one.to(gpu) if isinstance(one, torch.Tensor) else one for one in args]
+    y = torch.ops.bitlab.experts_linear(*moved)
+    assert torch.equal(y.cpu(), reference.experts_linear(*args))
+
+
+def test_experts_are_captured_in_a_graph(gpu: torch.device) -> None:
+    """The graph's tokens go to other experts at every replay."""
+    qweight, scale = (one.to(gpu) for one in make_experts(16, 768, 512, "per_channel"))
+    x = torch.randn(40, 512, device=gpu, dtype=torch.bfloat16)
+    index = torch.randint(0, 16, (40, 4), device=gpu)
+    args = (qweight, scale, None, 768, "int8_per_token", torch.bfloat16)
+    torch.ops.bitlab.experts_linear(x, index, *args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = torch.ops.bitlab.experts_linear(x, index, *args)
+    for most in (16, 2, 1):
+        x.copy_(torch.randn_like(x))
+        index.copy_(torch.randint(0, most, (40, 4), device=gpu))
+        graph.replay()
+        assert torch.equal(y, torch.ops.bitlab.experts_linear(x, index, *args))
+
+
 def test_another_stream_and_every_device(gpu: torch.device) -> None:
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)

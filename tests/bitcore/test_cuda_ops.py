@@ -15,15 +15,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitcore import ops, ops_int8, ops_qat, ops_ternary, reference
+from bitcore import ops, ops_experts, ops_int8, ops_qat, ops_ternary, reference
 from bitcore.errors import ArgumentError, BackendError
 from bitcore.kernels import registry
 from bitcore.kernels.cuda import CudaKernels
-from bitcore.prepared import PreparedLinear
+from bitcore.prepared import PreparedExperts, PreparedLinear
 from tests.native.cuda.host import LAUNCHES, HostKernels
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
-N, K = 9, 128
+N, K, E = 9, 128, 3
 # name: the tokens of the call, then its other tensors and arguments.
 Arguments = tuple[Tensor, list[Tensor], tuple[Any, ...]]
 Make = Callable[[int], Arguments]
@@ -35,6 +35,12 @@ def packed() -> list[Tensor]:
 
 def multiplier() -> Tensor:
     return torch.randint(0, 128, (N, K // 64), dtype=torch.uint8)
+
+
+def experts(tokens: int) -> list[Tensor]:
+    """An index of two experts for each token, the packed weights of all and their scales."""
+    each = zip(*(packed() for _ in range(E)), strict=True)
+    return [torch.randint(-1, E + 1, (tokens, 2)), *(torch.stack(one) for one in each)]
 
 
 CALLS: dict[str, Make] = {
@@ -56,6 +62,16 @@ CALLS: dict[str, Make] = {
     ),
     "linear bf16": lambda m: (
         torch.randn(m, K).bfloat16(), packed(), (None, N, "float", torch.float32)
+    ),
+    "experts_linear": lambda m: (
+        torch.randn(m, K), experts(m), (None, N, "int8_per_token", torch.bfloat16)
+    ),
+    "experts_linear per tensor": lambda m: (
+        torch.randn(m, K), experts(m), (torch.randn(E, N), N, "int8_per_tensor", torch.float32)
+    ),
+    "experts_linear groups": lambda m: (
+        torch.randn(m, K), experts(m),
+        (None, N, "int8_per_token", torch.float32, torch.stack([multiplier()] * E)),
     ),
     "linear_int8": lambda m: (
         torch.randn(m, K), [torch.ones(N, K, dtype=torch.int8), torch.rand(N)],
@@ -79,6 +95,7 @@ ALL = CALLS | WEIGHT_CALLS
 OPS = {
     "quantize_activation": ops_ternary._quantize_activation, "matmul": ops_ternary._matmul,
     "linear": ops_ternary.linear, "linear_int8": ops_int8._linear_int8,
+    "experts_linear": ops_experts._linear,
     "input_gradient": ops_ternary._input_gradient_op, "pack_codes": ops_qat._pack_codes,
     "unpack_weight": ops_ternary._unpack_weight,
 }  # fmt: skip
@@ -154,6 +171,7 @@ def test_an_old_gpu_is_refused(
         call(kernels, name)
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("name", [name for name in OPS if name != "quantize_activation"])
 def test_two_devices_are_refused(host: HostKernels, name: str) -> None:
     """Two GPUs, and a CPU with a GPU, as far as the addresses: fakes have none."""
@@ -210,6 +228,28 @@ def test_a_prepared_layer_goes_past_the_dispatcher(
         assert prepared(x).requires_grad
 
 
+@pytest.mark.parametrize("activation", ["int8_per_token", "int8_per_tensor", "float"])
+def test_prepared_experts_go_past_the_dispatcher(
+    host: HostKernels, monkeypatch: pytest.MonkeyPatch, activation: str
+) -> None:
+    monkeypatch.setitem(registry._chosen, "cpu", host)
+    index, qweight, scale = experts(5)
+    constants = (qweight, scale, torch.randn(E, N), N, activation)
+    prepared = PreparedExperts(*constants)
+    for x in (torch.randn(5, K), torch.randn(5, 2 * K)[:, 4 : K + 4].bfloat16()):
+        expected = torch.ops.bitlab.experts_linear(x, index, *constants, x.dtype)
+        with torch.no_grad(), monkeypatch.context() as patch:
+            if activation != "float":
+                patch.setattr(ops, "experts_linear", None)
+            y = prepared(x, index)
+        assert y.dtype == x.dtype
+        assert torch.equal(y, expected)
+    assert prepared(torch.randn(5, K, requires_grad=True), index).requires_grad
+    index.untyped_storage().resize_(0)
+    with pytest.raises(ArgumentError, match="index must have its memory"):
+        prepared(x, index)
+
+
 def test_misaligned_storage_is_refused(host: HostKernels) -> None:
     """Every float tensor of every function, by its name."""
     room = torch.zeros(4096, dtype=torch.uint8)
@@ -221,6 +261,8 @@ def test_misaligned_storage_is_refused(host: HostKernels) -> None:
          0, p["y"], 0, *shape, 0, *scratch), "x weight_scale bias y"),
         ("linear_float_t2", lambda p: (p["x"], 0, K, good, p["weight_scale"], N, 2, good,
          p["bias"], 0, p["y"], 0, *shape, *scratch), "x weight_scale bias y"),
+        ("experts_i8_t2", lambda p: (p["x"], 0, K, p["index"], 2, E, good, p["weight_scale"], N, 0,
+         None, p["bias"], 0, p["y"], 0, *shape, 0, good, None), "x index weight_scale bias y"),
         ("linear_i8_i8", lambda p: (p["x"], 0, K, good, p["weight_scale"], p["bias"], 0, p["y"],
          0, *shape, *scratch), "x weight_scale bias y"),
         ("quantize_i8", lambda p: (p["x"], 0, K, good, good, 3, K, 0, good, None), "x"),

@@ -34,7 +34,8 @@ from tests.native.cuda.build_host import (
     sources,
 )
 from tests.native.cuda.host import load_host_library
-from tests.native.cuda.mutations import MUTATIONS, Mutation
+from tests.native.cuda.mutation import Mutation
+from tests.native.cuda.mutations import MUTATIONS
 from tests.native.cuda.quick_check import first_failure
 
 LIMIT = 120.0  # seconds
@@ -92,16 +93,16 @@ def build_mutant(
     return link([faulty, *others], folder / "mutant.so")
 
 
-def judge(library: Path, answer: Connection) -> None:
+def judge(library: Path, of_experts: bool, answer: Connection) -> None:
     """Sends the first failure of a library, or None."""
     torch.set_num_threads(1)
-    answer.send(first_failure(load_host_library(library)))
+    answer.send(first_failure(load_host_library(library), of_experts))
 
 
-def judged(library: Path, context: ForkServerContext) -> str | None:
+def judged(library: Path, context: ForkServerContext, of_experts: bool = False) -> str | None:
     """What the checks say of a library, from a process of its own; a crash is a failure too."""
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=judge, args=(library, theirs))
+    child = context.Process(target=judge, args=(library, of_experts, theirs))
     child.start()
     theirs.close()
     try:
@@ -131,7 +132,7 @@ def main(words: list[str]) -> int:
             folder = work / str(index)
             folder.mkdir()
             mutant = build_mutant(chosen[index], work / "right", folder, options)
-            found = judged(mutant, context)
+            found = judged(mutant, context, chosen[index].unit.startswith("experts"))
             shutil.rmtree(folder)
             return found
 

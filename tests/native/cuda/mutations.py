@@ -2,38 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from tests.native.cuda.mutation import BARRIER, faults_in
+from tests.native.cuda.mutations_experts import EXPERTS
 
-
-@dataclass(frozen=True)
-class Mutation:
-    """One fault.
-
-    Attributes:
-        name: What is wrong.
-        path: The file, from the repository's root.
-        old: What stands there, exactly once; white space counts as one space.
-        new: What is put in its place.
-        unit: Stem of the source that is compiled with it; all others are the right ones.
-    """
-
-    name: str
-    path: str
-    old: str
-    new: str
-    unit: str
-
-
-def _in(path: str, unit: str, *faults: tuple[str, ...]) -> list[Mutation]:
-    """A fault is its name, old and new text and, where it is not the file's, its unit."""
-    return [
-        Mutation(fault[0], path, fault[1], fault[2], *(fault[3:] or (unit,))) for fault in faults
-    ]
-
-
-BARRIER = "sync_block();"
 MUTATIONS = [
-    *_in(
+    *faults_in(
         "csrc/cuda/matmul.cuh",
         "ternary_int8",
         ("wrong mask", "0x03030303u << (2 * lane)", "0x03030303u << (2 * (lane ^ 1))"),
@@ -57,8 +30,8 @@ MUTATIONS = [
         ("offset of the codes left in", "-Math::kOffset * x_sum", "Math::kOffset * x_sum"),
         (
             "wrong order of the scales",
-            "multiply(static_cast<float>(sum), multiply(load_global(p.x_scale + m), scale))",
-            "multiply(multiply(static_cast<float>(sum), load_global(p.x_scale + m)), scale)",
+            "multiply(static_cast<float>(sum), multiply(load_global(p.x_scale + p.token(m)), scale))",
+            "multiply(multiply(static_cast<float>(sum), load_global(p.x_scale + p.token(m))), scale)",
         ),
         (
             "wrong order of the shares of K",
@@ -95,7 +68,7 @@ MUTATIONS = [
         ("floats with another row's multiplier", "a[1] = multiply_pair<kIsBf16>(a[1], far);", "a[1] = multiply_pair<kIsBf16>(a[1], near);", "multiplied_float"),
         ("floats not multiplied", "a[2] = multiply_pair<kIsBf16>(a[2], near);", "", "multiplied_float"),
     ),
-    *_in(
+    *faults_in(
         "csrc/cuda/few.cuh",
         "ternary_int8",
         ("missing barrier before the sums are read", f"{BARRIER} BK_UNROLL for (int own = 0;", "BK_UNROLL for (int own = 0;"),
@@ -119,7 +92,7 @@ MUTATIONS = [
         ("outputs past the end written", "row >= p.weight_rows || n >= p.N", "row >= p.weight_rows"),
         ("multipliers of another row", "load_global(rows.high_multipliers + of_group)", "load_global(rows.low_multipliers + of_group)", "multiplied_int8"),
     ),
-    *_in(
+    *faults_in(
         "csrc/cuda/many.cuh",
         "ternary_int8",
         ("missing barrier in the pipeline", f"wait_async<kStages - 2>(); {BARRIER}", "wait_async<kStages - 2>();"),
@@ -139,7 +112,7 @@ MUTATIONS = [
         ("wrong end of a group", "++in_group == p.group_blocks", "++in_group > p.group_blocks"),
         ("last block of a share left out", "static_cast<int64_t>(p.blocks) * (split + 1) / p.splits)", "static_cast<int64_t>(p.blocks) * (split + 1) / p.splits - 1)"),
     ),
-    *_in(
+    *faults_in(
         "csrc/cuda/wgmma.cuh",
         "ternary_wgmma",
         ("earlier kernels not waited for", "begin();", ""),
@@ -184,7 +157,7 @@ MUTATIONS = [
         ("no end of the multipliers' rows", "own < p.weight_rows ? own : p.weight_rows - 1", "own"),
         ("far codes with the near multiplier", "kMultiplied ? far.bytes(far_word, lane)", "kMultiplied ? near.bytes(far_word, lane)"),
     ),
-    *_in(
+    *faults_in(
         "csrc/cuda/epilogue.cuh",
         "ternary_wgmma",
         ("no end of the outputs", "rows < outputs ? rows : outputs", "rows"),
@@ -199,7 +172,7 @@ MUTATIONS = [
         ("misaligned store of words", "reinterpret_cast<uintptr_t>(to) % 16 == 0", "true"),
         ("misaligned store of pairs", "reinterpret_cast<uintptr_t>(to) % 8 == 0", "true"),
     ),
-    *_in(
+    *faults_in(
         "csrc/cuda/gemv.cuh",
         "linear",
         ("missing barrier before the sums are read", f"a); }} {BARRIER}", "a); }"),
@@ -227,9 +200,9 @@ MUTATIONS = [
         ("multiplied sums shifted", "kMultiplied ? total : unshift(total, i) - sum", "unshift(total, i) - sum"),
         ("multipliers of the slot's next bytes", "if (kMultiplied) { multiply_group_16(part.at[d], x, part.multiplier[d], acc);", "if (kMultiplied) { multiply_group_16(part.at[d], x, part.multiplier[(d + 1) % kGemvDepth], acc);"),
     ),
-    *_in(
+    *faults_in(
         "csrc/cuda/multipliers.cuh",
-        "linear",
+        "activations",
         ("multipliers in another order", "& 255) << (8 * lane)", "& 255) << (8 * (3 - lane))"),
         ("multipliers of another group", "static_cast<int64_t>(first + i) * p.rows + row", "static_cast<int64_t>(first + 3 - i) * p.rows + row"),
         ("no end of the rows", "if (row >= p.rows) return;", ""),
@@ -239,9 +212,9 @@ MUTATIONS = [
         ("misaligned words", "if (p.vector) {", "if (true) {"),
         ("groups of a block left out", "return quads *", "return (quads > 1 ? quads - 1 : 1) *"),
     ),
-    *_in(
+    *faults_in(
         "csrc/cuda/activations.cuh",
-        "linear",
+        "activations",
         ("codes cut off, not rounded", "by.finite ? round_even(value) : 0", "by.finite ? static_cast<int32_t>(value) : 0"),
         ("one rounding more", "return {divide(127.0f, m),", "return {multiply(127.0f, divide(1.0f, m)),"),
         ("sum of half the columns", "sum += shuffle_xor(sum, 4);", ""),
@@ -250,17 +223,22 @@ MUTATIONS = [
         ("wrong place of a column", "c / 8 % 2 * 32 + c / 4 % 2 * 16", "c / 4 % 2 * 32 + c / 8 % 2 * 16"),
         ("words of neighbours exchanged", "eight.word[odd ? 0 : 1], 2)", "eight.word[odd ? 0 : 1], 4)"),
         ("places past the row written", "if (k < padded) { store_global(reinterpret_cast<Bytes8 *>(row +", "{ store_global(reinterpret_cast<Bytes8 *>(row +"),
+    ),
+    *faults_in(
+        "csrc/cuda/activations.cu",
+        "activations",
         ("multipliers placed by the wrong block", "block_x() - p.tokens", "block_x()"),
         ("a plane not taken off", "values[i] = add(values[i], -bits_float(low));", ""),
+        ("largest of the block's token alone", "if (!p.maxima) return own;", "return own;"),
     ),
-    *_in(
+    *faults_in(
         "csrc/cuda/types.cuh",
         "linear",
         ("largest of half the lanes", "int mask = 16; mask > 0; mask /= 2) { const", "int mask = 8; mask > 0; mask /= 2) { const"),
         ("no end of a row", "index + i < count ? load_float(row, type, index + i) : 0.0f", "load_float(row, type, index + i)"),
         ("columns past the end unpacked", "if (i < count) store_float(p, type, index + i, values[i])", "store_float(p, type, index + i, values[i])", "weights"),
     ),
-    *_in(
+    *faults_in(
         "csrc/cuda/gradient.cuh",
         "gradient",
         ("missing barrier after the tiles are written", f"}} }} }} {BARRIER} if (passes", "} } } if (passes"),
@@ -276,7 +254,7 @@ MUTATIONS = [
         ("far columns not multiplied", "a[1] = multiply_pair<kIsBf16>(a[1], first);", ""),
         ("dy with the scale of a group that is not there", "kMultiplied ? 1 : p.columns;", "p.columns;"),
     ),
-    *_in(
+    *faults_in(
         "csrc/cuda/weights.cuh",
         "weights",
         ("chains added in another order", "lane / kChains * kChains + l)", "lane / kChains * kChains + kChains - l)"),
@@ -299,7 +277,8 @@ MUTATIONS = [
         ("unpacked without multipliers", "static_cast<float>(code * m)", "static_cast<float>(code)"),
         ("unpacked with another group's multiplier", "p.multiplier + n * p.columns + k / p.width", "p.multiplier + n * p.columns"),
     ),
-    *_in(
+    *EXPERTS,
+    *faults_in(
         "csrc/cuda/linear.cu",
         "linear",
         ("codes of one token not kept", "x_type != BK_CUDA_I8 && !kept.codes", "x_type != BK_CUDA_I8"),
@@ -310,7 +289,7 @@ MUTATIONS = [
         ("multipliers not placed", "M + (params.place.multiplier ? place_blocks(params.place) : 0)", "M"),
         ("workspace without multipliers", "aligned_up(groups.columns * weight_rows(product, N) * 4)", "aligned_up(4)"),
     ),
-    *_in(
+    *faults_in(
         "tests/native/cuda/fragments.h",
         "emulator",
         ("wrong fragment table of A", "((i / 4) % 2) * 8, in_group * 4 + i % 4 + (i / 8) * 16", "(i / 8) * 8, in_group * 4 + i % 4 + ((i / 4) % 2) * 16"),

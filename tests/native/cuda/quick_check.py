@@ -302,8 +302,56 @@ def multiplied_float_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[
         yield lambda dy=dy, a=args, w=weight: (kernels.input_gradient(dy, *a), dy.double() @ w)
 
 
-def first_failure(library: ctypes.CDLL) -> str | None:
-    """Returns the first wrong result or what the emulator reports first; None if all is right."""
+def experts_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+    """All experts of a layer: tiles of few and of many tokens, every kind of scale, several rounds
+    of rows and of experts, tokens without an expert.
+    """
+    for tokens, choices, experts, out_features, in_features, granularity, activation, *wgmma in (
+        (2, 3, 5, 70, 192, "per_channel", "int8_per_token"),
+        (5, 9, 5, 70, 64, "per_tensor", "int8_per_token"),
+        (9, 12, 3, 70, 320, "per_channel", "int8_per_token"),
+        (3, 70, 2, 9, 128, "per_channel", "int8_per_token"),
+        (6, 3, 5, 70, 128, "per_channel", "int8_per_tensor"),
+        (2, 3, 3, 70, 384, "per_group", "int8_per_token"),
+        (2, 6, 2, 600, 640, "per_group 128", "int8_per_token"),
+        (5, 8, 3, 9, 128, "per_group", "int8_per_token"),
+        (3, 9, 3, 9, 192, "per_group_float32", "int8_per_token"),
+        (2, 280, 2, 5, 64, "per_channel", "int8_per_token"),
+        (2, 33, 1030, 5, 64, "per_channel", "int8_per_token"),
+        (7, 20, 2, 300, 192, "per_channel", "int8_per_token", True),
+        (9, 14, 2, 70, 384, "per_group 128", "int8_per_token", True),
+        (9, 14, 2, 9, 72, "per_channel", "int8_per_tensor", True),
+    ):
+        kind, *group = granularity.split()
+        width = int(group[0]) if group else 64
+        latent = torch.randn(experts, out_features, in_features) * torch.rand(experts, 1, 1)
+        each = [reference.pack_weight(one, kind, width) for one in latent]
+        qweight, scale, *multiplier = (
+            torch.stack([one for one in parts if one is not None])
+            for parts in zip(*each, strict=True)
+            if parts[0] is not None
+        )
+        bias = torch.randn(experts, out_features).bfloat16()
+        index = torch.randint(-1, experts + 1, (tokens, choices))
+        # Numbers of 33 bits that name an expert by their low ones, and an expert with many tokens.
+        index[-1, :2], index[0, : choices // 2] = torch.tensor([2**32, -(2**32)]), experts - 1
+        x = torch.randn(tokens, in_features)
+        args = (x, index, qweight, scale, bias, out_features, activation, torch.float32)
+
+        def layer(args: tuple[Any, ...] = (*args, *multiplier), wgmma: bool = bool(wgmma)) -> Any:
+            kernels.set_wgmma(wgmma)
+            ours = kernels.experts_linear(*args)
+            kernels.set_wgmma(False)
+            return ours, reference.experts_linear(*args)
+
+        yield layer
+
+
+def first_failure(library: ctypes.CDLL, of_experts: bool = False) -> str | None:
+    """Returns the first wrong result or what the emulator reports first; None if all is right.
+
+    ``of_experts``: what is looked for is in their kernels, so these come first.
+    """
     torch.manual_seed(0)
     for k in (32, 16):
         operands = [(0, 16 if k == 32 else 8), (1, 8 if k == 32 else 4), (2, 4), (3, 16), (4, 32)]
@@ -318,7 +366,8 @@ def first_failure(library: ctypes.CDLL) -> str | None:
     library.bk_emulator_order(1)
     try:
         floats = chain(float_pairs(kernels), multiplied_float_pairs(kernels))
-        for calls, exact in ((pairs(kernels), True), (floats, False)):
+        exactly = [pairs(kernels), experts_pairs(kernels)]
+        for calls, exact in ((chain(*exactly[:: -1 if of_experts else 1]), True), (floats, False)):
             for call in calls:
                 ours, expected = call()
                 if kernels.count(CONFLICTS):

@@ -8,7 +8,8 @@ import pytest
 
 from tests.native.cuda.build_host import sources
 from tests.native.cuda.mutate import ROOT, faulty_text, reachable
-from tests.native.cuda.mutations import MUTATIONS, Mutation
+from tests.native.cuda.mutation import Mutation
+from tests.native.cuda.mutations import MUTATIONS
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)

@@ -28,6 +28,9 @@ INSTRUCTIONS = {
     "many_kernel<bitlab::Int8Int8": (r"IMMA\.16832\.S8\.S8", *PIPELINE),
     "many_kernel<bitlab::TernaryFloat<true": (r"HMMA\.16816\.F32\.BF16", *PIPELINE),
     "many_kernel<bitlab::TernaryFloat<false": (r"HMMA\.16816\.F32", *PIPELINE),
+    "experts_few_kernel<bitlab::TernaryInt8": (r"IMMA\.16832\.U8\.S8", LOAD_128),
+    "experts_many_kernel<bitlab::TernaryInt8": (r"IMMA\.16832\.U8\.S8", *PIPELINE),
+    "experts_quantize_kernel": (LOAD_128,),
     "gemv_kernel": (r"IDP\.4A\.U8\.S8", LOAD_128, SHARED_128),
     "quantize_kernel": (LOAD_128,),
     "gradient_kernel<true": (r"HMMA\.16816\.F32\.BF16",),
@@ -35,6 +38,7 @@ INSTRUCTIONS = {
 }
 # The same for kernels that hold nothing on other architectures.
 HOPPER = {
+    "experts_wgmma_kernel": (r"IGMMA\.64x64x32\.U8\.S8", r"FENCE\.VIEW\.ASYNC", *PIPELINE),
     "wgmma_kernel": (r"IGMMA\.64x64x32\.U8\.S8", r"FENCE\.VIEW\.ASYNC", *PIPELINE),
 }
 LOCAL = r"\b(LDL|STL)\b"

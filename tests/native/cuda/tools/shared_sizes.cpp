@@ -1,8 +1,10 @@
 // Prints the dynamic shared memory of each kernel: the beginning of its name, then bytes.
 #include <stdio.h>
 
+#include "experts.cuh"
 #include "gemv.cuh"
 #include "gradient.cuh"
+#include "route.cuh"
 #include "run.cuh"
 #include "weights.cuh"
 #include "wgmma.cuh"
@@ -20,6 +22,16 @@ void many(const char *math) {
 template <typename Math, int kTiles>
 void few(const char *math) {
     printf("few_kernel<bitlab::%s, %d,\t%u\n", math, kTiles, few_shared_bytes<Math, kTiles>());
+}
+
+template <typename Math>
+void experts(const char *math) {
+    printf("experts_few_kernel<bitlab::%s, 1,\t%u\n", math, few_shared_bytes<Math, 1>());
+    printf("experts_few_kernel<bitlab::%s, 2,\t%u\n", math, few_shared_bytes<Math, 2>());
+    printf("experts_many_kernel<bitlab::%s, 2,\t%u\n", math,
+           ManyLayout<Math, 2>::kStages * ManyLayout<Math, 2>::kStageBytes);
+    printf("experts_many_kernel<bitlab::%s, 4,\t%u\n", math,
+           ManyLayout<Math, 4>::kStages * ManyLayout<Math, 4>::kStageBytes);
 }
 
 template <int kGroups, bool kMultiplied>
@@ -55,6 +67,11 @@ int main() {
     many<TernaryBf16<true>, 4>("TernaryFloat<true, 1, true>");
     many<TernaryF16<true>, 4>("TernaryFloat<false, 1, true>");
     many<TernaryF32<true>, 2>("TernaryFloat<true, 3, true>");
+    experts<TernaryInt8>("TernaryInt8");
+    experts<TernaryInt8Multiplied>("TernaryInt8Multiplied");
+    printf("experts_quantize_kernel\t%u\n", kSharedBytes);
+    printf("experts_wgmma_kernel<false>\t%u\n", WgmmaLayout<1, false>::kBytes);
+    printf("experts_wgmma_kernel<true>\t%u\n", WgmmaLayout<1, true>::kBytes);
     wgmma<1, false>("1, false");
     wgmma<2, false>("2, false");
     wgmma<1, true>("1, true");
