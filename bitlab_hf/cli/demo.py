@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 
 from bitlab_hf.cli.common import (
-    LEARNING_RATE,
     MOST,
     Json,
     Threads,
@@ -72,8 +71,6 @@ def demo(
     if text is not None:
         for part in ("fit", "test"):
             read_articles(text, part)
-    if model is not None:
-        settings = dataclasses.replace(settings, learning_rate=LEARNING_RATE)
     if quick:
         settings = dataclasses.replace(
             settings,

@@ -78,7 +78,7 @@ class Settings:
     eval_tokens: int = 100_000
     length: int = 512
     batch: int = 2
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     float_batch: int = 8
     float_learning_rate: float = 1e-4
     generate: int = 64

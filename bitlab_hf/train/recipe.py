@@ -220,8 +220,10 @@ _DEFAULT = Recipe(
     cross_entropy_weight=0.0,
     logits_weight=1.0,
     calibration_samples=128,
-    scale_rate=3.0,
-    vector_rate=10.0,
+    scale_rate=2.0,
+    vector_rate=7.0,
+    # That of SmolLM2's weights, on which the rates were raced.
+    rate_magnitude=0.15,
 )
 RECIPES: dict[str, Recipe] = {
     "default": _DEFAULT,

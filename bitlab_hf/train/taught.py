@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from bitlab_hf.checkpoint.atomic import write_atomically
 from bitlab_hf.checkpoint.saving import save
 from bitlab_hf.train.guard import last_checkpoint, teacher_folder
 from bitlab_hf.train.guarded import GuardMixin
+from bitlab_hf.train.rates import RatesMixin
 from bitlab_hf.train.recipe import RECIPES, Recipe
 
 if TYPE_CHECKING:
@@ -40,8 +42,8 @@ _COMPARED = 64
 _HELD_OUT, _JUDGED = 20, 64
 
 
-class _TeacherTrainer(GuardMixin, Trainer):
-    """Trains the teacher, guarded as a ternary model's training is."""
+class _TeacherTrainer(GuardMixin, RatesMixin, Trainer):
+    """Trains the teacher, guarded as a ternary model's training is, and as fast for its sizes."""
 
     recipe = RECIPES["plain"]
 
@@ -159,6 +161,7 @@ class TaughtTeacherMixin(_Base):
             "epochs": args.num_train_epochs,
             "share": recipe.teacher_share,
             "rate": args.learning_rate * recipe.teacher_rate,
+            "magnitude": recipe.rate_magnitude,
             "schedule": [str(args.lr_scheduler_type), args.warmup_steps, args.weight_decay],
             "optimizer": [str(args.optim), args.adam_beta1, args.adam_beta2, args.max_grad_norm],
             "batch": args.train_batch_size * args.gradient_accumulation_steps,
@@ -191,6 +194,7 @@ class TaughtTeacherMixin(_Base):
             eval_dataset=held,
             callbacks=list(self.teacher_callbacks),
         )
+        trainer.recipe = replace(trainer.recipe, rate_magnitude=self.recipe.rate_magnitude)
         # What this Trainer hands to its collator, which may be more than the model takes.
         self._set_signature_columns_if_needed()
         trainer._signature_columns = self._signature_columns

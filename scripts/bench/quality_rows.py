@@ -121,7 +121,9 @@ class Row:
 
 
 # Its calibration was another one too, which is gone: this one has today's.
-_FORMER = replace(RECIPES["default"], scale_rate=1.0, vector_rate=1.0)
+_FORMER = replace(RECIPES["default"], scale_rate=1.0, vector_rate=1.0, rate_magnitude=0.0)
+# The rates that SmolLM2's sizes make of the default's, the same for a model of other sizes.
+_ABSOLUTE = replace(RECIPES["default"], scale_rate=3.0, vector_rate=10.0, rate_magnitude=0.0)
 _FITTED = SAMPLES * LENGTH
 _DEFAULT = Row("default, 64 k tokens", LEARNED, recipe=RECIPES["default"], tokens=65_536, rate=2e-4)
 _TUNED = Row("full precision, fine-tuned, 96 k", None, rate=2e-4, batch=2)
@@ -167,13 +169,20 @@ ROWS: dict[str, Row] = {
         config={**LEARNED, "activation_dtype": "float32"},
     ),
 }  # fmt: skip
-# What `quality.py` makes where it is not told: the others take a GPU, or show only that it runs.
+# What `quality.py` makes where it is not told: the others take a GPU, or are of one question.
 USUAL = list(ROWS)
 # Steps of 16,384 tokens, which fill a GPU.
 _FILLED = replace(_DEFAULT, batch=64)
 ROWS |= {
     "default-10m": replace(_FILLED, title="default, 10 M tokens", tokens=10_000_000),
     "default-50m": replace(_FILLED, title="default, 50 M tokens", tokens=50_000_000),
+    "short": replace(
+        _DEFAULT, title="default, 12,800 tokens after calibration", tokens=_FITTED + 12_800
+    ),
+    "short-absolute": replace(
+        _DEFAULT, title="the same, one rate whatever the size", recipe=_ABSOLUTE,
+        tokens=_FITTED + 12_800,
+    ),
     "quick": replace(
         _DEFAULT, title="default, a few blocks", tokens=8 * LENGTH, batch=2,
         recipe=replace(RECIPES["default"], calibration_samples=2),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,11 @@ def test_a_recipe_in_words() -> None:
     assert at_once.in_words(2e-4) == (
         "calibrated on 8 examples at once, learns from the teacher's next tokens, rates 0.0002, "
         "scales 0.0006, norms and biases 0.002"
+    )
+    assert (
+        replace(at_once, rate_magnitude=0.15)
+        .in_words(2e-4)
+        .endswith("norms and biases 0.002 for a mean magnitude of 0.15, others by theirs")
     )
 
 
