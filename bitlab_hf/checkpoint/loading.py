@@ -23,7 +23,7 @@ from bitlab_hf.checkpoint.plan import Plan
 from bitlab_hf.checkpoint.verified import Verification
 from bitlab_hf.model.embedding import swap_embeddings
 from bitlab_hf.model.experts import expert_modules
-from bitlab_hf.model.head import finish, int8_modules, is_borrower, swap_skeletons
+from bitlab_hf.model.int8 import finish, int8_modules, is_borrower, swap_skeletons
 from bitlab_hf.model.learned import (
     deploy_learned,
     expect_learned_scales,
@@ -196,7 +196,7 @@ class Loading:
                     keep.add(name)
         for rows in self.plan.int8:
             # Quantized from the model's dtype, as `deploy` does it.
-            self.packing.add_head(rows)
+            self.packing.add_int8(rows)
             for name in (f"{name}.weight" for name in rows.names):
                 if checkpoint is None:
                     continue
