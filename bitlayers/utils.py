@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bitcore.errors import ArgumentError, ArgumentTypeError
 from bitlayers.base import BitLayerBase
 from bitlayers.experts import BitExperts
+from bitlayers.int8 import Int8Linear
 
 
 class MemoryUsage(TypedDict):
@@ -41,11 +42,11 @@ def _bytes(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
-def estimate_memory_usage(layer: BitLayerBase | BitExperts) -> MemoryUsage:
+def estimate_memory_usage(layer: BitLayerBase | BitExperts | Int8Linear) -> MemoryUsage:
     """Estimates the memory of a quantized layer or of ternary experts, in any state, changing none.
 
     Args:
-        layer: A layer with in_features and out_features, or a module of experts.
+        layer: A layer with in_features and out_features, ternary or int8, or a module of experts.
 
     Returns:
         ``original`` (bytes of the latent weight and the bias), ``quantized`` (bytes of the packed
@@ -53,7 +54,7 @@ def estimate_memory_usage(layer: BitLayerBase | BitExperts) -> MemoryUsage:
         experts all of theirs.
 
     Raises:
-        ArgumentTypeError: layer is not a BitLayerBase, nor experts.
+        ArgumentTypeError: layer is not a BitLayerBase, no Int8Linear, nor experts.
     """
     if isinstance(layer, BitExperts):
         names = [f"{name}_bias" for name in layer.stacks]
@@ -64,6 +65,12 @@ def estimate_memory_usage(layer: BitLayerBase | BitExperts) -> MemoryUsage:
             for name, stack in layer.stacks.items()
         )
         return _usage(original + bias, bias, layer.packed_tensors())
+    if isinstance(layer, Int8Linear):
+        tensors = {"qweight": layer.qweight, "qweight_scale": layer.qweight_scale}
+        bias = _bytes(layer.bias)
+        original = layer.out_features * layer.in_features * layer.dtype.itemsize + bias
+        held = {name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()}
+        return _usage(original, bias, held)
     if not isinstance(layer, BitLayerBase):
         raise ArgumentTypeError(
             f"estimate_memory_usage: layer must be a BitLayerBase, got {type(layer).__name__}"

@@ -52,7 +52,7 @@ OPTIONS: dict[str, tuple[Any, tuple[str, ...], str]] = {
         "Layers to leave float; repeatable.",
     ),
 }
-# Those that hold patterns, of which a file has the names that they matched.
+# Those that hold patterns of names.
 _PATTERNS = ("modules_to_not_convert", "int8_layers")
 
 
@@ -194,8 +194,10 @@ def check_same(op: str, scheme: dict[str, Any], held: dict[str, Any]) -> None:
     theirs: Any = BitLabConfig.from_dict(held) if scheme else None
     for name, asked in scheme.items():
         has = getattr(theirs, name)
-        # A file lists all names, not what was asked for.
-        if name in _PATTERNS and set(asked) <= set(has or ()):
+        # A file lists all that were left alone, not only what was asked for.
+        if name == "modules_to_not_convert" and set(asked) <= set(has or ()):
+            continue
+        if name == "int8_layers" and _name(asked, has):
             continue
         # Two names of one thing.
         if name == "activation_granularity" and {asked, has} == {"per_token", "per_channel"}:
@@ -205,6 +207,15 @@ def check_same(op: str, scheme: dict[str, Any], held: dict[str, Any]) -> None:
                 f"{op}: {name} must be left out for a model that has a scheme, or be its own "
                 f"{has!r}, got {asked!r}{ending}"
             )
+
+
+def _name(patterns: list[str], names: list[str]) -> bool:
+    """Tells whether patterns name these modules, each of them one at least."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return not any(should_convert_module(name, patterns) for name in names) and all(
+        any(not should_convert_module(name, [pattern]) for name in names) for pattern in patterns
+    )
 
 
 def load_packed(op: str, source: str, scheme: dict[str, Any], held: dict[str, Any] | None) -> Any:

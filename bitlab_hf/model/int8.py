@@ -170,6 +170,18 @@ def layer_rows(model: PreTrainedModel, linears: Sequence[Found[nn.Linear]]) -> l
                 f"BitLabConfig: int8_layers must match {others[0]} too, which is tied to "
                 f"{found.names[0]}, or neither of them\n{INT8_LAYERS[1]}"
             )
+        tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+        untold = [
+            one.names[0]
+            for one in rows.members[1:]
+            if tied.isdisjoint(f"{name}.weight" for name in one.names)
+        ]
+        if untold:
+            # A file could not say it.
+            raise ConfigError(
+                "BitLabConfig: int8_layers must match layers that the model ties by name or not at "
+                f"all, got {rows.owner}, which shares its weight with {untold[0]}\n{INT8_LAYERS[1]}"
+            )
         check_supported(model, rows, *INT8_LAYERS)
         result[rows.owner] = rows
     return list(result.values())

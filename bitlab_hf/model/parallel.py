@@ -5,6 +5,7 @@ anything is loaded or trained.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -51,7 +52,7 @@ def plan_parallel(
     plan: dict[str, str],
     packs: bool,
     int8: set[str],
-    int8_layers: list[str],
+    int8_layers: Sequence[str] = (),
 ) -> None:
     """Makes a model's plan for tensor parallel one that ternary layers can follow, in place.
 
