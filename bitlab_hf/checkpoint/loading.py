@@ -197,14 +197,17 @@ class Loading:
         for rows in self.plan.int8:
             # Quantized from the model's dtype, as `deploy` does it.
             self.packing.add_int8(rows)
-            for name in (f"{name}.weight" for name in rows.names):
-                if checkpoint is None:
-                    continue
-                if name not in checkpoint.tensors:
-                    raise ConfigError(
-                        f'bitlab: head="int8" must find {name} in the checkpoint, got a new head\n'
-                        'Load it latent with head="int8", then call deploy(model).'
-                    )
+            if checkpoint is None:
+                continue
+            names = [f"{name}.weight" for name in rows.names]
+            held = [name for name in names if name in checkpoint.tensors]
+            if not held:
+                # A new layer would not be among them.
+                raise ConfigError(
+                    f'bitlab: head="int8" must find {names[0]} in the checkpoint, got a new head\n'
+                    'Load it latent with head="int8", then call deploy(model).'
+                )
+            for name in held:
                 shape = (rows.tensor.shape[0], rows.tensor.shape[1])
                 _check_float_header(name, checkpoint.tensors[name], shape)
         model._keep_in_fp32_modules_strict = keep
