@@ -355,7 +355,7 @@ def test_they_do_not_decide_the_size_of_groups(tmp_path: Path) -> None:
     assert group_fields(model, asked) == {**GROUPS, "overrides": {}}
 
 
-def test_a_new_layer_stays_float(source: Path) -> None:
+def test_a_new_layer_cannot_be_named(source: Path) -> None:
     asked = BitLabConfig(int8_layers=["score"])
     with pytest.raises(ConfigError, match="'score', which matches none"):
         load(source, asked, auto=AutoModelForSequenceClassification)
