@@ -255,7 +255,7 @@ class Loading:
                 raise CheckpointError(
                     f"{rows.owner}.weight must be in the checkpoint to be quantized, got none"
                 )
-            finish(model, rows)
+        finish(model, self.plan.int8)
         if self.plan.source.is_packed:
             realign(model)
         known = self._verification

@@ -14,7 +14,13 @@ from bitcore.errors import LifecycleError
 from bitlab_hf.config import QUANT_METHOD, BitLabConfig
 from bitlab_hf.model.embedding import ternary_embeddings
 from bitlab_hf.model.experts import expert_modules, find_experts
-from bitlab_hf.model.int8 import LAYERS_ATTRIBUTE, int8_layers, int8_modules, plan_int8
+from bitlab_hf.model.int8 import (
+    LAYERS_ATTRIBUTE,
+    commit_int8,
+    int8_layers,
+    int8_modules,
+    plan_int8,
+)
 from bitlab_hf.model.marks import mark_quantized, retie_packed
 from bitlab_hf.model.replace import check_single_weight
 from bitlab_hf.model.tree import Found, quantized_layers
@@ -90,8 +96,7 @@ def deploy(model: Model) -> Model:
             one.module.commit(name, *tensors)
     model.eval()
     if isinstance(inner, PreTrainedModel):
-        for plan in int8:
-            plan.commit(inner)
+        commit_int8(inner, int8)
         _attach(inner)
     return model
 

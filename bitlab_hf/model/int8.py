@@ -234,20 +234,27 @@ def _put(model: nn.Module, found: Found[nn.Module], module: nn.Module) -> None:
         set_module(model, name, module)
 
 
-def finish(model: PreTrainedModel, rows: Rows) -> None:
-    """After the tensors are there: ties all members, here and in what transformers will tie."""
-    owner = rows.members[0].module
-    assert isinstance(owner, Int8Rows)
-    for found in rows.members:
-        module = found.module
-        assert isinstance(module, Int8Rows)
-        module.commit(owner.qweight, owner.qweight_scale)
-        module.qweight.requires_grad_(False)
-        if isinstance(module, Int8Linear) and module.bias is not None:
-            module.bias.requires_grad_(False)
-    for prefix, tied in rows.tied.items():
+def finish(model: PreTrainedModel, swapped: Sequence[Rows]) -> None:
+    """After the tensors are there: ties all members, here and in what transformers will tie.
+
+    Args:
+        model: The model.
+        swapped: All that was found in it before any of it was swapped.
+    """
+    for rows in swapped:
+        owner = rows.members[0].module
+        assert isinstance(owner, Int8Rows)
+        for found in rows.members:
+            module = found.module
+            assert isinstance(module, Int8Rows)
+            module.commit(owner.qweight, owner.qweight_scale)
+            module.qweight.requires_grad_(False)
+            if isinstance(module, Int8Linear) and module.bias is not None:
+                module.bias.requires_grad_(False)
+    every = [name for rows in swapped for name in rows.names]
+    for prefix, tied in swapped[0].tied.items() if swapped else ():
         part: Any = model.get_submodule(prefix)
-        names = [name.removeprefix(f"{prefix}.") if prefix else name for name in rows.names]
+        names = [name.removeprefix(f"{prefix}.") if prefix else name for name in every]
         renamed = _renamed(tied, names, _LEAVES)
         if renamed != tied:
             part._tied_weights_keys = renamed
@@ -281,10 +288,12 @@ class Plan:
     qweight: Tensor
     scale: Tensor
 
-    def commit(self, model: PreTrainedModel) -> None:
-        """Swaps the members."""
-        swap_quantized(model, self.rows, self.qweight, self.scale)
-        finish(model, self.rows)
+
+def commit_int8(model: PreTrainedModel, plans: Sequence[Plan]) -> None:
+    """Swaps the members of all plans, and ties them."""
+    for plan in plans:
+        swap_quantized(model, plan.rows, plan.qweight, plan.scale)
+    finish(model, [plan.rows for plan in plans])
 
 
 def plan_int8(model: nn.Module) -> list[Plan]:

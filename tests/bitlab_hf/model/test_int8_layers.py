@@ -13,7 +13,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification, LlamaConfig
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaPreTrainedModel,
+)
 
 from bitcore.errors import ConfigError, LifecycleError, NonFiniteError
 from bitcore.quantize import quantize_rows_int8
@@ -269,6 +274,49 @@ def test_tied_layers_become_one(tmp_path: Path) -> None:
         TwoNames.from_pretrained(
             tmp_path / "float", quantization_config=BitLabConfig(int8_layers=["first"])
         )
+
+
+class TwoPairs(LlamaPreTrainedModel):
+    _tied_weights_keys = {  # noqa: RUF012
+        "second.weight": "first.weight",
+        "fourth.weight": "third.weight",
+    }
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        for name in ("first", "second", "third", "fourth", "fifth"):
+            self.add_module(name, nn.Linear(64, 64, bias=False))
+        self.norm = nn.LayerNorm(64)
+        self.post_init()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        return dict(self._tied_weights_keys)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (self.first, self.second, self.third, self.fourth, self.fifth):
+            x = layer(x)
+        normed: torch.Tensor = self.norm(x)
+        return normed
+
+
+def test_several_pairs_of_tied_layers(tmp_path: Path) -> None:
+    model = TwoPairs(LlamaConfig(hidden_size=64))
+    names = ["first", "second", "third", "fourth"]
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    deploy(replace_linear(model, BitLabConfig(int8_layers=names)))
+    expected = model(x)
+    save(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert sum(value.dtype == torch.int8 for value in stored.values()) == 2
+    again = TwoPairs.from_pretrained(tmp_path)
+    for result in (model, again):
+        result.tie_weights()
+        assert result.first.qweight is result.second.qweight
+        assert result.third.qweight is result.fourth.qweight
+        assert result.first.qweight is not result.third.qweight
+        assert torch.equal(result(x), expected)
+    save(again, tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == stored.keys()
 
 
 def test_a_shared_weight_that_no_name_ties_is_refused() -> None:
