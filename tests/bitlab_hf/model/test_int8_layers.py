@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,9 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
-    LlamaConfig,
-    LlamaPreTrainedModel,
 )
 
-from bitcore.errors import ConfigError, LifecycleError, NonFiniteError
+from bitcore.errors import ConfigError, LifecycleError
 from bitcore.quantize import quantize_rows_int8
 from bitlab_hf import BitLabConfig, deploy, replace_linear, save
 from bitlab_hf.checkpoint.card import model_card
@@ -28,12 +25,10 @@ from bitlab_hf.model.count import bits_per_weight
 from bitlab_hf.model.groups import group_fields
 from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.train import calibrate
-from bitlayers import BitLinear, Int8Linear
-from tests.bitlab_hf.checkpoint.test_loading import TwoNames, Undeclared
-from tests.bitlab_hf.experts import make_moe
+from bitlayers import Int8Linear
 from tests.bitlab_hf.fresh import fresh_outputs, outputs_of
 from tests.bitlab_hf.int8 import assert_int8, load
-from tests.bitlab_hf.models import auto_class, logits_of, make_float_model, rewrite, token_ids
+from tests.bitlab_hf.models import auto_class, logits_of, make_float_model, token_ids
 
 # A pattern, and what it matches, by architecture: without and with biases.
 MLP = [f"model.layers.1.mlp.{leaf}_proj" for leaf in ("down", "gate", "up")]
@@ -247,166 +242,12 @@ def test_replace_linear_and_deploy(source: Path, tmp_path: Path) -> None:
         replace_linear(nn.Sequential(nn.Linear(64, 64)), BitLabConfig(int8_layers=["0"]))
 
 
-def test_tied_layers_become_one(tmp_path: Path) -> None:
-    """Two layers that are tied, and one under two names."""
-    model = TwoNames(LlamaConfig(hidden_size=64))
-    del model.again
-    model.save_pretrained(tmp_path / "float")
-    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
-    for patterns in (["first", "second"], ["once", "again"]):
-        asked = BitLabConfig(int8_layers=patterns)
-        latent = TwoNames.from_pretrained(tmp_path / "float", quantization_config=asked)
-        deploy(latent)
-        held = [getattr(latent, name) for name in patterns]
-        assert type(held[0]) is Int8Linear
-        assert held[0].qweight is held[1].qweight
-        expected = latent(x)
-        save(latent, tmp_path / "deployed")
-        again = TwoNames.from_pretrained(tmp_path / "deployed")
-        assert getattr(again, patterns[0]).qweight is getattr(again, patterns[1]).qweight
-        assert torch.equal(again(x), expected)
-        packed = TwoNames.from_pretrained(
-            tmp_path / "float",
-            quantization_config=BitLabConfig(int8_layers=patterns, mode="infer"),
-        )
-        assert torch.equal(packed(x), expected)
-    with pytest.raises(ConfigError, match="must match second too, which is tied to first"):
-        TwoNames.from_pretrained(
-            tmp_path / "float", quantization_config=BitLabConfig(int8_layers=["first"])
-        )
-
-
-class TwoPairs(LlamaPreTrainedModel):
-    _tied_weights_keys = {  # noqa: RUF012
-        "second.weight": "first.weight",
-        "fourth.weight": "third.weight",
-    }
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config)
-        for name in ("first", "second", "third", "fourth", "fifth"):
-            self.add_module(name, nn.Linear(64, 64, bias=False))
-        self.norm = nn.LayerNorm(64)
-        self.post_init()
-
-    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        return dict(self._tied_weights_keys)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in (self.first, self.second, self.third, self.fourth, self.fifth):
-            x = layer(x)
-        normed: torch.Tensor = self.norm(x)
-        return normed
-
-
-def test_several_pairs_of_tied_layers(tmp_path: Path) -> None:
-    model = TwoPairs(LlamaConfig(hidden_size=64))
-    names = ["first", "second", "third", "fourth"]
-    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
-    deploy(replace_linear(model, BitLabConfig(int8_layers=names)))
-    expected = model(x)
-    save(model, tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    assert sum(value.dtype == torch.int8 for value in stored.values()) == 2
-    again = TwoPairs.from_pretrained(tmp_path)
-    for result in (model, again):
-        result.tie_weights()
-        assert result.first.qweight is result.second.qweight
-        assert result.third.qweight is result.fourth.qweight
-        assert result.first.qweight is not result.third.qweight
-        assert torch.equal(result(x), expected)
-    save(again, tmp_path / "again")
-    assert load_file(tmp_path / "again" / "model.safetensors").keys() == stored.keys()
-
-
-def test_a_shared_weight_that_no_name_ties_is_refused() -> None:
-    class Third(Undeclared):
-        def __init__(self, config: LlamaConfig) -> None:
-            super().__init__(config)
-            self.c = nn.Linear(64, 64)
-
-    model = Third(LlamaConfig(hidden_size=64))
-    with pytest.raises(ConfigError, match="got a, which shares its weight with b"):
-        replace_linear(model, BitLabConfig(int8_layers=["a", "b"]))
-    assert type(model.c) is nn.Linear
-
-
-@pytest.mark.parametrize("mode", ["train", "infer"])
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"int8_layers": ["layers.7"]}, "got 'layers.7', which matches none\n.*'model.layers.0"),
-        ({"int8_layers": ["down_proj", "fc3"]}, "got 'fc3', which matches none"),
-        # Not "layers.1" of "layers.10": a name ends at a dot.
-        ({"int8_layers": ["model.layers.1.mlp.down"]}, "which matches none"),
-        ({"int8_layers": ["lm_head"]}, 'must match no output head.*\nUse head="int8"'),
-        ({"int8_layers": ["lm_head"], "head": "ternary"}, "must match no output head"),
-        (
-            {"int8_layers": ["down_proj"], "modules_to_not_convert": ["model.layers.1"]},
-            "no layer of modules_to_not_convert.*'down_proj', which matches model.layers.1.mlp",
-        ),
-        (
-            {"int8_layers": ["down_proj"], "overrides": {"*.down_proj": GROUPS}},
-            "overrides must match converted layers",
-        ),
-        ({"int8_layers": [".*_proj"]}, "must hold nn.Linear layers that are not skipped, got none"),
-        ({"int8_layers": "down_proj"}, "int8_layers must be a list of names"),
-        ({"int8_layers": ["("]}, "int8_layers must hold names or regular expressions"),
-    ],
-)
-def test_patterns_that_are_refused(
-    source: Path, mode: str, fields: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=f"(?s){message}"):
-        loaded(source, asked=BitLabConfig(mode=mode, **fields))
-
-
-@pytest.mark.parametrize("experts", ["keep", None])
-def test_experts_are_refused_by_name(tmp_path: Path, experts: str | None) -> None:
-    source = make_moe("qwen2_moe", tmp_path)
-    for pattern in ("model.layers.1.mlp", "model.layers.1.mlp.experts", "gate_up_proj"):
-        layer = "0" if pattern == "gate_up_proj" else "1"
-        named = re.escape(f"matches the experts model.layers.{layer}.mlp.experts")
-        with pytest.raises(ConfigError, match=named):
-            load(source, BitLabConfig(int8_layers=[pattern], experts=experts))
-    # A router stays float, as ever.
-    with pytest.raises(ConfigError, match="'mlp.gate', which matches none"):
-        load(source, BitLabConfig(int8_layers=["mlp.gate"]))
-    shared = BitLabConfig(int8_layers=["model.layers.1.mlp.shared_expert"])
-    model = load(source, shared)
-    trained = logits_of(model)
-    expected = logits_of(deploy(model))
-    torch.testing.assert_close(expected, trained, rtol=0, atol=0.02)
-    assert type(model.model.layers[1].mlp.shared_expert.up_proj) is Int8Linear
-    assert type(model.model.layers[1].mlp.gate).__name__ != "Int8Linear"
-    save(model, tmp_path / "deployed")
-    assert torch.equal(logits_of(load(tmp_path / "deployed")), expected)
-
-
-def test_a_nonfinite_weight_is_named_and_nothing_changes(source: Path) -> None:
-    key = f"{MLP[0]}.weight"
-    rewrite(source, lambda tensors: tensors[key][-1].fill_(float("nan")))
-    with pytest.raises(NonFiniteError, match=re.escape(f"{key} must be finite")):
-        loaded(source, asked=config(mode="infer"))
-    model = loaded(source, asked=config())
-    with pytest.raises(NonFiniteError, match=re.escape(f"{key} must be finite")):
-        deploy(model)
-    assert type(model.get_submodule(MLP[0])) is nn.Linear
-    assert not any(one.is_deployed for one in model.modules() if isinstance(one, BitLinear))
-
-
 def test_they_do_not_decide_the_size_of_groups(tmp_path: Path) -> None:
     source = make_float_model("llama", tmp_path, intermediate_size=160)
     model = loaded(source)
     assert group_fields(model, BitLabConfig())["overrides"]
     asked = BitLabConfig(int8_layers=["down_proj"])
     assert group_fields(model, asked) == {**GROUPS, "overrides": {}}
-
-
-def test_a_new_layer_cannot_be_named(source: Path) -> None:
-    asked = BitLabConfig(int8_layers=["score"])
-    with pytest.raises(ConfigError, match="'score', which matches none"):
-        load(source, asked, auto=AutoModelForSequenceClassification)
 
 
 def test_counts(source: Path) -> None:
