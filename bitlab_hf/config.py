@@ -14,9 +14,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from bitcore.config import BitQuantConfig
 from bitcore.errors import ConfigError
 
-# The highest that is read: that of files with a ternary embedding. Those with ternary experts are
-# of version 3, those with groups in two levels of version 2, all others of version 1, in which
-# groups have float32 scales.
+# The highest that is read: that of files with a ternary embedding, or int8 layers. Those with
+# ternary experts are of version 3, those with groups in two levels of version 2, all others of
+# version 1, in which groups have float32 scales.
 FORMAT_VERSION = 4
 QUANT_METHOD = "bitlab"
 _CHOICES = {
@@ -54,6 +54,10 @@ class BitLabConfig(QuantizationConfigMixin):
         embedding: ``"ternary"`` is written where a deployed file holds the input embedding packed,
             because it was ternary already; a head that is tied to it is ternary then, too. Not for
             the user to set: no embedding is made ternary.
+        int8_layers: Names, or patterns as ``modules_to_not_convert`` takes them, of linear layers
+            that become int8 with a scale per row where the head would; latent they are plain and
+            float. For the few layers that lose most. A file has the whole names of those that it
+            holds so.
         experts: ``None`` converts experts that a model keeps as tensors, where it is known how
             these lie; ``"ternary"`` insists on it; ``"keep"`` leaves them float. A file says
             ``"ternary"`` where its experts are. An estimator that trains a scale does so for
@@ -89,6 +93,7 @@ class BitLabConfig(QuantizationConfigMixin):
         overrides: dict[str, dict[str, Any]] | None = None,
         head: str = "keep",
         embedding: str = "keep",
+        int8_layers: list[str] | None = None,
         experts: str | None = None,
         sub_norm: list[str] | None = None,
         activation_dtype: str = "int8",
@@ -154,6 +159,7 @@ class BitLabConfig(QuantizationConfigMixin):
             )
         self.head = head
         self.embedding = self._checked_embedding(embedding)
+        self.int8_layers = checked_patterns("int8_layers", int8_layers) or []
         self.experts = experts
         self.mode = mode
         self.latent_dtype = latent_dtype
@@ -263,10 +269,10 @@ class BitLabConfig(QuantizationConfigMixin):
     @property
     def format_version(self) -> int:
         """The version that a file of this configuration has, which older readers then refuse: 4
-        with a ternary embedding, 3 with ternary experts, 2 if layers have groups in two levels,
-        else 1.
+        with a ternary embedding or int8 layers, 3 with ternary experts, 2 if layers have groups in
+        two levels, else 1.
         """
-        if self.embedding == "ternary":
+        if self.embedding == "ternary" or self.int8_layers:
             return 4
         if self.experts == "ternary":
             return 3
@@ -308,9 +314,11 @@ class BitLabConfig(QuantizationConfigMixin):
             # Its readers do not know the field.
             for values in (held, *held["overrides"].values()):
                 values.pop("group_scale_dtype", None)
+        # Readers of versions before their own do not know the fields.
         if self.embedding == "keep":
-            # Readers of versions before its own do not know the field.
             del held["embedding"]
+        if not self.int8_layers:
+            del held["int8_layers"]
         if self.experts is None:
             del held["experts"]
         return held
@@ -335,6 +343,7 @@ _KNOWN_FIELDS = {
     *_CHOICES,
     "layer",
     "modules_to_not_convert",
+    "int8_layers",
     "overrides",
     "sub_norm",
     "format_version",

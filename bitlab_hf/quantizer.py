@@ -33,7 +33,7 @@ from bitlab_hf.model.by_expert import by_expert
 from bitlab_hf.model.count import bits_per_weight
 from bitlab_hf.model.embedding import restore_embeddings, ternary_embeddings
 from bitlab_hf.model.experts import expert_modules
-from bitlab_hf.model.head import restore_float
+from bitlab_hf.model.int8 import restore_float
 from bitlab_hf.model.marks import mark_latent, mark_quantized, unmark
 from bitlab_hf.model.parallel import finish_parallel, plan_experts, plan_parallel
 from bitlab_hf.model.parts import check_whole, save_tied_once
@@ -129,7 +129,7 @@ class BitLabHfQuantizer(HfQuantizer):
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Returns the bytes of an element of a parameter once it is loaded."""
-        if self.loading is not None and self.loading.packing.is_head(param_name):
+        if self.loading is not None and self.loading.packing.is_int8(param_name):
             # Not packed four to a byte, as the layers are.
             return 1
         if self.param_needs_quantization(model, param_name):
@@ -210,7 +210,8 @@ class BitLabHfQuantizer(HfQuantizer):
             return
         assert self.loading is not None
         int8 = {name for rows in self.loading.plan.int8 for name in rows.names}
-        plan_parallel(model, plan, self.build_packed, int8)
+        layers = self.quantization_config.int8_layers
+        plan_parallel(model, plan, self.build_packed, int8, layers)
 
     def is_serializable(self) -> bool:
         return True

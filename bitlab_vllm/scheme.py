@@ -27,6 +27,7 @@ _KNOWN = _LAYER_FIELDS | {
     "experts",
     "format_version",
     "head",
+    "int8_layers",
     "latent_dtype",
     "layer",
     "mode",
@@ -102,6 +103,12 @@ class Scheme:
             ("keep",),
             "vLLM looks up no packed rows yet: `bitlab serve FOLDER --with-transformers`.",
         )
+        int8 = config.get("int8_layers") or []
+        if int8:
+            raise ConfigError(
+                f"bitlab: int8_layers must be empty to be served, got {int8!r:.80}\n"
+                "vLLM runs only heads in int8 yet: `bitlab serve FOLDER --with-transformers`."
+            )
         _check("experts", config.get("experts"), _EXPERTS)
         head = config.get("head", "keep")
         _check("head", head, _HEADS)

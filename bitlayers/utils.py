@@ -15,6 +15,7 @@ from bitcore.errors import ArgumentError, ArgumentTypeError
 from bitlayers.base import BitLayerBase
 from bitlayers.embedding import TernaryEmbedding
 from bitlayers.experts import BitExperts
+from bitlayers.int8 import Int8Linear
 
 
 class MemoryUsage(TypedDict):
@@ -42,12 +43,15 @@ def _bytes(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
-def estimate_memory_usage(layer: BitLayerBase | TernaryEmbedding | BitExperts) -> MemoryUsage:
+def estimate_memory_usage(
+    layer: BitLayerBase | BitExperts | TernaryEmbedding | Int8Linear,
+) -> MemoryUsage:
     """Estimates the memory of a quantized layer, of a ternary embedding or of ternary experts, in
     any state, changing none.
 
     Args:
-        layer: A layer with in_features and out_features, an embedding, or a module of experts.
+        layer: A layer with in_features and out_features, ternary or int8, an embedding, or a module
+            of experts.
 
     Returns:
         ``original`` (bytes of the latent weight and the bias), ``quantized`` (bytes of the packed
@@ -55,7 +59,7 @@ def estimate_memory_usage(layer: BitLayerBase | TernaryEmbedding | BitExperts) -
         experts all of theirs.
 
     Raises:
-        ArgumentTypeError: layer is not a BitLayerBase, nor an embedding, nor experts.
+        ArgumentTypeError: layer is not a BitLayerBase, no Int8Linear, nor an embedding or experts.
     """
     if isinstance(layer, BitExperts):
         names = [f"{name}_bias" for name in layer.stacks]
@@ -68,6 +72,12 @@ def estimate_memory_usage(layer: BitLayerBase | TernaryEmbedding | BitExperts) -
         return _usage(original + bias, bias, layer.packed_tensors())
     if isinstance(layer, TernaryEmbedding):
         return _usage(layer.weight.nbytes, 0, layer.packed_tensors())
+    if isinstance(layer, Int8Linear):
+        tensors = {"qweight": layer.qweight, "qweight_scale": layer.qweight_scale}
+        bias = _bytes(layer.bias)
+        original = layer.out_features * layer.in_features * layer.dtype.itemsize + bias
+        held = {name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()}
+        return _usage(original, bias, held)
     if not isinstance(layer, BitLayerBase):
         raise ArgumentTypeError(
             f"estimate_memory_usage: layer must be a BitLayerBase, got {type(layer).__name__}"

@@ -22,8 +22,8 @@ from bitlab_hf.checkpoint.facts import Facts
 from bitlab_hf.model.count import bits_per_weight
 from bitlab_hf.model.embedding import ternary_embeddings
 from bitlab_hf.model.experts import expert_modules
+from bitlab_hf.model.int8 import int8_layers, int8_modules
 from bitlab_hf.model.tree import quantized_layers, ternary_modules
-from bitlayers.int8 import Int8Rows
 
 CARD = "README.md"
 INSTALL = "pip install bitlab-hf"
@@ -162,11 +162,10 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
     stacks = [stack for one in experts for stack in one.stacks.values()]
     ternary = sum(packed.values()) + sum(stack.weights for stack in stacks)
     matrices = len(packed) + sum(stack.experts * stack.parts for stack in stacks)
-    int8 = {
-        id(module.qweight): module.qweight.numel()
-        for module in model.modules()
-        if isinstance(module, Int8Rows)
-    }
+    int8 = {id(one.module.qweight): one.module.qweight.numel() for one in int8_modules(model)}
+    int8_linears = {id(one.module.qweight) for one in int8_layers(model)}
+    of_linears = sum(int8[key] for key in int8_linears)
+    of_head = sum(int8.values()) - of_linears
     floats = {id(p): p.numel() for p in model.parameters() if p.is_floating_point()}
     schemes = Counter(_scheme(layer.quant_config) for layer in layers)
     of_experts = Counter(_scheme(stack.config) for stack in stacks)
@@ -212,7 +211,8 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
         "| | |\n|---|---|\n"
         f"| ternary weights | {ternary:,} in {matrices} matrices |\n"
         f"| bits a weight, scales included | {bits_per_weight(model):.2f} |\n"
-        + (f"| output head, int8 | {sum(int8.values()):,} |\n" * bool(int8))
+        + (f"| output head, int8 | {of_head:,} |\n" * bool(of_head))
+        + (f"| {len(int8_linears)} linear layers, int8 | {of_linears:,} |\n" * bool(of_linears))
         + f"| other parameters | {sum(floats.values()):,}, {_dtypes(model)} |\n"
         + f"| size | {stored / 1e6:.1f} MB; {half / 1e6:.1f} MB in 16 bits a weight |\n"
         + "\n".join(rows),

@@ -23,7 +23,7 @@ from bitlab_hf.checkpoint.plan import Plan
 from bitlab_hf.checkpoint.verified import Verification
 from bitlab_hf.model.embedding import swap_embeddings
 from bitlab_hf.model.experts import expert_modules
-from bitlab_hf.model.head import finish, int8_modules, is_borrower, swap_skeletons
+from bitlab_hf.model.int8 import finish, int8_modules, is_borrower, swap_skeletons
 from bitlab_hf.model.learned import (
     deploy_learned,
     expect_learned_scales,
@@ -196,15 +196,18 @@ class Loading:
                     keep.add(name)
         for rows in self.plan.int8:
             # Quantized from the model's dtype, as `deploy` does it.
-            self.packing.add_head(rows)
-            for name in (f"{name}.weight" for name in rows.names):
-                if checkpoint is None:
-                    continue
-                if name not in checkpoint.tensors:
-                    raise ConfigError(
-                        f'bitlab: head="int8" must find {name} in the checkpoint, got a new head\n'
-                        'Load it latent with head="int8", then call deploy(model).'
-                    )
+            self.packing.add_int8(rows)
+            if checkpoint is None:
+                continue
+            names = [f"{name}.weight" for name in rows.names]
+            held = [name for name in names if name in checkpoint.tensors]
+            if not held:
+                # A new layer would not be among them.
+                raise ConfigError(
+                    f'bitlab: head="int8" must find {names[0]} in the checkpoint, got a new head\n'
+                    'Load it latent with head="int8", then call deploy(model).'
+                )
+            for name in held:
                 shape = (rows.tensor.shape[0], rows.tensor.shape[1])
                 _check_float_header(name, checkpoint.tensors[name], shape)
         model._keep_in_fp32_modules_strict = keep
@@ -252,7 +255,7 @@ class Loading:
                 raise CheckpointError(
                     f"{rows.owner}.weight must be in the checkpoint to be quantized, got none"
                 )
-            finish(model, rows)
+        finish(model, self.plan.int8)
         if self.plan.source.is_packed:
             realign(model)
         known = self._verification

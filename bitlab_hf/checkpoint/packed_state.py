@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from bitlab_hf.checkpoint.headers import LAYERS_KEY, MODEL_NAMES, NAMES_KEY
 from bitlab_hf.model.experts import expert_modules
-from bitlab_hf.model.head import int8_modules, is_borrower
+from bitlab_hf.model.int8 import int8_modules, is_borrower
 from bitlab_hf.model.parts import gathered, parts
 from bitlab_hf.model.rows import stored_elsewhere
 from bitlab_hf.model.tree import quantized_layers, ternary_modules

@@ -15,23 +15,15 @@ from transformers import PreTrainedModel
 
 from bitcore.errors import CheckpointError, ConfigError
 from bitlab_hf.checkpoint.experts import check_claimed, plan_experts
-from bitlab_hf.checkpoint.headers import (
-    FLOATS,
-    Checkpoint,
-    TensorHeader,
-    check_floats,
-    check_headers,
-    check_no_multiplier,
-    with_tied,
-)
+from bitlab_hf.checkpoint.headers import Checkpoint, TensorHeader, check_floats, with_tied
+from bitlab_hf.checkpoint.int8 import head_rows, stored_layers, stored_vocabulary
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.model.embedding import find_embedding
-from bitlab_hf.model.head import INT8_HEAD, find_head
+from bitlab_hf.model.int8 import claim_int8, layer_rows, named_int8
 from bitlab_hf.model.left import leave_float, note_float, note_new
 from bitlab_hf.model.replace import find_linears, skipped_modules
-from bitlab_hf.model.rows import Rows, check_supported, find_rows
+from bitlab_hf.model.rows import Rows
 from bitlab_hf.model.tree import Found
-from bitlab_hf.model.vocabulary import input_embeddings
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,8 @@ class Plan:
             are no safetensors files.
         layers: The linear layers that become ternary ones.
         experts: The modules of experts that become ternary.
-        int8: What becomes int8: an output head with what is tied to it, and an embedding.
+        int8: What becomes int8: an output head with what is tied to it, an embedding, and linear
+            layers that the configuration names.
         embedding: The input embedding with what is tied to it, where the files hold it ternary; a
             head among it is one of the layers, too.
         stored_apart: Layers that the model ties to another and the files hold all the same.
@@ -89,13 +82,15 @@ def make_plan(
 
     Args:
         model: The skeleton.
-        config: How it is to be made ternary; its list of modules to leave alone is resolved.
+        config: How it is to be made ternary; its lists of modules to leave alone, and of layers
+            that are int8, are resolved.
         checkpoint: What the files hold, or None.
         source: What is loaded.
 
     Raises:
         CheckpointError: The files do not hold what the configuration says.
-        ConfigError: What is asked of the output head is not to be had.
+        ConfigError: What is asked of the output head, or of the layers that are to be int8, is not
+            to be had.
     """
     if checkpoint is None and source.is_packed:
         raise CheckpointError(
@@ -108,8 +103,11 @@ def make_plan(
     plan = Plan(config, source, known)
     skip = skipped_modules(model, config, defaults=not source.was_converted)
     found = find_linears(model, skip)
+    int8: list[Found[nn.Linear]] = []
     named: list[str] = []
-    if not source.was_converted:
+    if source.was_converted:
+        found, int8 = named_int8(model, found, config.int8_layers)
+    else:
         left = leave_float(model, found, config)
         found = [layer for layer in found if layer not in left]
         named += [name for layer in left for name in layer.names]
@@ -127,24 +125,31 @@ def make_plan(
         if source.is_packed:
             plan.checkpoint = known = _with_tied_layers(model, plan, known, found)
         found, lacking = _split_by_presence(found, known, source)
+        if not source.is_packed:
+            int8, others = _split_by_presence(int8, known, source)
+            lacking += others
         named += [name for layer in lacking for name in layer.names]
         if not source.was_converted:
             note_new(lacking)
     if not source.was_converted:
+        found, int8 = claim_int8(model, found, config)
         alone = [*(config.modules_to_not_convert or []), *named]
-        note_float(model, found, alone, plan.experts)
+        note_float(model, [*found, *int8], alone, plan.experts)
     plan.layers = found
     config.modules_to_not_convert = sorted({*skip, *named})
     if config.head == "ternary":
         _check_ternary_head(model, plan)
     if source.is_packed:
         assert known is not None
-        plan.int8 = _stored_int8(model, known, config)
+        layers = stored_layers(model, known, int8)
+        plan.int8 = [*stored_vocabulary(model, known, config), *layers]
         _check_all_claimed(model, plan)
     else:
-        head = _int8_head(model, plan)
-        if head is not None and source.builds_packed:
-            plan.int8 = [head]
+        layers = layer_rows(model, int8)
+        head = head_rows(model, config, source.was_converted)
+        if source.builds_packed:
+            plan.int8 = [*([] if head is None else [head]), *layers]
+    config.int8_layers = sorted(name for rows in layers for name in rows.names)
     return plan
 
 
@@ -273,71 +278,6 @@ def _check_ternary_head(model: PreTrainedModel, plan: Plan) -> None:
             f"bitlab: a tied ternary head must be float32 with the embedding, got {held}\n"
             'Pass dtype=torch.float32, or latent_dtype="keep".'
         )
-
-
-def _int8_head(model: PreTrainedModel, plan: Plan) -> Rows | None:
-    """Returns the head that is to be int8, refused early where it cannot be."""
-    if plan.config.head != "int8":
-        return None
-    head = find_head(model)
-    if head is None and not plan.source.was_converted:
-        raise ConfigError(
-            'bitlab: head="int8" must find an output head that is an nn.Linear, got none'
-        )
-    return head
-
-
-def _stored_int8(model: PreTrainedModel, known: Checkpoint, config: BitLabConfig) -> list[Rows]:
-    """Returns the output head, and the input embedding, where a deployed file holds them in int8.
-
-    The header says which modules it holds so; a head that it does not list is a new one. A file
-    whose header is lost is taken to hold what the configuration says.
-    """
-    if config.head != "int8":
-        return []
-    head = model.get_output_embeddings()
-    result: list[Rows] = []
-    for module in (head, input_embeddings(model)):
-        if not isinstance(module, (nn.Linear, nn.Embedding)) or any(
-            module is found.module for rows in result for found in rows.members
-        ):
-            continue
-        rows = find_rows(model, module, *INT8_HEAD)
-        held = {
-            leaf: [name for name in rows.names if f"{name}.{leaf}" in known.tensors]
-            for leaf in ("weight", "qweight", "qweight_scale")
-        }
-        if known.layers is not None:
-            expected = bool(known.layers.intersection(rows.names))
-        else:
-            tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-            expected = not held["weight"] and (module is head or tied)
-        if not expected and not held["qweight"]:
-            continue
-        check_supported(model, rows, *INT8_HEAD)
-        _check_int8_headers(rows, known)
-        result.append(rows)
-    return result
-
-
-def _check_int8_headers(rows: Rows, known: Checkpoint) -> None:
-    owner, *borrowers = rows.members
-    shape = tuple(rows.tensor.shape)
-    wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
-        "qweight": (("I8",), shape),
-        "qweight_scale": (("F32",), shape[:1]),
-    }
-    if getattr(owner.module, "bias", None) is not None:
-        wanted["bias"] = (FLOATS, shape[:1])
-    check_headers(owner.names, wanted, known, 'head="int8"')
-    check_no_multiplier(rows.names, known, 'head="int8"')
-    for name in (name for found in borrowers for name in found.names):
-        for leaf in ("weight", *wanted):
-            if f"{name}.{leaf}" in known.tensors:
-                raise CheckpointError(
-                    f"{name}.{leaf} must not be in the checkpoint, got one, though {name} is tied "
-                    f"to {rows.owner}\nconfig.json and the tensors do not belong together."
-                )
 
 
 def _check_all_claimed(model: PreTrainedModel, plan: Plan) -> None:

@@ -40,6 +40,11 @@ OPTIONS: dict[str, tuple[Any, tuple[str, ...], str]] = {
     ),
     "layer": (str, ("--layer",), "The registered layer that replaces nn.Linear."),
     "head": (str, ("--head",), "The output head: keep, int8 or ternary."),
+    "int8_layers": (
+        list[str],
+        ("--int8-layers",),
+        "Linear layers that become int8 instead of ternary; repeatable.",
+    ),
     "sub_norm": (list[str], ("--sub-norm",), "Layers that get a norm of their input; repeatable."),
     "modules_to_not_convert": (
         list[str],
@@ -47,6 +52,8 @@ OPTIONS: dict[str, tuple[Any, tuple[str, ...], str]] = {
         "Layers to leave float; repeatable.",
     ),
 }
+# Those that hold patterns of names.
+_PATTERNS = ("modules_to_not_convert", "int8_layers")
 
 
 def with_scheme(command: Callable[..., None]) -> Callable[..., None]:
@@ -102,14 +109,15 @@ def config_of(op: str, scheme: dict[str, Any], held: dict[str, Any] | None, **lo
     from bitlab_hf import BitLabConfig
     from bitlayers.registry import get_layer
 
-    for pattern in scheme.get("modules_to_not_convert", ()):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(
-                f"{op}: --modules-to-not-convert must be names or regular expressions, got "
-                f"{pattern!r} ({error})"
-            ) from error
+    for field in _PATTERNS:
+        for pattern in scheme.get(field, ()):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"{op}: {OPTIONS[field][1][0]} must be names or regular expressions, got "
+                    f"{pattern!r} ({error})"
+                ) from error
     if held is None:
         _check_groups(op, scheme)
         config = BitLabConfig(**scheme, **loading)
@@ -189,6 +197,8 @@ def check_same(op: str, scheme: dict[str, Any], held: dict[str, Any]) -> None:
         # A file lists all that were left alone, not only what was asked for.
         if name == "modules_to_not_convert" and set(asked) <= set(has or ()):
             continue
+        if name == "int8_layers" and _name(asked, has):
+            continue
         # Two names of one thing.
         if name == "activation_granularity" and {asked, has} == {"per_token", "per_channel"}:
             continue
@@ -197,6 +207,15 @@ def check_same(op: str, scheme: dict[str, Any], held: dict[str, Any]) -> None:
                 f"{op}: {name} must be left out for a model that has a scheme, or be its own "
                 f"{has!r}, got {asked!r}{ending}"
             )
+
+
+def _name(patterns: list[str], names: list[str]) -> bool:
+    """Tells whether patterns name these modules, each of them one at least."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return not any(should_convert_module(name, patterns) for name in names) and all(
+        any(not should_convert_module(name, [pattern]) for name in names) for pattern in patterns
+    )
 
 
 def load_packed(op: str, source: str, scheme: dict[str, Any], held: dict[str, Any] | None) -> Any:

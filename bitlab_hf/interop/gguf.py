@@ -92,7 +92,7 @@ def export_gguf(
         path: The file.
         qtype: ``"Q2_0"`` (2.25 bits a weight; takes scales of groups), ``"TQ2_0"`` (2.06),
             ``"TQ1_0"`` (1.69) or ``"BF16"`` for what is ternary; everything else keeps the
-            model's dtype, which heads and embeddings in int8 are rounded to, norms are float32.
+            model's dtype, which what is int8 is rounded to, norms are float32.
             Default TQ2_0 if it can hold every layer, else Q2_0.
         tokenizer: The tokenizer; default the one of the folder or repository that the model was
             loaded from.
@@ -185,7 +185,7 @@ def _tensors(model: PreTrainedModel, known: Architecture, qtype: str) -> Iterato
         if isinstance(module, Int8Rows):
             kind = _float_kind(module.dtype)
             shape = tuple(module.qweight.shape)
-            make = partial(_rows, module, kind)
+            make = partial(_rows, module, kind, order)
             yield _Tensor(renamed(names, f"{name}.weight"), shape, kind, make)
         for leaf, tensor in module.named_parameters(recurse=False):
             ours = isinstance(module, BitExperts | Int8Rows) or f"{name}.weight" in ternary
@@ -234,8 +234,9 @@ def _float_kind(dtype: torch.dtype) -> str:
     return next((kind for kind, held in _DTYPES.items() if held == dtype), "F32")
 
 
-def _rows(module: Int8Rows, kind: str) -> Tensor:
-    return module.dequantized_weight(_DTYPES[kind]).detach().cpu()
+def _rows(module: Int8Rows, kind: str, order: Tensor | None) -> Tensor:
+    values = module.dequantized_weight(_DTYPES[kind]).detach().cpu()
+    return values if order is None else values[order]
 
 
 def _floats(tensor: Tensor, kind: str, shift: float) -> Tensor:

@@ -14,7 +14,13 @@ from bitcore.errors import LifecycleError
 from bitlab_hf.config import QUANT_METHOD, BitLabConfig
 from bitlab_hf.model.embedding import ternary_embeddings
 from bitlab_hf.model.experts import expert_modules, find_experts
-from bitlab_hf.model.head import int8_modules, plan_head
+from bitlab_hf.model.int8 import (
+    LAYERS_ATTRIBUTE,
+    commit_int8,
+    int8_layers,
+    int8_modules,
+    plan_int8,
+)
 from bitlab_hf.model.marks import mark_quantized, retie_packed
 from bitlab_hf.model.replace import check_single_weight
 from bitlab_hf.model.tree import Found, quantized_layers
@@ -36,8 +42,9 @@ def deploy(model: Model) -> Model:
 
     First every layer is checked and packed beside the weights, then all are committed, so an error
     leaves the model as it was. With ``head="int8"`` the output head, and the embedding tied to it,
-    are quantized with them. Other tensors keep their dtype. Gradients and an
-    optimizer that still hold the latent weights keep their memory: drop them first.
+    are quantized with them, and so are the layers of ``int8_layers``. Other tensors keep their
+    dtype. Gradients and an optimizer that still hold the latent weights keep their memory: drop
+    them first.
 
     Args:
         model: A model with latent quantized layers, from ``from_pretrained`` or `replace_linear`.
@@ -49,7 +56,7 @@ def deploy(model: Model) -> Model:
         LifecycleError: The model has no latent layers, is deployed already, sharded, or wrapped by
             an adapter or a data-parallel module.
         NonFiniteError: A weight holds NaN or infinity; the message names it.
-        ConfigError: ``head="int8"`` is asked of a head that has no int8 form.
+        ConfigError: Int8 is asked of a head, or of a layer, that has no int8 form.
     """
     _check_unwrapped(model)
     # torch.compile wraps the module that is meant.
@@ -75,7 +82,7 @@ def deploy(model: Model) -> Model:
             "weights in memory"
         )
     groups = check_single_weight(latent)
-    head = plan_head(inner)
+    int8 = plan_int8(inner)
     built = [_build(group) for group in groups.values()]
     packed = [one.module.build_deployment() for one in experts]
     for group, deployments in zip(groups.values(), built, strict=True):
@@ -89,8 +96,7 @@ def deploy(model: Model) -> Model:
             one.module.commit(name, *tensors)
     model.eval()
     if isinstance(inner, PreTrainedModel):
-        if head is not None:
-            head.commit(inner)
+        commit_int8(inner, int8)
         _attach(inner)
     return model
 
@@ -131,7 +137,9 @@ def _attach(model: PreTrainedModel) -> None:
         config = described(model)
     config = copy.deepcopy(config)
     settle_vocabulary(model, config)
-    if config.head == "int8" and not int8_modules(model):
+    layers = int8_layers(model)
+    config.int8_layers = sorted(name for found in layers for name in found.names)
+    if config.head == "int8" and len(int8_modules(model)) == len(layers):
         # A model without a head, of a file that has one.
         config.head = "keep"
     config.weight_format, config.mode = "packed", "auto"
@@ -197,13 +205,18 @@ def described(model: PreTrainedModel) -> BitLabConfig:
             for name in layer.names
             if isinstance(layer.module, RMSNormBitLinear)
         ]
-    config.head = "int8" if int8_modules(model) else "keep"
+    int8 = int8_layers(model)
+    config.head = "int8" if len(int8_modules(model)) > len(int8) else "keep"
+    # Of a latent model they are float still.
+    config.int8_layers = sorted(
+        {name for found in int8 for name in found.names} | set(getattr(model, LAYERS_ATTRIBUTE, []))
+    )
     if isinstance(model.get_output_embeddings(), BitLayerBase):
         config.head = "ternary"
     config.modules_to_not_convert = sorted(
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in names
+        if isinstance(module, nn.Linear) and name not in names.union(config.int8_layers)
     )
     if experts:
         # Those beside them that stay float.

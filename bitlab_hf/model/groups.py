@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from bitcore.checks import GROUP_SIZES
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.model.experts import experts_to_convert, stacks_of
+from bitlab_hf.model.int8 import claim_int8
 from bitlab_hf.model.left import reasons_to_leave
 from bitlab_hf.model.replace import find_linears, skipped_modules
 
@@ -44,9 +45,8 @@ def group_fields(model: PreTrainedModel, config: BitLabConfig) -> dict[str, Any]
     found = find_linears(model, skip)
     reasons = reasons_to_leave(model, found, config)
     left = {name for layers in reasons.values() for layer in layers for name in layer.names}
-    inputs = {
-        layer.names[0]: layer.module.in_features for layer in found if layer.names[0] not in left
-    }
+    ternary, _ = claim_int8(model, [one for one in found if one.names[0] not in left], config)
+    inputs = {layer.names[0]: layer.module.in_features for layer in ternary}
     for one in experts_to_convert(model, config, skip):
         stacks = stacks_of(model, one, config)
         inputs |= {f"{one.names[0]}.{stack.name}": stack.in_features for stack in stacks}

@@ -12,7 +12,7 @@ from transformers.core_model_loading import ConversionOps
 
 from bitcore.errors import CheckpointError, NonFiniteError
 from bitcore.quantize import quantize_rows_int8
-from bitlab_hf.model.head import swap_quantized
+from bitlab_hf.model.int8 import swap_quantized
 from bitlab_hf.model.marks import retie_packed
 from bitlab_hf.model.rows import Rows
 from bitlab_hf.model.tree import Found
@@ -37,7 +37,7 @@ class PackAtLoad(ConversionOps):
         # Every name of a weight to take, by each of its names.
         self._names: dict[str, set[str]] = {}
         self._tied: dict[str, list[BitLayerBase]] = {}
-        self._head: Rows | None = None
+        self._int8: dict[str, Rows] = {}
         self._experts: dict[str, BitExperts] = {}
 
     def add_experts(self, found: Found[BitExperts]) -> None:
@@ -56,15 +56,15 @@ class PackAtLoad(ConversionOps):
         modules = [found.module for found in tied]
         self._tied.update(dict.fromkeys(names, modules))
 
-    def add_head(self, rows: Rows) -> None:
-        """Takes the weight of the output head and of what is tied to it."""
+    def add_int8(self, rows: Rows) -> None:
+        """Takes the weight of what becomes int8 and of what is tied to it."""
         names = {f"{name}.weight" for name in rows.names}
         self._names.update(dict.fromkeys(names, names))
-        self._head = rows
+        self._int8.update(dict.fromkeys(names, rows))
 
-    def is_head(self, name: str) -> bool:
-        """Tells whether a parameter's name is one of the head's weight."""
-        return self._head is not None and name.removesuffix(".weight") in self._head.names
+    def is_int8(self, name: str) -> bool:
+        """Tells whether a parameter is a weight that becomes int8."""
+        return name in self._int8
 
     def takes(self, name: str) -> bool:
         """Tells whether a parameter is to be packed or quantized."""
@@ -110,7 +110,7 @@ class PackAtLoad(ConversionOps):
             if name in self._experts:
                 self.pack_experts(name, weight.detach(), missing_keys)
                 continue
-            pack = self._quantize_head if self.is_head(name) else self._pack_layer
+            pack = self._quantize_rows if self.is_int8(name) else self._pack_layer
             scale = pack(model, name, weight.detach())
             if not bool(torch.isfinite(scale).all()):
                 self.nonfinite.append(name)
@@ -186,9 +186,8 @@ class PackAtLoad(ConversionOps):
             self.differing.append(name)
         return layer.qweight_scale
 
-    def _quantize_head(self, model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
-        rows = self._head
-        assert rows is not None
+    def _quantize_rows(self, model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
+        rows = self._int8[name]
         qweight, scale = quantize_rows_int8(weight)
         built = rows.members[0].module
         if not isinstance(built, Int8Rows):

@@ -5,6 +5,7 @@ anything is loaded or trained.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -47,7 +48,11 @@ def check_no_tensor_parallel(op: str, distributed: Any) -> None:
 
 
 def plan_parallel(
-    model: PreTrainedModel, plan: dict[str, str], packs: bool, int8: set[str]
+    model: PreTrainedModel,
+    plan: dict[str, str],
+    packs: bool,
+    int8: set[str],
+    int8_layers: Sequence[str] = (),
 ) -> None:
     """Makes a model's plan for tensor parallel one that ternary layers can follow, in place.
 
@@ -59,6 +64,7 @@ def plan_parallel(
         plan: Styles by names with ``*`` for numbers.
         packs: Whether the layers will be packed once loaded.
         int8: Names of the modules that will be int8 once loaded.
+        int8_layers: Names of the linear layers that are int8, or will be once deployed.
 
     Raises:
         ArgumentError: Sizes do not divide, or a layer cannot be split as the plan says.
@@ -69,6 +75,12 @@ def plan_parallel(
     if size == 1:
         plan.clear()
         return
+    if int8_layers:
+        raise ArgumentError(
+            f"bitlab: int8_layers must be empty in tensor parallel, got {int8_layers[0]}"
+            + (f" and {len(int8_layers) - 1} more" if len(int8_layers) > 1 else "")
+            + "\nRun the model in one process with device_map; train it with DDP or FSDP2."
+        )
     _check_heads(model, size)
     # It registers styles with transformers, which only this needs.
     from bitlab_hf.model.parallel_styles import STYLES

@@ -19,7 +19,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from bitcore.errors import ArgumentError, BitLabError, ConfigError
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.model.experts import experts_to_convert, names_for_overrides, swap_experts
-from bitlab_hf.model.head import HEAD_ATTRIBUTE, find_head
+from bitlab_hf.model.int8 import (
+    HEAD_ATTRIBUTE,
+    LAYERS_ATTRIBUTE,
+    claim_int8,
+    find_head,
+    layer_rows,
+)
 from bitlab_hf.model.left import check_found, leave_float
 from bitlab_hf.model.reads import find_reads
 from bitlab_hf.model.tree import (
@@ -27,6 +33,7 @@ from bitlab_hf.model.tree import (
     aliases_of,
     find_modules,
     quantized_layers,
+    set_module,
     take_hooks,
 )
 from bitlab_hf.model.vocabulary import guard_vocabulary
@@ -160,17 +167,22 @@ def replace_linear(model: nn.Module, config: BitLabConfig | None = None) -> nn.M
     skip = list(config.modules_to_not_convert or [])
     if isinstance(model, PreTrainedModel):
         skip = skipped_modules(model, config, defaults=True)
-    if config.head == "int8":
-        _check_int8_head(model)
+    _check_int8(model, config)
     linears = find_linears(model, skip)
     left = leave_float(model, linears, config)
     linears = [found for found in linears if found not in left]
+    names: list[str] = []
+    if isinstance(model, PreTrainedModel):
+        linears, int8 = claim_int8(model, linears, config)
+        names = [name for rows in layer_rows(model, int8) for name in rows.names]
     experts = experts_to_convert(model, config, skip)
     _check_in_place(linears)
     swap_latent(model, linears, config, experts)
+    # Such a model has no quantization config of its own; `deploy` looks here.
     if config.head == "int8":
-        # Such a model has no quantization config of its own; `deploy` looks here.
         setattr(model, HEAD_ATTRIBUTE, config.head)
+    if names:
+        setattr(model, LAYERS_ATTRIBUTE, names)
     return model
 
 
@@ -186,7 +198,15 @@ def _check_in_place(linears: list[Found[nn.Linear]]) -> None:
             )
 
 
-def _check_int8_head(model: nn.Module) -> None:
+def _check_int8(model: nn.Module, config: BitLabConfig) -> None:
+    """Refuses int8 of what `deploy` knows no head and no ties of."""
+    if config.int8_layers and not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            "replace_linear: int8_layers must be asked of a transformers model, got "
+            f"{type(model).__name__}\nPut bitlayers.Int8Linear.from_linear(linear) in yourself."
+        )
+    if config.head != "int8":
+        return
     if not isinstance(model, PreTrainedModel) or find_head(model) is None:
         raise ConfigError(
             'replace_linear: head="int8" must be asked of a transformers model with an output '
@@ -277,12 +297,7 @@ def _swap(model: nn.Module, linears: list[Found[nn.Linear]], layers: list[BitLay
     for found, layer in zip(linears, layers, strict=True):
         take_hooks(found.module, layer)
         for name in found.names:
-            parent_name, _, child = name.rpartition(".")
-            parent = model.get_submodule(parent_name)
-            setattr(parent, child, layer)
-            if isinstance(parent, nn.TransformerEncoderLayer):
-                # Its fast path in eval mode reads the weights itself; 0 turns it off.
-                parent.activation_relu_or_gelu = 0
+            set_module(model, name, layer)
     guard_vocabulary(model)
 
 

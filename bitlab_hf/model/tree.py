@@ -65,8 +65,12 @@ def ternary_modules(model: nn.Module) -> list[Found[LayerState]]:
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Puts a module in the place of another in the tree."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    setattr(parent, child, module)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        # Its fast path in eval mode reads the weights itself; 0 turns it off.
+        parent.activation_relu_or_gelu = 0
 
 
 def take_hooks(old: nn.Module, new: nn.Module) -> None:

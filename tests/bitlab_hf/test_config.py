@@ -33,6 +33,16 @@ def test_a_ternary_embedding_is_of_version_4() -> None:
             BitLabConfig(**{"embedding": "ternary", **fields})
 
 
+def test_int8_layers_are_of_version_4() -> None:
+    config = BitLabConfig(int8_layers=["model.layers.1.mlp"])
+    written = config.to_dict()
+    assert (written["format_version"], written["int8_layers"]) == (4, ["model.layers.1.mlp"])
+    assert BitLabConfig.from_dict(written).to_dict() == written
+    for none in (None, []):
+        assert BitLabConfig(int8_layers=none).int8_layers == []
+        assert "int8_layers" not in BitLabConfig(int8_layers=none).to_dict()
+
+
 def test_what_is_written() -> None:
     config = BitLabConfig(mode="infer", latent_dtype="keep", verify=False)
     written = config.to_dict()

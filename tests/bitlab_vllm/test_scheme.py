@@ -62,6 +62,10 @@ def test_layers_are_read_as_bitlab_hf_reads_them(fields: dict[str, Any]) -> None
             {"format_version": 4, "embedding": "ternary"},
             "embedding must be 'keep' to be served, got 'ternary'\n.*--with-transformers",
         ),
+        (
+            {"format_version": 4, "int8_layers": ["model.layers.1.mlp.down_proj"]},
+            "int8_layers must be empty to be served, got .*down_proj.*\n.*--with-transformers",
+        ),
         ({"format_version": None}, "format_version must be an int"),
         ({"format_version": True}, "format_version must be an int"),
         ({"weight_format": "latent"}, "'packed' to be served, got 'latent'\nPack it first"),

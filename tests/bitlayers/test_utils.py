@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bitcore import BitQuantConfig
-from bitlayers import BitLinear, compare_layers, estimate_memory_usage
+from bitlayers import BitLinear, Int8Linear, compare_layers, estimate_memory_usage
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,15 @@ def test_estimate_in_every_state(config: BitQuantConfig, scales: int, dtype: tor
         assert usage["savings"] == pytest.approx(1 - expected["quantized"] / expected["original"])
     actual = sum(t.numel() * t.element_size() for t in layer.state_dict().values())
     assert actual == expected["quantized"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_estimate_of_int8(dtype: torch.dtype) -> None:
+    layer = Int8Linear.from_linear(nn.Linear(128, 30, dtype=dtype))
+    usage = estimate_memory_usage(layer)
+    assert usage["original"] == (30 * 128 + 30) * dtype.itemsize
+    assert usage["quantized"] == 30 * 128 + 4 * 30 + 30 * dtype.itemsize
+    assert usage["quantized"] == sum(t.nbytes for t in layer.state_dict().values())
 
 
 @pytest.mark.parametrize("deployed", [False, True])

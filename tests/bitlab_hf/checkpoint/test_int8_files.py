@@ -224,3 +224,80 @@ def test_without_bitlab_the_load_fails(tied: Path) -> None:
     del config.quantization_config
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         Qwen2ForCausalLM.from_pretrained(tied, config=config)
+
+
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture
+def layers(tmp_path: Path) -> Path:
+    source = make_float_model("llama", tmp_path)
+    save(load(source, BitLabConfig(int8_layers=[LAYER], mode="infer")), tmp_path / "layers")
+    return tmp_path / "layers"
+
+
+def reconfigured(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= fields
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("header", [True, False])
+@pytest.mark.parametrize(
+    ("leaf", "change", "message"),
+    [
+        ("qweight", lambda _: None, "must be in the checkpoint"),
+        ("qweight_scale", lambda _: None, "must be in the checkpoint"),
+        ("qweight", lambda held: held[1:], r"must be int8 \[64, 192\]"),
+        ("qweight", lambda held: held.view(torch.uint8), "must be int8"),
+        ("qweight_scale", lambda held: held[:1].clone(), "must be float32"),
+        ("qweight", lambda held: held.fill_(-128), "-128"),
+        ("qweight_scale", lambda held: held.fill_(float("nan")), "finite and positive"),
+    ],
+)
+def test_damaged_layers(layers: Path, header: bool, leaf: str, change: Any, message: str) -> None:
+    key = f"{LAYER}.{leaf}"
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        made = change(tensors.pop(key))
+        if made is not None:
+            tensors[key] = made
+
+    rewrite(layers, damage, header)
+    with pytest.raises(CheckpointError, match=f"{re.escape(key)}.*{message}"):
+        load(layers)
+
+
+def test_layers_that_the_configuration_does_not_know(layers: Path) -> None:
+    """config.json and the tensors do not belong together."""
+    reconfigured(layers, int8_layers=[])
+    with pytest.raises(CheckpointError, match=re.escape(f"{LAYER}.qweight must be uint8")):
+        load(layers)
+    # Too many: a ternary layer is not read as one in int8.
+    other = "model.layers.0.mlp.down_proj"
+    reconfigured(layers, int8_layers=[LAYER, other])
+    with pytest.raises(CheckpointError, match=re.escape(f"{other}.qweight must be int8")):
+        load(layers)
+
+
+def test_names_of_a_file_are_no_patterns(layers: Path) -> None:
+    """A name is that of one layer, whatever else it matches as a pattern."""
+    reconfigured(layers, int8_layers=[LAYER.replace(".1.", "...")])
+    with pytest.raises(CheckpointError, match=re.escape(f"{LAYER}.qweight must be uint8")):
+        load(layers)
+
+
+def test_a_lost_layer_of_a_latent_file(tmp_path: Path) -> None:
+    source = make_float_model("llama", tmp_path)
+    save(load(source, BitLabConfig(int8_layers=[LAYER])), tmp_path / "latent")
+    rewrite(tmp_path / "latent", lambda tensors: tensors.pop(f"{LAYER}.weight"))
+    with pytest.raises(CheckpointError, match=re.escape(f"{LAYER}.weight must be in the")):
+        load(tmp_path / "latent")
+
+
+def test_an_older_reader_refuses_layers_in_int8(
+    layers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitlab_hf.config.FORMAT_VERSION", 3)
+    with pytest.raises(ConfigError, match="format_version must be at most 3, got 4"):
+        load(layers)

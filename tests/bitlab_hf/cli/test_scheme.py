@@ -36,6 +36,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "learned": {"weight_quantizer": "lsq", "sub_norm": ["o_proj", "down_proj"]},
     "a ternary head": {"head": "ternary", "modules_to_not_convert": ["v_proj"]},
     "a layer": {"layer": "RMSNormBitLinear"},
+    "int8 layers": {"int8_layers": ["layers.1.mlp.down_proj", "layers.0.mlp.up_proj"]},
 }
 
 
@@ -54,7 +55,8 @@ def held(folder: Path) -> dict[str, Any]:
 
 def test_every_field_has_an_option() -> None:
     known = set(BitLabConfig(**SCHEMES["groups"]).to_dict())
-    assert set(OPTIONS) == known - {
+    # One that is empty is not written.
+    assert set(OPTIONS) == (known | {"int8_layers"}) - {
         "overrides", "weight_format", "format_version", "quant_method",
     }  # fmt: skip
 
@@ -66,11 +68,14 @@ def test_deploy_and_eval(cli: Cli, states: dict[str, Path], tmp_path: Path, kind
     done = cli("deploy", states["float"], tmp_path / "out", *options(scheme))
     assert done.code == 0, done.error
     found = held(tmp_path / "out")
-    assert found["format_version"] == (2 if kind == "groups" else 1)
+    assert found["format_version"] == {"groups": 2, "int8 layers": 4}.get(kind, 1)
     for name, value in scheme.items():
         # Files of version 1 do not know the second.
-        if name not in ("modules_to_not_convert", "group_scale_dtype"):
+        if name not in ("modules_to_not_convert", "group_scale_dtype", "int8_layers"):
             assert found[name] == value
+    assert found.get("int8_layers", []) == sorted(
+        f"model.{name}" for name in scheme.get("int8_layers", [])
+    )
     assert any("v_proj" in name for name in found["modules_to_not_convert"]) == (
         "modules_to_not_convert" in scheme
     )
@@ -246,6 +251,15 @@ def test_config_of() -> None:
     with pytest.raises(ArgumentError, match="modules_to_not_convert must be left out"):
         check_same("x", {"modules_to_not_convert": ["b"]}, theirs)
     check_same("x", {}, {"quant_method": "bitnet"})
+    # A file has the names that the patterns matched.
+    theirs = BitLabConfig(int8_layers=["layers.1.mlp.down_proj", "layers.1.mlp.up_proj"]).to_dict()
+    for same in (["layers.1.mlp"], ["up_proj", "down_proj"], theirs["int8_layers"]):
+        check_same("x", {"int8_layers": same}, theirs)
+    for other in (["up_proj"], ["layers.1", "o_proj"], ["layers.0"]):
+        with pytest.raises(ArgumentError, match="int8_layers must be left out"):
+            check_same("x", {"int8_layers": other}, theirs)
+    with pytest.raises(ArgumentError, match="int8_layers must be left out"):
+        check_same("x", {"int8_layers": ["up_proj"]}, BitLabConfig().to_dict())
 
 
 def test_what_is_not_finite_is_null(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,12 @@ OTHERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make(kind: str = "llama", **changes: Any) -> Any:
+def make(kind: str = "llama", int8_layers: Sequence[str] = (), **changes: Any) -> Any:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**SIZES, **changes})
     config.eos_token_id = None
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
-    replace_linear(model, BitLabConfig(head="int8"))
+    replace_linear(model, BitLabConfig(head="int8", int8_layers=list(int8_layers)))
     return deploy(model)
 
 
@@ -82,6 +83,17 @@ def cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def compiled_layers(model: Any) -> int:
     forwards = [layer.forward for layer in model.model.layers]
     return sum(isinstance(one, decoding._Decoder) and one._is_ready for one in forwards)
+
+
+@pytest.mark.slow
+def test_a_layer_with_int8_among_ternary_ones_has_a_library_of_its_own(cache: Path) -> None:
+    model = make(int8_layers=["layers.1.mlp"])
+    wanted = scores(model, prompts()[1])
+    before = len(list(cache.glob("*.pt2")))
+    assert compile_decoding(model) == 2
+    assert torch.equal(scores(model, prompts()[1], cache_implementation="static"), wanted)
+    assert compiled_layers(model) == 2
+    assert len(list(cache.glob("*.pt2"))) > before
 
 
 @pytest.mark.slow

@@ -44,6 +44,19 @@ def test_what_will_be_int8_stays_whole() -> None:
     assert "lm_head" not in plan
 
 
+def test_int8_layers_are_refused_by_name() -> None:
+    model = skeleton()
+    plan = dict(model.tp_plan)
+    names = ["model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"]
+    said = "int8_layers must be empty in tensor parallel, got model.layers.1.mlp.down_proj and 1 m"
+    with pytest.raises(ArgumentError, match=f"{said}ore\n.*device_map"):
+        plan_parallel(model, plan, True, set(), names)
+    assert plan == model.tp_plan
+    model.config.distributed_config.tp_size = 1
+    plan_parallel(model, plan, True, set(), names)
+    assert plan == {}
+
+
 def test_one_process_has_no_plan() -> None:
     model = skeleton(size=1)
     plan = dict(model.tp_plan)

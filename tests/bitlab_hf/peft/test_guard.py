@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from bitcore.errors import LifecycleError
 from bitlab_hf import BitLabConfig, merge_and_requantize
-from bitlab_hf.model.head import int8_modules
+from bitlab_hf.model.int8 import int8_modules
 from tests.bitlab_hf.models import logits_of, make_float_model, token_ids
 from tests.bitlab_hf.ternary import make_packed
 
