@@ -31,6 +31,7 @@ from bitlab_hf.checkpoint.plan import Source, make_plan
 from bitlab_hf.config import LOADING_ATTRIBUTES, QUANT_METHOD, BitLabConfig
 from bitlab_hf.model.by_expert import by_expert
 from bitlab_hf.model.count import bits_per_weight
+from bitlab_hf.model.expert_forms import give_back
 from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.head import restore_float
 from bitlab_hf.model.marks import mark_latent, mark_quantized, unmark
@@ -193,7 +194,7 @@ class BitLabHfQuantizer(HfQuantizer):
             for name in found.names:
                 set_module(model, name, linear)
         for one in expert_modules(model):
-            one.module.to_float(dtype)
+            give_back(model, one.module.to_float(dtype))
         restore_float(model, dtype)
         # A float model is saved as transformers saves it.
         unmark(model)

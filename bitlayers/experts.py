@@ -12,7 +12,7 @@ two products, which differs from model to model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Self, cast
 
@@ -33,6 +33,7 @@ from bitlayers.quantized import cast_dtype
 from bitlayers.routing import Routing
 from bitlayers.stack import Stack
 from bitlayers.state import SCALES, Packed
+from bitlayers.subclass import blank, ternary_class
 from bitlayers.training import Fingerprint, shows_writes
 
 # A forward pass of up to so many tokens uses what was packed before, as it may be a decoding step
@@ -52,12 +53,14 @@ class BitExperts(nn.Module):
         stacks: The projections, by the names of their Parameters, in the order of use.
         quant_strength: How far the training forward is quantized; see `set_quant_strength`.
         float_dtype: dtype of the float Parameters that the module stands for.
+        gives_sum: Whether it returns each token's weighted sum.
     """
 
     stacks: dict[str, Stack]
     quant_strength: float
     float_dtype: torch.dtype
     num_experts: int
+    gives_sum = True
     has_gate: bool
     has_post_expert_norm: bool
     _apply_gate: Callable[[Tensor], Tensor]
@@ -77,38 +80,47 @@ class BitExperts(nn.Module):
 
     # The forward.
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sends each token through its experts.
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Sends tokens through their experts; see `through` for what it is given and returns."""
+        projections = [self._projection(name, len(hidden_states)) for name in self.stacks]
+        return self.through(projections, hidden_states, *args, **kwargs)
+
+    def through(
+        self, projections: Sequence[Projection], hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Does as `forward` does, with these projections: what a class that keeps its experts in
+        another way has of its own.
 
         Args:
+            projections: As `stacks` has them.
             hidden_states: [M, H].
-            top_k_index: int [M, k], the experts of each token; one that is not below the number of
-                experts is none, and adds nothing.
-            top_k_weights: float [M, k], what each expert's output is multiplied with.
+            *args: Two. int [M, k], the experts of each token; one that is not below the number of
+                experts is none, and adds nothing. Float [M, k], what each expert's output is
+                multiplied with.
+            **kwargs: None.
 
         Returns:
             [M, H] of the dtype of hidden_states.
         """
-        first, second = (self._projection(name, len(hidden_states)) for name in self.stacks)
-        return self.through(first, second, hidden_states, top_k_index, top_k_weights)
-
-    def through(
-        self,
-        first: Projection,
-        second: Projection,
-        hidden_states: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-    ) -> Tensor:
-        """Does as `forward` does, with these two projections."""
-        routing = Routing(top_k_index, self.num_experts)
-        outer = second(self.activated(first(hidden_states, routing)), routing)
+        tokens, index, weights = self.routed(hidden_states, *args, **kwargs)
+        routing = Routing(index, self.num_experts)
+        *firsts, last = projections
+        outer = last(self.activated(*(first(tokens, routing) for first in firsts)), routing)
         outer = self.post_expert_norm(outer) if self.has_post_expert_norm else outer
-        return routing.weighted_sum(outer, top_k_weights, hidden_states.dtype)
+        return routing.weighted_sum(outer, weights, hidden_states.dtype)
 
-    def activated(self, inner: Tensor) -> Tensor:
-        """Returns what the second projection reads of what the first gives."""
-        return self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+    def routed(
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the tokens [M, H], the experts of each [M, k], and their weights [M, k], of what
+        the forward is given.
+        """
+        return hidden_states, *args
+
+    def activated(self, *inner: Tensor) -> Tensor:
+        """Returns what the last projection reads of what those before it give."""
+        (first,) = inner
+        return self._apply_gate(first) if self.has_gate else self.act_fn(first)
 
     def _projection(self, name: str, tokens: int) -> Projection:
         """Returns one projection for one forward pass."""
@@ -138,7 +150,8 @@ class BitExperts(nn.Module):
             return tuple(tensor[expert] for tensor in self.packed_stack(name).values())
         # What was made under inference_mode could not be saved for a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
-            return self.stacks[name].pack(self._parameters[name][expert])  # type: ignore[index]
+            stack, weight = self.stacks[name], self._parameters[name]
+            return stack.pack(stack.apart(weight)[expert])  # type: ignore[arg-type]
 
     def _leaf(self, name: str, leaf: str) -> Tensor | None:
         table: Any = self._parameters if leaf == "qweight" else self._buffers
@@ -203,15 +216,15 @@ class BitExperts(nn.Module):
             raise LifecycleError(
                 f"deploy: {module} must be latent, got experts that are deployed already"
             )
-        for name in self.stacks:
-            check_stack(self, name, f"{module}.{name}")
+        for name, stack in self.stacks.items():
+            check_stack(self, stack, f"{module}.{name}")
 
     def build_deployment(self) -> dict[str, Packed]:
         """Returns the packed tensors of all experts, by the projection; the module stays as it
         is.
         """
         return {
-            name: stack.pack_all(self._parameters[name])  # type: ignore[arg-type]
+            name: stack.pack_all(stack.apart(self._parameters[name]))  # type: ignore[arg-type]
             for name, stack in self.stacks.items()
         }
 
@@ -265,8 +278,8 @@ class BitExperts(nn.Module):
             qweight, scale, *multiplier = self.packed(name, expert)
             rows = stack.out_features
             matrix = ops.unpack_weight(qweight, scale, rows, dtype, *multiplier)
-            matrices.append(stack.stored(matrix))
-        return torch.stack(matrices)
+            matrices.append(matrix)
+        return stack.together(matrices)
 
     def packed_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Returns dtype and shape of each packed tensor of the deployed module, by name."""
@@ -349,7 +362,7 @@ class BitExperts(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles by the model's own class, since the subclass stands in no module."""
-        return _blank, (self.float_class(),), self.__getstate__()
+        return blank, type(self).__bases__, self.__getstate__()
 
     def extra_repr(self) -> str:
         """Returns what ``repr`` shows: state, and sizes and scheme of each projection."""
@@ -357,29 +370,17 @@ class BitExperts(nn.Module):
         return ", ".join([state, *(f"{name}={stack}" for name, stack in self.stacks.items())])
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _ternary_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Returns the subclass of a model's experts class that lives as ternary ones do."""
-    if kind not in _CLASSES:
-        fields = {"__module__": __name__, "__doc__": BitExperts.__doc__}
-        _CLASSES[kind] = type(f"Bit{kind.__name__}", (BitExperts, kind), fields)
-    return _CLASSES[kind]
-
-
-def _blank(kind: type[nn.Module]) -> nn.Module:
-    ternary = _ternary_class(kind)
-    return ternary.__new__(ternary)
-
-
-def convert_experts(module: nn.Module, stacks: Iterable[Stack]) -> BitExperts:
+def convert_experts(
+    module: nn.Module, stacks: Iterable[Stack], form: type[BitExperts] = BitExperts
+) -> BitExperts:
     """Makes a float experts module a latent ternary one, in place; its Parameters stay.
 
     Args:
         module: It has ``num_experts``, ``has_gate``, ``has_post_expert_norm``, and what these ask
-            for of ``_apply_gate``, ``act_fn`` and ``post_expert_norm``.
-        stacks: Its two projections, in the order of use.
+            for of ``_apply_gate``, ``act_fn`` and ``post_expert_norm``; for another form what that
+            one asks for.
+        stacks: Its projections, in the order of use; two of them.
+        form: A subclass whose `BitExperts.through` does as the module's own forward.
 
     Raises:
         LifecycleError: The module is ternary already.
@@ -387,9 +388,12 @@ def convert_experts(module: nn.Module, stacks: Iterable[Stack]) -> BitExperts:
     if isinstance(module, BitExperts):
         raise LifecycleError("convert_experts: module must be float, got ternary experts")
     held = {stack.name: stack for stack in stacks}
-    first = module._parameters[next(iter(held))]
+    name, stack = next(iter(held.items()))
+    first = module._parameters[name]
     assert first is not None
+    # Some classes call it by another name.
+    module.__dict__.setdefault("num_experts", stack.experts)
     fields = {"stacks": held, "quant_strength": 1.0, "float_dtype": first.dtype}
     module.__dict__.update(fields, _cache={}, _prepared={})
-    module.__class__ = _ternary_class(type(module))
+    module.__class__ = ternary_class(form, type(module))
     return cast(BitExperts, module)

@@ -133,7 +133,7 @@ class TrainedProjection(Projection):
 
     def __init__(self, stack: Stack, weight: Tensor, bias: Tensor | None, strength: float) -> None:
         super().__init__(stack, bias)
-        self._weights, self._strength = Parts(weight), strength
+        self._weights, self._strength = Parts(stack.apart(weight)), strength
 
     def _product(self, x: Tensor, expert: int, bias: Tensor | None) -> Tensor:
         stack, config = self.stack, self.stack.config

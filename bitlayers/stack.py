@@ -31,6 +31,9 @@ class Stack:
         parts: Logical matrices in an expert's matrix.
         interleaved: Whether their rows take turns.
         transposed: Whether the tensor is [E, K, N].
+        flat: Whether it has two dimensions, the experts' parts one below the other.
+        unused: How many matrices the tensor holds behind those of the experts, which nobody
+            multiplies with; they are not packed.
     """
 
     name: str
@@ -41,6 +44,8 @@ class Stack:
     parts: int = 1
     interleaved: bool = False
     transposed: bool = False
+    flat: bool = False
+    unused: int = 0
 
     def __post_init__(self) -> None:
         """Checks the sizes.
@@ -67,15 +72,32 @@ class Stack:
         return "per_channel" if held == "per_tensor" else held
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """The shape of the float tensor."""
+    def matrix_shape(self) -> tuple[int, int]:
+        """The shape of an expert's part of the float tensor."""
         sizes = self.out_features, self.in_features
-        return self.experts, *(reversed(sizes) if self.transposed else sizes)
+        return sizes[::-1] if self.transposed else sizes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the float tensor."""
+        count, (rows, columns) = self.experts + self.unused, self.matrix_shape
+        return (count * rows, columns) if self.flat else (count, rows, columns)
 
     @property
     def weights(self) -> int:
         """How many weights all experts have."""
         return self.experts * self.out_features * self.in_features
+
+    def apart(self, weight: Tensor) -> Tensor:
+        """Returns the experts' parts of the float tensor, [E, ...]: a view."""
+        matrices = weight.view(-1, *self.matrix_shape) if self.flat else weight
+        return matrices[: self.experts] if self.unused else matrices
+
+    def together(self, matrices: list[Tensor]) -> Tensor:
+        """Returns the float tensor of these [N, K], with zeros where nobody looks."""
+        parts = torch.stack([self.stored(matrix) for matrix in matrices])
+        unused = parts.new_zeros(self.unused, *self.matrix_shape)
+        return torch.cat([parts, unused]).view(self.shape)
 
     def oriented(self, matrix: Tensor) -> Tensor:
         """Returns an expert's part of the tensor as [N, K]."""
@@ -130,7 +152,7 @@ class Stack:
         return ops.pack_codes(weight, step), *scales
 
     def pack_all(self, weight: Iterable[Tensor]) -> Packed:
-        """Packs the tensor of all experts, or their parts of it one after another."""
+        """Packs the experts' parts of the tensor, one after another."""
         made: Packed = ()
         for expert, matrix in enumerate(weight):
             packed = self.pack(matrix)

@@ -84,8 +84,8 @@ class ExpertMatrix(Matrix):
     @property
     def _held(self) -> Tensor:
         """The expert's part of the Parameter, as it lies."""
-        held: Tensor = self._experts._parameters[self._stack.name][self._number]  # type: ignore[index]
-        return held
+        held: Tensor = self._experts._parameters[self._stack.name]  # type: ignore[assignment]
+        return self._stack.apart(held)[self._number]
 
     @property
     def weight(self) -> Tensor:

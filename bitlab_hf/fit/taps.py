@@ -209,9 +209,8 @@ class ExpertsTap:
         if all(tap is not self for tap, _ in self._streams.calls):
             self.routing = top_k_index, top_k_weights
         self._streams.begin(self, hidden_states)
-        output = self.experts.through(
-            self.projection(0), self.projection(1), hidden_states, top_k_index, top_k_weights
-        )
+        projections = self.projection(0), self.projection(1)
+        output = self.experts.through(projections, hidden_states, top_k_index, top_k_weights)
         return self._streams.end(self, output)
 
 

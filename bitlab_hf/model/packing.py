@@ -107,7 +107,9 @@ class PackAtLoad(ConversionOps):
                 continue
             weight = value[0] if isinstance(value, list) else value
             if name in self._experts:
-                self.pack_experts(name, weight.detach(), missing_keys)
+                stack = self._experts[name].stacks[name.rpartition(".")[2]]
+                matrices = weight.detach().view(-1, *stack.matrix_shape) if stack.flat else weight
+                self.pack_experts(name, matrices.detach(), missing_keys)
                 continue
             pack = self._quantize_head if self.is_head(name) else self._pack_layer
             scale = pack(model, name, weight.detach())
@@ -199,10 +201,9 @@ class PackAtLoad(ConversionOps):
 
 def _checked(name: str, matrices: Iterable[Tensor], stack: Stack) -> Iterator[Tensor]:
     """Yields each expert's matrix; there have to be as many as there are experts."""
-    _, *sizes = stack.shape
     count = 0
     for matrix in matrices:
-        if list(matrix.shape) != sizes:
+        if matrix.shape != stack.matrix_shape:
             raise CheckpointError(
                 f"{name} must be {list(stack.shape)} to be packed, got {list(matrix.shape)} of "
                 f"expert {count}"
@@ -210,5 +211,5 @@ def _checked(name: str, matrices: Iterable[Tensor], stack: Stack) -> Iterator[Te
         count += 1
         if count <= stack.experts:
             yield matrix
-    if count != stack.experts:
+    if count not in (stack.experts, stack.experts + stack.unused):
         raise CheckpointError(f"{name} must be of {stack.experts} experts, got {count}")
