@@ -257,6 +257,13 @@ class BitExperts(nn.Module):
         if self.is_deployed:
             super().train(False)
 
+    def share(self, name: str, other: BitExperts) -> None:
+        """Makes one projection deployed with the packed tensors of other experts, which are one
+        Parameter then: counted, moved and saved once.
+        """
+        self.commit(name, *other.packed_stack(name).values())
+        self._parameters[f"{name}_qweight"] = other._parameters[f"{name}_qweight"]
+
     def make_skeleton(self) -> None:
         """Makes a latent module deployed with empty packed tensors, for a loader to fill."""
         for name, stack in self.stacks.items():

@@ -29,7 +29,7 @@ from bitlab_hf.model.learned import (
     expect_sub_norms,
     start_fresh,
 )
-from bitlab_hf.model.marks import retie_packed, tied_groups
+from bitlab_hf.model.marks import retie_packed, scales_of, tied_groups
 from bitlab_hf.model.packing import PackAtLoad
 from bitlab_hf.model.parts import cut, cut_experts
 from bitlab_hf.model.replace import OwnTensors, swap_latent, swap_packed
@@ -46,7 +46,6 @@ from bitlayers.experts import BitExperts
 from bitlayers.int8 import Int8Rows
 from bitlayers.registry import get_layer
 from bitlayers.rmsnorm import InputRMSNorm
-from bitlayers.state import SCALES
 
 _SAFETENSORS_NAMES = {torch.uint8: "U8", torch.float32: "F32"}
 _DTYPES = {
@@ -147,8 +146,8 @@ class Loading:
         retie_packed(model, set(plan.stored_apart))
         for name in plan.borrowers:
             # A loader would miss it; the qweight it ties.
-            buffers = model.get_submodule(name)._buffers
-            buffers.update(dict.fromkeys(buffers.keys() & set(SCALES)))
+            holder, scales = scales_of(model, name)
+            holder._buffers.update(dict.fromkeys(scales))
         ignore_unexpected(model, plan.checkpoint.sentinels())
 
     def _own_tensors(self, names: list[str], stored: dict[str, TensorHeader]) -> OwnTensors | None:
@@ -182,11 +181,11 @@ class Loading:
                 if unknown and dtype != torch.float32:
                     # transformers would round it to the model's dtype before packing.
                     keep.add(name)
-        for experts in expert_modules(model):
-            self.packing.add_experts(experts)
-            for name in (
-                f"{name}.{leaf}" for name in experts.names for leaf in experts.module.stacks
-            ):
+        experts = expert_modules(model)
+        for group in tied_groups(model, experts):
+            self.packing.add_experts(group)
+        for one in experts:
+            for name in (f"{name}.{leaf}" for name in one.names for leaf in one.module.stacks):
                 header = checkpoint.tensors.get(name) if checkpoint else None
                 if dtype != torch.float32 and (header is None or header.dtype == "F32"):
                     keep.add(name)
@@ -219,10 +218,9 @@ class Loading:
             return
         self.packing.check()
         for name, owner in self.plan.borrowers.items():
-            held = model.get_submodule(owner)._buffers
-            model.get_submodule(name)._buffers.update(
-                {leaf: held[leaf] for leaf in SCALES if leaf in held}
-            )
+            (holder, scales), (lender, held) = scales_of(model, name), scales_of(model, owner)
+            pairs = zip(scales, held, strict=True)
+            holder._buffers.update({leaf: lender._buffers[lent] for leaf, lent in pairs})
         layers = quantized_layers(model)
         deploy_learned(layers)
         for found in layers:

@@ -12,7 +12,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from bitcore.errors import LifecycleError
 from bitlab_hf.config import QUANT_METHOD, BitLabConfig
-from bitlab_hf.model.experts import expert_modules, find_experts
+from bitlab_hf.model.experts import expert_modules, find_experts, owners_of
 from bitlab_hf.model.head import int8_modules, plan_head
 from bitlab_hf.model.marks import mark_quantized, retie_packed
 from bitlab_hf.model.replace import check_single_weight
@@ -76,16 +76,21 @@ def deploy(model: Model) -> Model:
     groups = check_single_weight(latent)
     head = plan_head(inner)
     built = [_build(group) for group in groups.values()]
-    packed = [one.module.build_deployment() for one in experts]
+    owners = owners_of(experts)
+    packed = {id(one): one.build_deployment() for one in owners.values()}
     for group, deployments in zip(groups.values(), built, strict=True):
         for layer, deployment in zip(group, deployments, strict=True):
             layer.module.commit(deployment)
             if isinstance(deployment, tuple):
                 # One Parameter for all: counted, moved and saved once.
                 layer.module.qweight = group[0].module.qweight
-    for one, projections in zip(experts, packed, strict=True):
-        for name, tensors in projections.items():
-            one.module.commit(name, *tensors)
+    for one in experts:
+        owner = owners[one.module]
+        for name in owner.stacks:
+            if owner is one.module:
+                owner.commit(name, *packed[id(owner)].pop(name))
+            else:
+                one.module.share(name, owner)
     model.eval()
     if isinstance(inner, PreTrainedModel):
         if head is not None:

@@ -56,7 +56,7 @@ class ExpertsOfAnotherForward(GatedExperts):
         self, projections: Sequence[Projection], hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Returns [M, tokens, H] for hidden_states of the length M."""
-        total = super().through(projections, hidden_states, *args, **kwargs)
+        total: Tensor = super().through(projections, hidden_states, *args, **kwargs)
         return total.view(len(hidden_states), -1, total.shape[-1])
 
 
@@ -67,7 +67,7 @@ class ExpertsWithIdentities(GatedExperts):
         self, projections: Sequence[Projection], hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Adds the tokens, by the weights of the experts that compute nothing."""
-        total = super().through(projections, hidden_states, *args, **kwargs)
+        total: Tensor = super().through(projections, hidden_states, *args, **kwargs)
         index, weights = args
         same = weights.masked_fill(index < self.num_experts, 0).sum(-1, keepdim=True)
         return total + (hidden_states * same).to(total.dtype)

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from bitcore import estimators
 from bitcore.config import BitQuantConfig
-from bitcore.errors import BitLabError, ConfigError
+from bitcore.errors import ArgumentError, BitLabError, ConfigError
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.model.expert_forms import Layout, form_of, run_for_holder, tensors_lie_so
 from bitlab_hf.model.tree import Found, aliases_of, find_modules
@@ -91,6 +92,34 @@ def tensor_names(model: nn.Module) -> list[str]:
         for name, module in model.named_modules(remove_duplicate=False)
         for leaf in (module.stacks if isinstance(module, BitExperts) else projections(module))
     ]
+
+
+def owners_of(experts: Iterable[Found[BitExperts]]) -> dict[BitExperts, BitExperts]:
+    """Returns the first of those that hold the same latent weights, by each module.
+
+    Raises:
+        ArgumentError: Two share weights but not how they are quantized.
+    """
+    first: dict[tuple[int, ...], Found[BitExperts]] = {}
+    owners = {}
+    for found in experts:
+        module = found.module
+        held = tuple(id(module._parameters[name]) for name in module.stacks)
+        owner = first.setdefault(held, found)
+        if owner.module.stacks != module.stacks:
+            raise ArgumentError(
+                f"deploy: {owner.names[0]} and {found.names[0]} share their weights and must have "
+                "one configuration, got different ones"
+            )
+        owners[module] = owner.module
+    return owners
+
+
+def tied_tensors(model: PreTrainedModel) -> set[str]:
+    """Returns the names of the tensors of experts that are tied to others of their kind."""
+    names = set(tensor_names(model))
+    pairs = (model.all_tied_weights_keys or {}).items()
+    return {name for pair in pairs if names.issuperset(pair) for name in pair}
 
 
 def _tensor_names(model: nn.Module, found: Found[Any]) -> list[str]:

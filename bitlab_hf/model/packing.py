@@ -37,14 +37,15 @@ class PackAtLoad(ConversionOps):
         self._names: dict[str, set[str]] = {}
         self._tied: dict[str, list[BitLayerBase]] = {}
         self._head: Rows | None = None
-        self._experts: dict[str, BitExperts] = {}
+        self._experts: dict[str, list[BitExperts]] = {}
 
-    def add_experts(self, found: Found[BitExperts]) -> None:
-        """Takes the tensors of latent experts."""
-        for leaf in found.module.stacks:
-            names = {f"{name}.{leaf}" for name in found.names}
+    def add_experts(self, tied: list[Found[BitExperts]]) -> None:
+        """Takes the tensors of latent experts, and of those that are tied to them."""
+        for leaf in tied[0].module.stacks:
+            names = {f"{name}.{leaf}" for found in tied for name in found.names}
             self._names.update(dict.fromkeys(names, names))
-            self._experts.update(dict.fromkeys(names, found.module))
+            modules = [found.module for found in tied]
+            self._experts.update(dict.fromkeys(names, modules))
 
     def add_layers(self, tied: list[Found[BitLayerBase]]) -> None:
         """Takes the weight of a latent layer, and of those that are tied to it, under whichever of
@@ -107,7 +108,7 @@ class PackAtLoad(ConversionOps):
                 continue
             weight = value[0] if isinstance(value, list) else value
             if name in self._experts:
-                stack = self._experts[name].stacks[name.rpartition(".")[2]]
+                stack = self._experts[name][0].stacks[name.rpartition(".")[2]]
                 matrices = weight.detach().view(-1, *stack.matrix_shape) if stack.flat else weight
                 self.pack_experts(name, matrices.detach(), missing_keys)
                 continue
@@ -158,9 +159,17 @@ class PackAtLoad(ConversionOps):
         Raises:
             CheckpointError: An expert's has another shape, or there are more or less of them.
         """
-        module, leaf = self._experts[name], name.rpartition(".")[2]
+        (module, *others), leaf = self._experts[name], name.rpartition(".")[2]
         stack = module.stacks[leaf]
-        module.commit(leaf, *stack.pack_all(_checked(name, matrices, stack)))
+        packed = stack.pack_all(_checked(name, matrices, stack))
+        if module.is_packed(leaf):
+            held = module.packed_stack(leaf).values()
+            if not all(map(torch.equal, packed, held)):
+                self.differing.append(name)
+            return
+        module.commit(leaf, *packed)
+        for one in others:
+            one.share(leaf, module)
         for tensor in module.packed_stack(leaf).values():
             vars(tensor)["_is_hf_initialized"] = True
         finite = torch.isfinite(module.packed_stack(leaf)["qweight_scale"]).flatten(1).all(1)
