@@ -193,8 +193,14 @@ class BitLabHfQuantizer(HfQuantizer):
             take_hooks(layer, linear.train(layer.training))
             for name in found.names:
                 set_module(model, name, linear)
-        for one in expert_modules(model):
-            give_back(model, one.module.to_float(dtype))
+        experts = [one.module for one in expert_modules(model)]
+        shared = [id(next(one.parameters(recurse=False))) for one in experts]
+        floats: dict[int, nn.Module] = {}
+        for held, ternary in zip(shared, experts, strict=True):
+            made = ternary.to_float(dtype)
+            # What shared its weights shares them still.
+            made._parameters.update(floats.setdefault(held, made)._parameters)
+            give_back(model, made)
         restore_float(model, dtype)
         # A float model is saved as transformers saves it.
         unmark(model)

@@ -23,6 +23,7 @@ from bitcore import ops
 from bitcore.errors import LifecycleError
 from bitcore.prepared import PreparedExperts
 from bitlayers.checks import check_stack, log_deployed_stays, stack_problem
+from bitlayers.packed_experts import PackedExperts
 from bitlayers.projection import (
     DeployedProjection,
     PackedProjection,
@@ -34,11 +35,7 @@ from bitlayers.routing import Routing
 from bitlayers.stack import Stack
 from bitlayers.state import SCALES, Packed
 from bitlayers.subclass import blank, ternary_class
-from bitlayers.training import Fingerprint, shows_writes
 
-# A forward pass of up to so many tokens uses what was packed before, as it may be a decoding step
-# of a batch: tokens arrive here in one row.
-_STEP_TOKENS = 16
 _LEAVES = ("qweight", *SCALES)
 
 
@@ -66,7 +63,7 @@ class BitExperts(nn.Module):
     _apply_gate: Callable[[Tensor], Tensor]
     act_fn: Callable[[Tensor], Tensor]
     post_expert_norm: Callable[[Tensor], Tensor]
-    _cache: dict[str, tuple[Fingerprint, dict[int, Packed]]]
+    _cache: PackedExperts
     _prepared: dict[str, PreparedExperts]
 
     @property
@@ -133,7 +130,8 @@ class BitExperts(nn.Module):
         if self.training:
             return TrainedProjection(stack, weight, bias, self.quant_strength)
         bias = None if bias is None else bias.detach()
-        return PackedProjection(stack, partial(self.packed, name), bias, self._kept(name, tokens))
+        kept = self._cache.of(name, [weight], tokens)
+        return PackedProjection(stack, partial(self.packed, name), bias, kept)
 
     def packed_stack(self, name: str) -> dict[str, Tensor]:
         """Returns the packed tensors of all experts of a deployed projection: ``qweight``,
@@ -158,26 +156,9 @@ class BitExperts(nn.Module):
         held: Tensor | None = table.get(f"{name}_{leaf}")
         return held
 
-    def _kept(self, name: str, tokens: int) -> dict[int, Packed]:
-        """Returns where a forward pass in eval mode keeps what it packs, by the expert.
-
-        Args:
-            name: The projection.
-            tokens: How many tokens the pass has.
-        """
-        weight = self._parameters[name]
-        assert weight is not None
-        if tokens > _STEP_TOKENS or not shows_writes(weight):
-            self._cache.pop(name, None)
-            return {}
-        held = self._cache.get(name)
-        if held is None or not held[0].matches([weight]):
-            held = self._cache[name] = Fingerprint([weight]), {}
-        return held[1]
-
     def invalidate_cache(self) -> None:
         """Drops the packed weights of eval mode; see `bitlayers.training.Fingerprint`."""
-        self._cache, self._prepared = {}, {}
+        self._cache, self._prepared = PackedExperts(), {}
 
     # Life.
 
@@ -365,7 +346,7 @@ class BitExperts(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: everything but the cache."""
-        return {**self.__dict__, "_cache": {}, "_prepared": {}}
+        return {**self.__dict__, "_cache": PackedExperts(), "_prepared": {}}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles by the model's own class, since the subclass stands in no module."""
@@ -401,6 +382,6 @@ def convert_experts(
     # Some classes call it by another name.
     module.__dict__.setdefault("num_experts", stack.experts)
     fields = {"stacks": held, "quant_strength": 1.0, "float_dtype": first.dtype}
-    module.__dict__.update(fields, _cache={}, _prepared={})
+    module.__dict__.update(fields, _cache=PackedExperts(), _prepared={})
     module.__class__ = ternary_class(form, type(module))
     return cast(BitExperts, module)

@@ -70,7 +70,8 @@ class ExpertsWithIdentities(GatedExperts):
         total: Tensor = super().through(projections, hidden_states, *args, **kwargs)
         index, weights = args
         same = weights.masked_fill(index < self.num_experts, 0).sum(-1, keepdim=True)
-        return total + (hidden_states * same).to(total.dtype)
+        given: Tensor = hidden_states * same
+        return total + given.to(total.dtype)
 
 
 class ExpertsOfEveryToken(GatedExperts):
