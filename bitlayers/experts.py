@@ -50,14 +50,14 @@ class BitExperts(nn.Module):
         stacks: The projections, by the names of their Parameters, in the order of use.
         quant_strength: How far the training forward is quantized; see `set_quant_strength`.
         float_dtype: dtype of the float Parameters that the module stands for.
-        gives_sum: Whether it returns each token's weighted sum.
+        keeps_tokens: Whether it is given the tokens of the layer, and returns each one's sum.
     """
 
     stacks: dict[str, Stack]
     quant_strength: float
     float_dtype: torch.dtype
     num_experts: int
-    gives_sum = True
+    keeps_tokens = True
     has_gate: bool
     has_post_expert_norm: bool
     _apply_gate: Callable[[Tensor], Tensor]
@@ -79,7 +79,8 @@ class BitExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Sends tokens through their experts; see `through` for what it is given and returns."""
-        projections = [self._projection(name, len(hidden_states)) for name in self.stacks]
+        tokens = hidden_states.shape[:-1].numel()
+        projections = [self._projection(name, tokens) for name in self.stacks]
         return self.through(projections, hidden_states, *args, **kwargs)
 
     def through(

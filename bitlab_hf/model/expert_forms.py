@@ -57,7 +57,8 @@ class ExpertsOfAnotherForward(GatedExperts):
     ) -> Tensor:
         """Returns [M, tokens, H] for hidden_states of the length M."""
         total: Tensor = super().through(projections, hidden_states, *args, **kwargs)
-        return total.view(len(hidden_states), -1, total.shape[-1])
+        rows = len(hidden_states)
+        return total.view(rows, len(total) // max(rows, 1), total.shape[-1])
 
 
 class ExpertsWithIdentities(GatedExperts):
@@ -77,7 +78,7 @@ class ExpertsWithIdentities(GatedExperts):
 class ExpertsOfEveryToken(GatedExperts):
     """Experts that are given every token, zeros where it is none of theirs (llama4)."""
 
-    gives_sum = False
+    keeps_tokens = False
 
     def routed(
         self, hidden_states: Tensor, *args: Any, **kwargs: Any
@@ -95,7 +96,7 @@ class ExpertsOfEveryToken(GatedExperts):
 class ExpertsOfSortedTokens(BitExperts):
     """One projection of experts whose tokens were sorted by whoever calls it (jetmoe)."""
 
-    has_gate, has_post_expert_norm, gives_sum = False, False, False
+    has_gate, has_post_expert_norm, keeps_tokens = False, False, False
 
     def activated(self, *inner: Tensor) -> Tensor:
         """There is nothing in front of the only projection."""
@@ -140,7 +141,7 @@ class SharedExperts(GatedExperts):
         *firsts, last = projections
         inner = self.activated(*(one(tokens, routing) for one in firsts))
         outer = last(inner * weights.reshape(-1, 1), routing)
-        total = outer.float().view(*index.shape, -1).sum(1)
+        total = outer.float().view(*index.shape, outer.shape[-1]).sum(1)
         return total.to(hidden_states.dtype).view(hidden_states.shape)
 
 
@@ -193,8 +194,9 @@ def _jetmoe(module: Any, holder: Any) -> list[Layout]:
 
 
 def _inkling(module: Any, _: Any) -> list[Layout]:
-    tensors = {name: module._parameters[name] for name in ("gate_proj", "up_proj", "down_proj")}
-    return [partial(Stack, name, *tensor.shape) for name, tensor in tensors.items()]
+    experts, (inner, outer) = module.n_shared_experts, module.gate_proj.shape[-2:]
+    first = [partial(Stack, name, experts, inner, outer) for name in ("gate_proj", "up_proj")]
+    return [*first, partial(Stack, "down_proj", experts, outer, inner)]
 
 
 FORMS: dict[str, Form] = {

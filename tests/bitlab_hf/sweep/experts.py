@@ -144,6 +144,10 @@ class Row:
     reload: bool = False
     generate: bool | None = None
 
+    def holds(self) -> bool:
+        """Tells whether all is as it is to be: next to nothing stays float, nothing differs."""
+        return self.equal and self.reload and self.generate is not False and self.share >= 0.99
+
     def line(self) -> str:
         """Returns the line of the table."""
         marks = {True: "yes", False: "**no**", None: ""}
