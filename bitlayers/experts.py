@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bitcore import ops
 from bitcore.errors import LifecycleError
 from bitcore.prepared import PreparedExperts
+from bitlayers import learned_experts
 from bitlayers.checks import check_stack, log_deployed_stays, stack_problem
 from bitlayers.packed_experts import PackedExperts
 from bitlayers.projection import (
@@ -128,10 +129,11 @@ class BitExperts(nn.Module):
         if weight is None:
             packed = tuple(self.packed_stack(name).values())
             return DeployedProjection(stack, packed, bias, self._prepared)
+        learned = learned_experts.of(self, name)
         if self.training:
-            return TrainedProjection(stack, weight, bias, self.quant_strength)
+            return TrainedProjection(stack, weight, bias, self.quant_strength, learned)
         bias = None if bias is None else bias.detach()
-        kept = self._cache.of(name, [weight], tokens)
+        kept = self._cache.of(name, [weight] if learned is None else [weight, learned], tokens)
         return PackedProjection(stack, partial(self.packed, name), bias, kept)
 
     def packed_stack(self, name: str) -> dict[str, Tensor]:
@@ -150,7 +152,9 @@ class BitExperts(nn.Module):
         # What was made under inference_mode could not be saved for a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
             stack, weight = self.stacks[name], self._parameters[name]
-            return stack.pack(stack.apart(weight)[expert])  # type: ignore[arg-type]
+            learned = learned_experts.of(self, name)
+            scale = None if learned is None else learned[expert]
+            return stack.pack(stack.apart(weight)[expert], scale)  # type: ignore[arg-type]
 
     def _leaf(self, name: str, leaf: str) -> Tensor | None:
         table: Any = self._parameters if leaf == "qweight" else self._buffers
@@ -200,13 +204,17 @@ class BitExperts(nn.Module):
             )
         for name, stack in self.stacks.items():
             check_stack(self, stack, f"{module}.{name}")
+            learned_experts.check(self, name, f"{module}.{name}")
 
     def build_deployment(self) -> dict[str, Packed]:
         """Returns the packed tensors of all experts, by the projection; the module stays as it
         is.
         """
         return {
-            name: stack.pack_all(stack.apart(self._parameters[name]))  # type: ignore[arg-type]
+            name: stack.pack_all(
+                stack.apart(self._parameters[name]),  # type: ignore[arg-type]
+                learned_experts.of(self, name),
+            )
             for name, stack in self.stacks.items()
         }
 
@@ -228,6 +236,7 @@ class BitExperts(nn.Module):
         self.invalidate_cache()
         # Not `del`: who asks the module for it finds that it is none.
         self.register_parameter(name, None)
+        learned_experts.drop(self, name)
         packed = nn.Parameter(qweight, requires_grad=False)
         self.register_parameter(f"{name}_qweight", packed)
         self.register_buffer(f"{name}_qweight_scale", qweight_scale)
@@ -290,6 +299,7 @@ class BitExperts(nn.Module):
                 table = self._parameters if leaf == "qweight" else self._buffers
                 table.pop(f"{name}_{leaf}", None)
             self._parameters[name] = weight
+            learned_experts.drop(self, name)
             bias = self._parameters.get(f"{name}_bias")
             if bias is not None:
                 self._parameters[f"{name}_bias"] = nn.Parameter(bias.detach().to(weight.dtype))
@@ -314,14 +324,9 @@ class BitExperts(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.invalidate_cache()
-        names = [f"{name}_qweight_scale" for name in self.stacks]
-        exact = {name: self._buffers[name] for name in names if name in self._buffers}
+        exact = learned_experts.exact_values(self)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, scale in exact.items():
-            moved = self._buffers[name]
-            if scale is not None and moved is not None and moved.dtype != torch.float32:
-                # `.to(bfloat16)` moves the scale but must not round it.
-                self._buffers[name] = scale.to(moved.device)
+        learned_experts.keep_exact(self, exact)
         self.float_dtype = cast_dtype(fn, self.float_dtype)
         return self
 
@@ -344,6 +349,7 @@ class BitExperts(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        learned_experts.start_missing(self, self.stacks, prefix, missing_keys)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: everything but the cache."""
@@ -384,5 +390,6 @@ def convert_experts(
     module.__dict__.setdefault("num_experts", stack.experts)
     fields = {"stacks": held, "quant_strength": 1.0, "float_dtype": first.dtype}
     module.__dict__.update(fields, _cache=PackedExperts(), _prepared={})
+    learned_experts.make(module, held)
     module.__class__ = ternary_class(form, type(module))
     return cast(BitExperts, module)

@@ -34,6 +34,7 @@ from bitlab_hf.model.packing import PackAtLoad
 from bitlab_hf.model.parts import cut, cut_experts
 from bitlab_hf.model.replace import OwnTensors, swap_latent, swap_packed
 from bitlab_hf.model.tree import Found, quantized_layers
+from bitlayers import learned_experts
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
 from bitlayers.checks import (
@@ -65,7 +66,7 @@ class Loading:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.packing = PackAtLoad()
-        self._unlearned: list[BitLayerBase] = []
+        self._unlearned: list[BitLayerBase | BitExperts] = []
         self._fresh_norms: list[InputRMSNorm] = []
         self._verification: Verification | None = None
 
@@ -88,8 +89,7 @@ class Loading:
             self._swap_packed(model)
         else:
             swap_latent(model, plan.layers, plan.config, plan.experts)
-            stored = self._holds("learned_scale")
-            self._unlearned = expect_learned_scales(model, stored)
+            self._unlearned = expect_learned_scales(model, self._learned_scales())
             if plan.source.builds_packed:
                 self._expect_floats(model, dtype)
         self._fresh_norms = expect_sub_norms(
@@ -108,6 +108,13 @@ class Loading:
         if not verification.is_known:
             verification.read_ahead()
         return verification
+
+    def _learned_scales(self) -> set[str] | None:
+        """Returns the names of the learned scales that the files hold; None if unknown."""
+        checkpoint = self.plan.checkpoint
+        if checkpoint is None:
+            return None if self.plan.source.was_converted else set()
+        return {name for name in checkpoint.tensors if name.endswith("learned_scale")}
 
     def _holds(self, leaf: str) -> set[str] | None:
         """Returns the names of the modules of which the files hold a tensor; None if unknown."""
@@ -181,7 +188,13 @@ class Loading:
                 if unknown and dtype != torch.float32:
                     # transformers would round it to the model's dtype before packing.
                     keep.add(name)
-        experts = expert_modules(model)
+        # Where learned scales arrive beside weights, packing has to wait for both.
+        unlearned = [one for one in self._unlearned if isinstance(one, BitExperts)]
+        experts = [
+            one
+            for one in expert_modules(model)
+            if one.module in unlearned or not learned_experts.names(one.module)
+        ]
         for group in tied_groups(model, experts):
             self.packing.add_experts(group)
         for one in experts:
@@ -222,7 +235,7 @@ class Loading:
             pairs = zip(scales, held, strict=True)
             holder._buffers.update({leaf: lender._buffers[lent] for leaf, lent in pairs})
         layers = quantized_layers(model)
-        deploy_learned(layers)
+        deploy_learned(layers, expert_modules(model))
         for found in layers:
             layer = found.module
             if not layer.is_deployed:

@@ -24,6 +24,7 @@ from bitcore.errors import ArgumentError, BitLabError, ConfigError
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.model.expert_forms import Layout, form_of, run_for_holder, tensors_lie_so
 from bitlab_hf.model.tree import Found, aliases_of, find_modules
+from bitlayers import learned_experts
 from bitlayers.experts import BitExperts, convert_experts
 from bitlayers.stack import Stack
 
@@ -104,7 +105,8 @@ def owners_of(experts: Iterable[Found[BitExperts]]) -> dict[BitExperts, BitExper
     owners = {}
     for found in experts:
         module = found.module
-        held = tuple(id(module._parameters[name]) for name in module.stacks)
+        names = [*module.stacks, *learned_experts.names(module)]
+        held = tuple(id(module._parameters[name]) for name in names)
         owner = first.setdefault(held, found)
         if owner.module.stacks != module.stacks:
             raise ArgumentError(
@@ -182,14 +184,17 @@ def experts_to_convert(
 def _quantized(
     model: nn.Module, found: Found[Any], leaf: str, config: BitLabConfig
 ) -> BitQuantConfig:
-    """Returns how one tensor of experts is quantized: an estimator that trains a scale does so for
-    linear layers, and experts beside them get absmean's.
+    """Returns how one tensor of experts is quantized: one that is tied to another by absmean, where
+    the estimator would train a scale for each.
     """
     asked = config.layer_config(*_names_of(model, found, leaf))
-    if not estimators.get_estimator(asked.weight_quantizer).learned:
+    tied = tied_tensors(model) if isinstance(model, PreTrainedModel) else set()
+    if not estimators.get_estimator(asked.weight_quantizer).learned or not tied.intersection(
+        f"{name}.{leaf}" for name in found.names
+    ):
         return asked
     logger.info(
-        "bitlab: %s.%s gets the scales of absmean: %s trains one for each linear layer",
+        "bitlab: %s.%s gets the scales of absmean: %s trains one for experts that are tied to none",
         found.names[0],
         leaf,
         asked.weight_quantizer,

@@ -176,6 +176,7 @@ class PackAtLoad(ConversionOps):
         self.nonfinite += [f"{name} of expert {int(one)}" for one in (~finite).nonzero()[:1]]
         if missing_keys is not None:
             missing_keys -= self._names[name]
+            missing_keys -= {f"{one}_learned_scale" for one in self._names[name]}
 
     def _compare(self, name: str, weight: Tensor, layer: BitLayerBase) -> Tensor:
         """Takes a weight that is stored under a second name: it has to be the same one."""

@@ -35,7 +35,7 @@ COMMAND = "python scripts/sweep.py --experts --write docs/experts.md"
 MODELS = Path(transformers.__file__).parent / "models"
 # Built by no architecture alone: a talker that another model makes.
 NOT_BUILT = {"Qwen3OmniMoeTalkerTextExperts"}
-ROUTERS = re.compile(r"router|(^|\.)gate$|gate\.wg$|gating|shared_expert_gate")
+ROUTERS = re.compile(r"router|(^|\.)gate(\.|$)|gate\.wg$|gating|shared_expert_gate")
 
 
 @cache
@@ -151,7 +151,7 @@ class Row:
     def line(self) -> str:
         """Returns the line of the table."""
         marks = {True: "yes", False: "**no**", None: ""}
-        left = "; ".join(f"`{name}` {100 * share:.0f} %" for name, share in self.left.items())
+        left = "; ".join(f"`{name}` {100 * share:.1f} %" for name, share in self.left.items())
         # Not rounded up to what it is not.
         share = f"{int(1000 * self.share) / 10:g} %"
         cells = [f"`{self.kind}`", self.architecture, share, left]
@@ -189,7 +189,7 @@ def looked_at(architecture: str, folder: Path) -> list[Row]:
                 call(modules[name], inputs[name]), output
             )
             reload[names[name]] &= same
-    generate = _generates(latent, again)
+    generate = _generates(model, latent, again)
     missing = {names[name] for name in names.keys() - _all_names(expert_modules(latent))}
     for kind, row in rows.items():
         row.share, row.left, row.generate = share, left, generate
@@ -229,18 +229,28 @@ def shares(latent: Any) -> tuple[float, dict[str, float]]:
     return sum(ternary.values()) / total, left
 
 
-def _generates(deployed: Any, again: Any) -> bool | None:
-    """Tells whether two models generate the same from a prompt; None where they do not generate."""
-    if not deployed.can_generate():
+def _generates(stock: Any, deployed: Any, again: Any) -> bool | None:
+    """Tells whether two models generate the same from a prompt; None where the float model does not
+    generate from one.
+    """
+    try:
+        _generated(stock)
+    except Exception:
+        # It needs more than a prompt.
         return None
+    first, second = _generated(deployed), _generated(again)
+    return first.shape[1] > 1 and torch.equal(first, second)
+
+
+def _generated(model: Any) -> Tensor:
+    if not model.can_generate():
+        raise NotImplementedError
     ids = torch.arange(FIRST_TOKEN, FIRST_TOKEN + 5).unsqueeze(0)
-    made = []
-    for model in (deployed, again):
-        torch.manual_seed(0)
-        with torch.no_grad():
-            out = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
-        made.append(out if isinstance(out, Tensor) else out.sequences)
-    return made[0].shape[1] > ids.shape[1] and torch.equal(*made)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    made: Tensor = out if isinstance(out, Tensor) else out.sequences
+    return made
 
 
 def rows() -> dict[tuple[str, str], str]:
