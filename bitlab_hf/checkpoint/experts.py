@@ -68,10 +68,8 @@ def _keep_absmean(found: list[Found[nn.Module]], config: BitLabConfig, known: Ch
     """Makes a configuration say how experts without a learned scale in BitLab's files were trained:
     earlier releases gave all experts the scales of absmean beside layers with learned ones.
     """
-    for name, leaf in (
-        (f"{one.names[0]}.{leaf}", leaf) for one in found for leaf in projections(one.module)
-    ):
-        owner = name.removesuffix(f".{leaf}")
+    for owner, leaf in ((one.names[0], leaf) for one in found for leaf in projections(one.module)):
+        name = f"{owner}.{leaf}"
         asked = config.layer_config(owner, name).weight_quantizer
         if get_estimator(asked).learned and f"{name}_learned_scale" not in known.tensors:
             before = config.overrides.get(name, {})
