@@ -12,6 +12,7 @@ from torch import nn
 from bitlab_hf import BitLabConfig, quantized_layers
 from bitlab_hf.model.experts import expert_modules
 from bitlayers.experts import BitExperts
+from tests.bitlab_hf.sweep.configs import small
 from tests.bitlab_hf.sweep.experts import (
     COMMAND,
     NOT_BUILT,
@@ -25,6 +26,7 @@ from tests.bitlab_hf.sweep.experts import (
     used_experts,
     with_experts,
 )
+from tests.bitlab_hf.sweep.models import config_class, model_class
 
 # What keeps its experts in a way of its own, and one that does not.
 ALWAYS = [
@@ -44,7 +46,7 @@ def test_all_classes_are_looked_at() -> None:
     built = set()
     for architecture in with_experts():
         with torch.device("meta"):
-            model = build(architecture)
+            model = model_class(architecture)(small(config_class(architecture)))
         for module in model.modules():
             built.add(type(module).__name__)
     assert known - built == NOT_BUILT
