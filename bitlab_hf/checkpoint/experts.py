@@ -53,7 +53,9 @@ def plan_experts(
     lacking = [
         one
         for one in found
-        if not was_converted and not any(_header(known, one, p) for p in projections(one.module))
+        if not was_converted
+        and not any(_header(known, one, p) for p in projections(one.module))
+        and not _is_lost(known, one)
     ]
     found = [one for one in found if one not in lacking]
     if was_converted:
@@ -74,6 +76,14 @@ def _keep_absmean(found: list[Found[nn.Module]], config: BitLabConfig, known: Ch
         if get_estimator(asked).learned and f"{name}_learned_scale" not in known.tensors:
             before = config.overrides.get(name, {})
             config.overrides[name] = {**before, "weight_quantizer": "absmean"}
+
+
+def _is_lost(known: Checkpoint, found: Found[nn.Module]) -> bool:
+    """Tells whether the only tensor of a module is missing where the block around it is there."""
+    if len(projections(found.module)) > 1:
+        return False
+    blocks = tuple(f"{name.rpartition('.')[0]}." for name in found.names if "." in name)
+    return any(key.startswith(blocks) for key in known.tensors)
 
 
 def _header(known: Checkpoint, found: Found[nn.Module], leaf: str) -> TensorHeader | None:
