@@ -32,6 +32,7 @@ from bitlab_hf.config import LOADING_ATTRIBUTES, QUANT_METHOD, BitLabConfig
 from bitlab_hf.model.by_expert import by_expert
 from bitlab_hf.model.count import bits_per_weight
 from bitlab_hf.model.embedding import restore_embeddings, ternary_embeddings
+from bitlab_hf.model.expert_forms import give_back
 from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.int8 import restore_float
 from bitlab_hf.model.marks import mark_latent, mark_quantized, unmark
@@ -195,8 +196,14 @@ class BitLabHfQuantizer(HfQuantizer):
             take_hooks(layer, linear.train(layer.training))
             for name in found.names:
                 set_module(model, name, linear)
-        for one in expert_modules(model):
-            one.module.to_float(dtype)
+        experts = [one.module for one in expert_modules(model)]
+        shared = [id(next(one.parameters(recurse=False))) for one in experts]
+        floats: dict[int, nn.Module] = {}
+        for held, ternary in zip(shared, experts, strict=True):
+            made = ternary.to_float(dtype)
+            # What shared its weights shares them still.
+            made._parameters.update(floats.setdefault(held, made)._parameters)
+            give_back(model, made)
         restore_embeddings(model, dtype, weights)
         restore_float(model, dtype)
         # A float model is saved as transformers saves it.

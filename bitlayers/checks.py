@@ -85,12 +85,12 @@ def check_whole(module: nn.Module, name: str) -> None:
         raise LifecycleError(f"deploy: {name} must hold data, got a tensor on the meta device")
 
 
-def check_stack(module: nn.Module, name: str, said: str) -> None:
+def check_stack(module: nn.Module, stack: Stack, said: str) -> None:
     """Checks that the tensor of all experts' weights can be packed, changing nothing.
 
     Args:
         module: Who holds it.
-        name: Its name there.
+        stack: How it lies there.
         said: What messages call it.
 
     Raises:
@@ -98,6 +98,7 @@ def check_stack(module: nn.Module, name: str, said: str) -> None:
         ArgumentTypeError: It has a dtype that cannot be packed.
         NonFiniteError: It holds NaN or infinity; the message names the first such expert.
     """
+    name = stack.name
     weight = module._parameters.get(name)
     if weight is None or {name, f"{name}_bias"} & vars(module).keys():
         raise LifecycleError(
@@ -112,9 +113,10 @@ def check_stack(module: nn.Module, name: str, said: str) -> None:
     if weight.is_meta:
         raise LifecycleError(f"deploy: {said} must hold data, got a tensor on the meta device")
     # They are NaN where any value is, and make nothing of the tensor's size.
-    if all(math.isfinite(one) for one in weight.detach().aminmax()):
+    matrices = stack.apart(weight.detach())
+    if all(math.isfinite(one) for one in matrices.aminmax()):
         return
-    finite = torch.isfinite(weight).flatten(1).all(1)
+    finite = torch.isfinite(matrices).flatten(1).all(1)
     raise NonFiniteError(
         f"deploy: {said} must be finite, got NaN or infinity in expert "
         f"{int((~finite).nonzero()[0])}; nothing changed"

@@ -12,7 +12,7 @@ two products, which differs from model to model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Self, cast
 
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from bitcore import ops
 from bitcore.errors import LifecycleError
 from bitcore.prepared import PreparedExperts
+from bitlayers import learned_experts
 from bitlayers.checks import check_stack, log_deployed_stays, stack_problem
+from bitlayers.packed_experts import PackedExperts
 from bitlayers.projection import (
     DeployedProjection,
     PackedProjection,
@@ -33,11 +35,8 @@ from bitlayers.quantized import cast_dtype
 from bitlayers.routing import Routing
 from bitlayers.stack import Stack
 from bitlayers.state import SCALES, Packed
-from bitlayers.training import Fingerprint, shows_writes
+from bitlayers.subclass import blank, ternary_class
 
-# A forward pass of up to so many tokens uses what was packed before, as it may be a decoding step
-# of a batch: tokens arrive here in one row.
-_STEP_TOKENS = 16
 _LEAVES = ("qweight", *SCALES)
 
 
@@ -52,18 +51,20 @@ class BitExperts(nn.Module):
         stacks: The projections, by the names of their Parameters, in the order of use.
         quant_strength: How far the training forward is quantized; see `set_quant_strength`.
         float_dtype: dtype of the float Parameters that the module stands for.
+        keeps_tokens: Whether it is given the tokens of the layer, and returns each one's sum.
     """
 
     stacks: dict[str, Stack]
     quant_strength: float
     float_dtype: torch.dtype
     num_experts: int
+    keeps_tokens = True
     has_gate: bool
     has_post_expert_norm: bool
     _apply_gate: Callable[[Tensor], Tensor]
     act_fn: Callable[[Tensor], Tensor]
     post_expert_norm: Callable[[Tensor], Tensor]
-    _cache: dict[str, tuple[Fingerprint, dict[int, Packed]]]
+    _cache: PackedExperts
     _prepared: dict[str, PreparedExperts]
 
     @property
@@ -77,38 +78,48 @@ class BitExperts(nn.Module):
 
     # The forward.
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sends each token through its experts.
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Sends tokens through their experts; see `through` for what it is given and returns."""
+        tokens = hidden_states.shape[:-1].numel()
+        projections = [self._projection(name, tokens) for name in self.stacks]
+        return self.through(projections, hidden_states, *args, **kwargs)
+
+    def through(
+        self, projections: Sequence[Projection], hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Does as `forward` does, with these projections: what a class that keeps its experts in
+        another way has of its own.
 
         Args:
+            projections: As `stacks` has them.
             hidden_states: [M, H].
-            top_k_index: int [M, k], the experts of each token; one that is not below the number of
-                experts is none, and adds nothing.
-            top_k_weights: float [M, k], what each expert's output is multiplied with.
+            *args: Two. int [M, k], the experts of each token; one that is not below the number of
+                experts is none, and adds nothing. Float [M, k], what each expert's output is
+                multiplied with.
+            **kwargs: None.
 
         Returns:
             [M, H] of the dtype of hidden_states.
         """
-        first, second = (self._projection(name, len(hidden_states)) for name in self.stacks)
-        return self.through(first, second, hidden_states, top_k_index, top_k_weights)
-
-    def through(
-        self,
-        first: Projection,
-        second: Projection,
-        hidden_states: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-    ) -> Tensor:
-        """Does as `forward` does, with these two projections."""
-        routing = Routing(top_k_index, self.num_experts)
-        outer = second(self.activated(first(hidden_states, routing)), routing)
+        tokens, index, weights = self.routed(hidden_states, *args, **kwargs)
+        routing = Routing(index, self.num_experts)
+        *firsts, last = projections
+        outer = last(self.activated(*(first(tokens, routing) for first in firsts)), routing)
         outer = self.post_expert_norm(outer) if self.has_post_expert_norm else outer
-        return routing.weighted_sum(outer, top_k_weights, hidden_states.dtype)
+        return routing.weighted_sum(outer, weights, hidden_states.dtype)
 
-    def activated(self, inner: Tensor) -> Tensor:
-        """Returns what the second projection reads of what the first gives."""
-        return self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+    def routed(
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the tokens [M, H], the experts of each [M, k], and their weights [M, k], of what
+        the forward is given.
+        """
+        return hidden_states, *args
+
+    def activated(self, *inner: Tensor) -> Tensor:
+        """Returns what the last projection reads of what those before it give."""
+        (first,) = inner
+        return self._apply_gate(first) if self.has_gate else self.act_fn(first)
 
     def _projection(self, name: str, tokens: int) -> Projection:
         """Returns one projection for one forward pass."""
@@ -118,10 +129,12 @@ class BitExperts(nn.Module):
         if weight is None:
             packed = tuple(self.packed_stack(name).values())
             return DeployedProjection(stack, packed, bias, self._prepared)
+        learned = learned_experts.of(self, name)
         if self.training:
-            return TrainedProjection(stack, weight, bias, self.quant_strength)
+            return TrainedProjection(stack, weight, bias, self.quant_strength, learned)
         bias = None if bias is None else bias.detach()
-        return PackedProjection(stack, partial(self.packed, name), bias, self._kept(name, tokens))
+        kept = self._cache.of(name, [weight] if learned is None else [weight, learned], tokens)
+        return PackedProjection(stack, partial(self.packed, name), bias, kept)
 
     def packed_stack(self, name: str) -> dict[str, Tensor]:
         """Returns the packed tensors of all experts of a deployed projection: ``qweight``,
@@ -138,33 +151,19 @@ class BitExperts(nn.Module):
             return tuple(tensor[expert] for tensor in self.packed_stack(name).values())
         # What was made under inference_mode could not be saved for a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
-            return self.stacks[name].pack(self._parameters[name][expert])  # type: ignore[index]
+            stack, weight = self.stacks[name], self._parameters[name]
+            learned = learned_experts.of(self, name)
+            scale = None if learned is None else learned[expert]
+            return stack.pack(stack.apart(weight)[expert], scale)  # type: ignore[arg-type]
 
     def _leaf(self, name: str, leaf: str) -> Tensor | None:
         table: Any = self._parameters if leaf == "qweight" else self._buffers
         held: Tensor | None = table.get(f"{name}_{leaf}")
         return held
 
-    def _kept(self, name: str, tokens: int) -> dict[int, Packed]:
-        """Returns where a forward pass in eval mode keeps what it packs, by the expert.
-
-        Args:
-            name: The projection.
-            tokens: How many tokens the pass has.
-        """
-        weight = self._parameters[name]
-        assert weight is not None
-        if tokens > _STEP_TOKENS or not shows_writes(weight):
-            self._cache.pop(name, None)
-            return {}
-        held = self._cache.get(name)
-        if held is None or not held[0].matches([weight]):
-            held = self._cache[name] = Fingerprint([weight]), {}
-        return held[1]
-
     def invalidate_cache(self) -> None:
         """Drops the packed weights of eval mode; see `bitlayers.training.Fingerprint`."""
-        self._cache, self._prepared = {}, {}
+        self._cache, self._prepared = PackedExperts(), {}
 
     # Life.
 
@@ -203,15 +202,19 @@ class BitExperts(nn.Module):
             raise LifecycleError(
                 f"deploy: {module} must be latent, got experts that are deployed already"
             )
-        for name in self.stacks:
-            check_stack(self, name, f"{module}.{name}")
+        for name, stack in self.stacks.items():
+            check_stack(self, stack, f"{module}.{name}")
+            learned_experts.check(self, name, f"{module}.{name}")
 
     def build_deployment(self) -> dict[str, Packed]:
         """Returns the packed tensors of all experts, by the projection; the module stays as it
         is.
         """
         return {
-            name: stack.pack_all(self._parameters[name])  # type: ignore[arg-type]
+            name: stack.pack_all(
+                stack.apart(self._parameters[name]),  # type: ignore[arg-type]
+                learned_experts.of(self, name),
+            )
             for name, stack in self.stacks.items()
         }
 
@@ -233,6 +236,7 @@ class BitExperts(nn.Module):
         self.invalidate_cache()
         # Not `del`: who asks the module for it finds that it is none.
         self.register_parameter(name, None)
+        learned_experts.drop(self, name)
         packed = nn.Parameter(qweight, requires_grad=False)
         self.register_parameter(f"{name}_qweight", packed)
         self.register_buffer(f"{name}_qweight_scale", qweight_scale)
@@ -243,6 +247,13 @@ class BitExperts(nn.Module):
             bias.requires_grad_(False)
         if self.is_deployed:
             super().train(False)
+
+    def share(self, name: str, other: BitExperts) -> None:
+        """Makes one projection deployed with the packed tensors of other experts, which are one
+        Parameter then: counted, moved and saved once.
+        """
+        self.commit(name, *other.packed_stack(name).values())
+        self._parameters[f"{name}_qweight"] = other._parameters[f"{name}_qweight"]
 
     def make_skeleton(self) -> None:
         """Makes a latent module deployed with empty packed tensors, for a loader to fill."""
@@ -265,8 +276,8 @@ class BitExperts(nn.Module):
             qweight, scale, *multiplier = self.packed(name, expert)
             rows = stack.out_features
             matrix = ops.unpack_weight(qweight, scale, rows, dtype, *multiplier)
-            matrices.append(stack.stored(matrix))
-        return torch.stack(matrices)
+            matrices.append(matrix)
+        return stack.together(matrices)
 
     def packed_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Returns dtype and shape of each packed tensor of the deployed module, by name."""
@@ -288,6 +299,7 @@ class BitExperts(nn.Module):
                 table = self._parameters if leaf == "qweight" else self._buffers
                 table.pop(f"{name}_{leaf}", None)
             self._parameters[name] = weight
+            learned_experts.drop(self, name)
             bias = self._parameters.get(f"{name}_bias")
             if bias is not None:
                 self._parameters[f"{name}_bias"] = nn.Parameter(bias.detach().to(weight.dtype))
@@ -312,14 +324,9 @@ class BitExperts(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.invalidate_cache()
-        names = [f"{name}_qweight_scale" for name in self.stacks]
-        exact = {name: self._buffers[name] for name in names if name in self._buffers}
+        exact = learned_experts.exact_values(self)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, scale in exact.items():
-            moved = self._buffers[name]
-            if scale is not None and moved is not None and moved.dtype != torch.float32:
-                # `.to(bfloat16)` moves the scale but must not round it.
-                self._buffers[name] = scale.to(moved.device)
+        learned_experts.keep_exact(self, exact)
         self.float_dtype = cast_dtype(fn, self.float_dtype)
         return self
 
@@ -342,14 +349,15 @@ class BitExperts(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        learned_experts.start_missing(self, self.stacks, prefix, missing_keys)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: everything but the cache."""
-        return {**self.__dict__, "_cache": {}, "_prepared": {}}
+        return {**self.__dict__, "_cache": PackedExperts(), "_prepared": {}}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles by the model's own class, since the subclass stands in no module."""
-        return _blank, (self.float_class(),), self.__getstate__()
+        return blank, type(self).__bases__, self.__getstate__()
 
     def extra_repr(self) -> str:
         """Returns what ``repr`` shows: state, and sizes and scheme of each projection."""
@@ -357,29 +365,17 @@ class BitExperts(nn.Module):
         return ", ".join([state, *(f"{name}={stack}" for name, stack in self.stacks.items())])
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _ternary_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Returns the subclass of a model's experts class that lives as ternary ones do."""
-    if kind not in _CLASSES:
-        fields = {"__module__": __name__, "__doc__": BitExperts.__doc__}
-        _CLASSES[kind] = type(f"Bit{kind.__name__}", (BitExperts, kind), fields)
-    return _CLASSES[kind]
-
-
-def _blank(kind: type[nn.Module]) -> nn.Module:
-    ternary = _ternary_class(kind)
-    return ternary.__new__(ternary)
-
-
-def convert_experts(module: nn.Module, stacks: Iterable[Stack]) -> BitExperts:
+def convert_experts(
+    module: nn.Module, stacks: Iterable[Stack], form: type[BitExperts] = BitExperts
+) -> BitExperts:
     """Makes a float experts module a latent ternary one, in place; its Parameters stay.
 
     Args:
         module: It has ``num_experts``, ``has_gate``, ``has_post_expert_norm``, and what these ask
-            for of ``_apply_gate``, ``act_fn`` and ``post_expert_norm``.
-        stacks: Its two projections, in the order of use.
+            for of ``_apply_gate``, ``act_fn`` and ``post_expert_norm``; for another form what that
+            one asks for.
+        stacks: Its projections, in the order of use; two of them.
+        form: A subclass whose `BitExperts.through` does as the module's own forward.
 
     Raises:
         LifecycleError: The module is ternary already.
@@ -387,9 +383,13 @@ def convert_experts(module: nn.Module, stacks: Iterable[Stack]) -> BitExperts:
     if isinstance(module, BitExperts):
         raise LifecycleError("convert_experts: module must be float, got ternary experts")
     held = {stack.name: stack for stack in stacks}
-    first = module._parameters[next(iter(held))]
+    name, stack = next(iter(held.items()))
+    first = module._parameters[name]
     assert first is not None
+    # Some classes call it by another name.
+    module.__dict__.setdefault("num_experts", stack.experts)
     fields = {"stacks": held, "quant_strength": 1.0, "float_dtype": first.dtype}
-    module.__dict__.update(fields, _cache={}, _prepared={})
-    module.__class__ = _ternary_class(type(module))
+    module.__dict__.update(fields, _cache=PackedExperts(), _prepared={})
+    learned_experts.make(module, held)
+    module.__class__ = ternary_class(form, type(module))
     return cast(BitExperts, module)

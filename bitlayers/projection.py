@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bitcore import ops
+from bitcore import estimators, ops
 from bitcore.prepared import PreparedExperts, is_preparable
 from bitlayers.parts import Parts
 from bitlayers.routing import Routing
@@ -129,19 +129,38 @@ class TrainedProjection(Projection):
         weight: The latent weights of all experts.
         bias: [E, N], or None.
         strength: How far the product is quantized, 0 to 1.
+        learned: The learned scales of all experts, or None.
     """
 
-    def __init__(self, stack: Stack, weight: Tensor, bias: Tensor | None, strength: float) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        weight: Tensor,
+        bias: Tensor | None,
+        strength: float,
+        learned: Tensor | None = None,
+    ) -> None:
         super().__init__(stack, bias)
-        self._weights, self._strength = Parts(weight), strength
+        self._weights, self._strength = Parts(stack.apart(weight)), strength
+        self._learned = None if learned is None else Parts(learned)
 
     def _product(self, x: Tensor, expert: int, bias: Tensor | None) -> Tensor:
         stack, config = self.stack, self.stack.config
         # No copy where it is transposed: what is saved for the backward pass is the Parameter.
         part = self._weights[expert]
         weight = part.t() if stack.transposed else part
-        step, scale, *multiplier = stack.scales(weight)
+        learned = None
+        if self._learned is not None:
+            # FSDP's mixed precision rounds parameters for a forward pass.
+            learned = stack.of_rows(self._learned[expert].float())
+        if self._strength < 1 and learned is not None:
+            exact = estimators.learned_weight(weight, learned, stack.granularity)
+            mixed = weight + self._strength * (exact - weight)
+            return mixed_product(x, mixed, bias, config.activation, self._strength)
+        step, scale, *multiplier = stack.scales(weight) if learned is None else (None, learned)
         if self._strength < 1:
+            assert step is not None
+            assert scale is not None
             with torch.no_grad():
                 qweight = ops.pack_codes(weight, step)
                 rows = stack.out_features

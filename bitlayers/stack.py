@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitcore import ops
+from bitcore import estimators, ops
 from bitcore.checks import check_group_size, check_in_features
 from bitcore.config import BitQuantConfig
 from bitlayers.state import Packed
@@ -31,6 +31,9 @@ class Stack:
         parts: Logical matrices in an expert's matrix.
         interleaved: Whether their rows take turns.
         transposed: Whether the tensor is [E, K, N].
+        flat: Whether it has two dimensions, the experts' parts one below the other.
+        unused: How many matrices the tensor holds behind those of the experts, which nobody
+            multiplies with; they are not packed.
     """
 
     name: str
@@ -41,6 +44,8 @@ class Stack:
     parts: int = 1
     interleaved: bool = False
     transposed: bool = False
+    flat: bool = False
+    unused: int = 0
 
     def __post_init__(self) -> None:
         """Checks the sizes.
@@ -67,15 +72,32 @@ class Stack:
         return "per_channel" if held == "per_tensor" else held
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """The shape of the float tensor."""
+    def matrix_shape(self) -> tuple[int, int]:
+        """The shape of an expert's part of the float tensor."""
         sizes = self.out_features, self.in_features
-        return self.experts, *(reversed(sizes) if self.transposed else sizes)
+        return sizes[::-1] if self.transposed else sizes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the float tensor."""
+        count, (rows, columns) = self.experts + self.unused, self.matrix_shape
+        return (count * rows, columns) if self.flat else (count, rows, columns)
 
     @property
     def weights(self) -> int:
         """How many weights all experts have."""
         return self.experts * self.out_features * self.in_features
+
+    def apart(self, weight: Tensor) -> Tensor:
+        """Returns the experts' parts of the float tensor, [E, ...]: a view."""
+        matrices = weight.view(-1, *self.matrix_shape) if self.flat else weight
+        return matrices[: self.experts] if self.unused else matrices
+
+    def together(self, matrices: list[Tensor]) -> Tensor:
+        """Returns the float tensor of these [N, K], with zeros where nobody looks."""
+        parts = torch.stack([self.stored(matrix) for matrix in matrices])
+        unused = parts.new_zeros(self.unused, *self.matrix_shape)
+        return torch.cat([parts, unused]).view(self.shape)
 
     def oriented(self, matrix: Tensor) -> Tensor:
         """Returns an expert's part of the tensor as [N, K]."""
@@ -98,6 +120,48 @@ class Stack:
             for part in self.split(weight.detach())
         ]
         return tuple(self._rows(list(values)) for values in zip(*held, strict=True))
+
+    @property
+    def learns(self) -> bool:
+        """Whether the estimator trains its scales."""
+        return estimators.get_estimator(self.config.weight_quantizer).learned
+
+    @property
+    def learned_shape(self) -> tuple[int, ...]:
+        """The shape of the learned scales of all experts: one for each logical matrix, [E, parts],
+        for each row, [E, N], or for each group, [E, N, K / G].
+        """
+        size = self.config.group_size
+        if size is not None:
+            return self.experts, self.out_features, self.in_features // size
+        rows = self.parts if self.config.granularity == "per_tensor" else self.out_features
+        return self.experts, rows
+
+    def start_scale(self, weight: Tensor) -> Tensor:
+        """Returns the learned scale of an expert's [N, K] as its estimator starts it."""
+        config = self.config
+        # As it is before it is brought to two levels.
+        granularity = "per_group_float32" if config.group_size else config.granularity
+        held = [
+            ops.estimate(part.contiguous(), config.weight_quantizer, granularity, config.group_size)
+            for part in self.split(weight.detach())
+        ]
+        return torch.cat([step for step, *_ in held])
+
+    def of_rows(self, learned: Tensor) -> Tensor:
+        """Returns an expert's learned scale as it is multiplied with: one a tensor for each row.
+
+        Its gradient is that of a layer with this scale: as for all weights that share it.
+        """
+        if self.config.granularity != "per_tensor":
+            return learned
+        each = self.out_features // self.parts
+        rows = torch.arange(self.out_features, device=learned.device)
+        scale = learned[rows % self.parts if self.interleaved else rows // each]
+        if scale.requires_grad:
+            # The rows' have been divided by the root of the number of weights of a row.
+            scale.register_hook(lambda gradient: gradient * each**-0.5)  # type: ignore[no-untyped-call]
+        return scale
 
     def split(self, matrix: Tensor) -> list[Tensor]:
         """Returns the rows of an expert's [N, K], or of what has as many, that can have a scale in
@@ -123,17 +187,27 @@ class Stack:
         return torch.cat(values).repeat_interleave(each)
 
     @torch.no_grad()
-    def pack(self, matrix: Tensor) -> Packed:
-        """Packs an expert's part of the tensor: qweight, its scale a row, and multipliers."""
+    def pack(self, matrix: Tensor, learned: Tensor | None = None) -> Packed:
+        """Packs an expert's part of the tensor: qweight, its scale a row, and multipliers.
+
+        Args:
+            matrix: The part.
+            learned: The expert's learned scale; None to take what the estimator says.
+        """
         weight = self.oriented(matrix)
-        step, *scales = self.scales(weight)
+        if learned is None:
+            step, *scales = self.scales(weight)
+        else:
+            rows = self.of_rows(learned.detach().float())
+            step, *levels = estimators.learned_scales(rows, self.granularity)
+            scales = [one for one in levels if one is not None]
         return ops.pack_codes(weight, step), *scales
 
-    def pack_all(self, weight: Iterable[Tensor]) -> Packed:
-        """Packs the tensor of all experts, or their parts of it one after another."""
+    def pack_all(self, weight: Iterable[Tensor], learned: Tensor | None = None) -> Packed:
+        """Packs the experts' parts of the tensor, one after another; see `pack`."""
         made: Packed = ()
         for expert, matrix in enumerate(weight):
-            packed = self.pack(matrix)
+            packed = self.pack(matrix, None if learned is None else learned[expert])
             if not made:
                 made = tuple(one.new_empty(self.experts, *one.shape) for one in packed)
             for whole, one in zip(made, packed, strict=True):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tests.bitlab_hf.sweep import experts
 from tests.bitlab_hf.sweep.models import architectures
 from tests.bitlab_hf.sweep.results import Result, document
 from tests.bitlab_hf.sweep.run import sweep
@@ -24,7 +26,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the results, one a line")
     parser.add_argument("--results", type=Path, help="take the results from such a file instead")
     parser.add_argument("--write", type=Path, help="where to write the table, of all architectures")
+    parser.add_argument(
+        "--experts", action="store_true", help="the classes of experts, instead of whole models"
+    )
     arguments = parser.parse_args()
+    if arguments.experts:
+        rows = _experts(arguments.architectures or experts.with_experts())
+        if arguments.write:
+            arguments.write.write_text(experts.document(rows, date.today().isoformat()))
+        sys.exit(not all(row.holds() for row in rows))
     names = arguments.architectures or architectures()
     if arguments.results:
         lines = arguments.results.read_text().splitlines()
@@ -51,6 +61,16 @@ def _run(names: list[str], processes: int, path: Path | None) -> list[Result]:
             with path.open("a") as file:
                 print(json.dumps(result.to_dict()), file=file)
     return results
+
+
+def _experts(names: list[str]) -> list[experts.Row]:
+    rows = []
+    for name in names:
+        with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
+            for row in experts.looked_at(name, Path(folder)):
+                rows.append(row)
+                print(row.line(), flush=True)
+    return rows
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bitcore.errors import CheckpointError
+from bitcore.estimators import get_estimator
 from bitlab_hf.checkpoint.headers import FLOATS, Checkpoint, TensorHeader, check_headers
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.model.experts import experts_to_convert, find_experts, projections
@@ -52,13 +53,37 @@ def plan_experts(
     lacking = [
         one
         for one in found
-        if not was_converted and not any(_header(known, one, p) for p in projections(one.module))
+        if not was_converted
+        and not any(_header(known, one, p) for p in projections(one.module))
+        and not _is_lost(known, one)
     ]
     found = [one for one in found if one not in lacking]
+    if was_converted:
+        _keep_absmean(found, config, known)
     for one in found:
         for leaf in projections(one.module):
             _check_float(known, one, leaf)
     return found, [name for one in lacking for name in one.names]
+
+
+def _keep_absmean(found: list[Found[nn.Module]], config: BitLabConfig, known: Checkpoint) -> None:
+    """Makes a configuration say how experts without a learned scale in BitLab's files were trained:
+    earlier releases gave all experts the scales of absmean beside layers with learned ones.
+    """
+    for owner, leaf in ((one.names[0], leaf) for one in found for leaf in projections(one.module)):
+        name = f"{owner}.{leaf}"
+        asked = config.layer_config(owner, name).weight_quantizer
+        if get_estimator(asked).learned and f"{name}_learned_scale" not in known.tensors:
+            before = config.overrides.get(name, {})
+            config.overrides[name] = {**before, "weight_quantizer": "absmean"}
+
+
+def _is_lost(known: Checkpoint, found: Found[nn.Module]) -> bool:
+    """Tells whether the only tensor of a module is missing where the block around it is there."""
+    if len(projections(found.module)) > 1:
+        return False
+    blocks = tuple(f"{name.rpartition('.')[0]}." for name in found.names if "." in name)
+    return any(key.startswith(blocks) for key in known.tensors)
 
 
 def _header(known: Checkpoint, found: Found[nn.Module], leaf: str) -> TensorHeader | None:

@@ -30,11 +30,12 @@ from bitlab_hf.model.learned import (
     expect_sub_norms,
     start_fresh,
 )
-from bitlab_hf.model.marks import retie_packed, tied_groups
+from bitlab_hf.model.marks import retie_packed, scales_of, tied_groups
 from bitlab_hf.model.packing import PackAtLoad
 from bitlab_hf.model.parts import cut, cut_experts
 from bitlab_hf.model.replace import OwnTensors, swap_latent, swap_packed
 from bitlab_hf.model.tree import Found, quantized_layers, ternary_modules
+from bitlayers import learned_experts
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
 from bitlayers.checks import (
@@ -47,7 +48,7 @@ from bitlayers.experts import BitExperts
 from bitlayers.int8 import Int8Rows
 from bitlayers.registry import get_layer
 from bitlayers.rmsnorm import InputRMSNorm
-from bitlayers.state import SCALES, LayerState, Packed
+from bitlayers.state import LayerState, Packed
 
 _SAFETENSORS_NAMES = {torch.uint8: "U8", torch.float32: "F32"}
 _DTYPES = {
@@ -67,7 +68,7 @@ class Loading:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.packing = PackAtLoad()
-        self._unlearned: list[BitLayerBase] = []
+        self._unlearned: list[BitLayerBase | BitExperts] = []
         self._fresh_norms: list[InputRMSNorm] = []
         self._verification: Verification | None = None
 
@@ -90,8 +91,7 @@ class Loading:
             self._swap_packed(model)
         else:
             swap_latent(model, plan.layers, plan.config, plan.experts)
-            stored = self._holds("learned_scale")
-            self._unlearned = expect_learned_scales(model, stored)
+            self._unlearned = expect_learned_scales(model, self._learned_scales())
             if plan.source.builds_packed:
                 self._expect_floats(model, dtype)
         self._fresh_norms = expect_sub_norms(
@@ -111,6 +111,13 @@ class Loading:
         if not verification.is_known:
             verification.read_ahead()
         return verification
+
+    def _learned_scales(self) -> set[str] | None:
+        """Returns the names of the learned scales that the files hold; None if unknown."""
+        checkpoint = self.plan.checkpoint
+        if checkpoint is None:
+            return None if self.plan.source.was_converted else set()
+        return {name for name in checkpoint.tensors if name.endswith("learned_scale")}
 
     def _holds(self, leaf: str) -> set[str] | None:
         """Returns the names of the modules of which the files hold a tensor; None if unknown."""
@@ -151,8 +158,8 @@ class Loading:
         retie_packed(model, set(plan.stored_apart))
         for name in plan.borrowers:
             # A loader would miss it; the qweight it ties.
-            buffers = model.get_submodule(name)._buffers
-            buffers.update(dict.fromkeys(buffers.keys() & set(SCALES)))
+            holder, scales = scales_of(model, name)
+            holder._buffers.update(dict.fromkeys(scales))
         ignore_unexpected(model, plan.checkpoint.sentinels())
 
     def _own_tensors(self, names: list[str], stored: dict[str, TensorHeader]) -> OwnTensors | None:
@@ -186,11 +193,17 @@ class Loading:
                 if unknown and dtype != torch.float32:
                     # transformers would round it to the model's dtype before packing.
                     keep.add(name)
-        for experts in expert_modules(model):
-            self.packing.add_experts(experts)
-            for name in (
-                f"{name}.{leaf}" for name in experts.names for leaf in experts.module.stacks
-            ):
+        # Where learned scales arrive beside weights, packing has to wait for both.
+        unlearned = [one for one in self._unlearned if isinstance(one, BitExperts)]
+        experts = [
+            one
+            for one in expert_modules(model)
+            if one.module in unlearned or not learned_experts.names(one.module)
+        ]
+        for group in tied_groups(model, experts):
+            self.packing.add_experts(group)
+        for one in experts:
+            for name in (f"{name}.{leaf}" for name in one.names for leaf in one.module.stacks):
                 header = checkpoint.tensors.get(name) if checkpoint else None
                 if dtype != torch.float32 and (header is None or header.dtype == "F32"):
                     keep.add(name)
@@ -226,12 +239,11 @@ class Loading:
             return
         self.packing.check()
         for name, owner in self.plan.borrowers.items():
-            held = model.get_submodule(owner)._buffers
-            model.get_submodule(name)._buffers.update(
-                {leaf: held[leaf] for leaf in SCALES if leaf in held}
-            )
+            (holder, scales), (lender, held) = scales_of(model, name), scales_of(model, owner)
+            pairs = zip(scales, held, strict=True)
+            holder._buffers.update({leaf: lender._buffers[lent] for leaf, lent in pairs})
         layers = quantized_layers(model)
-        deploy_learned(layers)
+        deploy_learned(layers, expert_modules(model))
         for found in layers:
             layer = found.module
             if not layer.is_deployed:

@@ -19,11 +19,13 @@ from bitlab_hf.checkpoint.headers import Checkpoint, TensorHeader, check_floats,
 from bitlab_hf.checkpoint.int8 import head_rows, stored_layers, stored_vocabulary
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.model.embedding import find_embedding
+from bitlab_hf.model.experts import projections
 from bitlab_hf.model.int8 import claim_int8, layer_rows, named_int8
 from bitlab_hf.model.left import leave_float, note_float, note_new
 from bitlab_hf.model.replace import find_linears, skipped_modules
 from bitlab_hf.model.rows import Rows
 from bitlab_hf.model.tree import Found
+from bitlayers.state import SCALES
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ def make_plan(
         if source.was_converted:
             _check_format(known, source.is_packed, found)
         if source.is_packed:
-            plan.checkpoint = known = _with_tied_layers(model, plan, known, found)
+            known = _with_tied_layers(model, plan, known, found)
+            plan.checkpoint = known = _with_tied_experts(model, plan, known)
         found, lacking = _split_by_presence(found, known, source)
         if not source.is_packed:
             int8, others = _split_by_presence(int8, known, source)
@@ -202,6 +205,32 @@ def _with_tied_layers(
                 plan.borrowers[name] = owner
             for leaf in leaves.keys() - {"bias"}:
                 tensors.setdefault(f"{name}.{leaf}", leaves[leaf])
+    return replace(known, tensors=tensors)
+
+
+def _with_tied_experts(model: PreTrainedModel, plan: Plan, known: Checkpoint) -> Checkpoint:
+    """Counts what is stored of packed experts as stored of those that are tied to them, too."""
+    ternary = {
+        f"{name}.{leaf}"
+        for found in plan.experts
+        for name in found.names
+        for leaf in projections(found.module)
+    }
+    tensors = dict(known.tensors)
+    for pair in model.all_tied_weights_keys.items():
+        if not ternary.issuperset(pair):
+            continue
+        stored = [f"{name}_qweight" in known.tensors for name in pair]
+        if all(stored):
+            plan.stored_apart += pair
+            continue
+        for name, owner, there in zip(pair, reversed(pair), reversed(stored), strict=True):
+            if not there:
+                continue
+            plan.borrowers[name] = owner
+            for end in ("qweight", *SCALES):
+                if f"{owner}_{end}" in known.tensors:
+                    tensors.setdefault(f"{name}_{end}", known.tensors[f"{owner}_{end}"])
     return replace(known, tensors=tensors)
 
 

@@ -50,7 +50,7 @@ def check_written(model: PreTrainedModel, folder: Path, given: bool) -> None:
     tied |= {
         name.removesuffix("qweight") + leaf
         for name in tied
-        if name.endswith(".qweight")
+        if name.endswith((".qweight", "_qweight"))
         for leaf in SCALES
     }
     for found in layers:
@@ -73,7 +73,7 @@ def check_written(model: PreTrainedModel, folder: Path, given: bool) -> None:
         ):
             continue
         for leaf in leaves:
-            if not {f"{name}.{leaf}" for name in one.names} & known.tensors.keys():
+            if not {f"{name}.{leaf}" for name in one.names} & (known.tensors.keys() | tied):
                 raise _unreadable(f"{one.names[0]}.{leaf}", "must be in the files, got none")
     if checkpoint.own_names and not given:
         _check_all(model, known, tied)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -94,9 +95,13 @@ def fit_experts(
     for number, batch in enumerate(batches):
         pair = unit.inputs(tap, number, batch, originals)
         if pair is not None and tap.routing is not None:
-            visits[number] = _Visits(*pair, *tap.routing)
-    first, second = tap.stages
-    for number, matrix in enumerate(first):
+            original, ternary = pair
+            if not tap.experts.keeps_tokens:
+                # What stands in a row of the original stream is another token.
+                original = ternary
+            visits[number] = _Visits(original, ternary, *tap.routing)
+    *firsts, second = tap.stages
+    for number, matrix in chain.from_iterable(map(enumerate, firsts)):
         shares = [(one, one.of(number)) for one in visits.values()]
         yield matrix, _fit(matrix, shares, partial(_first_moments, matrix, shares), kept, solve)
     missing = _missing(tap, unit, batches, originals, visits)
@@ -156,7 +161,7 @@ def _second_inputs(
     """Returns what an expert's second projection reads: originally, and as it is multiplied."""
     original = tap.inner(visits.original[share.rows], number, original=True)
     inner = tap.inner(visits.ternary[share.rows], number, original=False)
-    return original, quantized(inner, tap.stages[1][number].config) if len(inner) else inner
+    return original, quantized(inner, tap.stages[-1][number].config) if len(inner) else inner
 
 
 def _missing(
@@ -169,14 +174,14 @@ def _missing(
     """Returns what is missing in the sum behind the experts, float32 [M, H] of each batch; nothing
     where what they give is not added as it is.
     """
-    if tap.experts.has_post_expert_norm:
+    if tap.experts.has_post_expert_norm or not tap.experts.keeps_tokens:
         return {}
     found = {
         number: unit.missing(tap, number, batch, originals)
         for number, batch in enumerate(batches)
         if number in visits
     }
-    return {number: gap for number, gap in found.items() if gap is not None}
+    return {number: gap.view(-1, gap.shape[-1]) for number, gap in found.items() if gap is not None}
 
 
 def _second_moments(

@@ -13,6 +13,7 @@ from bitcore.packing import pack_codes, unpack_ternary
 from bitcore.quantize import quantize_activation
 from bitlab_hf.fit.latent import latent_weight
 from bitlab_hf.fit.solve import Scales
+from bitlayers import learned_experts
 from bitlayers.experts import BitExperts
 from bitlayers.stack import Stack
 
@@ -84,8 +85,8 @@ class ExpertMatrix(Matrix):
     @property
     def _held(self) -> Tensor:
         """The expert's part of the Parameter, as it lies."""
-        held: Tensor = self._experts._parameters[self._stack.name][self._number]  # type: ignore[index]
-        return held
+        held: Tensor = self._experts._parameters[self._stack.name]  # type: ignore[assignment]
+        return self._stack.apart(held)[self._number]
 
     @property
     def weight(self) -> Tensor:
@@ -110,7 +111,9 @@ class ExpertMatrix(Matrix):
 
     def rounding(self) -> Tensor:
         """Returns the rounded weight."""
-        qweight, scale, *multiplier = self._stack.pack(self._held)
+        learned = learned_experts.of(self._experts, self._stack.name)
+        own = None if learned is None else learned[self._number]
+        qweight, scale, *multiplier = self._stack.pack(self._held, own)
         rows = self._stack.out_features
         return ops.unpack_weight(qweight, scale, rows, torch.float32, *multiplier)
 
@@ -142,12 +145,16 @@ class ExpertMatrix(Matrix):
         codes, scales, stack = self.codes, self.scales, self._stack
         if codes is None or scales is None:
             return
-        latents = []
+        latents, chosen = [], []
         parts = zip(*map(stack.split, (self.weight, codes, scales.values)), strict=True)
         for weight, ones, values in parts:
             rows = self.scale_shape(weight)[0]
             held = Scales(values[:rows], stack.in_features, scales.leveled)
             latents.append(latent_weight(weight, ones.double(), held, self.config))
+            chosen.append(held.values)
+        learned = learned_experts.of(self._experts, stack.name)
+        if learned is not None:
+            learned[self._number] = torch.cat(chosen).reshape(stack.learned_shape[1:])
         self._held.copy_(stack.stored(stack.joined(latents)))
 
 

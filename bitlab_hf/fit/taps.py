@@ -187,16 +187,19 @@ class ExpertsTap:
         """All of them, in the order in which they are solved."""
         return [matrix for stage in self.stages for matrix in stage]
 
-    def projection(self, stage: int) -> Projection:
-        """Returns the first or the second projection."""
-        name, stack = list(self.experts.stacks.items())[stage]
-        bias = self.experts._parameters.get(f"{name}_bias")
-        return _StreamedProjection(stack, bias, self.stages[stage], self._streams)
+    def projections(self) -> list[Projection]:
+        """Returns the projections as the stream at work multiplies them."""
+        found: list[Projection] = []
+        for (name, stack), matrices in zip(self.experts.stacks.items(), self.stages, strict=True):
+            bias = self.experts._parameters.get(f"{name}_bias")
+            found.append(_StreamedProjection(stack, bias, matrices, self._streams))
+        return found
 
     def inner(self, x: Tensor, number: int, original: bool) -> Tensor:
-        """Returns what an expert's second projection reads for tokens [m, H] in a stream."""
+        """Returns what an expert's last projection reads for tokens [m, H] in a stream."""
         self._streams.original = original
-        return self.experts.activated(self.projection(0).of(x, number))
+        *firsts, _ = self.projections()
+        return self.experts.activated(*(one.of(x, number) for one in firsts)) if firsts else x
 
     def commit(self) -> None:
         """Gives the experts latent weights with what was chosen."""
@@ -204,14 +207,13 @@ class ExpertsTap:
             matrix.commit()
         self.experts.quant_strength = 1.0
 
-    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Runs the experts on what their forward is given."""
+        tokens, index, weights = self.experts.routed(hidden_states, *args, **kwargs)
         if all(tap is not self for tap, _ in self._streams.calls):
-            self.routing = top_k_index, top_k_weights
-        self._streams.begin(self, hidden_states)
-        output = self.experts.through(
-            self.projection(0), self.projection(1), hidden_states, top_k_index, top_k_weights
-        )
+            self.routing = index, weights
+        self._streams.begin(self, tokens)
+        output = self.experts.through(self.projections(), hidden_states, *args, **kwargs)
         return self._streams.end(self, output)
 
 

@@ -13,7 +13,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from bitcore.errors import LifecycleError
 from bitlab_hf.config import QUANT_METHOD, BitLabConfig
 from bitlab_hf.model.embedding import ternary_embeddings
-from bitlab_hf.model.experts import expert_modules, find_experts
+from bitlab_hf.model.experts import expert_modules, find_experts, owners_of
 from bitlab_hf.model.int8 import (
     LAYERS_ATTRIBUTE,
     commit_int8,
@@ -84,16 +84,21 @@ def deploy(model: Model) -> Model:
     groups = check_single_weight(latent)
     int8 = plan_int8(inner)
     built = [_build(group) for group in groups.values()]
-    packed = [one.module.build_deployment() for one in experts]
+    owners = owners_of(experts)
+    packed = {id(one): one.build_deployment() for one in owners.values()}
     for group, deployments in zip(groups.values(), built, strict=True):
         for layer, deployment in zip(group, deployments, strict=True):
             layer.module.commit(deployment)
             if isinstance(deployment, tuple):
                 # One Parameter for all: counted, moved and saved once.
                 layer.module.qweight = group[0].module.qweight
-    for one, projections in zip(experts, packed, strict=True):
-        for name, tensors in projections.items():
-            one.module.commit(name, *tensors)
+    for one in experts:
+        owner = owners[one.module]
+        for name in owner.stacks:
+            if owner is one.module:
+                owner.commit(name, *packed[id(owner)].pop(name))
+            else:
+                one.module.share(name, owner)
     model.eval()
     if isinstance(inner, PreTrainedModel):
         commit_int8(inner, int8)

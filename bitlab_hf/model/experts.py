@@ -10,17 +10,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from bitcore import estimators
 from bitcore.config import BitQuantConfig
-from bitcore.errors import BitLabError, ConfigError
+from bitcore.errors import ArgumentError, BitLabError, ConfigError
 from bitlab_hf.config import BitLabConfig
+from bitlab_hf.model.expert_forms import Layout, form_of, run_for_holder, tensors_lie_so
 from bitlab_hf.model.tree import Found, aliases_of, find_modules
+from bitlayers import learned_experts
 from bitlayers.experts import BitExperts, convert_experts
 from bitlayers.stack import Stack
 
@@ -51,6 +55,10 @@ def projections(module: nn.Module) -> list[str]:
     """Returns the names of the tensors of a float experts module in the order of use; none of a
     module that is no such, or whose tensors lie in another way than its class says.
     """
+    form = form_of(module)
+    if form is not None:
+        layouts = form.layouts(module, None)
+        return [one.args[0] for one in layouts] if tensors_lie_so(module, layouts) else []
     flags = None if isinstance(module, BitExperts) else _flags(module)
     if flags is None:
         return []
@@ -85,6 +93,35 @@ def tensor_names(model: nn.Module) -> list[str]:
         for name, module in model.named_modules(remove_duplicate=False)
         for leaf in (module.stacks if isinstance(module, BitExperts) else projections(module))
     ]
+
+
+def owners_of(experts: Iterable[Found[BitExperts]]) -> dict[BitExperts, BitExperts]:
+    """Returns the first of those that hold the same latent weights, by each module.
+
+    Raises:
+        ArgumentError: Two share weights but not how they are quantized.
+    """
+    first: dict[tuple[int, ...], Found[BitExperts]] = {}
+    owners = {}
+    for found in experts:
+        module = found.module
+        names = [*module.stacks, *learned_experts.names(module)]
+        held = tuple(id(module._parameters[name]) for name in names)
+        owner = first.setdefault(held, found)
+        if owner.module.stacks != module.stacks:
+            raise ArgumentError(
+                f"deploy: {owner.names[0]} and {found.names[0]} share their weights and must have "
+                "one configuration, got different ones"
+            )
+        owners[module] = owner.module
+    return owners
+
+
+def tied_tensors(model: PreTrainedModel) -> set[str]:
+    """Returns the names of the tensors of experts that are tied to others of their kind."""
+    names = set(tensor_names(model))
+    pairs = (model.all_tied_weights_keys or {}).items()
+    return {name for pair in pairs if names.issuperset(pair) for name in pair}
 
 
 def _tensor_names(model: nn.Module, found: Found[Any]) -> list[str]:
@@ -147,14 +184,17 @@ def experts_to_convert(
 def _quantized(
     model: nn.Module, found: Found[Any], leaf: str, config: BitLabConfig
 ) -> BitQuantConfig:
-    """Returns how one tensor of experts is quantized: an estimator that trains a scale does so for
-    linear layers, and experts beside them get absmean's.
+    """Returns how one tensor of experts is quantized: one that is tied to another by absmean, where
+    the estimator would train a scale for each.
     """
     asked = config.layer_config(*_names_of(model, found, leaf))
-    if not estimators.get_estimator(asked.weight_quantizer).learned:
+    tied = tied_tensors(model) if isinstance(model, PreTrainedModel) else set()
+    if not estimators.get_estimator(asked.weight_quantizer).learned or not tied.intersection(
+        f"{name}.{leaf}" for name in found.names
+    ):
         return asked
     logger.info(
-        "bitlab: %s.%s gets the scales of absmean: %s trains one for each linear layer",
+        "bitlab: %s.%s gets the scales of absmean: %s trains one for experts that are tied to none",
         found.names[0],
         leaf,
         asked.weight_quantizer,
@@ -174,28 +214,45 @@ def stacks_of(model: nn.Module, found: Found[nn.Module], config: BitLabConfig) -
     Raises:
         ConfigError: A projection cannot be quantized as asked.
     """
-    module, flags = found.module, _flags(found.module)
-    assert flags is not None
     stacks = []
-    for place, name in enumerate(projections(module)):
-        experts, *sizes = getattr(module, name).shape
-        rows, columns = reversed(sizes) if flags["is_transposed"] else sizes
+    for layout in _layouts(model, found):
+        name = layout.args[0]
         try:
-            stacks.append(
-                Stack(
-                    name,
-                    experts,
-                    rows,
-                    columns,
-                    _quantized(model, found, name, config),
-                    parts=2 if flags["has_gate"] and place == 0 else 1,
-                    interleaved=not flags["is_concatenated"] and place == 0,
-                    transposed=flags["is_transposed"],
-                )
-            )
+            stacks.append(layout(config=_quantized(model, found, name, config)))
         except BitLabError as error:
             raise ConfigError(f"{found.names[0]}.{error}") from error
     return stacks
+
+
+def _layouts(model: nn.Module, found: Found[nn.Module]) -> list[Layout]:
+    """Returns how the tensors of a float experts module lie, in the order of use."""
+    module, form = found.module, form_of(found.module)
+    if form is not None:
+        return form.layouts(module, _holder(model, found.names[0]))
+    flags = _flags(module)
+    assert flags is not None
+    layouts = []
+    for place, name in enumerate(projections(module)):
+        experts, *sizes = getattr(module, name).shape
+        rows, columns = reversed(sizes) if flags["is_transposed"] else sizes
+        layouts.append(
+            partial(
+                Stack,
+                name,
+                experts,
+                rows,
+                columns,
+                parts=2 if flags["has_gate"] and place == 0 else 1,
+                interleaved=not flags["is_concatenated"] and place == 0,
+                transposed=flags["is_transposed"],
+            )
+        )
+    return layouts
+
+
+def _holder(model: nn.Module, name: str) -> nn.Module | None:
+    """Returns the module that holds the one of this name."""
+    return model.get_submodule(name.rpartition(".")[0]) if name else None
 
 
 def check_choice(model: nn.Module, count: int) -> None:
@@ -236,13 +293,18 @@ def swap_experts(
         ConfigError: One cannot be quantized as asked; nothing is changed.
     """
     # All are looked at before the first is changed.
-    planned = [(found.module, stacks_of(model, found, config)) for found in experts]
+    planned = [(found, stacks_of(model, found, config)) for found in experts]
     if planned:
         check_choice(model, max(stacks[0].experts for _, stacks in planned))
-    for module, stacks in planned:
+    for found, stacks in planned:
+        module, form = found.module, form_of(found.module)
         # What the forward asks for; of a decorated class as it was.
         vars(module).update(_flags(module) or {})
-        ternary = convert_experts(module, stacks)
+        ternary = convert_experts(module, stacks, form.kind if form else BitExperts)
+        for name in found.names if form and form.runs_holder else ():
+            holder = _holder(model, name)
+            if holder is not None:
+                run_for_holder(holder, ternary)
         if packed:
             ternary.make_skeleton()
         elif config.latent_dtype == "float32":

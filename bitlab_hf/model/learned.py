@@ -11,29 +11,40 @@ from transformers import PreTrainedModel
 
 from bitcore.errors import CheckpointError
 from bitlab_hf.model.tree import Found, find_modules
+from bitlayers import learned_experts
 from bitlayers.base import BitLayerBase
 from bitlayers.checks import check_deployable
+from bitlayers.experts import BitExperts
 from bitlayers.rmsnorm import InputRMSNorm, RMSNormBitLinear
 from bitlayers.training import reset_learned_scale
 
 
-def expect_learned_scales(model: PreTrainedModel, stored: set[str] | None) -> list[BitLayerBase]:
+def expect_learned_scales(
+    model: PreTrainedModel, stored: set[str] | None
+) -> list[BitLayerBase | BitExperts]:
     """Lets a load pass without the learned scales that a float checkpoint cannot have.
 
     Args:
-        model: The skeleton with its latent layers.
-        stored: Names of the layers whose scale is in the files; None for all.
+        model: The skeleton with its latent layers and experts.
+        stored: Names of the tensors of learned scales in the files; None for all.
 
     Returns:
-        The layers whose scale has to start from the weight, once that is loaded.
+        The layers and experts whose scales have to start from the weights, once these are loaded.
     """
-    lacking = []
+    lacking: list[BitLayerBase | BitExperts] = []
     missing = set(model._keys_to_ignore_on_load_missing or ())
     for found in find_modules(model, BitLayerBase):
-        there = stored is None or not stored.isdisjoint(found.names)
+        names = {f"{name}.learned_scale" for name in found.names}
+        there = stored is None or not stored.isdisjoint(names)
         if found.module.learned_scale is not None and not there:
             lacking.append(found.module)
-            missing |= {f"^{re.escape(name)}.learned_scale$" for name in found.names}
+            missing |= {f"^{re.escape(name)}$" for name in names}
+    for one in find_modules(model, BitExperts):
+        leaves = learned_experts.names(one.module)
+        names = {f"{name}.{leaf}" for name in one.names for leaf in leaves}
+        if stored is not None and not names <= stored:
+            lacking.append(one.module)
+            missing |= {f"^{re.escape(name)}$" for name in names}
     if lacking:
         model._keys_to_ignore_on_load_missing = missing
     return lacking
@@ -77,18 +88,21 @@ def expect_sub_norms(
 
 
 @torch.no_grad()
-def start_fresh(layers: list[BitLayerBase], norms: list[InputRMSNorm]) -> None:
+def start_fresh(layers: list[BitLayerBase | BitExperts], norms: list[InputRMSNorm]) -> None:
     """Starts what a file did not have: scales from their weights, norms from ones."""
     for layer in layers:
-        reset_learned_scale(layer)
+        if isinstance(layer, BitExperts):
+            learned_experts.reset(layer, layer.stacks)
+        else:
+            reset_learned_scale(layer)
     for norm in norms:
         norm.weight.fill_(1.0)
     layers.clear()
     norms.clear()
 
 
-def deploy_learned(layers: list[Found[BitLayerBase]]) -> None:
-    """Deploys the layers that were loaded latent because their weight and their scale arrive apart.
+def deploy_learned(layers: list[Found[BitLayerBase]], experts: list[Found[BitExperts]]) -> None:
+    """Deploys what was loaded latent because weights and learned scales arrive apart.
 
     Raises:
         NonFiniteError: A weight is not finite, or a scale not finite and positive.
@@ -96,5 +110,10 @@ def deploy_learned(layers: list[Found[BitLayerBase]]) -> None:
     learned = [found for found in layers if found.module.learned_scale is not None]
     for found in learned:
         check_deployable(found.module, f"{found.names[0]}.weight")
+    scaled = [one for one in experts if learned_experts.names(one.module)]
+    for one in scaled:
+        one.module.check_deployable(one.names[0])
     for found in learned:
         found.module.deploy()
+    for one in scaled:
+        one.module.deploy()

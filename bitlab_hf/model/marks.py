@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
@@ -11,7 +12,10 @@ from bitlab_hf.config import QUANT_METHOD
 from bitlab_hf.model.count import WeightCount
 from bitlab_hf.model.tree import Found
 from bitlayers.base import BitLayerBase
+from bitlayers.experts import BitExperts
 from bitlayers.state import SCALES
+
+Quantized = TypeVar("Quantized", BitLayerBase, BitExperts)
 
 
 def mark_quantized(model: PreTrainedModel, quantizer: HfQuantizer) -> None:
@@ -68,17 +72,14 @@ def retie_packed(model: PreTrainedModel, apart: set[str]) -> None:
         pairs: dict[str, str] = {}
         for target, source in tied.items():
             names = [f"{prefix}{name}" for name in (target, source)]
-            packed = [name for name in names if _is_packed(model, name)]
-            if not packed:
+            packed = [_packed_names(model, name, buffers) for name in names]
+            if not any(packed):
                 pairs[target] = source
-            elif len(packed) == 2 and not apart.intersection(
+            elif all(packed) and not apart.intersection(
                 name.removesuffix(".weight") for name in names
             ):
-                held = model.get_submodule(packed[0].removesuffix(".weight"))._buffers
-                for leaf in ("qweight", *(SCALES if buffers else ())):
-                    if leaf != "qweight_multiplier" or held.get(leaf) is not None:
-                        ends = [name.removesuffix("weight") + leaf for name in (target, source)]
-                        pairs[ends[0]] = ends[1]
+                ends = ((name.removeprefix(prefix) for name in side) for side in packed)
+                pairs.update(zip(*ends, strict=True))
         return pairs
 
     # transformers looks up what it ties while loading among the Parameters.
@@ -92,24 +93,53 @@ def retie_packed(model: PreTrainedModel, apart: set[str]) -> None:
 
 
 def tied_groups(
-    model: PreTrainedModel, layers: list[Found[BitLayerBase]]
-) -> list[list[Found[BitLayerBase]]]:
-    """Groups layers by the weight that transformers will make one; most stand alone."""
-    groups = {name: [found] for found in layers for name in found.names}
+    model: PreTrainedModel, found: list[Found[Quantized]]
+) -> list[list[Found[Quantized]]]:
+    """Groups layers, or experts, by the weight that transformers will make one."""
+    groups: dict[str, list[Found[Quantized]]] = {}
+    for one in found:
+        stacks = one.module.stacks if isinstance(one.module, BitExperts) else ["weight"]
+        group = [one]
+        groups.update({f"{name}.{leaf}": group for name in one.names for leaf in stacks})
     for pair in (model.all_tied_weights_keys or {}).items():
-        sides = [groups.get(name.removesuffix(".weight")) for name in pair]
-        first, second = sides
+        first, second = map(groups.get, pair)
         if first is not None and second is not None and first is not second:
             first += second
-            groups.update(dict.fromkeys((name for found in second for name in found.names), first))
+            groups.update((name, first) for name, held in groups.items() if held is second)
     return list({id(group): group for group in groups.values()}.values())
 
 
-def _is_packed(model: PreTrainedModel, name: str) -> bool:
-    module_name, _, leaf = name.rpartition(".")
+def scales_of(model: nn.Module, name: str) -> tuple[nn.Module, list[str]]:
+    """Returns who holds the scales of a packed weight, and the names of the buffers there.
+
+    Args:
+        model: The model.
+        name: Of the layer, or of the tensor of experts.
+    """
+    owner, _, leaf = name.rpartition(".")
+    holder = model.get_submodule(owner)
+    if isinstance(holder, BitExperts):
+        names = [f"{leaf}_{scale}" for scale in SCALES]
+    else:
+        holder, names = model.get_submodule(name), list(SCALES)
+    return holder, [one for one in names if one in holder._buffers]
+
+
+def _packed_names(model: PreTrainedModel, name: str, buffers: bool) -> list[str]:
+    """Returns the names of what took the place of a float weight; none where nothing did."""
+    owner, _, leaf = name.rpartition(".")
     try:
-        module = model.get_submodule(module_name)
+        module = model.get_submodule(owner)
     except AttributeError:
         # A pattern, which finds the packed names by itself.
-        return False
-    return leaf == "weight" and getattr(module, "is_deployed", False)
+        return []
+    if isinstance(module, BitExperts):
+        if leaf not in module.stacks or not module.is_packed(leaf):
+            return []
+        ends = [f"{leaf}_qweight", *(scales_of(model, name)[1] if buffers else ())]
+    elif leaf == "weight" and getattr(module, "is_deployed", False):
+        held = [scale for scale in SCALES if module._buffers.get(scale) is not None]
+        ends = ["qweight", *(held if buffers else ())]
+    else:
+        return []
+    return [f"{owner}.{end}" for end in ends]

@@ -38,14 +38,15 @@ class PackAtLoad(ConversionOps):
         self._names: dict[str, set[str]] = {}
         self._tied: dict[str, list[BitLayerBase]] = {}
         self._int8: dict[str, Rows] = {}
-        self._experts: dict[str, BitExperts] = {}
+        self._experts: dict[str, list[BitExperts]] = {}
 
-    def add_experts(self, found: Found[BitExperts]) -> None:
-        """Takes the tensors of latent experts."""
-        for leaf in found.module.stacks:
-            names = {f"{name}.{leaf}" for name in found.names}
+    def add_experts(self, tied: list[Found[BitExperts]]) -> None:
+        """Takes the tensors of latent experts, and of those that are tied to them."""
+        for leaf in tied[0].module.stacks:
+            names = {f"{name}.{leaf}" for found in tied for name in found.names}
             self._names.update(dict.fromkeys(names, names))
-            self._experts.update(dict.fromkeys(names, found.module))
+            modules = [found.module for found in tied]
+            self._experts.update(dict.fromkeys(names, modules))
 
     def add_layers(self, tied: list[Found[BitLayerBase]]) -> None:
         """Takes the weight of a latent layer, and of those that are tied to it, under whichever of
@@ -108,7 +109,9 @@ class PackAtLoad(ConversionOps):
                 continue
             weight = value[0] if isinstance(value, list) else value
             if name in self._experts:
-                self.pack_experts(name, weight.detach(), missing_keys)
+                stack = self._experts[name][0].stacks[name.rpartition(".")[2]]
+                matrices = weight.detach().view(-1, *stack.matrix_shape) if stack.flat else weight
+                self.pack_experts(name, matrices.detach(), missing_keys)
                 continue
             pack = self._quantize_rows if self.is_int8(name) else self._pack_layer
             scale = pack(model, name, weight.detach())
@@ -157,15 +160,24 @@ class PackAtLoad(ConversionOps):
         Raises:
             CheckpointError: An expert's has another shape, or there are more or less of them.
         """
-        module, leaf = self._experts[name], name.rpartition(".")[2]
+        (module, *others), leaf = self._experts[name], name.rpartition(".")[2]
         stack = module.stacks[leaf]
-        module.commit(leaf, *stack.pack_all(_checked(name, matrices, stack)))
+        packed = stack.pack_all(_checked(name, matrices, stack))
+        if module.is_packed(leaf):
+            held = module.packed_stack(leaf).values()
+            if not all(map(torch.equal, packed, held)):
+                self.differing.append(name)
+            return
+        module.commit(leaf, *packed)
+        for one in others:
+            one.share(leaf, module)
         for tensor in module.packed_stack(leaf).values():
             vars(tensor)["_is_hf_initialized"] = True
         finite = torch.isfinite(module.packed_stack(leaf)["qweight_scale"]).flatten(1).all(1)
         self.nonfinite += [f"{name} of expert {int(one)}" for one in (~finite).nonzero()[:1]]
         if missing_keys is not None:
             missing_keys -= self._names[name]
+            missing_keys -= {f"{one}_learned_scale" for one in self._names[name]}
 
     def _compare(self, name: str, weight: Tensor, layer: BitLayerBase) -> Tensor:
         """Takes a weight that is stored under a second name: it has to be the same one."""
@@ -199,10 +211,9 @@ class PackAtLoad(ConversionOps):
 
 def _checked(name: str, matrices: Iterable[Tensor], stack: Stack) -> Iterator[Tensor]:
     """Yields each expert's matrix; there have to be as many as there are experts."""
-    _, *sizes = stack.shape
     count = 0
     for matrix in matrices:
-        if list(matrix.shape) != sizes:
+        if matrix.shape != stack.matrix_shape:
             raise CheckpointError(
                 f"{name} must be {list(stack.shape)} to be packed, got {list(matrix.shape)} of "
                 f"expert {count}"
@@ -210,5 +221,5 @@ def _checked(name: str, matrices: Iterable[Tensor], stack: Stack) -> Iterator[Te
         count += 1
         if count <= stack.experts:
             yield matrix
-    if count != stack.experts:
+    if count not in (stack.experts, stack.experts + stack.unused):
         raise CheckpointError(f"{name} must be of {stack.experts} experts, got {count}")

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError
+from bitlab_hf.model.expert_forms import FORMS
 from bitlab_hf.model.parts import parts
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
@@ -165,6 +166,11 @@ def _by_pattern(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
 
 
 def _check_experts(name: str, experts: BitExperts, size: int, packs: bool) -> None:
+    if experts.float_class().__name__ in FORMS:
+        raise ArgumentError(
+            f"bitlab: {name} must hold experts that tokens can be sent to, got "
+            f"{experts.float_class().__name__}\nRun the model with ep_size=1."
+        )
     count = next(iter(experts.stacks.values())).experts
     if count % size:
         raise ArgumentError(

@@ -18,7 +18,12 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from bitcore.errors import ArgumentError, BitLabError, ConfigError
 from bitlab_hf.config import BitLabConfig
-from bitlab_hf.model.experts import experts_to_convert, names_for_overrides, swap_experts
+from bitlab_hf.model.experts import (
+    experts_to_convert,
+    names_for_overrides,
+    swap_experts,
+    tied_tensors,
+)
 from bitlab_hf.model.int8 import (
     HEAD_ATTRIBUTE,
     LAYERS_ATTRIBUTE,
@@ -74,7 +79,7 @@ def skipped_modules(model: PreTrainedModel, config: BitLabConfig, defaults: bool
     # A copy of what was given: transformers returns it with its own additions.
     names = HfQuantizer.get_modules_to_not_convert(model, [], None, add_default_skips=defaults)
     # transformers leaves out whatever is tied, for the sake of embeddings.
-    names = [*given, *(set(names) - _tied_linears(model))]
+    names = [*given, *(set(names) - _tied_linears(model) - tied_tensors(model))]
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     stripped = {name: name.removesuffix(".weight").removesuffix(".bias") for name in names}
     # transformers names parameters; one that is no linear layer's must not skip its whole parent.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import AutoModel, Trainer, TrainingArguments
 from bitcore.errors import CheckpointError, ConfigError, NonFiniteError
 from bitlab_hf import BitLabConfig, deploy, save
 from bitlab_hf.model.experts import expert_modules
+from bitlayers import learned_experts
 from tests.bitlab_hf.experts import MOE, load, make_moe
 from tests.bitlab_hf.models import logits_of, rewrite, token_ids, training_data
 
@@ -233,21 +233,44 @@ def test_what_experts_cannot_have(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         load(source, quantization_config=BitLabConfig(overrides={"*.expert": {}}))
 
 
-def test_a_learned_scale_is_one_of_layers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = make_moe("qwen3_moe", tmp_path)
-    with caplog.at_level(logging.INFO):
-        model = load(source, quantization_config=BitLabConfig(weight_quantizer="lsq"))
-    assert "experts.down_proj gets the scales of absmean: lsq trains one" in caplog.text
-    experts = [one.module for one in expert_modules(model)]
-    assert {s.config.weight_quantizer for one in experts for s in one.stacks.values()} == {
-        "absmean"
-    }
-    assert model.model.layers[0].self_attn.q_proj.learned_scale is not None
+@pytest.mark.parametrize("fields", [{}, {"weight_granularity": "per_group", "group_size": 64}])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_learned_scales(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    source, scheme = make_moe(name, tmp_path), {**fields, "weight_quantizer": "lsq"}
+    model = load(source, quantization_config=BitLabConfig(**scheme))
+    at_load = load(source, quantization_config=BitLabConfig(**scheme, mode="infer"))
+    assert torch.equal(logits_of(at_load), logits_of(model))
+    modules = [one.module for one in expert_modules(model)]
+    assert modules
+    with torch.no_grad():
+        for module in modules:
+            for leaf in learned_experts.names(module):
+                module.get_parameter(leaf).mul_(1.3)
     before = logits_of(model)
+    assert not torch.equal(before, logits_of(at_load))
     save(model, tmp_path / "latent")
     assert torch.equal(logits_of(load(tmp_path / "latent")), before)
+    packed = load(tmp_path / "latent", quantization_config=BitLabConfig(mode="infer"))
+    assert all(one.module.is_deployed for one in expert_modules(packed))
+    assert torch.equal(logits_of(packed), before)
     save(deploy(model), tmp_path / "packed")
     assert torch.equal(logits_of(load(tmp_path / "packed")), before)
+
+
+def test_a_latent_file_from_before_keeps_the_scales_of_absmean(tmp_path: Path) -> None:
+    source = make_moe("qwen3_moe", tmp_path)
+    config = BitLabConfig(
+        weight_quantizer="lsq", overrides={"*.experts": {"weight_quantizer": "absmean"}}
+    )
+    model = load(source, quantization_config=config)
+    before = logits_of(model)
+    # As earlier releases wrote it: what they did was not said.
+    model.config.quantization_config.overrides = {}
+    save(model, tmp_path / "latent")
+    again = load(tmp_path / "latent")
+    assert torch.equal(logits_of(again), before)
+    save(again, tmp_path / "again")
+    assert torch.equal(logits_of(load(tmp_path / "again")), before)
 
 
 # Bad files.

@@ -65,7 +65,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "layoutlmv3": {"coordinate_size": 8, "shape_size": 16},
     "lfm2_moe": {"layer_types": ["full_attention", "conv", "full_attention"], "num_hidden_layers": 3},
     "lilt": {"hidden_size": 96},
-    "longcat_flash": {"head_dim": 8, "num_key_value_heads": 4},
+    "longcat_flash": {"zero_expert_num": 2, "head_dim": 8, "num_key_value_heads": 4},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "ministral": {"head_dim": 16},
     "mistral4": {"qk_nope_head_dim": 8, "v_head_dim": 16, "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "factor": 2.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bitlab_hf.model.experts import projections
 from bitlayers.experts import BitExperts
 from tests.bitlab_hf.sweep.compare import equal
 from tests.bitlab_hf.sweep.models import flat
@@ -79,8 +80,9 @@ def multiplied(module: nn.Module) -> list[Tensor]:
     """Returns the weights of a linear layer, or of experts that are kept as tensors."""
     if isinstance(module, nn.Linear):
         return [] if module.weight is None else [module.weight]
-    own = module._parameters.values()
-    return [one for one in own if one is not None and one.dim() == 3]
+    names = module.stacks if isinstance(module, BitExperts) else projections(module)
+    held = (module._parameters.get(name) for name in names)
+    return [one for one in held if one is not None]
 
 
 def negate_zeros(layers: list[Any]) -> Callable[[], None]:
