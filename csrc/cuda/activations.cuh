@@ -83,7 +83,8 @@ BK_DEVICE int32_t place_of_column(int32_t c) {
 // Lanes whose words are neighbours there exchange one, so that each stores eight bytes. All lanes of a warp call this.
 BK_DEVICE void store_placed(int8_t *row, int32_t k, int32_t padded, const Bytes8 &eight) {
     const bool odd = k / 16 % 2 != 0;
-    const uint32_t other = shuffle_xor(eight.word[odd ? 0 : 1], 2);
+    // Not eight.word[odd ? 0 : 1], for which a compiler may take local memory.
+    const uint32_t other = shuffle_xor(odd ? eight.word[0] : eight.word[1], 2);
     const Bytes8 pair = odd ? Bytes8{{other, eight.word[1]}} : Bytes8{{eight.word[0], other}};
     if (k < padded) {
         store_global(reinterpret_cast<Bytes8 *>(row + (odd ? place_of_column(k - 16 + 4) : place_of_column(k))), pair);

@@ -221,7 +221,7 @@ MUTATIONS = [
         ("missing barrier before the sums", f"if (!p.sums) return; {BARRIER}", "if (!p.sums) return;"),
         ("codes past the row written", "if (k < padded) store_global(reinterpret_cast<Bytes8 *>", "store_global(reinterpret_cast<Bytes8 *>"),
         ("wrong place of a column", "c / 8 % 2 * 32 + c / 4 % 2 * 16", "c / 4 % 2 * 32 + c / 8 % 2 * 16"),
-        ("words of neighbours exchanged", "eight.word[odd ? 0 : 1], 2)", "eight.word[odd ? 0 : 1], 4)"),
+        ("words of neighbours exchanged", "odd ? eight.word[0] : eight.word[1], 2)", "odd ? eight.word[0] : eight.word[1], 4)"),
         ("places past the row written", "if (k < padded) { store_global(reinterpret_cast<Bytes8 *>(row +", "{ store_global(reinterpret_cast<Bytes8 *>(row +"),
     ),
     *faults_in(
