@@ -93,6 +93,7 @@ class Row:
         tokens: That it is fitted and trained on, in all; 0 for none.
         rate: Peak learning rate.
         batch: Blocks of a training step; None for what `bitlab train` takes.
+        int8_mlp: Whether the last decoder layer's MLP is int8 instead of ternary.
     """
 
     title: str
@@ -103,6 +104,15 @@ class Row:
     tokens: int = 0
     rate: float = 0.0
     batch: int | None = None
+    int8_mlp: bool = False
+
+    def config_of(self, source: Path) -> dict[str, Any]:
+        """Returns the arguments of `BitLabConfig` for a model."""
+        assert self.config is not None
+        if not self.int8_mlp:
+            return self.config
+        layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+        return {**self.config, "int8_layers": [f"model.layers.{layers - 1}.mlp"]}
 
     @property
     def blocks(self) -> int:
@@ -117,6 +127,7 @@ class Row:
         """Returns a name that rows share which begin with the same calibrated start."""
         recipe = self.recipe or Recipe()
         what = self.config, recipe.calibration_samples, recipe.teacher_share, seed, bf16
+        what += ("int8_mlp",) if self.int8_mlp else ()
         return hashlib.blake2b(repr(what).encode(), digest_size=6).hexdigest()
 
 
@@ -137,6 +148,10 @@ ROWS: dict[str, Row] = {
     "rounded": Row("rounded, groups of 64", GROUPS),
     "calibrated-tensor": Row("calibrated, per tensor", calibrated=True, tokens=_FITTED),
     "calibrated": Row("calibrated, groups of 64", GROUPS, calibrated=True, tokens=_FITTED),
+    "calibrated-int8": Row(
+        "calibrated, groups of 64, the last MLP in int8", GROUPS, calibrated=True, tokens=_FITTED,
+        int8_mlp=True,
+    ),
     "stock-64k": _STOCK,
     "stock-256k": replace(_STOCK, title="AutoBitLinear online, Trainer, 256 k", tokens=262_144),
     "former": Row(
@@ -146,8 +161,11 @@ ROWS: dict[str, Row] = {
     "budget": replace(
         _DEFAULT, title="default, 51,200 tokens after calibration", tokens=_FITTED + 51_200
     ),
+    "budget-int8": replace(
+        _DEFAULT, title="the same, the last MLP in int8", tokens=_FITTED + 51_200, int8_mlp=True
+    ),
     "budget-staged": replace(
-        _DEFAULT, title="the same, in ten stages", tokens=_FITTED + 51_200,
+        _DEFAULT, title="default, in ten stages", tokens=_FITTED + 51_200,
         recipe=replace(RECIPES["default"], stages=10),
     ),
     "default-64k": _DEFAULT,
@@ -209,7 +227,7 @@ def make(
     """
     torch.manual_seed(seed)
     if row.config is not None:
-        model = load_bitlab(source, **row.config)
+        model = load_bitlab(source, **row.config_of(source))
     else:
         model = load_float(source)
         model = auto_bitlinear(model) if row.stock else model
