@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
 
 from bitcore.errors import CheckpointError, ConfigError, NonFiniteError
 from bitlab_hf import BitLabConfig, deploy, save
+from bitlab_hf.config import FORMAT_VERSION
 from tests.bitlab_hf.models import logits_of, make_float_model, rewrite
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -135,7 +136,7 @@ def test_packed_config_over_float_tensors(tmp_path: Path) -> None:
 
 
 def test_newer_format(deployed: Path) -> None:
-    rewrite_config(deployed, format_version=4, something_new=True)
+    rewrite_config(deployed, format_version=FORMAT_VERSION + 1, something_new=True)
     with pytest.raises(ConfigError, match="newer BitLab"):
         load(deployed)
 

@@ -100,12 +100,15 @@ def test_a_layer_with_int8_among_ternary_ones_has_a_library_of_its_own(cache: Pa
 def test_exact_gives_the_bits_of_a_dynamic_cache(cache: Path) -> None:
     model = make()
     wanted = [scores(model, ids) for ids in prompts()]
+    before = set(cache.glob("*.pt2"))
     assert compile_decoding(model) == 2
     for ids, one in zip(prompts(), wanted, strict=True):
         assert torch.equal(scores(model, ids, cache_implementation="static"), one)
         assert compiled_layers(model) == 2
-    # One for both layers, and for any length.
-    assert len(list(cache.glob("*.pt2"))) == 1
+    # One for both layers, and for any length; another test may have made it.
+    made = set(cache.glob("*.pt2"))
+    assert made
+    assert len(made - before) <= 1
     # Without a static cache everything is as before.
     assert torch.equal(scores(model, prompts()[1]), wanted[1])
     assert compiled_layers(model) == 0

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig
+from transformers.models.llama4 import modeling_llama4
 
 from bitcore.errors import ArgumentError, ConfigError, LifecycleError
 from bitlab_hf import (
@@ -91,8 +92,12 @@ def test_experts_alone(tmp_path: Path) -> None:
 
 
 def test_a_class_that_is_not_known_stays_float_and_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class Unknown(modeling_llama4.Llama4TextExperts):
+        pass
+
+    monkeypatch.setattr(modeling_llama4, "Llama4TextExperts", Unknown)
     config = Llama4TextConfig(
         vocab_size=97, hidden_size=64, intermediate_size=64, intermediate_size_mlp=128,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
