@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+logger = logging.getLogger("bitlab")
+
 
 def rates_of(model: nn.Module, recipe: Recipe) -> dict[int, float]:
     """Returns by the id of a parameter how many times the run's learning rate it trains with.
@@ -23,7 +26,7 @@ def rates_of(model: nn.Module, recipe: Recipe) -> dict[int, float]:
     magnitude of the parameter over that one, but for biases, adapters, and what is 0 altogether.
     """
     relative = recipe.rate_magnitude > 0 and getattr(model, "peft_config", None) is None
-    rates = {}
+    rates, elsewhere = {}, 0
     for name, parameter in model.named_parameters():
         rate = 1.0
         if name.endswith("learned_scale"):
@@ -31,10 +34,17 @@ def rates_of(model: nn.Module, recipe: Recipe) -> dict[int, float]:
         elif parameter.dim() == 1:
             rate = recipe.vector_rate
         if relative and not name.endswith("bias") and parameter.requires_grad:
+            elsewhere += not parameter.numel()
             rate *= (_mean_magnitude(parameter) or recipe.rate_magnitude) / recipe.rate_magnitude
             # The same in several processes, whose sums round differently.
             rate = float(f"{rate:.4g}")
         rates[id(parameter)] = rate
+    if elsewhere:
+        logger.warning(
+            "bitlab: the magnitudes of %d parameters are not known here, as under DeepSpeed's "
+            "ZeRO-3; they learn as if these were %g. Set learning_rate for theirs.",
+            elsewhere, recipe.rate_magnitude,
+        )  # fmt: skip
     return rates
 
 
@@ -44,22 +54,6 @@ def _mean_magnitude(parameter: nn.Parameter) -> float:
         return 0.0
     mean = parameter.detach().float().abs().mean()
     return float(mean.full_tensor() if isinstance(mean, DTensor) else mean)
-
-
-def _split(
-    parameters: list[Any], rates: dict[int, float], each: bool
-) -> list[tuple[float, list[Any]]]:
-    """Returns parameters with the rate that they have in common, or each on its own.
-
-    Rates that hang on the weights are others when a run is resumed, whose optimizer must be split
-    as it was.
-    """
-    if each:
-        return [(rates[id(parameter)], [parameter]) for parameter in parameters]
-    split: dict[float, list[Any]] = {}
-    for parameter in parameters:
-        split.setdefault(rates[id(parameter)], []).append(parameter)
-    return sorted(split.items())
 
 
 class RatesMixin(_Base):
@@ -72,10 +66,7 @@ class RatesMixin(_Base):
     recipe: Recipe
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Makes the Trainer's optimizer, its groups of parameters split by their rates.
-
-        The first group's rate is what the Trainer logs: the run's own, if the group is empty.
-        """
+        """Makes the Trainer's optimizer, its groups of parameters split by their rates."""
         given = self.optimizer is not None
         optimizer: Any = super().create_optimizer(model)
         trained: Any = self.model if model is None else model
@@ -83,13 +74,24 @@ class RatesMixin(_Base):
         if given or not groups:
             return optimizer
         rates = rates_of(trained, self.recipe)
-        if set(rates.values()) == {1.0}:
-            return optimizer
+        # Rates that hang on the weights are others when a run is resumed, whose optimizer must be
+        # split as it was: each parameter on its own.
+        each = self.recipe.rate_magnitude > 0
         for group in list(groups):
             if not isinstance(group.get("lr"), (int, float)):
                 continue
-            parameters, group["params"] = group["params"], []
-            for rate, same in _split(parameters, rates, each=self.recipe.rate_magnitude > 0):
-                optimizer.add_param_group({**group, "params": same, "lr": group["lr"] * rate})
-        groups[:] = [group for at, group in enumerate(groups) if at == 0 or group["params"]]
+            split: dict[float, list[Any]] = {}
+            for at, parameter in enumerate(group["params"]):
+                split.setdefault(at if each else rates[id(parameter)], []).append(parameter)
+            group["params"] = [] if each else split.pop(1.0, [])
+            for _, parameters in sorted(split.items()):
+                rate = group["lr"] * rates[id(parameters[0])]
+                optimizer.add_param_group({**group, "params": parameters, "lr": rate})
+        groups[:] = [group for group in groups if group["params"]]
         return optimizer
+
+    def _get_learning_rate(self) -> float:
+        """Returns the run's own rate, which the Trainer takes from the first group."""
+        rate = float(super()._get_learning_rate())
+        first = getattr(self.optimizer, "param_groups", [{}])[0].get("initial_lr")
+        return rate * self.args.learning_rate / float(first) if first else rate

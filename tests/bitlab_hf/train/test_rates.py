@@ -87,8 +87,29 @@ def test_rates_follow_magnitudes(source: Path, tmp_path: Path, optim: str) -> No
             wanted *= magnitude / 0.1
         assert rates[id(parameter)] == pytest.approx(wanted, rel=1e-3), name
     assert rates[id(model.model.norm.weight)] == pytest.approx(4.0)
-    assert trainer.lr_scheduler.base_lrs[0] == pytest.approx(1e-3)
-    assert trainer.optimizer.param_groups[0]["params"] == []
+    assert trainer._get_learning_rate() == pytest.approx(
+        trainer.lr_scheduler.get_last_lr()[0] * 1e-3 / trainer.lr_scheduler.base_lrs[0]
+    )
+    assert all(group["params"] for group in trainer.optimizer.param_groups)
+
+
+def test_the_logged_rate_is_the_runs(source: Path, tmp_path: Path) -> None:
+    logged = []
+    for recipe in (Recipe(), RECIPE, RELATIVE):
+        trainer = make(source, tmp_path, recipe, logging_steps=1, logging_strategy="steps")
+        trainer.train()
+        logged.append([one["learning_rate"] for one in trainer.state.log_history if "loss" in one])
+    assert max(logged[0]) == pytest.approx(1e-3)
+    assert logged[1] == pytest.approx(logged[0])
+    assert logged[2] == pytest.approx(logged[0])
+
+
+def test_parameters_that_others_hold_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = torch.nn.Linear(4, 4, bias=False)
+    model.weight = torch.nn.Parameter(torch.empty(0))
+    with caplog.at_level("WARNING", logger="bitlab"):
+        assert rates_of(model, replace(RELATIVE, vector_rate=1.0)) == {id(model.weight): 1.0}
+    assert "the magnitudes of 1 parameters are not known here" in caplog.text
 
 
 def test_adapters_do_not_follow_magnitudes(source: Path, tmp_path: Path) -> None:
