@@ -17,7 +17,7 @@ from bitcore.config import BitQuantConfig
 from bitcore.errors import ArgumentError, ArgumentTypeError
 from bitcore.lookup import lookup_rows
 from bitlayers.checks import check_sizes, load_problem
-from bitlayers.lookup import QuantizedEmbedding, check_embedding
+from bitlayers.lookup import QuantizedEmbedding
 from bitlayers.state import LayerState, Packed
 
 
@@ -90,19 +90,13 @@ class TernaryEmbedding(QuantizedEmbedding, LayerState):
         Raises:
             ArgumentTypeError, ArgumentError: See `bitlayers.lookup.check_embedding`.
         """
-        check_embedding(cls.__name__, embedding, embed_scale)
-        module = cls(
-            embedding.num_embeddings,
-            embedding.embedding_dim,
-            embedding.padding_idx,
-            1.0 if embed_scale is None else embed_scale,
-            embedding.weight.device,
-            embedding.weight.dtype,
+        return cls._in_place_of(
+            embedding,
+            embed_scale,
             rounds_scale,
-            quant_config,
+            device=embedding.weight.device,
+            quant_config=quant_config,
         )
-        module.float_class = type(embedding)
-        return module
 
     def commit(
         self, qweight: Tensor, qweight_scale: Tensor, qweight_multiplier: Tensor | None = None

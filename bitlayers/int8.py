@@ -19,7 +19,7 @@ from bitcore.checks import check_devices, check_in_features, check_int8
 from bitcore.errors import ArgumentError, ArgumentTypeError
 from bitcore.quantize import dequantize_rows_int8, quantize_rows_int8
 from bitlayers.checks import int8_problem
-from bitlayers.lookup import QuantizedEmbedding, check_embedding
+from bitlayers.lookup import QuantizedEmbedding
 from bitlayers.quantized import TypedModule
 
 
@@ -214,18 +214,9 @@ class Int8Embedding(Int8Rows, QuantizedEmbedding):
         Raises:
             ArgumentTypeError, ArgumentError: See `bitlayers.lookup.check_embedding`.
         """
-        check_embedding(cls.__name__, embedding, embed_scale)
-        module = cls(
-            embedding.num_embeddings,
-            embedding.embedding_dim,
-            embedding.padding_idx,
-            1.0 if embed_scale is None else embed_scale,
-            embedding.weight.device,
-            embedding.weight.dtype,
-            rounds_scale,
+        return cls._in_place_of(
+            embedding, embed_scale, rounds_scale, device=embedding.weight.device
         )
-        module.float_class = type(embedding)
-        return module.train(embedding.training)
 
     @classmethod
     def from_embedding(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +43,24 @@ class QuantizedEmbedding(TypedModule, nn.Embedding):
         self.embed_scale, self.rounds_scale = embed_scale, rounds_scale
         self.float_class: type[nn.Embedding] = nn.Embedding
         self._set_dtype(dtype or torch.get_default_dtype())
+
+    @classmethod
+    def _in_place_of(
+        cls, embedding: nn.Embedding, embed_scale: float | None, rounds_scale: bool, **fields: Any
+    ) -> Self:
+        """Returns an empty module for an embedding's place; the arguments are `skeleton`'s."""
+        check_embedding(cls.__name__, embedding, embed_scale)
+        module = cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            embedding.padding_idx,
+            1.0 if embed_scale is None else embed_scale,
+            dtype=embedding.weight.dtype,
+            rounds_scale=rounds_scale,
+            **fields,
+        )
+        module.float_class = type(embedding)
+        return module.train(embedding.training)
 
     def _set_dtype(self, dtype: torch.dtype) -> None:
         super()._set_dtype(dtype)
