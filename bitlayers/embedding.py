@@ -90,13 +90,7 @@ class TernaryEmbedding(QuantizedEmbedding, LayerState):
         Raises:
             ArgumentTypeError, ArgumentError: See `bitlayers.lookup.check_embedding`.
         """
-        return cls._in_place_of(
-            embedding,
-            embed_scale,
-            rounds_scale,
-            device=embedding.weight.device,
-            quant_config=quant_config,
-        )
+        return cls._in_place_of(embedding, embed_scale, rounds_scale, quant_config=quant_config)
 
     def commit(
         self, qweight: Tensor, qweight_scale: Tensor, qweight_multiplier: Tensor | None = None

@@ -214,9 +214,7 @@ class Int8Embedding(Int8Rows, QuantizedEmbedding):
         Raises:
             ArgumentTypeError, ArgumentError: See `bitlayers.lookup.check_embedding`.
         """
-        return cls._in_place_of(
-            embedding, embed_scale, rounds_scale, device=embedding.weight.device
-        )
+        return cls._in_place_of(embedding, embed_scale, rounds_scale)
 
     @classmethod
     def from_embedding(

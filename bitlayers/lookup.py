@@ -50,6 +50,8 @@ class QuantizedEmbedding(TypedModule, nn.Embedding):
     ) -> Self:
         """Returns an empty module for an embedding's place; the arguments are `skeleton`'s."""
         check_embedding(cls.__name__, embedding, embed_scale)
+        # Where the tensors are made, which this class has none of.
+        fields["device"] = embedding.weight.device
         module = cls(
             embedding.num_embeddings,
             embedding.embedding_dim,
