@@ -45,7 +45,9 @@ from tests.bitlab_hf.models import make_float_model, taught, training_data
 
 STEPS, BATCH = 6, 8
 # Shards are calibrated before they are made, so all of a model at once.
-AT_ONCE = RECIPES["default"]
+# At this rate, fifteen times that of the commands, norms of 1 would move by a seventh of themselves
+# a step, and what sums in another order change would grow with it.
+AT_ONCE = replace(RECIPES["default"], rate_magnitude=1.0)
 STAGED = replace(AT_ONCE, stages=2)
 FSDP2 = {
     "fsdp": True,
@@ -151,7 +153,8 @@ def train(
         save_file(tensors, folder / "result.safetensors")
         history = trainer.state.log_history
         calibrated = getattr(trainer, "calibration", None) is not None
-        result = {"kind": kind, "history": history, "calibrated": calibrated}
+        rates = [group["initial_lr"] for group in trainer.optimizer.param_groups]
+        result = {"kind": kind, "history": history, "calibrated": calibrated, "rates": rates}
         (folder / "result.json").write_text(json.dumps(result))
     return trainer
 
