@@ -21,8 +21,21 @@ from tests.native.cuda.build_host import build
 from tests.native.cuda.host import HostKernels, load_host_library
 from tests.stock_environment import make_stock_environment
 
+# Of the tests marked `ci` these take minutes each. They come first, so that no process of a session
+# is left alone with one in the end.
+_MINUTES = (
+    "bitlab_vllm", "scripts", "test_demo.py", "test_ecosystem.py", "test_real_model.py",
+    "test_wheels.py",
+)  # fmt: skip
 # Names a host library of the CUDA kernels that is there already.
 HOST_LIBRARY_VARIABLE = "BITLAB_CUDA_HOST_LIBRARY"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest tests first; otherwise the order stays."""
+    items.sort(
+        key=lambda item: not (item.get_closest_marker("ci") and {*item.path.parts} & {*_MINUTES})
+    )
 
 
 def native_kernels() -> CpuKernels:

@@ -1,14 +1,16 @@
 """Servers under load: vLLM with BitLab's plugin, vLLM with the dense model, and transformers'.
 
     python scripts/bench/serve.py --vllm ~/vllm --model path/to/a/float/model
+    python scripts/bench/serve.py --vllm ~/vllm --model ... --geometry 1b
     python scripts/bench/serve.py --vllm ~/vllm --quick     # the model that ships with BitLab
 
+With a geometry, random weights of that size take the place of the model's, whose tokenizer stays.
 Packs the model without training (as fast as a trained one, and as wordy) unless --ternary names a
 deployed one. Starts each server in turn, and has the same questions asked by 1, 8 and 32 clients at
 once, streamed and greedy. Writes serve.json after each row, and serve.md at the end; run again with
 the same arguments, it goes on where it was stopped.
 
-Tokens are counted by tokenizing the texts. First token, between tokens: seconds, p50 and p95 over
+Tokens are counted by the servers. First token, between tokens: seconds, p50 and p95 over
 all answers. Memory: of all of the server's processes, pages that several share counted once, after
 the row's questions. Equal: answers that are those of the same server with one client. A ternary
 model is float32 beside its packed weights, so that equal sums give equal tokens; a dense one is
@@ -29,7 +31,7 @@ import torch
 from common import Disturbance, Grid, Target, close, header
 from rich.console import Console
 from serve_load import Server, running
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from bitlab_hf import BitLabConfig, save
 
@@ -42,6 +44,13 @@ COLUMNS = [
 # Enough for 32 clients; transformers would take most of the memory.
 PAGES = ["--cb-block-size", "32", "--cb-num-blocks", "512", "--cb-max-batch-tokens", "256"]
 CONTEXT = ["--max-model-len", "1024"]
+# Llama-3.2-1B's but for the vocabulary: 0.97 billion weights in its layers.
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 2048,
+    },
+}  # fmt: skip
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vllm", type=Path, required=True, help="vLLM's environment")
     parser.add_argument("--model", type=Path, default=DEMO, help="a float model with a tokenizer")
     parser.add_argument("--ternary", type=Path, help="the same, deployed; default: packed here")
+    parser.add_argument("--geometry", choices=GEOMETRIES, help="of random weights, instead")
     parser.add_argument("--clients", type=int, nargs="+", help="default: 1 8 32; quick: 1 4")
     parser.add_argument("--questions", type=int, help="in all; default 32, quick 4")
     parser.add_argument("--tokens", type=int, help="of each answer; default 48, quick 8")
@@ -60,6 +70,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
     parser.add_argument("--output", type=Path, default=Path("serve.json"))
     given = parser.parse_args()
+    if given.geometry and given.ternary:
+        parser.error("--geometry packs its own model: leave --ternary out")
     # The answers to one client come first: the others' are compared with them.
     given.clients = sorted({1, *(given.clients or ([4] if given.quick else [8, 32]))})
     given.questions = given.questions or (4 if given.quick else 32)
@@ -73,6 +85,21 @@ def prompts(count: int) -> list[str]:
     found = [one.strip() for text in texts for one in text.split("\n\n")]
     usable = [one for one in found if 60 < len(one) < 1500 and not one.startswith(("|", "```"))]
     return [usable[index * len(usable) // count] for index in range(count)]
+
+
+def random_model(source: Path, geometry: str, folder: Path) -> Path:
+    """Writes a bfloat16 model of a geometry and random weights, with another's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    # No token ends an answer early.
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=None, bos_token_id=None,
+        **GEOMETRIES[geometry],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def pack(source: Path, folder: Path) -> Path:
@@ -93,9 +120,7 @@ def percentiles(values: list[float]) -> tuple[float, float]:
     return float(middle), float(high)
 
 
-def measure(
-    server: Server, asked: list[str], clients: int, tokens: int, count_tokens: Any
-) -> dict[str, Any]:
+def measure(server: Server, asked: list[str], clients: int, tokens: int) -> dict[str, Any]:
     """All questions, asked by so many clients."""
     answers, seconds = server.ask_all(asked, clients, tokens)
     first = [one.times[0] for one in answers if one.times]
@@ -103,7 +128,7 @@ def measure(
     return {
         "clients": clients,
         "seconds": seconds,
-        "tokens": sum(count_tokens(one.text) for one in answers),
+        "tokens": sum(one.tokens for one in answers),
         "first": percentiles(first),
         "between": percentiles(between),
         "memory": server.memory(),
@@ -175,7 +200,9 @@ class Results:
         )
 
 
-def servers_of(given: argparse.Namespace, ternary: Path) -> dict[str, tuple[Path, list[str]]]:
+def servers_of(
+    given: argparse.Namespace, model: Path, ternary: Path
+) -> dict[str, tuple[Path, list[str]]]:
     """The model and the options of ``bitlab serve`` for each server."""
     through = ["--vllm", str(given.vllm)]
     # Compiling takes longer than all that is asked in a quick run.
@@ -183,7 +210,7 @@ def servers_of(given: argparse.Namespace, ternary: Path) -> dict[str, tuple[Path
     by_itself = ["--with-transformers", "--"]
     servers = {
         "vLLM, ternary": (ternary, [*through, "--", *options]),
-        "vLLM, dense bfloat16": (given.model, [*through, "--", "--dtype", "bfloat16", *options]),
+        "vLLM, dense bfloat16": (model, [*through, "--", "--dtype", "bfloat16", *options]),
         "transformers, ternary": (ternary, [*by_itself, "--device", "cpu"]),
         "transformers, ternary, continuous batching": (
             ternary, [*by_itself, "--device", "cpu", "--continuous-batching", *PAGES],
@@ -196,15 +223,10 @@ def ask(
     given: argparse.Namespace, name: str, server: Server, asked: list[str], results: Results
 ) -> None:
     """Measures the rows of one server that are missing."""
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-
-    def count_tokens(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
     # The first answers pay for what is made once, for one question and for many.
     server.ask_all(asked[:2], 2, 2)
     for clients in results.missing(name, given.clients):
-        results.add(name, measure(server, asked, clients, given.tokens, count_tokens))
+        results.add(name, measure(server, asked, clients, given.tokens))
 
 
 def main() -> None:
@@ -215,15 +237,18 @@ def main() -> None:
     asked = prompts(given.questions)
     settings = {
         "machine": result["machine"]["cpu"], "model": str(given.model), "tokens": given.tokens,
-        "ternary": str(given.ternary), "threads": given.threads, "quick": given.quick,
-        "prompts": asked,
+        "ternary": str(given.ternary), "geometry": given.geometry, "threads": given.threads,
+        "quick": given.quick, "prompts": asked,
     }  # fmt: skip
     results = Results(given.output, settings)
     with tempfile.TemporaryDirectory() as work:
-        wanted = servers_of(given, given.ternary or Path(work) / "ternary")
+        model = Path(work) / "float" if given.geometry else given.model
+        wanted = servers_of(given, model, given.ternary or Path(work) / "ternary")
         wanted = {name: how for name, how in wanted.items() if results.missing(name, given.clients)}
+        if given.geometry and wanted:
+            random_model(given.model, given.geometry, model)
         if given.ternary is None and wanted:
-            pack(given.model, Path(work) / "ternary")
+            pack(model, Path(work) / "ternary")
         for name, (folder, options) in wanted.items():
             console.print(f"{name} ...")
             log = given.output.with_name(f"serve-{name.replace(', ', '-').replace(' ', '-')}.log")

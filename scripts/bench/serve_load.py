@@ -32,10 +32,12 @@ class Answer:
     Attributes:
         text: What came.
         times: Seconds from the request to each piece that holds text.
+        tokens: How many the server says it made.
         error: What went wrong, if anything.
     """
 
     text: str = ""
+    tokens: int = 0
     times: list[float] = field(default_factory=list)
     error: str = ""
 
@@ -59,7 +61,7 @@ class Server:
         answer, started = Answer(), time.perf_counter()
         body = {
             "model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0,
-            "stream": True,
+            "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_ANSWER_SECONDS)
         try:
@@ -74,7 +76,10 @@ class Server:
                 content = line.decode().strip().removeprefix("data: ")
                 if not line.startswith(b"data: ") or content == "[DONE]":
                     continue
-                choices = json.loads(content).get("choices") or [{}]
+                event = json.loads(content)
+                if usage := event.get("usage"):
+                    answer.tokens = usage["completion_tokens"]
+                choices = event.get("choices") or [{}]
                 if piece := choices[0].get("text"):
                     answer.text += piece
                     answer.times.append(time.perf_counter() - started)

@@ -46,7 +46,12 @@ class Handler(BaseHTTPRequestHandler):
             if word == "cut":
                 self.wfile.write(b"data: {\n\n")
                 return
-        self.wfile.write(b'data: {"choices": []}\n\ndata: [DONE]\n\n')
+        words = min(len(prompt.split()), body["max_tokens"])
+        asked = body["stream_options"]["include_usage"]
+        usage = json.dumps(
+            {"choices": [], "usage": {"completion_tokens": words} if asked else None}
+        )
+        self.wfile.write(f"data: {usage}\n\ndata: [DONE]\n\n".encode())
 
     def log_message(self, *given: Any) -> None:
         pass
@@ -77,21 +82,18 @@ def port() -> Iterator[int]:
 QUESTIONS = ["one two three", "four", "bad", "five cut six"]
 
 
-def count(text: str) -> int:
-    return len(text.split())
-
-
 def test_a_round(modules: tuple[Any, Any], port: int) -> None:
     serve, load = modules
     server = load.Server(port, "model", os.getpgid(0))
-    found = serve.measure(server, QUESTIONS, 3, 2, count)
+    found = serve.measure(server, QUESTIONS, 3, 2)
     assert found["texts"] == ["one two ", "four ", "", "five cut "]
     assert [error[:3] for error in found["errors"]] == ["500", "JSO"]
     assert found["first"][0] == pytest.approx(0.05, abs=0.5)
     assert found["first"][0] >= 0.05
     # A client that gets to read late has two pieces at once.
     assert 0 < found["between"][0] <= found["between"][1]
-    assert found["tokens"] == 5
+    # An answer that is cut off counts none.
+    assert found["tokens"] == 3
     assert found["seconds"] >= 0.1
     assert found["memory"] > 10**7
     alone = {"texts": ["one two ", "another", "", "five cut "]}
@@ -146,3 +148,21 @@ def test_prompts_differ_in_length(modules: tuple[Any, Any]) -> None:
     assert len(set(found)) == 32
     lengths = sorted(map(len, found))
     assert lengths[-1] > 3 * lengths[0]
+
+
+def test_a_geometry_of_random_weights(
+    modules: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve = modules[0]
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+    }  # fmt: skip
+    monkeypatch.setitem(serve.GEOMETRIES, "tiny", sizes)
+    source = serve.random_model(serve.DEMO, "tiny", tmp_path / "float")
+    folder = serve.pack(source, tmp_path / "ternary")
+    model = serve.AutoModelForCausalLM.from_pretrained(folder)
+    asked = serve.AutoTokenizer.from_pretrained(folder)("one two", return_tensors="pt")
+    answer = model.generate(**asked, max_new_tokens=5, do_sample=False)
+    assert answer.shape[1] == asked["input_ids"].shape[1] + 5
+    assert model.config.hidden_size == 64
