@@ -141,7 +141,7 @@ def _qat_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
 
 
-def _qat_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def qat_gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """Straight-through gradients: ``dx = dy @ (w_q s_w)``, ``dW = dy.T @ (x_q s_x)``, clipped and
     with one of the scale where that is learned.
     """
@@ -196,5 +196,5 @@ torch.library.register_autograd(
     "bitlab::linear_int8", _int8_backward, setup_context=_int8_setup, lib=_library
 )
 torch.library.register_autograd(
-    "bitlab::qat_linear", _qat_backward, setup_context=_qat_setup, lib=_library
+    "bitlab::qat_linear", qat_gradients, setup_context=_qat_setup, lib=_library
 )

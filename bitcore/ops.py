@@ -43,6 +43,29 @@ def pack_weight(weight: Tensor, granularity: str, group_size: int | None) -> tup
     return (qweight, scale, multiplier) if granularity == "per_group" else (qweight, scale)
 
 
+def row_sums(weight: Tensor) -> Tensor:
+    """Returns the sums of the magnitudes of each row, for a scale of more rows than are here.
+
+    Not an op: no graph has it.
+
+    Args:
+        weight: float32, bfloat16 or float16 [N, K].
+
+    Returns:
+        float64 [N], each in the order of `bitcore.quantize.weight_scale`, whose scale of the tensor
+        is ``mean_scale(total(sums), N * K)`` of the sums of all rows.
+
+    Raises:
+        ArgumentError: weight is not [N, K] with N and K at least 1 and K at most 131071.
+        ArgumentTypeError: weight has another dtype.
+    """
+    checks.check_weight("row_sums", weight)
+    checks.check_memory("row_sums", weight=weight)
+    # No dispatcher to make memory of what only stands for it.
+    weight = weight if is_memory(weight) else weight.clone()
+    return kernels_for(weight.device.type).row_sums(weight)
+
+
 def pack_codes(weight: Tensor, step: Tensor) -> Tensor:
     """Ternarizes with a given step, ``clamp(round(W * (1 / step)), -1, 1)``, and packs.
 

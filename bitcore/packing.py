@@ -54,6 +54,33 @@ def pack_codes(codes: Tensor) -> Tensor:
     return lanes[0] | lanes[1] << 2 | lanes[2] << 4 | lanes[3] << 6
 
 
+def join_rows(pieces: Tensor, out_features: int) -> Tensor:
+    """Packs rows that were packed in pieces, as many in each, one piece after the other.
+
+    Rows of a byte lie a quarter of the matrix apart, so bytes of the pieces are none of the whole:
+    codes are taken apart, to a byte each, and laid together again: as few operations however many
+    pieces there are.
+    Moving runs of rows whose lanes stay the same was rejected: there are four in every piece.
+
+    Args:
+        pieces: uint8 [P, ceil(n / 4), K], of n = N / P rows each.
+        out_features: N, a multiple of P.
+
+    Returns:
+        uint8 [ceil(N / 4), K], as `pack_ternary` gives it for all rows.
+    """
+    count, _, in_features = pieces.shape
+    shifted = [pieces, pieces >> 2, pieces >> 4, pieces >> 6]
+    lanes = torch.stack(shifted, dim=1).bitwise_and_(3).view(count, -1, in_features)
+    codes = lanes[:, : out_features // count].reshape(-1, in_features)
+    rows = (out_features + 3) // 4
+    if 4 * rows > out_features:
+        # What no row fills is code 0, plus 1.
+        codes = F.pad(codes, (0, 0, 0, 4 * rows - out_features), value=1)
+    lanes = codes.view(4, rows, in_features)
+    return lanes[0] | lanes[1] << 2 | lanes[2] << 4 | lanes[3] << 6
+
+
 def unpack_ternary(qweight: Tensor, out_features: int) -> Tensor:
     """Unpacks ternary codes; the inverse of `pack_ternary`.
 

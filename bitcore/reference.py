@@ -6,6 +6,8 @@ It also runs wherever no native library does (the backend called ``"reference"``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -25,6 +27,11 @@ def pack_weight(
         return pack_codes(weight, scale), scale, None
     row, multiplier = quantize.two_levels(scale)
     return pack_codes(weight, quantize.group_scale(row, multiplier)), row, multiplier
+
+
+def row_sums(weight: Tensor) -> Tensor:
+    """Returns the sums of the magnitudes of each row, float64 [N], as `bitcore.ops.row_sums`."""
+    return reduce(add, quantize.lane_sums(weight).unbind(1))
 
 
 def pack_codes(weight: Tensor, step: Tensor) -> Tensor:

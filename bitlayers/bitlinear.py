@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from bitcore import ops
 from bitcore.prepared import PreparedLinear, is_preparable
+from bitcore.qat_packed import qat_packed
 from bitlayers.base import BitLayerBase
+from bitlayers.gathered import GatheredWeight
 from bitlayers.registry import register_layer
 from bitlayers.state import Packed
 from bitlayers.training import mixed_linear, training_scales
@@ -35,11 +37,16 @@ class BitLinear(BitLayerBase, nn.Linear):
     def _train_forward(self, x: Tensor) -> Tensor:
         if self.quant_strength < 1:
             return mixed_linear(self, x)
-        config = self.quant_config
+        config, weight = self.quant_config, self.weight
+        if isinstance(weight, GatheredWeight):
+            qweight, weight_scale, *given = weight.packed
+            return qat_packed(
+                x, weight, self.bias, qweight, weight_scale, config.activation, *given
+            )
         step, scale, *multiplier = training_scales(self)
         return ops.qat_linear(
             x,
-            self.weight,
+            weight,
             self.bias,
             config.granularity,
             config.group_size,

@@ -30,6 +30,8 @@ class LayerState(QuantizedModule):
             wider than the float one was; the input is cast on to what that was.
         packs_itself: Whether the layer was deployed by a ``_perform_deployment`` that registered
             tensors of its own and returned nothing.
+        gathers_packed: Whether FSDP2 gathers a `bitlayers.gathered.PackedShard` packed; None until
+            the first gather.
     """
 
     in_features: int
@@ -42,6 +44,7 @@ class LayerState(QuantizedModule):
     quant_strength: float = 1.0
     casts_input: bool = False
     packs_itself: bool = False
+    gathers_packed: bool | None = None
     _is_deployed: bool
 
     @property

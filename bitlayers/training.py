@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from bitcore import estimators, ops
 from bitcore.errors import ArgumentError, NonFiniteError
 from bitcore.plain import is_watched
+from bitlayers.gathered import GatheredWeight
 from bitlayers.state import LayerState, Packed
 
 
@@ -128,6 +129,8 @@ def shows_writes(weight: Tensor) -> bool:
 def pack(layer: LayerState) -> Packed:
     """Packs a latent weight by the layer's estimator: qweight, its scale, and multipliers."""
     config = layer.quant_config
+    if isinstance(layer.weight, GatheredWeight):
+        return layer.weight.packed
     step, scale, *multiplier = training_scales(layer)
     if scale is None:
         return ops.pack_weight(layer.weight, config.granularity, config.group_size)

@@ -95,17 +95,32 @@ class CpuKernels(CpuExperts):
         columns = in_features // group_size if granularity in GROUPED else 0
         if granularity == "per_group":
             return self._pack_groups(weight, columns)
-        rows = 1 if granularity == "per_tensor" else out_features
-        shape = (out_features, columns) if columns else (rows,)
-        scale = torch.empty(shape, dtype=torch.float32)
-        sums = torch.empty(out_features if granularity == "per_tensor" else 0, dtype=torch.float64)
+        sums = None
+        if granularity == "per_tensor":
+            sums = torch.empty(out_features, dtype=torch.float64)
+        scale = self._weight_scale(weight, columns, sums)
+        return self.pack_codes(weight, scale), scale, None
+
+    def row_sums(self, weight: Tensor) -> Tensor:
+        """See `bitcore.reference.row_sums`."""
+        sums = torch.empty(weight.shape[0], dtype=torch.float64)
+        self._weight_scale(weight.contiguous(), 0, sums)
+        return sums
+
+    def _weight_scale(self, weight: Tensor, columns: int, sums: Tensor | None) -> Tensor:
+        """Absmean scales: one where there is room for the sums of the rows, else a row's or those
+        of its columns of groups.
+        """
+        out_features, in_features = weight.shape
+        rows = out_features if sums is None else 1
+        scale = torch.empty((out_features, columns) if columns else (rows,), dtype=torch.float32)
         self._check(
             self._library.bk_cpu_weight_scale(
                 address(weight), TYPE_CODES[weight.dtype], address(scale), rows, columns,
-                address(sums) or None, out_features, in_features, count_threads(),
+                None if sums is None else address(sums), out_features, in_features, count_threads(),
             )
         )  # fmt: skip
-        return self.pack_codes(weight, scale), scale, None
+        return scale
 
     def _pack_groups(self, weight: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
         out_features, in_features = weight.shape

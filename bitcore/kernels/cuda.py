@@ -156,22 +156,35 @@ class CudaKernels(CudaExperts):
         weight = weight.contiguous()
         if granularity == "per_group":
             return self._pack_groups(op, weight, group_size)
-        out_features, in_features = weight.shape
-        grouped = granularity == "per_group_float32"
-        columns = in_features // group_size if grouped else 0
-        rows = 1 if granularity == "per_tensor" else out_features
-        shape = (out_features, columns) if grouped else (rows,)
-        scale = torch.empty(shape, dtype=torch.float32, device=device)
+        columns = weight.shape[1] // group_size if granularity == "per_group_float32" else 0
         sums = None
         if granularity == "per_tensor":
-            sums = torch.empty(out_features, dtype=torch.float64, device=device)
-        code = TYPE_CODES[weight.dtype]
+            sums = torch.empty(weight.shape[0], dtype=torch.float64, device=device)
+        scale = self._weight_scale(op, weight, columns, sums)
+        return self._pack(op, weight, scale), scale, None
+
+    def row_sums(self, weight: Tensor) -> Tensor:
+        """See `bitcore.reference.row_sums`."""
+        op = "row_sums"
+        self._count_multiprocessors(op, weight.device)
+        sums = torch.empty(weight.shape[0], dtype=torch.float64, device=weight.device)
+        self._weight_scale(op, weight.contiguous(), 0, sums)
+        return sums
+
+    def _weight_scale(self, op: str, weight: Tensor, columns: int, sums: Tensor | None) -> Tensor:
+        """Absmean scales: one where there is room for the sums of the rows, else a row's or those
+        of its columns of groups.
+        """
+        out_features, in_features = weight.shape
+        rows = out_features if sums is None else 1
+        shape = (out_features, columns) if columns else (rows,)
+        scale = torch.empty(shape, dtype=torch.float32, device=weight.device)
         written = (scale,) if sums is None else (scale, sums)
         self._call(
-            op, "weight_scale", written, weight, code, scale, rows, columns, sums, out_features,
-            in_features,
+            op, "weight_scale", written, weight, TYPE_CODES[weight.dtype], scale, rows, columns,
+            sums, out_features, in_features,
         )  # fmt: skip
-        return self._pack(op, weight, scale), scale, None
+        return scale
 
     def _pack_groups(
         self, op: str, weight: Tensor, group_size: int

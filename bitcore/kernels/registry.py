@@ -35,6 +35,10 @@ class Kernels(Protocol):
         """Ternarizes and packs a float weight; multipliers where there are groups."""
         ...
 
+    def row_sums(self, weight: Tensor) -> Tensor:
+        """Adds up the magnitudes of each row."""
+        ...
+
     def pack_codes(self, weight: Tensor, step: Tensor) -> Tensor:
         """Ternarizes a float weight with a given step and packs it."""
         ...

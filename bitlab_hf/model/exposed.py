@@ -21,6 +21,7 @@ from bitcore import estimators, ops
 from bitcore.errors import LifecycleError
 from bitlayers.base import BitLayerBase
 from bitlayers.bitlinear import BitLinear
+from bitlayers.gathered import GatheredWeight
 from bitlayers.int8 import Int8Linear
 
 
@@ -152,6 +153,9 @@ def exposed_weight(head: Any) -> Tensor:
 
 def _dequantized(head: BitLinear, weight: Tensor) -> Tensor:
     """Returns codes times scale [N, K] of a whole latent weight without a learned scale."""
+    if isinstance(weight, GatheredWeight):
+        qweight, scale, *multiplier = weight.packed
+        return ops.unpack_weight(qweight, scale, head.out_features, weight.dtype, *multiplier)
     config = head.quant_config
     args = config.granularity, config.group_size
     if config.weight_quantizer == "absmean":

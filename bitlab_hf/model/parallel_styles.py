@@ -94,7 +94,7 @@ def whole_scales(weight: Tensor, config: BitQuantConfig, part: Part) -> tuple[Te
     if part.dim == 0:
         if granularity != "per_tensor":
             return None, None
-        sums = torch.cat(part.gather(reduce(add, lane_sums(weight).unbind(1))))
+        sums = torch.cat(part.gather(ops.row_sums(weight)))
         step = mean_scale(total(sums), weight.numel() * part.count)
         return step, step
     if config.group_size is None:

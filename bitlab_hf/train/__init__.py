@@ -3,6 +3,7 @@
 from bitlab_hf.fit.calibrate import CalibrationReport, calibrate
 from bitlab_hf.fit.rotate import rotate
 from bitlab_hf.train.baseline import record_baseline
+from bitlab_hf.train.gather import PackedAllGather, pack_all_gather
 from bitlab_hf.train.guard import last_checkpoint
 from bitlab_hf.train.logits import precompute_logits
 from bitlab_hf.train.recipe import RECIPES, Recipe
@@ -14,11 +15,13 @@ __all__ = [
     "RECIPES",
     "BitLabTrainer",
     "CalibrationReport",
+    "PackedAllGather",
     "QuantStrengthWarmup",
     "Recipe",
     "TernaryStatistics",
     "calibrate",
     "last_checkpoint",
+    "pack_all_gather",
     "precompute_logits",
     "record_baseline",
     "rotate",

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bitcore.errors import CheckpointError
+from bitlayers.gathered import GatheredWeight
 
 # What a process found, after the number of things it looked at before: the least one is the first.
 Finding = tuple[int, str]
@@ -101,6 +102,8 @@ def _is_finite(tensor: Tensor) -> bool:
     """Tells whether a tensor is finite; of a sharded one (DTensor), the part that is here, because
     other processes may not come to the same question.
     """
+    if isinstance(tensor, GatheredWeight):
+        return tensor.is_finite
     here: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return bool(torch.isfinite(here).all())
 

@@ -186,7 +186,7 @@ BK_API int32_t bk_cpu_matmul_i8_t2_i32(const int8_t *codes, const uint8_t *qweig
  *
  *   weight       [N, K] of weight_type, contiguous
  *   weight_scale float32, by (scale_rows, scale_columns): [1] (1, 0), [N] (N, 0) or [N, K / G] (N, K / G; G a multiple
- * of 16) row_sums     float64 [N] of scratch for scale_rows == 1; else unused, may be null
+ * of 16) row_sums     float64 [N], gets the sums of the rows for scale_rows == 1; else unused, may be null
  */
 BK_API int32_t bk_cpu_weight_scale(const void *weight, int32_t weight_type, float *weight_scale, int64_t scale_rows,
                                    int64_t scale_columns, double *row_sums, int64_t N, int64_t K, int32_t num_threads);

@@ -196,7 +196,7 @@ BK_CUDA_API int32_t bk_cuda_input_gradient(const void *dy, int32_t dy_type, int6
  * Absmean scales, the CPU's bits: see bk_cpu_weight_scale for the order of the float64 sums.
  *   weight       [N, K] of weight_type, contiguous
  *   weight_scale float32 [1], [N] or [N, K / G] by (scale_rows, scale_columns), G a multiple of 16
- *   row_sums     float64 [N] of scratch for scale_rows == 1; else unused, may be null
+ *   row_sums     float64 [N], gets the sums of the rows for scale_rows == 1; else unused, may be null
  */
 BK_CUDA_API int32_t bk_cuda_weight_scale(const void *weight, int32_t weight_type, float *weight_scale,
                                          int64_t scale_rows, int64_t scale_columns, double *row_sums, int64_t N,

@@ -9,6 +9,7 @@ import bitcore
 from bitcore import pack_ternary, unpack_ternary
 from bitcore.errors import ArgumentError, ArgumentTypeError
 from bitcore.ops import has_invalid_code
+from bitcore.packing import join_rows
 
 
 @settings(deadline=None)
@@ -28,6 +29,15 @@ def test_the_layout_is_the_documented_one() -> None:
     codes = torch.tensor([[1], [-1], [0], [1], [-1], [0]], dtype=torch.int8)
     packed = pack_ternary(codes)
     assert packed.tolist() == [[2 | 1 << 2 | 0 << 4 | 1 << 6], [0 | 2 << 2 | 1 << 4 | 1 << 6]]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "rows"), [(1, 7), (2, 4), (2, 6), (2, 35), (3, 5), (4, 16), (5, 1), (8, 12)]
+)
+def test_pieces_are_joined_as_rows_packed_at_once(pieces: int, rows: int) -> None:
+    codes = torch.randint(-1, 2, (pieces * rows, 9), dtype=torch.int8)
+    packed = torch.stack([pack_ternary(part) for part in codes.chunk(pieces)])
+    assert torch.equal(join_rows(packed, pieces * rows), pack_ternary(codes))
 
 
 def test_same_bytes_as_transformers_bitnet() -> None:

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from bitcore import quantize, reference, unpack_ternary
+from bitcore.errors import ArgumentError, ArgumentTypeError
+from bitcore.ops import row_sums
 from bitcore.quantize import lane_sums, mean_scale, total, two_levels, weight_scale
 from tests.conftest import native_kernels
+from tests.native.cuda.host import HostKernels
 
 GRANULARITIES = [
     ("per_tensor", 0),
@@ -97,6 +100,35 @@ def test_pack_weight_at_odd_widths(isa: str, in_features: int) -> None:
             native_kernels().pack_weight(weight, granularity, 0),
             reference.pack_weight(weight, granularity, 0),
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 15), (34, 65), (5, 2560)])
+def test_sums_of_rows_make_the_scale_of_more_rows(
+    isa: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    weight = torch.randn(2 * shape[0], shape[1]).to(dtype)
+    parts = weight.t().contiguous().t().chunk(2)
+    sums = torch.cat([row_sums(part) for part in parts])
+    assert torch.equal(sums, reference.row_sums(weight))
+    exact = weight.double().abs().sum(1)
+    torch.testing.assert_close(sums, exact, rtol=2.0**-45, atol=0)
+    scale = mean_scale(total(sums), weight.numel())
+    assert torch.equal(scale, native_kernels().pack_weight(weight, "per_tensor", 0)[1])
+
+
+def test_sums_of_rows_on_a_gpu(host: HostKernels) -> None:
+    weight = torch.randn(37, 192)
+    assert torch.equal(host.row_sums(weight), reference.row_sums(weight))
+
+
+def test_sums_of_rows_are_checked() -> None:
+    negated = torch._neg_view(torch.randn(3, 64))
+    assert torch.equal(row_sums(negated), reference.row_sums(negated.clone()))
+    with pytest.raises(ArgumentError, match="row_sums: weight must be"):
+        row_sums(torch.zeros(4))
+    with pytest.raises(ArgumentTypeError, match="row_sums: weight must be"):
+        row_sums(torch.zeros(4, 4, dtype=torch.int8))
 
 
 def odd_groups(dtype: torch.dtype) -> Tensor:
