@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bitcore import ops
 from bitcore.errors import ArgumentError
@@ -23,9 +24,11 @@ from bitcore.gradients import bias_gradient, input_gradient, weight_gradient
 
 Reduce = Callable[[Tensor], None]
 _LEAST = 1e-5
-# Parts of an int8 code, by the inputs up to which sums of their products with codes times
-# multipliers stay within 2^24, where float32 is exact: halves up to 8 in magnitude, or quarters.
+# Parts of an int8 code, by the inputs up to which sums of their products with weights of up to 127
+# in magnitude stay within 2^24, where float32 is exact: halves up to 8 in magnitude, or quarters.
 _BITS = {2**24 // (8 * 127): 4, 2**24 // (2 * 127): 2}
+# What a row of int8 weights has its columns filled up to a multiple of.
+_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,53 @@ def across(
         ArgumentError: There are multipliers, and more columns than exact sums can have.
     """
     return _forward(x, qweight, scale, bias, rows, activation, multiplier, group)[0]
+
+
+def across_int8(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, group: Group
+) -> Tensor:
+    """Runs an int8 layer on the part of its input that this process has; no gradient.
+
+    Args:
+        x: float [..., k].
+        qweight: int8 [n, K], what `filled_up` makes of the weights [n, k].
+        scale: float32 [n].
+        bias: float [n] or None; the same in every process.
+        group: What the processes do together.
+
+    Returns:
+        [..., n] of x's dtype, or autocast's under autocast; the bits of `bitcore.ops.linear_int8`
+        on the whole input, the same in every process.
+
+    Raises:
+        ArgumentError: There are more columns than exact sums can have, or qweight is not filled up.
+    """
+    columns = x.shape[-1]
+    if not columns < qweight.shape[-1] <= columns + _BLOCK:
+        raise ArgumentError(
+            f"across_int8: qweight must have columns of zeros behind its {columns}, got "
+            f"{list(qweight.shape)}\nMake it with filled_up."
+        )
+    codes, x_scale = _quantize(x, False, group)
+    ones = torch.ones_like(scale)
+
+    def multiply(parts: Tensor) -> Tensor:
+        # Beside zeros, a code of 127 makes each token's scale one.
+        tokens = F.pad(parts, (0, qweight.shape[-1] - columns), value=127.0)
+        y: Tensor = torch.ops.bitlab.linear_int8(tokens, qweight, ones, None, torch.float32)
+        return y
+
+    sums = _by_parts("across_int8", codes, qweight.shape[0], multiply)
+    group.total(sums)
+    y = sums.float() * (x_scale * scale)
+    return (y if bias is None else y + bias.float()).to(ops.output_dtype(x))
+
+
+def filled_up(qweight: Tensor) -> Tensor:
+    """Returns int8 weights [n, k] with at least one column of zeros behind them, [n, K] with K the
+    next multiple of 64 above k: as `across_int8` takes them.
+    """
+    return F.pad(qweight, (0, _BLOCK - qweight.shape[-1] % _BLOCK))
 
 
 def across_linear(
@@ -192,20 +242,40 @@ def _multiply(
 def _sums(codes: Tensor, qweight: Tensor, rows: int, multiplier: Tensor | None) -> Tensor:
     """Exact int32 sums [..., n] of int8 codes [..., k].
 
-    There is no op that gives them where codes have multipliers: the linear op scales and rounds.
-    It is given parts of each code as tokens of their own, whose sums float32 holds exactly, beside
-    a token of 127, so that all of them have the scale one.
+    There is no op that gives them where codes have multipliers: the linear op scales and rounds. It
+    is given a token of 127 beside the others, so that all of them have the scale one.
     """
     sums: Tensor
     if multiplier is None:
         sums = torch.ops.bitlab.matmul(codes, qweight, rows)
         return sums
+    largest = torch.full((1, codes.shape[-1]), 127.0, device=codes.device)
+    ones = torch.ones(rows, dtype=torch.float32, device=codes.device)
+
+    def multiply(parts: Tensor) -> Tensor:
+        tokens = torch.cat([parts, largest])
+        return _multiply(tokens, qweight, ones, rows, "int8_per_tensor", multiplier)[:-1]
+
+    return _by_parts("across", codes, rows, multiply)
+
+
+def _by_parts(op: str, codes: Tensor, rows: int, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+    """Exact int32 sums [..., n] by products that give float32.
+
+    Parts of each code are multiplied as tokens of their own, whose sums float32 holds exactly.
+
+    Args:
+        op: Who asks, for messages.
+        codes: int8 [..., k].
+        rows: n.
+        multiply: Gives float32 [M, n] of float32 [M, k] that are int8 codes.
+    """
     columns = codes.shape[-1]
     bits = next((bits for most, bits in _BITS.items() if columns <= most), None)
     if bits is None:
         raise ArgumentError(
-            f"across: columns must be at most {max(_BITS)} of a layer in each process where groups "
-            f"have multipliers, got {columns}\nUse more processes, or one."
+            f"{op}: columns must be at most {max(_BITS)} of a layer in each process where weights "
+            f"are int8 or groups have multipliers, got {columns}\nUse more processes, or one."
         )
     tokens = codes.reshape(-1, columns).float()
     parts, half = [], 2 ** (bits - 1)
@@ -213,12 +283,8 @@ def _sums(codes: Tensor, qweight: Tensor, rows: int, multiplier: Tensor | None) 
         low = torch.remainder(tokens + half, 2 * half) - half
         parts.append(low)
         tokens = (tokens - low) / (2 * half)
-    largest = torch.full((1, columns), 127.0, device=codes.device)
-    ones = torch.ones(rows, dtype=torch.float32, device=codes.device)
-    found = _multiply(
-        torch.cat([*parts, tokens, largest]), qweight, ones, rows, "int8_per_tensor", multiplier
-    )
-    digits = found[:-1].to(torch.int32).view(8 // bits, -1, rows)
+    found = multiply(torch.cat([*parts, tokens]))
+    digits = found.to(torch.int32).view(8 // bits, -1, rows)
     sums = digits[-1]
     for digit in digits[:-1].flip(0):
         sums = sums * (2 * half) + digit

@@ -75,6 +75,13 @@ def is_index(index: Tensor, tokens: int, device: torch.device) -> bool:
     )
 
 
+def counts_on_host(device: str, activation: str) -> bool:
+    """Tells whether `bitcore.ops.experts_linear` reads on the host how many tokens each expert has,
+    on devices of this type: no captured graph can do so.
+    """
+    return activation == "float" or not hasattr(kernels_for(device), "prepare_experts")
+
+
 def _check_index(op: str, index: Tensor, tokens: int) -> None:
     checks.check_dtype(op, "index", index, torch.int64)
     rows = index.numel()

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from bitcore.config import BitQuantConfig
 from bitcore.errors import CheckpointError
-from bitlab_vllm.parts import DensePart, Part, TernaryPart
-from bitlab_vllm.slices import Codes, Slice, join, take
+from bitlab_vllm.parts import DensePart, Int8Part, Part, TernaryPart
+from bitlab_vllm.scheme import FLOAT, INT8, Form
+from bitlab_vllm.slices import Codes, Slice, join, take, take_int8
 
 NORM = "rms_norm.weight"
 # vLLM warns where a stored tensor's dtype is another than its parameter's.
@@ -34,20 +35,20 @@ class Stored:
 
     Attributes:
         part: What this process has of it.
-        config: How it is quantized; None where it stays float.
+        form: How it is held.
         normed: Whether it has an RMS norm of its input.
     """
 
     part: Slice
-    config: BitQuantConfig | None
+    form: Form
     normed: bool
 
     @property
     def leaves(self) -> list[str]:
         """The names of its tensors."""
-        if self.config is None:
+        if self.form == FLOAT:
             return ["weight"]
-        two_levels = self.config.granularity == "per_group"
+        two_levels = isinstance(self.form, BitQuantConfig) and self.form.granularity == "per_group"
         leaves = ["qweight", "qweight_scale"] + ["qweight_multiplier"] * two_levels
         return leaves + [NORM] * self.normed
 
@@ -57,8 +58,8 @@ class _Piece:
     """A stored layer cut to size; neighbours of one kind are multiplied as one."""
 
     kind: tuple[Any, ...]
+    form: Form
     codes: Codes | None = None
-    activation: str = ""
     tensor: Tensor | None = None
 
 
@@ -83,6 +84,8 @@ class Arriving:
             self.add(leaf, loaded, shard)
 
         dtype = _DTYPES.get(leaf, self._dtype)
+        if leaf == "qweight" and all(one.form == INT8 for one in self._stored):
+            dtype = torch.int8
         parameter: Any = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
         parameter.weight_loader = load
         held: nn.Parameter = parameter
@@ -140,25 +143,30 @@ class Arriving:
         ]
 
     def _piece(self, stored: Stored, tensors: dict[str, Tensor]) -> _Piece:
-        name, config, norm = stored.part.name, stored.config, tensors.get(NORM)
-        if config is None:
-            return _Piece((name,), tensor=stored.part.take_rows(tensors["weight"]))
-        codes = take(stored.part, config, tensors)
-        alone = name if stored.normed else None
-        kind = (config.activation, codes.columns, alone)
-        return _Piece(kind, codes, config.activation, norm if stored.normed else None)
+        part, form = stored.part, stored.form
+        if isinstance(form, BitQuantConfig):
+            codes = take(part, form, tensors)
+            alone = part.name if stored.normed else None
+            kind = (form.activation, codes.columns, alone)
+            return _Piece(kind, form, codes, tensors[NORM] if stored.normed else None)
+        if form == INT8:
+            return _Piece((INT8,), form, take_int8(part, tensors))
+        return _Piece((part.name,), form, tensor=part.take_rows(tensors["weight"]))
 
     def _part(self, run: list[_Piece]) -> Part:
-        first = run[0]
-        if first.codes is None:
-            assert first.tensor is not None
-            return DensePart(first.tensor.to(self._device, self._dtype))
-        qweight, scale, multiplier = join([one.codes for one in run if one.codes is not None])
-        norm = None if first.tensor is None else first.tensor.to(self._device)
-        return TernaryPart(
-            qweight.to(self._device),
-            scale.to(self._device),
-            None if multiplier is None else multiplier.to(self._device),
-            first.activation,
-            norm,
-        )
+        first, device = run[0], self._device
+        codes = [one.codes for one in run if one.codes is not None]
+        if isinstance(first.form, BitQuantConfig):
+            qweight, scale, multiplier = join(codes)
+            return TernaryPart(
+                qweight.to(device),
+                scale.to(device),
+                None if multiplier is None else multiplier.to(device),
+                first.form.activation,
+                None if first.tensor is None else first.tensor.to(device),
+            )
+        if first.form == INT8:
+            qweight = torch.cat([one.codes for one in codes])
+            return Int8Part(qweight.to(device), torch.cat([one.scale for one in codes]).to(device))
+        assert first.tensor is not None
+        return DensePart(first.tensor.to(device, self._dtype))

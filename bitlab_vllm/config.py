@@ -22,9 +22,8 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from bitcore.errors import CheckpointError, ConfigError
 from bitlab_vllm.experts import TernaryExpertsMethod
-from bitlab_vllm.int8 import Int8Method
-from bitlab_vllm.linear import TernaryLinearMethod
-from bitlab_vllm.scheme import METHOD, Scheme
+from bitlab_vllm.linear import PackedLinearMethod, PackedVocabularyMethod, TiedHeadMethod
+from bitlab_vllm.scheme import FLOAT, INT8, METHOD, Form, Scheme
 
 # Where vLLM's model has other names than transformers', which a checkpoint's are, by model type.
 _RENAMED: dict[str, dict[str, dict[str, str]]] = {
@@ -36,6 +35,7 @@ _RENAMED: dict[str, dict[str, dict[str, str]]] = {
     }
 }  # fmt: skip
 _EXPERTS = ("gate_up_proj", "down_proj")
+_EMBEDDING = ".embed_tokens.qweight"
 
 
 class BitLabVllmConfig(QuantizationConfig):
@@ -100,7 +100,7 @@ class BitLabVllmConfig(QuantizationConfig):
             names = self._names(prefix)
             if not any(map(self._is_packed, names)):
                 return UnquantizedLinearMethod()
-            return self._ternary(names)
+            return PackedLinearMethod(*self._forms(names))
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary(layer, prefix)
         packed = [name for name in self.stored if name.startswith(f"{prefix}.")]
@@ -114,21 +114,28 @@ class BitLabVllmConfig(QuantizationConfig):
             )
         return None
 
-    def _ternary(self, names: list[str]) -> TernaryLinearMethod:
-        layers, norms = {}, set()
+    def _forms(self, names: list[str]) -> tuple[dict[str, Form], set[str]]:
+        """How the layers of these names are held, by the checkpoint's names of them, and which have
+        a norm of their input.
+        """
+        layers: dict[str, Form] = {}
+        norms: set[str] = set()
         for name in names:
-            packed = self._is_packed(name)
-            stored = self.stored.get(f"{name}.{'qweight' if packed else 'weight'}")
-            original = name if stored is None else stored[0].rpartition(".")[0]
-            layers[original] = self.scheme.layer_config(original) if packed else None
-            if packed and f"{name}.rms_norm.weight" in self.stored:
+            leaf = "qweight" if self._is_packed(name) else "weight"
+            stored, dtype = self.stored.get(f"{name}.{leaf}", (f"{name}.{leaf}", ""))
+            original = stored.rpartition(".")[0]
+            if leaf == "weight" or dtype == "I8":
+                layers[original] = FLOAT if leaf == "weight" else INT8
+                continue
+            layers[original] = self.scheme.layer_config(original)
+            if f"{name}.rms_norm.weight" in self.stored:
                 norms.add(original)
-            elif packed and self.scheme.norms(original):
+            elif self.scheme.norms(original):
                 raise CheckpointError(
                     f"{original}.rms_norm.weight must be in the checkpoint with sub_norm, got none"
                     "\nThe file is incomplete; fetch or write it again."
                 )
-        return TernaryLinearMethod(layers, norms)
+        return layers, norms
 
     def _experts(self, layer: Any, prefix: str, packed: list[str]) -> QuantizeMethodBase | None:
         kept_whole = f"{prefix}.{_EXPERTS[0]}" in self.stored
@@ -148,21 +155,16 @@ class BitLabVllmConfig(QuantizationConfig):
     def _vocabulary(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """An embedding or an output head, which may be tied to it and then has no tensors."""
         is_head = isinstance(layer, ParallelLMHead)
-        if is_head and self._is_packed(prefix):
-            return self._ternary([prefix])
-        if f"{prefix}.weight" in self.stored:
-            return None
-        int8 = {
-            name.rpartition(".")[0]: held[0].rpartition(".")[0]
-            for name, held in self.stored.items()
-            if name.endswith(".qweight") and held[1] == "I8"
-        }
-        # A tied head has no tensors of its own, and vLLM's Llama gives its embedding no name.
-        if is_head or not prefix:
-            ends = "" if is_head else ".embed_tokens"
-            tied = [name for name in int8 if name.endswith(ends)]
-            prefix = prefix if prefix in int8 else next(iter(tied), prefix)
-        return Int8Method(int8[prefix]) if prefix in int8 else None
+        if not prefix:
+            # vLLM's Llama gives its embedding no name.
+            named = [name for name in self.stored if name.endswith(_EMBEDDING)]
+            prefix = named[0].removesuffix(".qweight") if named else ""
+        if self._is_packed(prefix):
+            return PackedVocabularyMethod(*self._forms([prefix]))
+        packs = self.scheme.head == "int8" or self.scheme.embedding == "ternary"
+        if is_head and packs and f"{prefix}.weight" not in self.stored:
+            return TiedHeadMethod()
+        return None
 
     def _names(self, prefix: str) -> list[str]:
         """The names of the layers that vLLM fuses into one."""
@@ -171,7 +173,7 @@ class BitLabVllmConfig(QuantizationConfig):
         return [f"{stem}{dot}{part}" for part in parts]
 
     def _is_packed(self, name: str) -> bool:
-        return self.stored.get(f"{name}.qweight", ("", ""))[1] == "U8"
+        return f"{name}.qweight" in self.stored
 
     def get_name(self) -> Any:
         """The name of the method."""

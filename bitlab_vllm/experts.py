@@ -14,9 +14,14 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 
 from bitcore.config import BitQuantConfig
 from bitcore.errors import ConfigError
+from bitcore.ops_experts import counts_on_host
 from bitlab_vllm.stacks import ArrivingExperts, Stack, own_experts, weighted_sum
 
 _OTHERWISE = "Run `bitlab serve FOLDER --with-transformers`."
+_COUNTED = (
+    "Without int8 activations, or without BitLab's CUDA library, the host counts each expert's "
+    "tokens, which no captured graph can do; start it with --enforce-eager."
+)
 # What stands between the two products, by vLLM's names.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -50,10 +55,11 @@ class TernaryExpertsMethod(FusedMoEMethodBase):
         _require(module, "prefill_context_parallel_size", spread.pcp_size, (1,))
         for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"):
             _require(module, name, getattr(moe, name), (None,))
-        if torch.device(moe.device).type != "cpu":
-            # The experts that got tokens are counted on the host, which no captured graph can do.
+        device = torch.device(moe.device).type
+        counted = [counts_on_host(device, one.activation) for one in self._configs]
+        if device != "cpu" and any(counted):
             eager = get_current_vllm_config().model_config.enforce_eager
-            _require(module, "enforce_eager", eager, (True,), "Start it with --enforce-eager.")
+            _require(module, "enforce_eager", eager, (True,), _COUNTED)
         # Of tensor and expert parallel one at most is more than one.
         self._rank = spread.tp_rank + spread.ep_rank
         self._processes = spread.tp_size * spread.ep_size

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitcore.lookup import lookup_rows
 from bitcore.norm import rms_norm
 
 
@@ -20,6 +21,10 @@ class Part(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Multiplies x [..., k]; returns [..., rows] of its dtype."""
+        raise NotImplementedError
+
+    def lookup(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Looks rows up by their numbers, int [...]; returns [..., k] of dtype."""
         raise NotImplementedError
 
 
@@ -38,6 +43,33 @@ class DensePart(Part):
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See `Part`."""
         return F.linear(x, self.weight, bias)
+
+
+class Int8Part(Part):
+    """Rows in int8, with a float32 scale each.
+
+    Args:
+        qweight: int8 [rows, k]; where inputs are spread over processes, as
+            `bitcore.across.filled_up` makes it.
+        scale: float32 [rows].
+    """
+
+    def __init__(self, qweight: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.rows = scale.shape[0]
+        self.qweight = nn.Parameter(qweight, requires_grad=False)
+        # A buffer would be rounded along with the model; so is no parameter of vLLM's.
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Part`."""
+        y: Tensor = torch.ops.bitlab.linear_int8(x, self.qweight, self.scale, bias, x.dtype)
+        return y
+
+    def lookup(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Part`."""
+        codes = F.embedding(indices, self.qweight).float()
+        return (codes * self.scale[indices].unsqueeze(-1)).to(dtype)
 
 
 class TernaryPart(Part):
@@ -62,7 +94,6 @@ class TernaryPart(Part):
         super().__init__()
         self.rows, self.activation = scale.shape[0], activation
         self.qweight = nn.Parameter(qweight, requires_grad=False)
-        # A buffer would be rounded along with the model; so is no parameter of vLLM's.
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.multiplier = optional(multiplier)
         self.norm = optional(norm)
@@ -81,6 +112,10 @@ class TernaryPart(Part):
             self.multiplier,
         )
         return y
+
+    def lookup(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Part`."""
+        return lookup_rows(indices, self.qweight, self.scale, self.rows, dtype, self.multiplier)
 
 
 def optional(tensor: Tensor | None) -> nn.Parameter | None:

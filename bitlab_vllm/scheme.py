@@ -14,10 +14,14 @@ from bitcore.config import BitQuantConfig
 from bitcore.errors import ConfigError
 
 METHOD = "bitlab"
+# How a layer is held that is not ternary; of one that is, its configuration says how.
+INT8, FLOAT = "int8", "float"
+Form = BitQuantConfig | str
 # The highest that is read.
 FORMAT_VERSION = 4
 _EXPERTS = (None, "keep", "ternary")
 _HEADS = ("keep", "int8", "ternary")
+_EMBEDDINGS = ("keep", "ternary")
 _LAYERS = ("BitLinear", "RMSNormBitLinear")
 # How packed weights came about says nothing of how they are multiplied, and may name an estimator
 # that is not registered here.
@@ -55,6 +59,7 @@ class Scheme:
         overrides: Other values of them by glob patterns of names; later ones win.
         sub_norm: Glob patterns of layers with an RMS norm of their input.
         head: ``"keep"``, ``"int8"`` or ``"ternary"``.
+        embedding: ``"keep"`` or ``"ternary"``.
         version: The format's version; in the first, groups have float32 scales.
     """
 
@@ -62,6 +67,7 @@ class Scheme:
     overrides: Mapping[str, Mapping[str, Any]]
     sub_norm: tuple[str, ...]
     head: str
+    embedding: str
     version: int
 
     @classmethod
@@ -97,21 +103,10 @@ class Scheme:
             _LAYERS,
             "vLLM runs no layers of your own: `bitlab serve FOLDER --with-transformers`.",
         )
-        _check(
-            "embedding",
-            config.get("embedding", "keep"),
-            ("keep",),
-            "vLLM looks up no packed rows yet: `bitlab serve FOLDER --with-transformers`.",
-        )
-        int8 = config.get("int8_layers") or []
-        if int8:
-            raise ConfigError(
-                f"bitlab: int8_layers must be empty to be served, got {int8!r:.80}\n"
-                "vLLM runs only heads in int8 yet: `bitlab serve FOLDER --with-transformers`."
-            )
         _check("experts", config.get("experts"), _EXPERTS)
-        head = config.get("head", "keep")
+        head, embedding = config.get("head", "keep"), config.get("embedding", "keep")
         _check("head", head, _HEADS)
+        _check("embedding", embedding, _EMBEDDINGS)
         overrides = config.get("overrides") or {}
         if not isinstance(overrides, Mapping) or not all(
             isinstance(values, Mapping) for values in overrides.values()
@@ -123,7 +118,7 @@ class Scheme:
         if not isinstance(norms, list) or not all(isinstance(one, str) for one in norms):
             raise ConfigError(f"bitlab: sub_norm must be a list of names, got {norms!r:.80}")
         base = {name: config[name] for name in _LAYER_FIELDS if name in config}
-        scheme = cls(base, overrides, tuple(norms), head, version)
+        scheme = cls(base, overrides, tuple(norms), head, embedding, version)
         for values in ({}, *overrides.values()):
             scheme._config("quantization_config", {**base, **values})
         return scheme

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bitcore.across import filled_up
 from bitcore.config import BitQuantConfig
 from bitcore.errors import CheckpointError, ConfigError
 from bitcore.ops import has_invalid_code
@@ -44,6 +45,11 @@ class Slice:
     def count(self) -> int:
         """The number of rows, padding included."""
         return sum(stop - start for start, stop in self.rows) + self.padding
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether other processes have other columns of the same rows."""
+        return self.columns != (0, self.shape[1])
 
     def take_rows(self, stored: Tensor) -> Tensor:
         """Returns the rows of a tensor [N, ...], padded with zeros."""
@@ -90,7 +96,7 @@ def output_slices(
 
 @dataclass(frozen=True)
 class Codes:
-    """Ternary codes with their scales, not yet packed.
+    """Codes with their scales: ternary ones, not yet packed, or int8 ones.
 
     Attributes:
         codes: int8 [n, k].
@@ -140,6 +146,30 @@ def take(part: Slice, config: BitQuantConfig, tensors: dict[str, Tensor]) -> Cod
         multiplier = part.take_rows(_group_columns(part, config, tensors["qweight_multiplier"]))
         return Codes(codes, part.take_rows(scale), multiplier)
     return Codes(codes, part.take_rows(_group_columns(part, config, scale)), None)
+
+
+def take_int8(part: Slice, tensors: dict[str, Tensor]) -> Codes:
+    """Cuts a process's part out of an int8 layer's stored tensors.
+
+    Args:
+        part: Which rows and columns.
+        tensors: ``qweight`` int8 [N, K] and ``qweight_scale`` float32 [N].
+
+    Returns:
+        Codes as they are multiplied: of a spread part with the columns of zeros that
+        `bitcore.across.across_int8` wants.
+
+    Raises:
+        CheckpointError: A tensor is missing, has another shape or dtype, or holds values that no
+            writer gives.
+    """
+    rows, columns = part.shape
+    wanted = {"qweight": (torch.int8, [rows, columns]), "qweight_scale": (torch.float32, [rows])}
+    check_stored(f"{part.name}.", wanted, tensors)
+    start, stop = part.columns
+    codes = part.take_rows(tensors["qweight"][:, start:stop])
+    codes = filled_up(codes) if part.is_spread else codes
+    return Codes(codes, part.take_rows(tensors["qweight_scale"]), None)
 
 
 def _group_columns(part: Slice, config: BitQuantConfig, groups: Tensor) -> Tensor:
@@ -206,7 +236,11 @@ def check_stored(
                 f"{stem}{leaf} must be {dtype} {shape}, got {found.dtype} {list(found.shape)}\n"
                 f"{_DAMAGED}"
             )
-    if has_invalid_code(tensors["qweight"]):
+    qweight = tensors["qweight"]
+    if qweight.dtype == torch.int8:
+        if int(qweight.min()) == -128:
+            raise CheckpointError(f"{stem}qweight must be from -127 to 127, got -128\n{_DAMAGED}")
+    elif has_invalid_code(qweight):
         raise CheckpointError(f"{stem}qweight must hold the codes 0, 1 and 2, got 3\n{_DAMAGED}")
     scale = tensors["qweight_scale"]
     if not bool(((scale > 0) & torch.isfinite(scale)).all()):

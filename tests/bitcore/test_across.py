@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitcore.across import Group, across, across_linear
+from bitcore.across import Group, across, across_int8, across_linear, filled_up
 from bitcore.config import BitQuantConfig
 from bitcore.errors import ArgumentError
-from bitcore.ops import linear, pack_weight, qat_linear
+from bitcore.ops import linear, linear_int8, pack_weight, qat_linear
 from bitcore.packing import pack_codes
+from bitcore.quantize import quantize_rows_int8
 from bitlab_vllm.slices import Slice, join, take
 from tests.bitlab_vllm.test_slices import GRANULARITIES, stored
 
@@ -88,6 +89,51 @@ def test_integer_sums_give_the_bits_of_one_process(
     for y in spread(x, tensors, config, bias, processes):
         assert y.dtype == dtype
         assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("columns", "processes"), [(256, 4), (254, 2)])
+def test_int8_weights_give_the_bits_of_one_process(
+    columns: int, processes: int, dtype: torch.dtype
+) -> None:
+    """127 columns a process are no multiple of anything, 64 are one block."""
+    generator = torch.Generator().manual_seed(4)
+    qweight, scale = quantize_rows_int8(torch.randn(ROWS, columns, generator=generator))
+    x = tokens(dtype, columns)
+    x[4, 3] = torch.nan
+    bias = torch.randn(ROWS, generator=generator).to(dtype)
+    expected = linear_int8(x, qweight, scale, bias)
+    width = columns // processes
+
+    def run(rank: int, group: Group) -> Tensor:
+        own = slice(rank * width, (rank + 1) * width)
+        return across_int8(x[:, own], filled_up(qweight[:, own]), scale, bias, group)
+
+    with ThreadPoolExecutor(processes) as pool:
+        for y in pool.map(run, range(processes), groups(processes)):
+            assert y.dtype == dtype
+            assert y[4].isnan().all()
+            assert torch.equal(y.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("columns", [16512, 16576])
+def test_the_largest_int8_sums_are_exact(columns: int) -> None:
+    """In halves and in quarters of a code, of both signs."""
+    group = Group(lambda largest: None, lambda sums: None)
+    qweight = torch.tensor([[127], [-127], [127]], dtype=torch.int8).repeat(1, columns)
+    qweight[2, ::3] = -90
+    x = torch.tensor([[127.0], [-127.0], [119.0]]).repeat(1, columns)
+    x[2, 0] = 127
+    y = across_int8(x, filled_up(qweight), torch.ones(3), None, group)
+    assert y[0, 0] == 127 * 127 * columns
+    assert torch.equal(y, linear_int8(x, qweight, torch.ones(3), None))
+
+
+def test_int8_weights_that_are_not_filled_up_are_refused() -> None:
+    group = Group(lambda largest: None, lambda sums: None)
+    x, qweight = torch.ones(1, 64), torch.zeros(4, 64, dtype=torch.int8)
+    with pytest.raises(ArgumentError, match=r"zeros behind its 64, got \[4, 64\]\n.*filled_up"):
+        across_int8(x, qweight, torch.ones(4), None, group)
 
 
 def test_sums_beyond_24_bits_stay_exact() -> None:

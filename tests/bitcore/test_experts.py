@@ -12,6 +12,7 @@ from bitcore import ops, reference
 from bitcore.errors import ArgumentError, ArgumentTypeError
 from bitcore.kernels.cpu import CpuKernels
 from bitcore.kernels.cpu_experts import CpuExperts
+from bitcore.ops_experts import counts_on_host
 from bitcore.prepared import PreparedExperts
 from tests.conftest import native_kernels
 
@@ -237,11 +238,14 @@ def test_a_device_without_the_call_goes_expert_by_expert(monkeypatch: pytest.Mon
         counts.append(len(given[1]))
         return run(*given, **named)
 
+    assert not counts_on_host("cpu", "int8_per_token")
+    assert counts_on_host("cpu", "float")
     monkeypatch.setattr(CpuKernels, "linear", counted)
     assert torch.equal(ops.experts_linear(*args, multiplier), expected)
     assert counts == []
     monkeypatch.delattr(CpuExperts, "experts_linear")
     monkeypatch.delattr(CpuExperts, "prepare_experts")
+    assert counts_on_host("cpu", "int8_per_token")
     assert torch.equal(ops.experts_linear(*args, multiplier), expected)
     index = args[1]
     assert sum(counts) == int(((index >= 0) & (index < 4)).sum())

@@ -29,7 +29,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from bitlab_hf import BitLabConfig, save
+from bitcore.quantize import dequantize, ternarize, weight_scale
+from bitlab_hf import BitLabConfig, convert_ternary, save
 
 VOCABULARY = 250
 TOKENS = 16
@@ -54,12 +55,17 @@ EXPERTS = {"moe_intermediate_size": 128, "num_experts_per_tok": 3}
 
 @dataclass(frozen=True)
 class Case:
-    """A model's configuration, its dtype, and the fields of BitLabConfig."""
+    """A model's configuration, its dtype, and the fields of BitLabConfig.
+
+    With a granularity in `found`, the float model is made of ternary values of it, embedding and
+    tied head too, and converted.
+    """
 
     config: type[PreTrainedConfig]
     sizes: dict[str, Any] = field(default_factory=dict)
     scheme: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
+    found: str = ""
 
 
 CASES = {
@@ -84,6 +90,11 @@ CASES = {
         {
             "head": "ternary",
             "sub_norm": ["o_proj"],
+            "int8_layers": [
+                "model.layers.1.mlp",
+                "model.layers.0.self_attn.v_proj",
+                "model.layers.1.self_attn.o_proj",
+            ],
             "overrides": {
                 "*.v_proj": GROUPS,
                 "*.up_proj": {"activation_dtype": "float32"},
@@ -94,7 +105,15 @@ CASES = {
     "gemma3": Case(
         Gemma3TextConfig, {**GEMMA, "tie_word_embeddings": True}, {**GROUPS, "head": "int8"}
     ),
-    "phi3": Case(Phi3Config, {}, {"weight_granularity": "per_channel", "head": "int8"}),
+    "phi3": Case(
+        Phi3Config,
+        {},
+        {
+            "weight_granularity": "per_channel",
+            "head": "int8",
+            "int8_layers": ["model.layers.0.mlp", "model.layers.1.self_attn"],
+        },
+    ),
     "phi3-groups": Case(Phi3Config, {}, GROUPS),
     "bitnet": Case(LlamaConfig, {}, {**NORMS, "weight_granularity": "per_channel"}),
     "bitnet-all": Case(LlamaConfig, {}, {"sub_norm": ["*_proj"], "weight_quantizer": "absmax"}),
@@ -121,7 +140,7 @@ CASES = {
         {
             **EXPERTS,
             "num_experts": 5,
-            "shared_expert_intermediate_size": 192,
+            "shared_expert_intermediate_size": 128,
             "mlp_only_layers": [0],
         },
         {**GROUPS, "group_scale_dtype": "float32"},
@@ -135,6 +154,22 @@ CASES = {
         Qwen3MoeConfig, {**EXPERTS, "head_dim": 32, "num_experts": 6}, {"experts": "keep"}
     ),
     "qwen2-weights": Case(Qwen2Config, {}, {**GROUPS, "activation_dtype": "float32"}),
+    "int8-layers": Case(
+        # Under a tied head that stays float.
+        LlamaConfig,
+        {"intermediate_size": 506, "tie_word_embeddings": True},
+        {"int8_layers": ["model.layers.0.mlp", "model.layers.1.self_attn.k_proj"]},
+        torch.bfloat16,
+    ),
+    "ternary-embedding": Case(
+        LlamaConfig, {}, {"activation_dtype": "int8"}, torch.bfloat16, found="per_channel"
+    ),
+    "ternary-tied": Case(
+        Gemma3TextConfig,
+        {**GEMMA, "tie_word_embeddings": True},
+        {"activation_dtype": "int8"},
+        found="per_group",
+    ),
 }
 
 
@@ -156,6 +191,9 @@ def make_deployed(case: Case, folder: Path) -> Any:
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
+    if case.found:
+        convert(case, model, folder)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=case.dtype)
     model.to(case.dtype).save_pretrained(folder / "float")
     config = BitLabConfig(mode="infer", **case.scheme)
     model = AutoModelForCausalLM.from_pretrained(
@@ -167,6 +205,23 @@ def make_deployed(case: Case, folder: Path) -> Any:
                 parameter.uniform_(0.5, 1.5)
     save(model, folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=case.dtype)
+
+
+@torch.no_grad()
+def convert(case: Case, model: Any, folder: Path) -> None:
+    """Writes a model whose values become ternary, and changes its scheme afterwards."""
+    tied = model.config.tie_word_embeddings
+    for name, parameter in model.to(case.dtype).named_parameters():
+        if parameter.dim() == 2 and (tied or name != "lm_head.weight"):
+            scale = weight_scale(parameter, case.found, 64).to(case.dtype).float()
+            parameter.copy_(dequantize(ternarize(parameter, scale), scale, case.dtype))
+    source = folder.with_name(f"{folder.name}-float")
+    model.save_pretrained(source)
+    convert_ternary(source, folder, group_scale_dtype="uint8")
+    written = json.loads((folder / "config.json").read_text())
+    assert written["quantization_config"]["embedding"] == "ternary"
+    written["quantization_config"] |= case.scheme
+    (folder / "config.json").write_text(json.dumps(written))
 
 
 def answers(model: Any) -> dict[str, Any]:

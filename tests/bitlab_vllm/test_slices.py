@@ -11,7 +11,8 @@ from torch import Tensor
 from bitcore.config import BitQuantConfig
 from bitcore.errors import CheckpointError, ConfigError
 from bitcore.ops import linear, pack_weight, unpack_weight
-from bitlab_vllm.slices import Slice, join, output_slices, take
+from bitcore.quantize import quantize_rows_int8
+from bitlab_vllm.slices import Slice, join, output_slices, take, take_int8
 
 GRANULARITIES: dict[str, dict[str, Any]] = {
     "tensor": {},
@@ -28,6 +29,11 @@ def stored(rows: int, columns: int, config: BitQuantConfig, seed: int = 0) -> di
     weight = torch.randn(rows, columns, generator=generator)
     packed = pack_weight(weight, config.granularity, config.group_size)
     return dict(zip(("qweight", "qweight_scale", "qweight_multiplier"), packed, strict=False))
+
+
+def stored_int8(rows: int, columns: int, seed: int = 0) -> dict[str, Tensor]:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    return dict(zip(("qweight", "qweight_scale"), quantize_rows_int8(weight), strict=True))
 
 
 def weight_of(tensors: dict[str, Tensor], rows: int) -> Tensor:
@@ -50,6 +56,19 @@ def test_ranges_of_rows_and_columns(granularity: str, columns: tuple[int, int]) 
     assert torch.equal(
         found, torch.cat([whole[3:10], whole[20:27], torch.zeros(3, found.shape[1])])
     )
+
+
+@pytest.mark.parametrize(("columns", "zeros"), [((0, 250), 0), ((0, 125), 3), ((64, 192), 64)])
+def test_ranges_of_int8_rows_and_columns(columns: tuple[int, int], zeros: int) -> None:
+    """Where other processes have other columns, zeros stand behind one's own."""
+    tensors = stored_int8(27, 250)
+    part = Slice("a", (27, 250), ((3, 10), (20, 27)), columns, padding=3)
+    found = take_int8(part, tensors)
+    whole = tensors["qweight"][:, slice(*columns)]
+    expected = torch.cat([whole[3:10], whole[20:27]])
+    assert torch.equal(found.codes, torch.nn.functional.pad(expected, (0, zeros, 0, 3)))
+    scale = tensors["qweight_scale"]
+    assert torch.equal(found.scale, torch.cat([scale[3:10], scale[20:27], torch.zeros(3)]))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -131,7 +150,9 @@ def spoil(tensors: dict[str, Tensor], leaf: str, how: str) -> None:
         tensors[leaf] = tensors[leaf].to(torch.float16)
     else:
         tensors[leaf] = tensors[leaf].clone()
-        tensors[leaf].view(-1)[3] = {"three": 255, "nan": torch.nan, "zero": 0, "large": 128}[how]
+        tensors[leaf].view(-1)[3] = {
+            "three": 255, "nan": torch.nan, "zero": 0, "large": 128, "least": -128,
+        }[how]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -155,3 +176,20 @@ def test_damage_is_named(leaf: str, how: str, message: str) -> None:
     spoil(tensors, leaf, how)
     with pytest.raises(CheckpointError, match=message):
         take(Slice("a", (9, 128), ((0, 9),), (0, 128)), config, tensors)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "how", "message"),
+    [
+        ("qweight_scale", "missing", "a.qweight_scale must be in the checkpoint, got none"),
+        ("qweight", "cut", r"a.qweight must be torch.int8 \[9, 128\], got torch.int8 \[8, 128\]"),
+        ("qweight", "cast", "a.qweight must be torch.int8 .* got torch.float16"),
+        ("qweight", "least", "a.qweight must be from -127 to 127, got -128"),
+        ("qweight_scale", "nan", "a.qweight_scale must be finite and positive"),
+    ],
+)
+def test_damage_of_int8_layers_is_named(leaf: str, how: str, message: str) -> None:
+    tensors = stored_int8(9, 128)
+    spoil(tensors, leaf, how)
+    with pytest.raises(CheckpointError, match=message):
+        take_int8(Slice("a", (9, 128), ((0, 9),), (0, 128)), tensors)
