@@ -187,11 +187,11 @@ def multiplied_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor
         def layer(
             args: tuple[Any, ...] = args, count: int = multiprocessors, wgmma: bool = wgmma
         ) -> tuple[Tensor, Tensor]:
-            kernels.set_wgmma(wgmma)
+            kernels.set_hopper(wgmma)
             kernels.multiprocessors = count
             ours = kernels.linear(*args)
             kernels.multiprocessors = 4
-            kernels.set_wgmma(False)
+            kernels.set_hopper(False)
             return ours, reference.linear(*args)
 
         yield layer
@@ -225,11 +225,11 @@ def on_hopper(
 ) -> Tensor:
     """What a call gives on a device that has wgmma."""
     kernels.multiprocessors = multiprocessors
-    kernels._library.bk_emulator_wgmma(1)
+    kernels._library.bk_emulator_hopper(1)
     try:
         return call(kernels)
     finally:
-        kernels._library.bk_emulator_wgmma(0)
+        kernels._library.bk_emulator_hopper(0)
         kernels.multiprocessors = 4
 
 
@@ -339,9 +339,9 @@ def experts_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, T
         args = (x, index, qweight, scale, bias, out_features, activation, torch.float32)
 
         def layer(args: tuple[Any, ...] = (*args, *multiplier), wgmma: bool = bool(wgmma)) -> Any:
-            kernels.set_wgmma(wgmma)
+            kernels.set_hopper(wgmma)
             ours = kernels.experts_linear(*args)
-            kernels.set_wgmma(False)
+            kernels.set_hopper(False)
             return ours, reference.experts_linear(*args)
 
         yield layer

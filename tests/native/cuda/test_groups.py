@@ -63,9 +63,9 @@ def expected_linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: 
 @pytest.fixture(params=[False, True], ids=["mma", "wgmma"])
 def device(host: HostKernels, request: pytest.FixtureRequest) -> Iterator[HostKernels]:
     """The kernels on a device without and with wgmma."""
-    host.set_wgmma(request.param)
+    host.set_hopper(request.param)
     yield host
-    host.set_wgmma(False)
+    host.set_hopper(False)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 4, 132])
@@ -93,8 +93,8 @@ def test_linear_is_exact(
         if tokens == 1:
             assert device.count(MMA) == 0
         elif tokens > 16:
-            assert (device.count(WGMMA) > before) == device.has_wgmma
-            assert (device.count(MMA) > 0) == (not device.has_wgmma)
+            assert (device.count(WGMMA) > before) == device.is_hopper
+            assert (device.count(MMA) > 0) == (not device.is_hopper)
             assert device.count(SHARED_LOADS) > 0
 
 
