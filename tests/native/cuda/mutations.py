@@ -215,7 +215,8 @@ MUTATIONS = [
     *faults_in(
         "csrc/cuda/activations.cuh",
         "activations",
-        ("codes cut off, not rounded", "by.finite ? round_even(value) : 0", "by.finite ? static_cast<int32_t>(value) : 0"),
+        ("codes rounded by another bit", "0x1.8p23f", "0x1.8p22f"),
+        ("codes of neighbours exchanged", "select_bytes(bits[2], bits[3], 0x0040)", "select_bytes(bits[3], bits[2], 0x0040)"),
         ("one rounding more", "return {divide(127.0f, m),", "return {multiply(127.0f, divide(1.0f, m)),"),
         ("sum of half the columns", "sum += shuffle_xor(sum, 4);", ""),
         ("missing barrier before the sums", f"if (!p.sums) return; {BARRIER}", "if (!p.sums) return;"),
