@@ -21,7 +21,7 @@ LARGEST = 131008
 # One token fused, one and two tiles of few, many tokens of narrow and of wide tiles; N and M odd.
 SHAPES = [
     (1, 5, 128), (1, 70, 1408), (2, 67, 384), (9, 70, 640), (16, 33, 2304), (17, 130, 384),
-    (66, 129, 256), (41, 515, 640),
+    (66, 129, 384), (41, 515, 640),
 ]  # fmt: skip
 
 
