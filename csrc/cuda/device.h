@@ -13,7 +13,7 @@
 //   load_global(p), store_global(p, value)   naturally aligned; load_weights(p) is 16 bytes read once
 //   load_shared<T>(offset), store_shared(offset, v)
 //                                            shared memory is a byte array, aligned to 1024 bytes, of at most
-//                                            kSharedBytes, or kLargeSharedBytes on a device that has clusters
+//                                            kSharedBytes, or kLargeSharedBytes where has_clusters()
 //   copy_async_16(offset, p, valid)          16 bytes from global to shared; bytes past `valid` (0 or 16) are zero
 //   copy_async_4(offset, p, valid)           the same of 4 bytes
 //   commit_async(), wait_async<N>()          close a group; wait until at most N groups of this thread are open

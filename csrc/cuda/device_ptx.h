@@ -316,10 +316,12 @@ inline bool has_wgmma() {
 #endif
 }
 
-// Whether the current device has clusters, and what it runs was not compiled for one that has none.
+// Whether the current device has clusters and as much shared memory as Hopper, which 12.x has not, and what it runs was
+// not compiled for one without.
 inline bool has_clusters() {
 #ifdef BK_CUDA_ARCHITECTURES
-    return capability() >= 90 && !holds(BK_CUDA_ARCHITECTURES, "compute_8");
+    const int major = capability() / 10;
+    return (major == 9 || major == 10) && !holds(BK_CUDA_ARCHITECTURES, "compute_8");
 #else
     return false;
 #endif
