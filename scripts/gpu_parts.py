@@ -27,7 +27,7 @@ HOST_LIBRARY_VARIABLE = "BITLAB_CUDA_HOST_LIBRARY"
 
 Result = dict[str, Any]
 # Of the tests: those that compute-sanitizer slows down to seconds, one of each kernel.
-SHORT = "shape0 or shape2 or shape4 or int8_weights or training_step"
+SHORT = "shape0 or shape2 or shape4 or shape6 or int8_weights or training_step"
 TOOLS = ("memcheck", "racecheck")
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 # Seconds that transformers' packed models take at least: one makes eleven tokens a second.

@@ -60,16 +60,20 @@ BK_DEVICE Scaling scaling_of(uint32_t most_bits) {
 }
 
 // Eight codes, and their sum added to `sum`; a token that is not finite has codes 0.
+//
+// Between 2^23 and 2^24 a float32 is an integer, so a sum there is rounded to one, half to even, and its last byte is
+// the code. No value is cut off at -128 or 127: with m the largest, 127 / m and its product with m are each rounded
+// once, and 127 (1 + 2^-24)^2 is 127 as an integer; codes that are given have the factor 1.
 BK_DEVICE Bytes8 encode_eight(const float (&values)[8], Scaling by, int32_t &sum) {
-    Bytes8 codes = {{0, 0}};
+    Bytes8 codes;
     BK_UNROLL
-    for (int i = 0; i < 8; ++i) {
-        float value = multiply(values[i], by.factor);
-        value = value > 127.0f ? 127.0f : value;
-        value = value < -128.0f ? -128.0f : value;
-        const int32_t code = by.finite ? round_even(value) : 0;
-        codes.word[i / 4] |= (static_cast<uint32_t>(code) & 255) << (8 * (i % 4));
-        sum += code;
+    for (int w = 0; w < 2; ++w) {
+        uint32_t bits[4];
+        BK_UNROLL
+        for (int i = 0; i < 4; ++i) bits[i] = float_bits(add(multiply(values[4 * w + i], by.factor), 0x1.8p23f));
+        const uint32_t low = select_bytes(bits[0], bits[1], 0x0040), high = select_bytes(bits[2], bits[3], 0x0040);
+        codes.word[w] = by.finite ? select_bytes(low, high, 0x5410) : 0;
+        sum = dot4_us(0x01010101, codes.word[w], sum);
     }
     return codes;
 }

@@ -13,7 +13,7 @@
 //   load_global(p), store_global(p, value)   naturally aligned; load_weights(p) is 16 bytes read once
 //   load_shared<T>(offset), store_shared(offset, v)
 //                                            shared memory is a byte array, aligned to 1024 bytes, of at most
-//                                            kSharedBytes, or kLargeSharedBytes on a device that has wgmma
+//                                            kSharedBytes, or kLargeSharedBytes where has_clusters()
 //   copy_async_16(offset, p, valid)          16 bytes from global to shared; bytes past `valid` (0 or 16) are zero
 //   copy_async_4(offset, p, valid)           the same of 4 bytes
 //   commit_async(), wait_async<N>()          close a group; wait until at most N groups of this thread are open
@@ -22,6 +22,19 @@
 //                                            among all 32 lanes
 //   mma_*                                    D += A B of one warp, in the PTX ISA's fragment layouts; integers wrap
 //                                            around, which the emulator reports unless the name says *_wrapping
+//   has_clusters(), BK_HAS_CLUSTERS          whether the current device has, and this compilation makes, what follows
+//   cluster_rank()                           which of the blocks of its cluster this is; a cluster is kClusterBlocks
+//                                            consecutive blocks in x, which run at the same time
+//   cluster_arrive(), cluster_wait()         a barrier of the cluster's threads in two halves: what was read before the
+//                                            arrivals may be overwritten by send() after the wait; it orders no writes
+//   open_inbox(offset)                       by one thread before its first arrival: 8 bytes of shared memory that
+//                                            count what is sent to this block, in rounds
+//   expect(inbox, bytes)                     by one thread, once a round: the round ends when so many have come, a few
+//                                            of them maybe before this call
+//   wait_inbox(inbox, round)                 until that round has ended, the latest or the one before; what came in it
+//                                            may be read
+//   send(rank, offset, value, inbox)         to the shared memory of the cluster's block `rank`, whose inbox counts it;
+//                                            after a first barrier has shown that it runs, and before it ends
 //   has_wgmma(), BK_HAS_WGMMA                whether the current device has, and this compilation makes, what follows
 //   wgmma_u8s8(d, a, b, onto), *_wrapping    D += A B of four warps, 64 x 64 x 32: A in registers, b the PTX ISA's
 //                                            descriptor of B in shared memory (shared_address(offset)); it runs on
@@ -53,6 +66,7 @@ struct alignas(8) Bytes8 {
 
 constexpr uint32_t kSharedBytes = 48 * 1024, kLargeSharedBytes = 227 * 1024;
 constexpr int kWarp = 32;
+constexpr int kClusterBlocks = 8;  // the most that every device with clusters has
 
 struct Grid {
     int64_t x;

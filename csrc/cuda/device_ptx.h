@@ -145,6 +145,65 @@ BK_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint3
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+#if __CUDA_ARCH__ >= 900
+#define BK_HAS_CLUSTERS 1
+BK_DEVICE int cluster_rank() {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// Relaxed: a release would wait for all of this thread's memory, and only what is in registers already depends on it.
+BK_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+BK_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+BK_DEVICE void open_inbox(uint32_t offset) {
+    asm volatile(
+        "mbarrier.init.shared::cta.b64 [%0], 1; fence.mbarrier_init.release.cluster;" ::"r"(shared_address(offset))
+        : "memory");
+}
+BK_DEVICE void expect(uint32_t inbox, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(inbox)), "r"(bytes)
+                 : "memory");
+}
+BK_DEVICE void wait_inbox(uint32_t inbox, int round) {
+    uint32_t done;
+    do {
+        asm volatile(
+            "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; "
+            "selp.u32 %0, 1, 0, p; }"
+            : "=r"(done)
+            : "r"(shared_address(inbox)), "r"(round & 1)
+            : "memory");
+    } while (!done);
+}
+
+BK_DEVICE uint32_t remote_address(int rank, uint32_t offset) {
+    uint32_t address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(offset)), "r"(rank));
+    return address;
+}
+BK_DEVICE void send(int rank, uint32_t offset, uint32_t value, uint32_t inbox) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(remote_address(rank, offset)),
+        "r"(value), "r"(remote_address(rank, inbox))
+        : "memory");
+}
+BK_DEVICE void send(int rank, uint32_t offset, const Bytes8 &v, uint32_t inbox) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+                     remote_address(rank, offset)),
+                 "r"(v.word[0]), "r"(v.word[1]), "r"(remote_address(rank, inbox))
+                 : "memory");
+}
+BK_DEVICE void send(int rank, uint32_t offset, const Bytes16 &v, uint32_t inbox) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                     remote_address(rank, offset)),
+                 "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]), "r"(remote_address(rank, inbox))
+                 : "memory");
+}
+#else
+#define BK_HAS_CLUSTERS 0
+#endif
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define BK_HAS_WGMMA 1
 BK_DEVICE void wgmma_u8s8(int32_t (&d)[32], const uint32_t (&a)[4], uint64_t b, bool onto) {
@@ -257,20 +316,35 @@ inline bool has_wgmma() {
 #endif
 }
 
-// Starts a kernel on the current device; returns null, or CUDA's text of what is wrong.
+// Whether the current device has clusters and as much shared memory as Hopper, which 12.x has not, and what it runs was
+// not compiled for one without.
+inline bool has_clusters() {
+#ifdef BK_CUDA_ARCHITECTURES
+    const int major = capability() / 10;
+    return (major == 9 || major == 10) && !holds(BK_CUDA_ARCHITECTURES, "compute_8");
+#else
+    return false;
+#endif
+}
+
+// Starts a kernel on the current device, in clusters of so many blocks; returns null, or CUDA's text of what is wrong.
 template <typename P>
-const char *launch(void (*kernel)(P), Grid grid, int threads, uint32_t shared_bytes, void *stream, P params) {
+const char *launch(void (*kernel)(P), Grid grid, int threads, uint32_t shared_bytes, void *stream, P params,
+                   int cluster = 1) {
     if (grid.x > 0x7FFFFFFF || grid.y > 0xFFFF) return cudaGetErrorString(cudaErrorInvalidConfiguration);
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster);
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &early;
-    config.numAttrs = capability() >= 90 ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = capability() < 90 ? 0 : cluster == 1 ? 1 : 2;
     const auto *function = reinterpret_cast<const void *>(kernel);
     cudaError_t error = cudaSuccess;
     if (shared_bytes > kSharedBytes) {

@@ -1,6 +1,7 @@
 // The linear layers: quantize, multiply, finish; which kernels do it is decided here, from the shape alone.
 #include "activations.cuh"
 #include "few.cuh"
+#include "fused.cuh"
 #include "gemv.cuh"
 #include "many.cuh"
 #include "matmul.h"
@@ -12,6 +13,9 @@ namespace {
 // A share of K that is worth a block of its own, in blocks of 64 columns.
 constexpr int64_t kFewShare = 16, kManyShare = 8, kWgmmaShare = 16;
 constexpr int64_t kMaxSplits = 64;
+// What fused_kernel's step costs beside its blocks of 64 columns, in those of a warp; and the bytes of packed weights,
+// each tile of tokens by itself, that it reads from L2 before three launches are as fast. Reasoned, not measured.
+constexpr int64_t kFusedStepBlocks = 2, kFusedTraffic = 32 << 20;
 // The fewest tokens for wgmma_kernel, whose tiles have 64.
 constexpr int64_t kLeastWgmmaTokens = kFewTokens + 1;
 
@@ -95,6 +99,36 @@ const char *run_gemv(const void *x, int32_t x_type, const MatmulParams &matmul, 
     return launch(kernel, grid, kGemvThreads, shared, stream, p);
 }
 
+// How few tokens run as one kernel of clusters, and whether they do: grid.x is 0 if not.
+struct FusedPlan {
+    int tiles, team;
+    int32_t steps;
+    Grid grid;
+};
+
+FusedPlan plan_fused(const MatmulParams &p, bool multiplied, bool per_tensor, int multiprocessors) {
+    FusedPlan plan = {p.M <= 8 ? 1 : 2, 1, 0, {0, 0}};
+    const int64_t token_tiles = ceil_div(p.M, 8 * plan.tiles), bytes = p.weight_rows * p.K;
+    const int64_t shared = fused_shared_bytes(plan.tiles, multiplied, p.K);
+    // Clusters that run at once: with one block on a multiprocessor, beside which the next kernel's can start, or two.
+    const int64_t at_once = (token_tiles > 1 ? 2 : 1) * multiprocessors / kClusterBlocks / token_tiles;
+    if (shared > kLargeSharedBytes) return plan;
+    // More tokens read the weights again, from L2, and one scale for all tokens needs them all in one cluster.
+    if (token_tiles > 1 && (per_tensor || at_once < 1 || token_tiles * bytes > kFusedTraffic)) return plan;
+    const int64_t row_tiles = ceil_div(p.weight_rows, kFusedRows), blocks = ceil_div(p.blocks, kClusterBlocks);
+    int64_t least = 0;
+    for (int team = 1; team <= kFusedWarps; team *= 2) {
+        const int64_t wanted = ceil_div(row_tiles * team, kFusedWarps), clusters = clamp(at_once, 1, wanted);
+        const int64_t steps = ceil_div(wanted, clusters), time = steps * (ceil_div(blocks, team) + kFusedStepBlocks);
+        if (least > 0 && time >= least) continue;
+        least = time;
+        plan.team = team;
+        plan.steps = static_cast<int32_t>(steps);
+        plan.grid = {clusters * kClusterBlocks, token_tiles};
+    }
+    return plan;
+}
+
 // Codes, exact sums, scales: all linear layers with int8 activations, and the product alone.
 int32_t linear_i8(bk_cuda_product product, const Shape &shape, const void *x, int32_t x_type, int64_t x_stride,
                   const Weights &weights, const Output &output, const Kept &kept, bool per_tensor, void *workspace,
@@ -106,6 +140,24 @@ int32_t linear_i8(bk_cuda_product product, const Shape &shape, const void *x, in
     if (product == BK_CUDA_I8_T2 && shape.M == 1 && x_type != BK_CUDA_I8 && !kept.codes) {
         if (const int team = gemv_team(p, weights.grouped(), multiprocessors)) {
             return launched(shape, run_gemv(x, x_type, p, weights, team, multiprocessors, stream));
+        }
+    }
+    // All that fused_kernel copies to shared memory goes in 16 bytes, multipliers in four.
+    const bool is_half = x_type == BK_CUDA_BF16 || x_type == BK_CUDA_F16;
+    if (product == BK_CUDA_I8_T2 && !weights.grouped() && !kept.codes && is_half && is_vector(x, x_type, x_stride) &&
+        p.weight_vector && aligned(weights.multiplier, weights.scale_columns, 4) && has_clusters()) {
+        const FusedPlan fused = plan_fused(p, weights.multiplier != nullptr, per_tensor, multiprocessors);
+        if (fused.grid.x > 0) {
+            const FusedParams q = {p,
+                                   static_cast<const uint16_t *>(x),
+                                   x_stride,
+                                   x_type,
+                                   per_tensor,
+                                   weights.multiplier,
+                                   static_cast<int32_t>(weights.scale_columns),
+                                   fused.team,
+                                   fused.steps};
+            return launched(shape, run_fused(q, fused.tiles, fused.grid, stream));
         }
     }
     const Plan plan = plan_matmul(product, shape.M, shape.N, shape.K, weights.groups(), multiprocessors,

@@ -25,6 +25,15 @@ BK_DEVICE void store_float(void *p, int32_t type, int64_t index, float value) {
     }
 }
 
+// Sixteen bytes of 16-bit floats.
+BK_DEVICE void decode_eight(const Bytes16 &v, int32_t type, float (&values)[8]) {
+    BK_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        const uint32_t bits = (v.word[i / 2] >> (16 * (i % 2))) & 0xFFFF;
+        values[i] = type == BK_CUDA_BF16 ? bits_float(bits << 16) : decode_f16(static_cast<uint16_t>(bits));
+    }
+}
+
 // Elements index to index + 7 of a row of `count`; those past its end are zero. vector: the row is aligned to 16 bytes.
 BK_DEVICE void load_eight(const void *row, int32_t type, int32_t index, int32_t count, bool vector,
                           float (&values)[8]) {
@@ -40,12 +49,8 @@ BK_DEVICE void load_eight(const void *row, int32_t type, int32_t index, int32_t 
             for (int i = 0; i < 4; ++i) values[4 * half + i] = bits_float(v.word[i]);
         }
     } else {
-        const Bytes16 v = load_global(reinterpret_cast<const Bytes16 *>(static_cast<const uint16_t *>(row) + index));
-        BK_UNROLL
-        for (int i = 0; i < 8; ++i) {
-            const uint32_t bits = (v.word[i / 2] >> (16 * (i % 2))) & 0xFFFF;
-            values[i] = type == BK_CUDA_BF16 ? bits_float(bits << 16) : decode_f16(static_cast<uint16_t>(bits));
-        }
+        const auto *p = reinterpret_cast<const Bytes16 *>(static_cast<const uint16_t *>(row) + index);
+        decode_eight(load_global(p), type, values);
     }
 }
 

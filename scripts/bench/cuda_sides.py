@@ -19,6 +19,9 @@ WARM_UP = 3
 MOST_COPIES = 64
 # Group sizes by engine: a scale a row, and a multiplier for every so many inputs.
 GROUPED = {"bitlab, groups of 128": 128, "bitlab, groups of 64": 64}
+# One scale a matrix with the codes of x kept, which no fused kernel does: in several launches. From
+# the fewest tokens to the most that any layer fuses.
+SEVERAL, SEVERAL_TOKENS = "bitlab, several launches", range(2, 529)
 # A kernel must be faster than torch.compile's by this much; else the simpler one is kept.
 WORTH = 1.1
 
@@ -47,7 +50,7 @@ class Row:
     Attributes:
         shape: Outputs x inputs.
         tokens: M.
-        engine: ``"bitlab"`` (one scale a matrix), ``"cublas bf16"``, or one of `GROUPED`.
+        engine: ``"bitlab"`` (one scale a matrix), ``"cublas bf16"``, `SEVERAL` or one of `GROUPED`.
         us: Microseconds of one call, median.
         us_p10: Tenth percentile.
         us_p90: Ninetieth percentile.
@@ -204,10 +207,17 @@ def measure(bench: Bench, shape: str, tokens: int) -> list[Row]:
         check(x[: min(tokens, 64)], (qweight, *scales), out_features)
         rotated = copies(bench, qweight)
         sides[engine] = [layer(one, *(scale.clone() for scale in scales)) for one in rotated]
+    if tokens in SEVERAL_TOKENS:
+        qweight, scale = packed["bitlab"]
+        rest = (scale, None, out_features, "int8_per_token", torch.bfloat16)
+        sides[SEVERAL] = [
+            lambda q=one: ops.linear_with_codes(x, q, *rest) for one in copies(bench, qweight)
+        ]
     sides["cublas bf16"] = [
         lambda w=w: torch.nn.functional.linear(x, w) for w in copies(bench, latent)
     ]
     sizes = {engine: sum(one.nbytes for one in parts) for engine, parts in packed.items()}
+    sizes[SEVERAL] = sizes["bitlab"]
     rows = []
     for engine, times in race(bench, sides).items():
         us, tenth = statistics.median(times), len(times) // 10

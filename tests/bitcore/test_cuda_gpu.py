@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ SHAPES = [
     (16, 640, 2560),
     (33, 130, 320),
     (300, 515, 1088),
+    (12, 67, 512),
 ]
 
 
@@ -87,6 +90,36 @@ def test_calls_are_captured_in_a_graph(gpu: torch.device) -> None:
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert torch.equal(y, torch.ops.bitlab.linear(x, *args))
+
+
+@pytest.mark.parametrize("granularity", ["per_channel", "per_group"])
+@pytest.mark.parametrize(("tokens", "width"), [(2, 2560), (5, 768), (16, 4096), (40, 1280)])
+def test_few_tokens_through_layers_that_start_early(
+    gpu: torch.device, tokens: int, width: int, granularity: str
+) -> None:
+    """Layers one after another, each beginning beside the one before, replayed: always the same."""
+    group = 64 if granularity == "per_group" else None
+    weights = [
+        bitcore.ops.pack_weight(torch.randn(width, width, device=gpu), granularity, group)
+        for _ in range(4)
+    ]
+    x = torch.randn(tokens, width, device=gpu, dtype=torch.bfloat16)
+
+    def through(linear: Callable[..., torch.Tensor]) -> torch.Tensor:
+        y = x
+        for qweight, scale, *multiplier in weights:
+            end = (None, width, "int8_per_token", torch.bfloat16)
+            y = linear(y, qweight, scale, *end, *multiplier)
+        return y
+
+    through(torch.ops.bitlab.linear)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = through(torch.ops.bitlab.linear)
+    for _ in range(10):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(y, through(reference.linear))
 
 
 def make_experts(

@@ -35,7 +35,7 @@ for architecture in sm_80 sm_90a; do
     readers+=($!)
 done
 c++ -std=c++17 -x c++ -Icsrc/include -Icsrc/cuda -Itests/native/cuda tests/native/cuda/tools/shared_sizes.cpp \
-    tests/native/cuda/emulator.cpp tests/native/cuda/exchange.cpp tests/native/cuda/warpgroup.cpp -o "$work/shared_sizes"
+    tests/native/cuda/{emulator,exchange,memory,warpgroup}.cpp -o "$work/shared_sizes"
 "$work/shared_sizes" >"$work/shared_sizes.txt"
 # What checks the fragment tables on a GPU.
 ${CUDACXX:-nvcc} -std=c++17 -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a \

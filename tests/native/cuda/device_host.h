@@ -14,6 +14,7 @@
 #define BK_UNROLL_BY_16
 #define BK_NO_UNROLL
 #define BK_HAS_WGMMA 1
+#define BK_HAS_CLUSTERS 1
 #define BK_SITE \
     emulator::Site { file, line }
 #define BK_WHERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
@@ -115,7 +116,19 @@ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
     mma(emulator::Op::kMmaF16, d, a, b0, b1, BK_SITE);
 }
 
-inline bool has_wgmma() { return emulator::has_wgmma(); }
+inline bool has_clusters() { return emulator::is_hopper(); }
+inline int cluster_rank() { return emulator::cluster_rank(); }
+inline void cluster_arrive(BK_WHERE) { emulator::cluster_arrive(BK_SITE); }
+inline void cluster_wait(BK_WHERE) { emulator::cluster_wait(BK_SITE); }
+inline void open_inbox(uint32_t offset, BK_WHERE) { emulator::open_inbox(offset, BK_SITE); }
+inline void expect(uint32_t inbox, uint32_t bytes, BK_WHERE) { emulator::expect(inbox, bytes, BK_SITE); }
+inline void wait_inbox(uint32_t inbox, int round, BK_WHERE) { emulator::wait_inbox(inbox, round, BK_SITE); }
+template <typename T>
+void send(int rank, uint32_t offset, T value, uint32_t inbox, BK_WHERE) {
+    emulator::send(rank, offset, &value, sizeof(T), inbox, BK_SITE);
+}
+
+inline bool has_wgmma() { return emulator::is_hopper(); }
 inline uint32_t shared_address(uint32_t offset) { return offset; }
 inline void wgmma_u8s8(int32_t (&d)[32], const uint32_t (&a)[4], uint64_t b, bool onto, BK_WHERE) {
     emulator::wgmma(d, a, b, onto, false, BK_SITE);
@@ -206,8 +219,9 @@ inline uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
 }
 
 template <typename P>
-const char *launch(void (*kernel)(P), Grid grid, int threads, uint32_t shared_bytes, void *, P params) {
-    return emulator::run(grid.x, grid.y, threads, shared_bytes, [=] { kernel(params); });
+const char *launch(void (*kernel)(P), Grid grid, int threads, uint32_t shared_bytes, void *, P params,
+                   int cluster = 1) {
+    return emulator::run(grid.x, grid.y, threads, shared_bytes, cluster, [=] { kernel(params); });
 }
 
 }  // namespace bitlab

@@ -1,4 +1,4 @@
-// Runs a kernel's blocks on the CPU, one after another, and checks what no GPU would tell.
+// Runs a kernel's blocks on the CPU, one cluster after another, and checks what no GPU would tell.
 //
 // A block's threads are fibers. A warp collective (mma, shuffle, sync_warp) waits until all 32 lanes have come to the
 // same line; a block barrier until all threads have. If no fiber can go on, or threads meet at different lines, or one
@@ -11,6 +11,10 @@
 // wgmma and its fence, commit and wait are collectives of 128 threads (on a GPU each warp may go on alone, which would
 // show nothing more: what is ordered is told by barriers, not by who came first). From issue to wait D holds a pattern
 // that is no result, A must not change, and the bytes of B must not be written; the product is made at the wait.
+//
+// The blocks of a cluster run together. What is sent to another block's memory must come after the cluster's first
+// barrier and before that block ends; it may be read by threads that have waited for the inbox that counts it, in that
+// round, and overwritten by what is sent after a barrier of the cluster to which its readers came after reading.
 #ifndef BITLAB_TEST_EMULATOR_H
 #define BITLAB_TEST_EMULATOR_H
 
@@ -70,10 +74,19 @@ void copy_async(uint32_t offset, const void *pointer, uint32_t bytes, int valid,
 void commit_async();
 void wait_async(int open);
 void sync_block(Site site);
+int cluster_rank();
+void cluster_arrive(Site site);
+void cluster_wait(Site site);
+void open_inbox(uint32_t offset, Site site);
+void expect(uint32_t inbox, uint32_t bytes, Site site);
+void wait_inbox(uint32_t inbox, int round, Site site);
+void send(int rank, uint32_t offset, const void *value, uint32_t bytes, uint32_t inbox, Site site);
 void collective(Op op, Exchange &own, Site site);
 
+// Whether the device that is played has wgmma and clusters.
+bool is_hopper();
+
 // What the device layer asks for wgmma; see warpgroup.cpp.
-bool has_wgmma();
 void wgmma(int32_t *d, const uint32_t *a, uint64_t b, bool onto, bool wraps, Site site);
 void wgmma_fence(Site site);
 void wgmma_commit(Site site);
@@ -81,7 +94,7 @@ void wgmma_wait(int open, Site site);
 void wgmma_take(const int32_t *d, Site site);
 void fence_async_proxy();
 
-// What warpgroup.cpp needs of emulator.cpp. meet() waits until all threads of the warpgroup are at the same line and is
+// What warpgroup.cpp needs of the others. meet() waits until all threads of the warpgroup are at the same line and is
 // true in the last one, before the others go on. Asynchronous reads are checked, and guarded from writes until they
 // end.
 bool meet_in_warpgroup(Op op, Site site);
@@ -96,8 +109,8 @@ int64_t count_wgmma();
 // Fills what each lane takes from a collective.
 void exchange(Op op, Exchange *const (&lanes)[kLanes]);
 
-// Returns null, or why the launch failed.
-const char *run(int64_t grid_x, int64_t grid_y, int threads, uint32_t shared_bytes,
+// Returns null, or why the launch failed. cluster: blocks of a cluster, consecutive ones in x.
+const char *run(int64_t grid_x, int64_t grid_y, int threads, uint32_t shared_bytes, int cluster,
                 const std::function<void()> &kernel);
 
 }  // namespace emulator

@@ -24,8 +24,8 @@ def load_host_library(path: Path) -> ctypes.CDLL:
     library.bk_emulator_register.restype = None
     library.bk_emulator_order.argtypes = (ctypes.c_uint32,)
     library.bk_emulator_order.restype = None
-    library.bk_emulator_wgmma.argtypes = (ctypes.c_int32,)
-    library.bk_emulator_wgmma.restype = None
+    library.bk_emulator_hopper.argtypes = (ctypes.c_int32,)
+    library.bk_emulator_hopper.restype = None
     library.bk_emulator_clear.argtypes = ()
     library.bk_emulator_clear.restype = None
     library.bk_emulator_count.argtypes = (ctypes.c_int32,)
@@ -39,6 +39,8 @@ def load_host_library(path: Path) -> ctypes.CDLL:
     library.bk_emulator_mma.restype = ctypes.c_char_p
     library.bk_emulator_wgmma_probe.argtypes = (ctypes.c_int32, pointer)
     library.bk_emulator_wgmma_probe.restype = ctypes.c_char_p
+    library.bk_emulator_cluster_probe.argtypes = (ctypes.c_int32, pointer)
+    library.bk_emulator_cluster_probe.restype = ctypes.c_char_p
     library.bk_emulator_one_wgmma.argtypes = (pointer, pointer, pointer)
     library.bk_emulator_one_wgmma.restype = ctypes.c_char_p
     return library
@@ -63,12 +65,12 @@ class HostKernels(CudaKernels):
     def __init__(self, library: ctypes.CDLL, multiprocessors: int = 4) -> None:
         self._library = library
         self.multiprocessors = multiprocessors
-        self.has_wgmma = False
+        self.is_hopper = False
 
-    def set_wgmma(self, has: bool) -> None:
-        """Plays a device that has wgmma, or one that has not."""
-        self.has_wgmma = has
-        self._library.bk_emulator_wgmma(int(has))
+    def set_hopper(self, is_one: bool) -> None:
+        """Plays a Hopper, which has wgmma and clusters, or an older device."""
+        self.is_hopper = is_one
+        self._library.bk_emulator_hopper(int(is_one))
 
     def _count_multiprocessors(self, op: str, device: torch.device) -> int:
         return self.multiprocessors

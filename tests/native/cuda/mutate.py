@@ -93,16 +93,16 @@ def build_mutant(
     return link([faulty, *others], folder / "mutant.so")
 
 
-def judge(library: Path, of_experts: bool, answer: Connection) -> None:
+def judge(library: Path, unit: str, answer: Connection) -> None:
     """Sends the first failure of a library, or None."""
     torch.set_num_threads(1)
-    answer.send(first_failure(load_host_library(library), of_experts))
+    answer.send(first_failure(load_host_library(library), unit))
 
 
-def judged(library: Path, context: ForkServerContext, of_experts: bool = False) -> str | None:
+def judged(library: Path, context: ForkServerContext, unit: str = "") -> str | None:
     """What the checks say of a library, from a process of its own; a crash is a failure too."""
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=judge, args=(library, of_experts, theirs))
+    child = context.Process(target=judge, args=(library, unit, theirs))
     child.start()
     theirs.close()
     try:
@@ -132,7 +132,7 @@ def main(words: list[str]) -> int:
             folder = work / str(index)
             folder.mkdir()
             mutant = build_mutant(chosen[index], work / "right", folder, options)
-            found = judged(mutant, context, chosen[index].unit.startswith("experts"))
+            found = judged(mutant, context, chosen[index].unit)
             shutil.rmtree(folder)
             return found
 

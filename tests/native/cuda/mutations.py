@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.native.cuda.mutation import BARRIER, faults_in
 from tests.native.cuda.mutations_experts import EXPERTS
+from tests.native.cuda.mutations_fused import FUSED
 
 MUTATIONS = [
     *faults_in(
@@ -215,7 +216,8 @@ MUTATIONS = [
     *faults_in(
         "csrc/cuda/activations.cuh",
         "activations",
-        ("codes cut off, not rounded", "by.finite ? round_even(value) : 0", "by.finite ? static_cast<int32_t>(value) : 0"),
+        ("codes rounded by another bit", "0x1.8p23f", "0x1.8p22f"),
+        ("codes of neighbours exchanged", "select_bytes(bits[2], bits[3], 0x0040)", "select_bytes(bits[3], bits[2], 0x0040)"),
         ("one rounding more", "return {divide(127.0f, m),", "return {multiply(127.0f, divide(1.0f, m)),"),
         ("sum of half the columns", "sum += shuffle_xor(sum, 4);", ""),
         ("missing barrier before the sums", f"if (!p.sums) return; {BARRIER}", "if (!p.sums) return;"),
@@ -278,6 +280,7 @@ MUTATIONS = [
         ("unpacked with another group's multiplier", "p.multiplier + n * p.columns + k / p.width", "p.multiplier + n * p.columns"),
     ),
     *EXPERTS,
+    *FUSED,
     *faults_in(
         "csrc/cuda/linear.cu",
         "linear",
@@ -285,7 +288,7 @@ MUTATIONS = [
         ("codes of wgmma kept in its order", "plan.wgmma ? own : nullptr;", "plan.wgmma ? (kept.codes ? kept.codes : own) : nullptr;"),
         ("codes not kept", "kept.codes ? kept.codes : plan.wgmma", "plan.wgmma"),
         ("groups of 128 taken for 64", "shape.K / weights.scale_columns == 128 ? 1 : 0", "0"),
-        ("multipliers taken for aligned", "aligned(weights.multiplier, weights.scale_columns, 4)", "true"),
+        ("multipliers taken for aligned", "aligned(weights.multiplier, weights.scale_columns, 4)};", "true};"),
         ("multipliers not placed", "M + (params.place.multiplier ? place_blocks(params.place) : 0)", "M"),
         ("workspace without multipliers", "aligned_up(groups.columns * weight_rows(product, N) * 4)", "aligned_up(4)"),
     ),

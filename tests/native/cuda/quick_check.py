@@ -13,6 +13,7 @@ from torch import Tensor
 from bitcore import pack_ternary, reference
 from bitcore.errors import BitLabError
 from tests.native.cuda.host import CONFLICTS, HostKernels
+from tests.native.cuda.quick_hopper import fused_pairs, kept, wgmma_pairs
 from tests.native.cuda.test_emulator import documented
 
 # Tokens, outputs, inputs: one token fused; one and two tiles; many tokens, narrow and wide.
@@ -48,16 +49,6 @@ def tied_tokens() -> Tensor:
 def uneven_weight() -> Tensor:
     """A row whose float64 sum is halfway between two float32 numbers only in ascending order."""
     return torch.tensor([[0.0, 2.0**53, 2.0**29] + [1.0] * 13])
-
-
-def kept(
-    kernels: HostKernels, x: Tensor, packed: Tensor, scale: Tensor, out_features: int
-) -> tuple[Tensor, Tensor]:
-    """A layer's outputs with the codes and scales of its input, in one tensor."""
-    args = (x, packed, scale, None, out_features, "int8_per_token", torch.float32)
-    found = (kernels.linear_with_codes(*args), reference.linear_with_codes(*args))
-    ours, expected = (torch.cat([part.float() for part in parts], dim=1) for parts in found)
-    return ours, expected
 
 
 def pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
@@ -187,11 +178,11 @@ def multiplied_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor
         def layer(
             args: tuple[Any, ...] = args, count: int = multiprocessors, wgmma: bool = wgmma
         ) -> tuple[Tensor, Tensor]:
-            kernels.set_wgmma(wgmma)
+            kernels.set_hopper(wgmma)
             kernels.multiprocessors = count
             ours = kernels.linear(*args)
             kernels.multiprocessors = 4
-            kernels.set_wgmma(False)
+            kernels.set_hopper(False)
             return ours, reference.linear(*args)
 
         yield layer
@@ -218,48 +209,6 @@ def multiplied_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor
 
         yield packing
         yield unpacking
-
-
-def on_hopper(
-    kernels: HostKernels, multiprocessors: int, call: Callable[[HostKernels], Tensor]
-) -> Tensor:
-    """What a call gives on a device that has wgmma."""
-    kernels.multiprocessors = multiprocessors
-    kernels._library.bk_emulator_wgmma(1)
-    try:
-        return call(kernels)
-    finally:
-        kernels._library.bk_emulator_wgmma(0)
-        kernels.multiprocessors = 4
-
-
-def wgmma_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
-    """Many tokens with wgmma: by columns, by rows, and shares of K; codes that are kept."""
-    for tokens, out_features, in_features, multiprocessors in (
-        (40, 70, 1168, 4),
-        (66, 314, 1168, 1),
-        (40, 70, 2128, 132),
-    ):
-        x, bias = torch.randn(tokens, in_features), torch.randn(out_features)
-        latent = torch.randn(out_features, in_features)
-        packed, scale = reference.pack_weight(latent, "per_channel", 0)[:2]
-        codes = torch.randint(-128, 128, (tokens, in_features), dtype=torch.int8)
-        yield lambda c=codes, q=packed, n=out_features, m=multiprocessors: (
-            on_hopper(kernels, m, lambda k: k.matmul(c, q, n)),
-            reference.matmul(c, q, n),
-        )
-        for dtype in (torch.float32, torch.bfloat16):
-            args = (x, packed, scale, bias, out_features, "int8_per_token", dtype)
-            yield lambda a=args, m=multiprocessors: (
-                on_hopper(kernels, m, lambda k: k.linear(*a)),
-                reference.linear(*a),
-            )
-    some = torch.randn(40, 192)
-    few, few_scale = reference.pack_weight(torch.randn(9, 192), "per_channel", 0)[:2]
-    yield lambda: (
-        on_hopper(kernels, 4, lambda k: kept(k, some, few, few_scale, 9)[0]),
-        kept(kernels, some, few, few_scale, 9)[1],
-    )
 
 
 def float_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
@@ -339,18 +288,19 @@ def experts_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, T
         args = (x, index, qweight, scale, bias, out_features, activation, torch.float32)
 
         def layer(args: tuple[Any, ...] = (*args, *multiplier), wgmma: bool = bool(wgmma)) -> Any:
-            kernels.set_wgmma(wgmma)
+            kernels.set_hopper(wgmma)
             ours = kernels.experts_linear(*args)
-            kernels.set_wgmma(False)
+            kernels.set_hopper(False)
             return ours, reference.experts_linear(*args)
 
         yield layer
 
 
-def first_failure(library: ctypes.CDLL, of_experts: bool = False) -> str | None:
+def first_failure(library: ctypes.CDLL, unit: str = "") -> str | None:
     """Returns the first wrong result or what the emulator reports first; None if all is right.
 
-    ``of_experts``: what is looked for is in their kernels, so these come first.
+    ``unit``: the source that what is looked for is in; if the calls of its kernels stand by
+    themselves, these come first.
     """
     torch.manual_seed(0)
     for k in (32, 16):
@@ -366,8 +316,10 @@ def first_failure(library: ctypes.CDLL, of_experts: bool = False) -> str | None:
     library.bk_emulator_order(1)
     try:
         floats = chain(float_pairs(kernels), multiplied_float_pairs(kernels))
-        exactly = [pairs(kernels), experts_pairs(kernels)]
-        for calls, exact in ((chain(*exactly[:: -1 if of_experts else 1]), True), (floats, False)):
+        exactly = {"": pairs, "fused": fused_pairs, "experts": experts_pairs}
+        first = [name for name in exactly if name and unit.startswith(name)]
+        ordered = (exactly[name](kernels) for name in dict.fromkeys([*first, *exactly]))
+        for calls, exact in ((chain.from_iterable(ordered), True), (floats, False)):
             for call in calls:
                 ours, expected = call()
                 if kernels.count(CONFLICTS):

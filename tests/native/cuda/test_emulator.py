@@ -114,9 +114,9 @@ def test_one_mma(host_library: ctypes.CDLL, kind: int) -> None:
 @pytest.fixture
 def hopper_library(host_library: ctypes.CDLL) -> Iterator[ctypes.CDLL]:
     """The library on a device that has wgmma."""
-    host_library.bk_emulator_wgmma(1)
+    host_library.bk_emulator_hopper(1)
     yield host_library
-    host_library.bk_emulator_wgmma(0)
+    host_library.bk_emulator_hopper(0)
 
 
 def test_two_wgmma(hopper_library: ctypes.CDLL) -> None:
@@ -174,9 +174,47 @@ def test_faults_of_wgmma_are_reported(hopper_library: ctypes.CDLL, which: int, o
         assert memory[0].item() == -(2**31) + 7
 
 
-def test_a_device_without_wgmma(host_library: ctypes.CDLL) -> None:
+CLUSTER_FAULTS = {
+    0: "^$",
+    1: "sent to a block that may not have begun",
+    2: "that thread .* wrote, with no barrier between|read but was never written",
+    3: "with no barrier of the cluster after it was read|wrote, with no barrier between",
+    4: "sent to a block that has ended",
+    5: "more bytes sent than were expected",
+    6: "divergence: .* 64 for an inbox",
+    7: "arrives twice",
+    8: "without an arrival",
+    9: "race: thread .* which thread .* has written",
+    10: "a cluster of 2 blocks has no block 2",
+    11: "has no inbox at 136",
+    12: "opened after the cluster's first barrier",
+    13: "expected twice",
+    14: "wrote, with no barrier between|with no barrier of the cluster after it was read",
+}
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("which", CLUSTER_FAULTS)
+def test_faults_of_clusters_are_reported(
+    hopper_library: ctypes.CDLL, which: int, order: int
+) -> None:
+    memory = torch.zeros(64, dtype=torch.int32)
+    hopper_library.bk_emulator_clear()
+    hopper_library.bk_emulator_order(order)
+    hopper_library.bk_emulator_register(memory.data_ptr(), 256, 1)
+    text = hopper_library.bk_emulator_cluster_probe(which, memory.data_ptr()).decode()
+    hopper_library.bk_emulator_order(0)
+    assert re.search(CLUSTER_FAULTS[which], text), text
+    if which == 0:
+        # Twice the other block's number, and a thousand.
+        threads = torch.arange(32, dtype=torch.int32)
+        assert torch.equal(memory.view(2, 32), 2 * threads + torch.tensor([[1200], [1000]]).int())
+
+
+def test_a_device_without_wgmma_and_clusters(host_library: ctypes.CDLL) -> None:
     memory = torch.zeros(128, dtype=torch.int32)
     assert b"has no wgmma" in host_library.bk_emulator_wgmma_probe(0, memory.data_ptr())
+    assert b"invalid config" in host_library.bk_emulator_cluster_probe(0, memory.data_ptr())
 
 
 FAULTS = {

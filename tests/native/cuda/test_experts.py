@@ -56,7 +56,7 @@ def test_many_tokens_on_a_hopper(
     qweight, scale, multiplier = make(experts, rows, columns, granularity)
     x, bias = torch.randn(tokens, columns).bfloat16(), torch.randn(experts, rows)
     index = draw(tokens, choices, experts)
-    host.set_wgmma(True)
+    host.set_hopper(True)
     for activation in ACTIVATIONS:
         before = host.count(WGMMA)
         args = (x, index, qweight, scale, bias, rows, activation, torch.float32, multiplier)
@@ -64,7 +64,7 @@ def test_many_tokens_on_a_hopper(
         assert torch.equal(y, reference.experts_linear(*args))
         with_wgmma = granularity != "per_group_float32" and columns % 16 == 0
         assert (host.count(WGMMA) > before) == with_wgmma
-    host.set_wgmma(False)
+    host.set_hopper(False)
 
 
 @pytest.mark.parametrize("columns", [31, 1008])

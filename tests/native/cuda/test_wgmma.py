@@ -16,9 +16,9 @@ from tests.native.cuda.test_kernels import DTYPES, make, random_codes
 @pytest.fixture
 def hopper(host: HostKernels) -> Iterator[HostKernels]:
     """The kernels on a device that has wgmma."""
-    host._library.bk_emulator_wgmma(1)
+    host._library.bk_emulator_hopper(1)
     yield host
-    host._library.bk_emulator_wgmma(0)
+    host._library.bk_emulator_hopper(0)
 
 
 def product(hopper: HostKernels, codes: Tensor, weight: Tensor) -> Tensor:

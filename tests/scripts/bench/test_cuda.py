@@ -26,6 +26,7 @@ def test_targets_and_table(bench: ModuleType) -> None:
     rows = [
         bench.Row("8192x8192", 1, "bitlab", 8.0, 7.0, 9.0, 2097.0, 16.8),
         bench.Row("8192x8192", 1, "bitlab, groups of 64", 10.0, 9.0, 11.0, 1782.6, 13.4),
+        bench.Row("8192x8192", 1, bench.SEVERAL, 12.8, 12.0, 13.0, 1310.7, 10.5),
         bench.Row("8192x8192", 1, "cublas bf16", 50.0, 49.0, 52.0, 2684.0, 2.7),
         bench.Row("2560x6912", 1, "bitlab", 7.0, 6.0, 8.0, 632.0, 5.1),
         bench.Row("2560x6912", 1, "cublas bf16", 10.5, 10.0, 11.0, 3370.0, 3.4),
@@ -45,11 +46,13 @@ def test_targets_and_table(bench: ModuleType) -> None:
         "| M 1, 8192x8192: 6x bf16 | 6.25 | yes |",
         "| M 1, 8192x8192: 70 % of the copy bandwidth | 80.65 | yes |",
     ]
+    assert found["every M, 2560x6912: no slower than bf16"].measured == 1.5
+    assert found["every M, 640x2560: no slower than bf16"].verdict == "not in this run"
     name = "M 1, 8192x8192, groups of 64: 0.9 of one scale's speed"
     assert (found[name].measured, found[name].verdict) == (0.8, "NO")
     other = found["M 4096, 8192x8192, groups of 64: 0.85 of one scale's speed"]
     assert (other.bound, other.verdict) == (0.85, "not in this run")
-    line = "| 8192x8192 | 1 | 8.00 | 50.00 | 6.25 | 2097 | 81% | 16.8 | 3% | - | 0.80 |"
+    line = "| 8192x8192 | 1 | 8.00 | 50.00 | 6.25 | 2097 | 81% | 16.8 | 3% | - | 0.80 | 0.62 |"
     assert bench.layer_table(rows, limits).splitlines()[2] == line
 
 
@@ -74,8 +77,8 @@ def test_everything_runs_without_a_gpu(
 ) -> None:
     """The same code as on a GPU, but for graphs and events."""
     result = run_quick(bench, monkeypatch, tmp_path / "quick.json", "--no-generate")
-    # Of 64 inputs there is no group of 128.
-    assert len(result["rows"]) == 2 * (4 + 3)
+    # Of 64 inputs there is no group of 128, and one token is never in several launches.
+    assert len(result["rows"]) == 2 * (4 + 3) + 2
     assert all(row["us"] > 0 for row in result["rows"])
     assert [one["name"] for one in result["quantizers"]] == 4 * [
         "forward: x", "forward: W", "backward: W",

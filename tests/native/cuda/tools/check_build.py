@@ -38,6 +38,7 @@ INSTRUCTIONS = {
 }
 # The same for kernels that hold nothing on other architectures.
 HOPPER = {
+    "fused_kernel": (r"IMMA\.16832\.U8\.S8", COPY_128, SHARED_128, "UCGABAR_ARV", "STAS"),
     "experts_wgmma_kernel": (r"IGMMA\.64x64x32\.U8\.S8", r"FENCE\.VIEW\.ASYNC", *PIPELINE),
     "wgmma_kernel": (r"IGMMA\.64x64x32\.U8\.S8", r"FENCE\.VIEW\.ASYNC", *PIPELINE),
 }

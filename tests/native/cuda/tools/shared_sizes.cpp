@@ -2,6 +2,7 @@
 #include <stdio.h>
 
 #include "experts.cuh"
+#include "fused.cuh"
 #include "gemv.cuh"
 #include "gradient.cuh"
 #include "route.cuh"
@@ -39,6 +40,14 @@ void wgmma(const char *arguments) {
     printf("wgmma_kernel<%s>\t%u\n", arguments, WgmmaLayout<kGroups, kMultiplied>::kBytes);
 }
 
+// At 8192 columns.
+void fused(const char *math, bool multiplied) {
+    for (int tiles = 1; tiles <= 2; ++tiles) {
+        printf("fused_kernel<bitlab::%s, %d>\t%lld\n", math, tiles,
+               static_cast<long long>(fused_shared_bytes(tiles, multiplied, 8192)));
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -54,6 +63,8 @@ int main() {
     few<TernaryBf16<true>, 2>("TernaryFloat<true, 1, true>");
     few<TernaryF16<true>, 2>("TernaryFloat<false, 1, true>");
     few<TernaryF32<true>, 2>("TernaryFloat<true, 3, true>");
+    fused("TernaryInt8", false);
+    fused("TernaryInt8Multiplied", true);
     many<TernaryInt8, 2>("TernaryInt8");
     many<TernaryInt8, 8>("TernaryInt8");
     many<Int8Int8, 8>("Int8Int8");
