@@ -105,7 +105,10 @@ class BitExperts(nn.Module):
         routing = Routing(index, self.num_experts)
         *firsts, last = projections
         outer = last(self.activated(*(first(tokens, routing) for first in firsts)), routing)
-        outer = self.post_expert_norm(outer) if self.has_post_expert_norm else outer
+        if self.has_post_expert_norm:
+            # Which may make something of the zeros of no expert.
+            outer = self.post_expert_norm(outer)
+            weights = weights.masked_fill(index >= self.num_experts, 0)
         return routing.weighted_sum(outer, weights, hidden_states.dtype)
 
     def routed(
