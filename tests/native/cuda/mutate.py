@@ -132,7 +132,7 @@ def main(words: list[str]) -> int:
             folder = work / str(index)
             folder.mkdir()
             mutant = build_mutant(chosen[index], work / "right", folder, options)
-            found = judged(mutant, context, chosen[index].unit)
+            found = judged(mutant, context, chosen[index].calls or chosen[index].unit)
             shutil.rmtree(folder)
             return found
 

@@ -17,6 +17,7 @@ class Mutation:
         old: What stands there, exactly once; white space counts as one space.
         new: What is put in its place.
         unit: Stem of the source that is compiled with it; all others are the right ones.
+        calls: Whose calls may notice it, which come first; the unit's if empty.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Mutation:
     old: str
     new: str
     unit: str
+    calls: str = ""
 
 
 def faults_in(path: str, unit: str, *faults: tuple[str, ...]) -> list[Mutation]:

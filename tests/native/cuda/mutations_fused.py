@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from tests.native.cuda.mutation import BARRIER, faults_in
+from dataclasses import replace
+
+from tests.native.cuda.mutation import BARRIER, Mutation, faults_in
+
+
+def noticed_by_fused(faults: list[Mutation]) -> list[Mutation]:
+    """Faults of what decides, which only calls of the fused kernel notice."""
+    return [replace(fault, calls="fused") for fault in faults]
+
 
 FUSED = [
     *faults_in(
@@ -60,7 +68,7 @@ FUSED = [
         ("tokens past the end finished", "if (m >= tokens || packed_row", "if (packed_row"),
         ("wrong order of the scales", "multiply(static_cast<float>(sum), by)", "multiply(multiply(static_cast<float>(sum), x_scale[j / 2]), scale[j % 2])"),
     ),
-    *faults_in(
+    *noticed_by_fused(faults_in(
         "csrc/cuda/linear.cu",
         "linear",
         ("codes not kept by one launch", "!weights.grouped() && !kept.codes && is_half", "!weights.grouped() && is_half"),
@@ -71,5 +79,5 @@ FUSED = [
         ("misaligned x in one launch", "is_half && is_vector(x, x_type, x_stride) &&", "is_half &&"),
         ("one scale of a tile's tokens for all", "(per_tensor || at_once < 1 ||", "(at_once < 1 ||"),
         ("steps of a cluster left out", "plan.steps = static_cast<int32_t>(steps);", "plan.steps = 1;"),
-    ),
+    )),
 ]  # fmt: skip

@@ -104,7 +104,7 @@ def fused_pairs(kernels: HostKernels) -> Pairs:
             on_hopper(kernels, m, lambda k: k.linear(*a)),
             reference.linear(*a),
         )
-    x, latent = torch.randn(3, 192), torch.randn(70, 192)
+    x, latent = torch.randn(3, 256), torch.randn(70, 256)
     packed, scale = reference.pack_weight(latent, "per_channel", 0)[:2]
     groups, group_scale = reference.pack_weight(latent, "per_group_float32", 64)[:2]
     half, room = x.bfloat16(), torch.zeros(packed.numel() + 16, dtype=torch.uint8)
@@ -122,6 +122,6 @@ def fused_pairs(kernels: HostKernels) -> Pairs:
         on_hopper(kernels, 4, lambda k: kept(k, half, packed, scale, 70)[0]),
         kept(kernels, half, packed, scale, 70)[1],
     )
-    many = torch.randn(18, 192).bfloat16()
+    many = torch.randn(18, 256).bfloat16()
     rest = (many, packed, scale, None, 70, "int8_per_tensor", torch.float32)
     yield lambda a=rest: (on_hopper(kernels, 132, lambda k: k.linear(*a)), reference.linear(*a))
