@@ -105,10 +105,7 @@ class BitExperts(nn.Module):
         routing = Routing(index, self.num_experts)
         *firsts, last = projections
         outer = last(self.activated(*(first(tokens, routing) for first in firsts)), routing)
-        if self.has_post_expert_norm:
-            # Which may make something of the zeros of no expert.
-            outer = self.post_expert_norm(outer)
-            weights = weights.masked_fill(index >= self.num_experts, 0)
+        outer = self.post_expert_norm(outer) if self.has_post_expert_norm else outer
         return routing.weighted_sum(outer, weights, hidden_states.dtype)
 
     def routed(

@@ -54,7 +54,7 @@ class Routing:
         """Returns each token's weighted sum of its rows.
 
         Args:
-            rows: [M k, H], what the experts gave; of no expert, zeros, or weights of zero.
+            rows: [M k, H], what the experts gave.
             weights: float [M, k].
             dtype: Of the result.
 
@@ -66,5 +66,7 @@ class Routing:
             batch: not in that of the experts, and not by index_add, whose order depends on the
             device.
         """
+        # Of none there are zeros, unless a norm came after; and its weight can be anything.
+        weights = weights.masked_fill(self.index >= self.experts, 0)
         weighted = rows.view(*self.index.shape, rows.shape[-1]) * weights.unsqueeze(-1)
         return weighted.sum(1).to(dtype)
