@@ -191,7 +191,7 @@ def measure(bench: Bench, shape: str, tokens: int) -> list[Row]:
     out_features, in_features = (int(size) for size in shape.split("x"))
     x = torch.randn(tokens, in_features, device=bench.device, dtype=torch.bfloat16)
     latent = torch.randn(out_features, in_features, device=bench.device, dtype=torch.bfloat16)
-    from bitcore import ops
+    from bitcore import ops, ops_ternary
 
     packed = {"bitlab": ops.pack_weight(latent, "per_tensor", None)}
     for engine, group in GROUPED.items():
@@ -211,7 +211,8 @@ def measure(bench: Bench, shape: str, tokens: int) -> list[Row]:
         qweight, scale = packed["bitlab"]
         rest = (scale, None, out_features, "int8_per_token", torch.bfloat16)
         sides[SEVERAL] = [
-            lambda q=one: ops.linear_with_codes(x, q, *rest) for one in copies(bench, qweight)
+            lambda q=one: ops_ternary.linear_with_codes(x, q, *rest)
+            for one in copies(bench, qweight)
         ]
     sides["cublas bf16"] = [
         lambda w=w: torch.nn.functional.linear(x, w) for w in copies(bench, latent)

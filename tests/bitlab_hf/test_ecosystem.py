@@ -146,6 +146,7 @@ def test_serve_many_at_once(tmp_path: Path) -> None:
     deployed = deploy(tmp_path / "deployed", torch.float32, activation_dtype="float32")
     prompts = [PROMPT, "import os\n" * 40, "x", "def f(self, a, b):\n" * 12, "for i in range("]
     expected = greedy(deployed, *prompts, margin=1e-3)
+    assert sum(map(bool, expected)) > len(prompts) / 2
     assert any(text.strip() for text in expected)
     # Without a number of blocks the cache takes most of the memory.
     options = ("--continuous-batching", "--cb-block-size", "32", "--cb-num-blocks", "64",
@@ -156,14 +157,15 @@ def test_serve_many_at_once(tmp_path: Path) -> None:
             found = list(pool.map(lambda prompt: complete(address, deployed, prompt), prompts))
         for one in left:
             one.result()
-        assert found == expected, (tmp_path / "log.txt").read_text()[-3000:]
-        assert complete(address, deployed, PROMPT) == expected[0]
+        agree = [one.startswith(sure) for one, sure in zip(found, expected, strict=True)]
+        assert all(agree), (tmp_path / "log.txt").read_text()[-3000:]
+        assert complete(address, deployed, PROMPT).startswith(expected[0])
         bad = urllib.request.Request(
             f"{address}/v1/completions", b'{"model": "', {"Content-Type": "application/json"}
         )
         with pytest.raises(urllib.error.HTTPError, match="422"):
             urllib.request.urlopen(bad, timeout=60)
-        assert complete(address, deployed, prompts[1]) == expected[1]
+        assert complete(address, deployed, prompts[1]).startswith(expected[1])
 
 
 def test_serve_and_chat(deployed: Path, tmp_path: Path) -> None:

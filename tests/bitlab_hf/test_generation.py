@@ -44,10 +44,15 @@ def prompts() -> list[list[int]]:
     return [one.tolist() for one in [*learned[:2], token_ids(10, 150), *learned[2:]]]
 
 
-def alone(model: Any, prompt: list[int], new: int = NEW) -> list[int]:
-    return greedy_tokens(
-        model, torch.tensor([prompt]), MARGIN, **{**OPTIONS, "max_new_tokens": new}
-    )
+def check(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> None:
+    """Answers are those of plain ``generate``, as far as these are no matter of the last bits."""
+    compared = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        sure = greedy_tokens(model, torch.tensor([prompt]), MARGIN, **OPTIONS)
+        assert answer[: len(sure)] == sure
+        assert len(answer) == NEW
+        compared += len(sure)
+    assert compared > len(prompts) * NEW / 2
 
 
 @pytest.mark.parametrize("batch", [16, 256])
@@ -59,7 +64,7 @@ def test_continuous_batching(model: Any, prompts: list[list[int]], batch: int) -
         continuous_batching_config=ContinuousBatchingConfig(max_batch_tokens=batch, **PAGES),
     )
     assert [one.error for one in found.values()] == [None] * len(prompts)
-    assert [one.generated_tokens for one in found.values()] == [alone(model, p) for p in prompts]
+    check(model, prompts, [one.generated_tokens for one in found.values()])
 
 
 def test_cancelled_requests(model: Any, prompts: list[list[int]]) -> None:
@@ -103,9 +108,9 @@ def test_cancelled_requests(model: Any, prompts: list[list[int]]) -> None:
     finally:
         manager.stop(block=True, timeout=120, hard_stop=True)
     assert all(length < 150 for length in lengths)
-    for name, prompt in zip(staying, [*prompts, prompts[3]], strict=True):
-        assert not finished[name].error
-        assert finished[name].generated_tokens == alone(model, prompt), name
+    assert not [finished[name].error for name in staying if finished[name].error]
+    answers = [finished[name].generated_tokens for name in staying]
+    check(model, [*prompts, prompts[3]], answers)
 
 
 def test_prompt_lookup(model: Any) -> None:
@@ -148,14 +153,15 @@ class CoarseLayer(QuantizedLayer):
 def test_quantized_cache(model: Any, prompts: list[list[int]], residual: int) -> None:
     """Of eight bits: the prompt's part at once, the rest whenever the residual is full."""
     # What is not learned is a matter of small differences.
-    for prompt in (one for one in prompts if len(one) < 150):
+    prompts, answers = [one for one in prompts if len(one) < 150], []
+    for prompt in prompts:
         ids = torch.tensor([prompt])
         cache = DynamicCache(config=model.config)
         cache.layers = [
             CoarseLayer(nbits=8, q_group_size=32, residual_length=residual) for _ in cache.layers
         ]
         given = {**OPTIONS, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
-        found = model.generate(ids, **given)[0, len(prompt) :].tolist()
-        assert found == alone(model, prompt)
+        answers.append(model.generate(ids, **given)[0, len(prompt) :].tolist())
         quantized = cache.layers[0]._quantized_keys[-1][-2]
         assert quantized == len(prompt) if residual > NEW else quantized > len(prompt)
+    check(model, prompts, answers)
