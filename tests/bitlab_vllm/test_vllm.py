@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -16,6 +16,14 @@ pytestmark = pytest.mark.ci
 # Of log-probabilities. A float32 sum in another order can move an int8 code by one, and a bfloat16
 # model rounds each result.
 TOLERANCE = {"float32": 2e-2, "bfloat16": 0.2}
+
+
+class Job(NamedTuple):
+    """A folder, over how many processes, and whether these share experts by vLLM's option."""
+
+    folder: Path
+    processes: int = 1
+    expert_parallel: bool = False
 
 
 def change(folder: Path, target: Path, **fields: Any) -> Path:
@@ -31,12 +39,11 @@ def change(folder: Path, target: Path, **fields: Any) -> Path:
 
 
 def run(
-    environment: Path, *jobs: Path | tuple[Path, int], compiled: bool = False, spread: bool = False
+    environment: Path, *jobs: Job, compiled: bool = False, spread: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """What vLLM gives for folders, with a number of processes, by the folders' names."""
-    pairs = [job if isinstance(job, tuple) else (job, 1) for job in jobs]
+    """What vLLM gives for folders, by their names."""
     given = {
-        "jobs": [{"folder": str(folder), "processes": processes} for folder, processes in pairs],
+        "jobs": [{**job._asdict(), "folder": str(job.folder)} for job in jobs],
         "compiled": compiled,
         "spread": spread,
     }
@@ -46,7 +53,7 @@ def run(
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"name"')]
     found = {one["name"]: one for one in map(json.loads, lines)}
-    assert len(found) == len(pairs) + 1, done.stdout[-3000:] + done.stderr[-3000:]
+    assert len(found) == len(jobs) + 1, done.stdout[-3000:] + done.stderr[-3000:]
     # vLLM's transformers is too old for them.
     assert found.pop("imported")["others"] == []
     return found
@@ -85,9 +92,9 @@ def test_one_process(vllm_environment: Path, models: Path, tmp_path: Path) -> No
     batch = change(base, tmp_path / "batch", activation_granularity="per_tensor")
     incomplete = change(base, tmp_path / "incomplete", weight_granularity="per_channel")
     uneven = change(base, tmp_path / "uneven")
-    refused = (latent, newer, batch, incomplete, uneven)
-    found = run(vllm_environment, *refused[:-1], (uneven, 3), *(models / name for name in CASES))
-    messages = {one.name: found.pop(one.name).get("error", "") for one in refused}
+    refused = [*map(Job, (latent, newer, batch, incomplete)), Job(uneven, 3)]
+    found = run(vllm_environment, *refused, *(Job(models / name) for name in CASES))
+    messages = {one.folder.name: found.pop(one.folder.name).get("error", "") for one in refused}
     check(models, found)
     assert found.keys() == CASES.keys()
     assert "weight_format must be 'packed' to be served, got 'latent'" in messages["latent"]
@@ -100,11 +107,14 @@ def test_one_process(vllm_environment: Path, models: Path, tmp_path: Path) -> No
 
 
 def test_two_processes(vllm_environment: Path, models: Path) -> None:
-    """A tied int8 embedding, groups cut in the middle, one head of keys for both; experts."""
-    folders = [models / "qwen3-mixed", models / "gemma3", models / "qwen3-moe"]
-    check(models, run(vllm_environment, *((one, 2) for one in folders), spread=True))
+    """Int8 layers, groups cut in the middle, one head of keys for both; a tied int8 embedding;
+    experts, and such by vLLM's option beside a shared one.
+    """
+    names = "qwen3-mixed", "gemma3", "qwen3-moe"
+    jobs = [Job(models / name, 2) for name in names] + [Job(models / "qwen2-moe", 2, True)]
+    check(models, run(vllm_environment, *jobs, spread=True))
 
 
 def test_compiled(vllm_environment: Path, models: Path) -> None:
-    folders = [models / "qwen3-mixed", models / "qwen3-moe"]
-    check(models, run(vllm_environment, *folders, compiled=True))
+    names = "qwen3-mixed", "qwen3-moe"
+    check(models, run(vllm_environment, *(Job(models / name) for name in names), compiled=True))

@@ -1,6 +1,7 @@
 """Runs in vLLM's environment: what vLLM generates from folders, as JSON lines.
 
-python worker.py '{"jobs": [{"folder": ..., "processes": 1}], "compiled": false, "spread": false}'
+python worker.py '{"jobs": [{"folder": ..., "processes": 1, "expert_parallel": false}],
+                   "compiled": false, "spread": false}'
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def know(architecture: str) -> None:
     ModelRegistry.register_model(architecture, lazy.load_model_cls())
 
 
-def generate(folder: Path, processes: int, compiled: bool) -> dict[str, Any]:
+def generate(folder: Path, processes: int, expert_parallel: bool, compiled: bool) -> dict[str, Any]:
     """Returns greedy tokens and log-probabilities for the prompts of ``answers.json``."""
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
@@ -32,7 +33,7 @@ def generate(folder: Path, processes: int, compiled: bool) -> dict[str, Any]:
     model = LLM(
         str(folder), skip_tokenizer_init=True, max_model_len=128, max_num_seqs=8, seed=0,
         tensor_parallel_size=processes, dtype=config["dtype"], enforce_eager=not compiled,
-        enable_prefix_caching=False,
+        enable_prefix_caching=False, enable_expert_parallel=expert_parallel,
     )  # fmt: skip
     expected = json.loads((folder / "answers.json").read_text())
     sampling = SamplingParams(
@@ -65,7 +66,7 @@ def main() -> None:
     for job in jobs:
         folder = Path(job["folder"])
         try:
-            result = generate(folder, job["processes"], given["compiled"])
+            result = generate(folder, job["processes"], job["expert_parallel"], given["compiled"])
         except Exception as error:
             result = {"error": str(error), "trace": traceback.format_exc()}
         print(json.dumps({"name": folder.name, **result}), flush=True)
