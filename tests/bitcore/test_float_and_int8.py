@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import bitcore
 from bitcore import reference
 from tests.conftest import native_kernels
 
@@ -128,3 +129,24 @@ def test_int8_sums_do_not_overflow(isa: str) -> None:
     x = torch.ones(2, 131071)
     ours = native_kernels().linear_int8(x, weight, torch.ones(5), None, torch.float32)
     assert torch.equal(ours, reference.linear_int8(x, weight, torch.ones(5), None, torch.float32))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_lies_between_rows_reaches_no_product(backend: str, dtype: torch.dtype) -> None:
+    """Rows of odd length, NaN behind each: as the same rows without gaps."""
+    qweight, scale, _ = packed(5, 65, "per_channel")
+    around = torch.full((33, 96), float("nan"), dtype=dtype)
+    around[:, :65] = torch.randn(33, 65).to(dtype)
+    dy, x = around[:, :5], around[:, :65]
+    with bitcore.use_backend(backend):
+        y = torch.ops.bitlab.linear(x, qweight, scale, None, 5, "float", dtype)
+        dx = torch.ops.bitlab.input_gradient(dy, qweight, scale, 5, dtype)
+        assert torch.equal(
+            y, torch.ops.bitlab.linear(x.clone(), qweight, scale, None, 5, "float", dtype)
+        )
+        assert torch.equal(
+            dx, torch.ops.bitlab.input_gradient(dy.clone(), qweight, scale, 5, dtype)
+        )
+    assert torch.isfinite(y).all()
+    assert torch.isfinite(dx).all()
