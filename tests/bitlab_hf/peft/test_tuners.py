@@ -7,6 +7,7 @@ one does, and a saved adapter gives the same bits when it is loaded again.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 # Those that multiply with the float weight: around a deployed layer, and around a latent one.
 REFUSED = {
     "infer": {
-        "DEFT", "DELORA", "FROD", "GLORA", "HIRA", "HRA", "OSF", "PEANUT", "PSOFT", "SHIRA",
-        "SUPERTUNING", "TINYLORA",
+        "ADAMSS", "DEFT", "DELORA", "FROD", "GLORA", "HIRA", "HRA", "OSF", "PEANUT", "PSOFT",
+        "SHIRA", "SUPERTUNING", "TINYLORA",
     },
     "train": {"FROD", "GLORA", "HRA", "SHIRA", "SUPERTUNING"},
 }  # fmt: skip
-# Where this environment lacks what a method needs.
-LACKING = {"ADAMSS"}
+# Where an environment lacks what a method needs.
+LACKING = set() if importlib.util.find_spec("sklearn") else {"ADAMSS"}
 # They draw numbers in each forward pass.
 RANDOM = {"PVERA", "SHADOW"}
 
