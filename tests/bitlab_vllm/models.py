@@ -225,12 +225,12 @@ def convert(case: Case, model: Any, folder: Path) -> None:
 
 
 def answers(model: Any) -> dict[str, Any]:
-    """Prompts, the greedy tokens after them, and the log-probability of each token but the first
-    of prompt and answer.
+    """Prompts, the greedy tokens after them, the log-probability of each token but the first of
+    prompt and answer, and by how much each greedy token is ahead of the next best.
     """
     ids = token_ids(3, 4, 24)
     prompts = [ids[0, :9], ids[1, :5], ids[2, :17], token_ids(9, 33)]
-    greedy, found = [], []
+    greedy, found, leads = [], [], []
     for prompt in prompts:
         given = {"attention_mask": torch.ones_like(prompt[None]), "eos_token_id": None}
         whole = model.generate(
@@ -240,7 +240,10 @@ def answers(model: Any) -> dict[str, Any]:
             logs = model(input_ids=whole[None]).logits[0].float().log_softmax(-1)
         greedy.append(whole[len(prompt) :].tolist())
         found.append([float(logs[at - 1, whole[at]]) for at in range(1, len(whole))])
-    return {"prompts": [one.tolist() for one in prompts], "greedy": greedy, "logprobs": found}
+        first, second = logs[len(prompt) - 1 : -1].topk(2).values.T
+        leads.append((first - second).tolist())
+    asked = [one.tolist() for one in prompts]
+    return {"prompts": asked, "greedy": greedy, "logprobs": found, "leads": leads}
 
 
 def make_all(folder: Path, names: list[str]) -> None:
