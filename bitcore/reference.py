@@ -198,7 +198,7 @@ def linear_float(
     with torch.autocast(x.device.type, enabled=False):
         weight = unpack_weight(qweight, weight_scale, out_features, out_dtype, multiplier)
         bias = None if bias is None else bias.to(out_dtype)
-        return F.linear(packed_rows(x.to(out_dtype)), weight, bias).contiguous()
+        return F.linear(without_gaps(x.to(out_dtype)), weight, bias).contiguous()
 
 
 def linear_int8(
@@ -222,7 +222,7 @@ def linear_int8(
     return y.to(out_dtype).contiguous()
 
 
-def packed_rows(x: Tensor) -> Tensor:
+def without_gaps(x: Tensor) -> Tensor:
     """Returns the same numbers without gaps between the rows.
 
     Where a CPU has AMX, torch 2.13 reads bfloat16 rows of odd length one element too far, and NaN
@@ -242,7 +242,7 @@ def input_gradient(
     """``dx = dy @ (w_q * weight_scale)``, computed in dy's dtype."""
     with torch.autocast(dy.device.type, enabled=False):
         weight = unpack_weight(qweight, weight_scale, out_features, dy.dtype, multiplier)
-        return (packed_rows(dy) @ weight).to(dtype).contiguous()
+        return (without_gaps(dy) @ weight).to(dtype).contiguous()
 
 
 def input_gradient_int8(

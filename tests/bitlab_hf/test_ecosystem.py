@@ -107,7 +107,9 @@ def greedy(deployed: Path, *prompts: str, margin: float = 0.0) -> list[str]:
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         tokens = greedy_tokens(model, ids, margin, max_new_tokens=TOKENS)
-        texts.append(str(tokenizer.decode(tokens, skip_special_tokens=True)))
+        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        # The tokens may end within a character.
+        texts.append(text.rstrip("\N{REPLACEMENT CHARACTER}") if len(tokens) < TOKENS else text)
     return texts
 
 
