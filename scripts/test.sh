@@ -5,6 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/environment.sh dev
 scripts/check.sh
+# Compiled modules are kept: tests start many processes.
+unset PYTHONDONTWRITEBYTECODE
 # One process for each CPU; a test that is about threads sets their number itself.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "${BITLAB_VENV:-.venv}/bin/pytest" -n logical --dist worksteal -m "not ci" "$@"

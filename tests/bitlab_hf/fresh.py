@@ -5,7 +5,6 @@ Run as ``python -m tests.bitlab_hf.fresh MODEL ARCHITECTURE OUTPUT``.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 import bitcore
 import bitlab_hf  # noqa: F401  (registers the quantizer)
+from tests import processes
 from tests.bitlab_hf.models import auto_class, logits_of, token_ids
 
 COMBINATIONS = [(threads, backend) for threads in (1, 2) for backend in ("cpu", "reference")]
@@ -47,9 +47,7 @@ def fresh_outputs(folder: Path, name: str) -> dict[str, Tensor]:
     """Runs `outputs_of` in a new process on a saved model."""
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "outputs.safetensors"
-        command = [sys.executable, "-m", "tests.bitlab_hf.fresh", str(folder), name, str(output)]
-        root = Path(__file__).parents[2]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+        done = processes.run("-m", "tests.bitlab_hf.fresh", folder, name, output)
         assert done.returncode == 0, done.stderr
         return dict(load_file(output))
 

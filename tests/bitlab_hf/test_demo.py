@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -20,13 +21,13 @@ from bitcore.errors import MissingExtraError
 from bitlab_hf.demo.corpus import HELDOUT_MODULUS, source_files, split_of
 from bitlab_hf.demo.terminal import printable
 from bitlab_hf.demo.text import Blocks, make_blocks, measure_perplexity
+from tests import processes
 
 MODEL = Path(str(files("bitlab_hf.demo") / "model"))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).with_name("bitlab")), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    return processes.run(processes.BITLAB, *arguments)
 
 
 def test_split_is_by_path_and_disjoint() -> None:
@@ -128,18 +129,19 @@ def write_articles(folder: Path) -> Path:
 @pytest.mark.ci
 def test_a_model_and_a_text_of_ones_own_killed_and_resumed(tmp_path: Path) -> None:
     text, output = write_articles(tmp_path / "text"), tmp_path / "out"
-    command = [str(Path(sys.executable).with_name("bitlab")), "demo", "--quick", "--json"]
+    command = ["demo", "--quick", "--json", "--tokens", "20000", "--resume"]
     command += ["--model", str(MODEL), "--text", str(text), "--output", str(output)]
-    command += ["--tokens", "20000", "--resume"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = processes.start(processes.BITLAB, *command)
     calibration = output / "run" / "calibration"
-    while process.poll() is None and len(list(calibration.glob("*.safetensors"))) < 9:
+    while process.is_alive() and len(list(calibration.glob("*.safetensors"))) < 9:
         time.sleep(0.02)
     process.kill()
-    assert process.wait() < 0, "it ended before it could be killed"
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it ended before it could be killed"
     kept = {file: file.stat().st_mtime_ns for file in calibration.glob("*.safetensors")}
     assert kept
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["finetuned"] is None
     assert report["original"]["nats"] < report["ternary"]["nats"] < report["rounded"]["nats"]

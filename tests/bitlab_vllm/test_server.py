@@ -71,12 +71,16 @@ class Server:
     def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
         self.process, self.port, self.log = process, port, log
 
-    def status(self, path: str, body: bytes | None = None) -> tuple[int, str]:
+    def open(self, path: str, body: bytes | None = None) -> http.client.HTTPResponse:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", body, {"Content-Type": "application/json"}
         )
+        response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=120)
+        return response
+
+    def status(self, path: str, body: bytes | None = None) -> tuple[int, str]:
         try:
-            with urllib.request.urlopen(request, timeout=120) as response:
+            with self.open(path, body) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -123,15 +127,12 @@ def served(command: list[str | Path], port: int, log: Path) -> Iterator[Server]:
                 server.kill()
 
 
-def read_a_little(port: int, model: str) -> http.client.HTTPConnection:
+def read_a_little(server: Server, model: str) -> http.client.HTTPResponse:
     """Begins to read a long streamed answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     body = {"model": model, "prompt": PROMPT, "max_tokens": 400, "stream": True, "ignore_eos": True}
-    connection.request(
-        "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
-    )
-    assert connection.getresponse().readline().startswith(b"data: ")
-    return connection
+    response = server.open("/v1/completions", json.dumps(body).encode())
+    assert response.readline().startswith(b"data: ")
+    return response
 
 
 def test_a_client_and_bad_ones(deployed: Path, vllm_environment: Path, tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_a_client_and_bad_ones(deployed: Path, vllm_environment: Path, tmp_path:
         assert code == 404
         assert "other" in text
 
-        read_a_little(port, name).close()
+        read_a_little(server, name).close()
         assert server.complete(name, PROMPT) == expected
 
         second = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -179,8 +180,10 @@ def test_a_client_and_bad_ones(deployed: Path, vllm_environment: Path, tmp_path:
         assert f"must be free to listen on, got 127.0.0.1:{port}" in second.stderr
         assert server.complete(name, PROMPT) == expected
 
-        connection = read_a_little(port, name)
-        server.kill()
-        connection.close()
+        # Cut short, an answer cannot be taken for a whole one.
+        with read_a_little(server, name) as response:
+            server.kill()
+            with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+                response.read()
     with served(command, port, tmp_path / "again.txt") as server:
         assert server.complete(name, PROMPT) == expected

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitlab_hf import BitLabConfig, save
 from bitlab_hf.demo.corpus import source_files
+from tests import processes
 
 pytestmark = pytest.mark.ci
 SCRIPT = Path(__file__).parents[2] / "scripts" / "finetune.py"
@@ -30,11 +31,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    command = [*(launcher or (sys.executable,)), str(SCRIPT), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if launcher else dict(os.environ)
+    if not launcher:
+        return processes.run(SCRIPT, *map(str, arguments))
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=180, env=environment
-    )
+        [*launcher, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True,
+        check=False, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
 
 def options(text: Path, output: Path, steps: int, **more: Any) -> list[object]:
@@ -109,10 +111,10 @@ def test_lora(text: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
     save(model, tmp_path / "base", tokenizer=AutoTokenizer.from_pretrained(MODEL))
     script = Path(__file__).parents[2] / "scripts" / "finetune_lora.py"
-    command = [sys.executable, script, "--model", tmp_path / "base", "--data", *text.glob("*.txt"),
+    command = [script, "--model", tmp_path / "base", "--data", *text.glob("*.txt"),
                "--output", tmp_path / "out", "--block", 32, "--batch", 2, "--max-steps", 12,
                "--rank", 4, "--cpu"]  # fmt: skip
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    done = processes.run(*map(str, command))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["reloaded_bit_for_bit"]

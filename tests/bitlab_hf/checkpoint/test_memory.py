@@ -7,8 +7,6 @@ are for a model of 385 MiB in bf16.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from bitlab_hf import BitLabConfig, save
+from tests import processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.ci]
 MIB = 2**20
@@ -27,6 +26,8 @@ import torch
 from transformers import AutoModelForCausalLM
 import bitlab_hf
 from bitlab_hf import BitLabConfig
+
+from tests import processes
 
 def anonymous():
     with open("/proc/self/status") as status:
@@ -84,8 +85,7 @@ def measure(path: Path, **fields: Any) -> dict[str, int]:
 
 
 def measure_once(path: Path, **fields: Any) -> dict[str, int]:
-    command = [sys.executable, "-c", CODE, str(path), json.dumps(fields)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = processes.run("-c", CODE, path, json.dumps(fields))
     assert done.returncode == 0, done.stderr
     result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return result

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import stat
-import subprocess
-import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from bitlab_hf.checkpoint.atomic import (
     write_atomically,
 )
 from bitlab_hf.interop.gguf import check_target
+from tests import processes
 from tests.bitlab_hf.models import make_float_model
 
 
@@ -182,17 +181,17 @@ def test_what_a_killed_process_left_goes_at_the_next_write(
     target = tmp_path / "target"
     own = tmp_path / ".target.settings"
     own.write_text("mine")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITE, str(target), kind], stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    killed = processes[0]
+    printed = [tmp_path / "first.txt", tmp_path / "second.txt"]
+    for file in printed:
+        file.touch()
+    started = [processes.start("-c", WRITE, target, kind, output=file) for file in printed]
     try:
-        staged = [Path(process.stdout.readline().strip()) for process in processes]  # type: ignore[union-attr]
-        killed.send_signal(signal.SIGKILL)
-        killed.wait(60)
+        while not all(file.read_text().endswith("\n") for file in printed):
+            assert all(process.is_alive() for process in started)
+            time.sleep(0.02)
+        staged = [Path(file.read_text().strip()) for file in printed]
+        started[0].kill()
+        started[0].join()
         assert all(path.exists() for path in staged)
         with staged_beside(target, "save", folder=kind == "folder"):
             pass
@@ -201,9 +200,9 @@ def test_what_a_killed_process_left_goes_at_the_next_write(
         assert staged[1].exists()
         assert own.read_text() == "mine"
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
-            process.wait(60)
+            process.join()
 
 
 def test_the_only_checkpoint_is_never_removed(tmp_path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from bitcore.errors import ArgumentError, ArgumentTypeError, LifecycleError
 from bitlab_hf import BitLabConfig, deploy, replace_linear, save
 from bitlab_hf.checkpoint import saving
 from bitlab_hf.model.tree import quantized_layers
+from tests import processes
 from tests.bitlab_hf.models import logits_of, make_float_model
 
 
@@ -95,8 +94,7 @@ model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "target")!r})
 bitlab_hf.checkpoint.saving._exchange = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 bitlab_hf.save(model, {str(tmp_path / "target")!r})
 """
-    done = subprocess.run([sys.executable, "-c", code], check=False, env=os.environ, timeout=120)
-    assert done.returncode == -9
+    assert processes.run("-c", code).returncode == -signal.SIGKILL
     assert contents(tmp_path / "target") == previous
 
 
@@ -204,7 +202,7 @@ except Exception as error:
     print(type(error).__name__, error)
 dist.destroy_process_group()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = processes.run("-c", code)
     assert "LifecycleError deploy: 0.weight must be a whole, plain tensor" in done.stdout, (
         done.stderr
     )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bitlab_hf.cli.app import app
+from tests import processes
 
 COMMANDS = [
     "bench", "chat", "convert", "demo", "deploy", "eval", "export", "generate", "import", "info",
@@ -19,8 +20,7 @@ COMMANDS = [
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).with_name("bitlab")), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    return processes.run(processes.BITLAB, *arguments)
 
 
 def test_every_command_is_listed() -> None:

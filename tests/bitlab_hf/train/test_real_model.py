@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bitlab_hf import BitLabConfig, deploy
+from tests import processes
 
 pytestmark = pytest.mark.ci
 
@@ -28,8 +27,10 @@ BLOCKS = 16
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What scripts/real_models.py fetches, cut to eight layers, and text of so many samples."""
     folder = tmp_path_factory.mktemp("real")
-    script = [sys.executable, str(ROOT / "scripts/real_models.py"), str(folder)]
-    subprocess.run([*script, "--only", "smollm2", "wikipedia"], check=True)
+    fetched = processes.run(
+        ROOT / "scripts/real_models.py", folder, "--only", "smollm2", "wikipedia"
+    )
+    assert fetched.returncode == 0, fetched.stderr
     source, cut = folder / "smollm2-135m", folder / "eight-layers"
     config = AutoConfig.from_pretrained(source, num_hidden_layers=8)
     AutoModelForCausalLM.from_pretrained(source, config=config).save_pretrained(cut)
@@ -48,7 +49,7 @@ def read_text(file: Path) -> str:
 
 def command(real: Path, output: Path, *options: str) -> list[str]:
     return [
-        *(str(Path(sys.executable).with_name("bitlab")), "train", str(real / "eight-layers")),
+        *(processes.BITLAB, "train", str(real / "eight-layers")),
         *(str(output), "--text", str(real / "fit.txt"), "--length", str(LENGTH), "--batch", "2"),
         *("--save-every", "3", "--threads", "1", *options),
     ]
@@ -56,14 +57,14 @@ def command(real: Path, output: Path, *options: str) -> list[str]:
 
 def kill_when(arguments: list[str], ready: Callable[[], bool]) -> None:
     """Runs a command and kills it, without a word, once something is there."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = processes.start(*arguments)
     try:
         while not ready():
-            assert process.poll() is None, "it ended before it could be killed"
+            assert process.is_alive(), "it ended before it could be killed"
             time.sleep(0.05)
     finally:
         process.kill()
-        process.wait()
+        process.join()
 
 
 def distance(model: Any, wanted: Tensor, ids: Tensor) -> float:
@@ -81,7 +82,7 @@ def test_killed_and_resumed_it_is_the_same_and_far_below_rounding(
     real: Path, tmp_path: Path
 ) -> None:
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    subprocess.run(command(real, straight), check=True)
+    processes.run(*command(real, straight)).check_returncode()
     run = resumed / "run"
     kill_when(
         command(real, resumed),
@@ -91,7 +92,7 @@ def test_killed_and_resumed_it_is_the_same_and_far_below_rounding(
         command(real, resumed, "--resume"),
         lambda: (run / "checkpoint-3/trainer_state.json").exists(),
     )
-    subprocess.run(command(real, resumed, "--resume"), check=True)
+    processes.run(*command(real, resumed, "--resume")).check_returncode()
     files = [folder / "model.safetensors" for folder in (straight, resumed)]
     assert files[0].read_bytes() == files[1].read_bytes()
 

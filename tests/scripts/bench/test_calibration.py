@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 SCRIPT = Path(__file__).parents[3] / "scripts/bench/calibration.py"
 
 
 def test_a_toy_s_layer(tmp_path: Path) -> None:
     output = tmp_path / "out" / "calibration.json"
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--geometries", "tiny", "--samples", "4", "--length", "16",
-         "--threads", "1", "--output", str(output)],
-        capture_output=True, text=True, check=True,
+    done = processes.run(
+        SCRIPT, "--geometries", "tiny", "--samples", "4", "--length", "16", "--threads", "1",
+        "--output", output,
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text())
     layer = found["layers"]["tiny"]
     assert set(layer["parts"]) == {

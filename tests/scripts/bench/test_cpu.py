@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import processes
 
 pytestmark = pytest.mark.slow
 SCRIPTS = Path(__file__).parents[3] / "scripts"
@@ -17,8 +17,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def run(script: str, folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     output = folder / "result.json"
-    command = [sys.executable, str(SCRIPTS / script), "--quick", "--json", str(output), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = processes.run(SCRIPTS / script, "--quick", "--json", output, *arguments)
     assert done.returncode == 0, done.stderr
     assert output.with_suffix(".png").read_bytes().startswith(PNG)
     assert "| target | measured | met |" in output.with_suffix(".md").read_text()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests import processes
 
 SCRIPT = Path(__file__).parents[3] / "scripts/bench/cuda.py"
 
@@ -107,10 +108,6 @@ def test_a_model_runs_without_a_gpu(
 
 
 def test_without_a_gpu_it_says_so() -> None:
-    if torch.cuda.is_available():
-        command = [sys.executable, str(SCRIPT), "--help"]
-    else:
-        command = [sys.executable, str(SCRIPT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = processes.run(SCRIPT, *["--help"] * torch.cuda.is_available())
     assert "CUDA" in done.stdout + done.stderr
     assert (done.returncode == 0) == torch.cuda.is_available()

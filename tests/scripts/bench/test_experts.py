@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 pytestmark = pytest.mark.slow
 BENCH = Path(__file__).parents[3] / "scripts" / "bench"
@@ -17,8 +17,7 @@ PEERS = {f"transformers bf16 {name}" for name in ("eager", "grouped_mm", "batche
 
 def test_every_geometry(tmp_path: Path) -> None:
     output = tmp_path / "experts.json"
-    command = [sys.executable, str(SCRIPT), "--quick", "--threads", "1", "--json", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    done = processes.run(SCRIPT, "--quick", "--threads", "1", "--json", output)
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
     assert result["isa"] in done.stdout
@@ -51,11 +50,10 @@ def test_every_geometry(tmp_path: Path) -> None:
 @pytest.mark.ci
 def test_a_whole_model(tmp_path: Path) -> None:
     output, work = tmp_path / "model.json", tmp_path / "models"
-    command = [
-        sys.executable, str(BENCH / "experts_model.py"), "--quick", "--llama", "--threads", "1",
-        "--work", str(work), "--json", str(output),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    done = processes.run(
+        BENCH / "experts_model.py", "--quick", "--llama", "--threads", "1",
+        "--work", work, "--json", output,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
     ours, peer = result["engines"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ sys.path.insert(0, str(SCRIPTS))
 from quality_methods import POST_TRAINING  # noqa: E402
 from quality_report import compare, summarize  # noqa: E402
 from quality_text import python_files, strip_markup  # noqa: E402
+
+from tests import processes  # noqa: E402
 
 # One of each kind: full precision, transformers' layer, labels alone, a teacher's terms.
 QUICK = ["float", "auto", "plain", "kl", "kl-hidden"]
@@ -69,9 +70,9 @@ def test_markup_is_stripped() -> None:
 @pytest.mark.ci
 def test_quick(tmp_path: Path) -> None:
     output = tmp_path / "quality.json"
-    command = [sys.executable, str(SCRIPTS / "quality_small.py"), "--quick", "--domains", "python"]
-    command += ["--folder", str(tmp_path), "--json", str(output), "--methods", *QUICK]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    command = [SCRIPTS / "quality_small.py", "--quick", "--domains", "python"]
+    command += ["--folder", tmp_path, "--json", output, "--methods", *QUICK]
+    done = processes.run(*command)
     assert done.returncode == 0, done.stderr
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert "| distillation, T = 2 | not run |" in output.with_suffix(".md").read_text()
@@ -91,6 +92,6 @@ def test_quick(tmp_path: Path) -> None:
     (lost,) = runs.glob("kl-hidden-20-*-1.json")
     before, kept = json.loads(lost.read_text()), {p: p.stat().st_mtime_ns for p in runs.iterdir()}
     lost.unlink()
-    subprocess.run(command, capture_output=True, check=True, timeout=300)
+    processes.run(*command).check_returncode()
     assert json.loads(lost.read_text())["nats"] == before["nats"]
     assert all(p.stat().st_mtime_ns == time for p, time in kept.items() if p != lost)

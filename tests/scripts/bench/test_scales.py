@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+from tests import processes
 from tests.bitlab_hf.interop.test_gguf import DEMO
 from tests.bitlab_hf.models import make_float_model
 
@@ -38,9 +37,9 @@ def models(tmp_path: Path) -> Path:
 
 
 def run(models: Path, folder: Path, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, str(SCRIPT), "--models", str(models), "--folder", str(folder)]
-    command += ["--samples", "3", "--blocks", "2", "--threads", "1", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    options = ["--models", models, "--folder", folder]
+    options += ["--samples", "3", "--blocks", "2", "--threads", "1", *arguments]
+    done = processes.run(SCRIPT, *options)
     assert done.returncode == 0, done.stderr
     results: dict[str, Any] = json.loads((folder / "scales.json").read_text())
     return results
