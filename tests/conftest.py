@@ -19,7 +19,8 @@ from bitcore.kernels.cpu import CpuKernels
 from bitcore.kernels.cuda import CudaKernels
 from tests.native.cuda.build_host import build
 from tests.native.cuda.host import HostKernels, load_host_library
-from tests.stock_environment import make_stock_environment
+from tests.processes import Elsewhere
+from tests.stock_environment import stock_processes
 
 # Of the tests marked `ci` these take minutes each. They come first, so that no process of a session
 # is left alone with one in the end.
@@ -89,9 +90,11 @@ def host(host_library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[
 
 
 @pytest.fixture(scope="session")
-def stock_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment that has transformers and no BitLab."""
-    return make_stock_environment(tmp_path_factory.mktemp("stock") / "venv")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    """Processes of an environment that has transformers and no BitLab."""
+    server = stock_processes(tmp_path_factory.mktemp("stock") / "venv")
+    yield server
+    server.close()
 
 
 @pytest.fixture

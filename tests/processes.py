@@ -9,97 +9,110 @@ finds out about imports, about what is read at import, or about a program of its
 
 from __future__ import annotations
 
-import atexit
+import json
 import multiprocessing
 import os
-import runpy
 import subprocess
 import sys
 import tempfile
-import types
+import threading
+from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
+
+from tests.forked import be_python
 
 BITLAB = Path(sys.executable).with_name("bitlab")
 # What the server has, whatever a test changes for itself later.
-_ENVIRONMENT = dict(os.environ)
+_ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
+_LOCK = threading.Lock()
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
-def _be_python(arguments: list[str]) -> None:
-    """Runs what Python runs with such a command line: a file, ``-m module`` or ``-c code``."""
-    first, *others = arguments
-    if first == "-m":
-        sys.argv, sys.path[0] = others, os.getcwd()
-        runpy.run_module(others[0], run_name="__main__", alter_sys=True)
-    elif first == "-c":
-        sys.argv, sys.path[0] = ["-c", *others[1:]], ""
-        module = sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(others[0], "<string>", "exec"), vars(module))
-    else:
-        sys.argv, sys.path[0] = arguments, str(Path(first).parent)
-        runpy.run_path(first, run_name="__main__")
-
-
-def _child(
-    arguments: list[str], environment: dict[str, str], folder: str, output: str, errors: str
-) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder)
-    for number, path in ((0, os.devnull), (1, output), (2, errors)):
-        file = os.open(path, os.O_RDWR | os.O_APPEND)
-        os.dup2(file, number)
-        os.close(file)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    sys.path.insert(0, "")
-    try:
-        _be_python(arguments)
-    finally:
-        atexit._run_exitfuncs()
-
-
-def start(
-    *arguments: str | Path,
-    env: dict[str, str] | None = None,
-    output: str | Path = os.devnull,
-    errors: str | Path = os.devnull,
-) -> BaseProcess:
-    """Starts Python on arguments as after ``python``, its output added to existing files.
-
-    Its environment is this process's as it is now, or `env`.
-    """
-    held = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(_ENVIRONMENT)
-    try:
-        forkserver.ensure_running()
-    finally:
+def fork(function: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Starts a function of a module in such a process, with arguments that can be pickled."""
+    with _LOCK:
+        held = dict(os.environ)
         os.environ.clear()
-        os.environ.update(held)
-    given = ([*map(str, arguments)], env or held, os.getcwd(), str(output), str(errors))
-    process = _CONTEXT.Process(target=_child, args=given)
+        os.environ.update(_ENVIRONMENT)
+        try:
+            forkserver.ensure_running()
+        finally:
+            os.environ.clear()
+            os.environ.update(held)
+    process = _CONTEXT.Process(target=function, args=arguments)
     process.start()
     return process
 
 
-def run(
-    *arguments: str | Path, env: dict[str, str] | None = None, timeout: float = 600
-) -> subprocess.CompletedProcess[str]:
+def start(*arguments: str | Path, output: str | Path = os.devnull) -> BaseProcess:
+    """Starts Python on arguments as after ``python``; its output is added to an existing file."""
+    given = [*map(str, arguments)]
+    return fork(be_python, given, dict(os.environ), os.getcwd(), str(output), os.devnull)
+
+
+def run(*arguments: str | Path, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Waits for such a process and returns its exit code and what it printed."""
-    with tempfile.NamedTemporaryFile("r+") as output, tempfile.NamedTemporaryFile("r+") as errors:
-        process = start(*arguments, env=env, output=output.name, errors=errors.name)
+    with _Printed() as printed:
+        given = [*map(str, arguments)]
+        process = fork(be_python, given, dict(os.environ), os.getcwd(), *printed.names)
         process.join(timeout)
-        ended = process.exitcode is not None
+        code = process.exitcode
         process.kill()
         process.join()
-        given, code = [*map(str, arguments)], process.exitcode
-        printed = (output.read(), errors.read())
-    if not ended:
-        raise subprocess.TimeoutExpired(given, timeout, *printed)
-    assert code is not None
-    return subprocess.CompletedProcess(given, code, *printed)
+        if code is None:
+            raise subprocess.TimeoutExpired(given, timeout, *printed.texts())
+        return subprocess.CompletedProcess(given, code, *printed.texts())
+
+
+class Elsewhere:
+    """The same with the Python of another environment, or with other variables at import."""
+
+    def __init__(self, python: Path, environment: dict[str, str], *modules: str) -> None:
+        self.environment, self._folder = environment, str(python.parent)
+        self._server = subprocess.Popen(
+            [python, "-P", Path(__file__).with_name("forked.py"), *modules], env=environment,
+            cwd=self._folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def run(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Waits for a process with further variables of the environment."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        with _Printed() as printed:
+            given = {
+                "arguments": [*map(str, arguments)],
+                "environment": {**self.environment, **environment},
+                "folder": self._folder,
+                "output": printed.names[0],
+                "errors": printed.names[1],
+            }
+            print(json.dumps(given), file=self._server.stdin, flush=True)
+            code = int(self._server.stdout.readline())
+            return subprocess.CompletedProcess(given["arguments"], code, *printed.texts())
+
+    def close(self) -> None:
+        """Ends the server."""
+        self._server.kill()
+        self._server.wait()
+
+
+class _Printed:
+    """Two files that a process writes to."""
+
+    def __enter__(self) -> _Printed:
+        self._folder = tempfile.TemporaryDirectory(prefix="printed-")
+        self._files = [Path(self._folder.name) / name for name in ("output", "errors")]
+        for file in self._files:
+            file.touch()
+        self.names = tuple(map(str, self._files))
+        return self
+
+    def texts(self) -> list[str]:
+        return [file.read_text() for file in self._files]
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()

@@ -8,6 +8,8 @@ import sysconfig
 import venv
 from pathlib import Path
 
+from tests.processes import Elsewhere
+
 # Packages, the installed distribution, and what an editable installation leaves.
 OURS = ("bitcore", "bitlayers", "bitlab", "_editable_skbc_bitlab", "__editable__.bitlab")
 
@@ -24,11 +26,10 @@ def make_stock_environment(folder: Path) -> Path:
     return python
 
 
-def run_stock(python: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Runs Python there, on a script or with ``-c``, away from this repository's folders."""
+def stock_processes(folder: Path) -> Elsewhere:
+    """Makes such an environment and a server of its processes, which need no hub."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    return subprocess.run(
-        [python, "-P", *arguments],
-        capture_output=True, text=True, check=False, cwd=python.parent,
-        env={**environment, "HF_HUB_OFFLINE": "1"},
+    return Elsewhere(
+        make_stock_environment(folder), {**environment, "HF_HUB_OFFLINE": "1"},
+        "transformers.modeling_utils", "transformers.models.llama.modeling_llama",
     )  # fmt: skip

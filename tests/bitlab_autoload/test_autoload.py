@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import bitlab_autoload
 from bitlab_hf import BitLabConfig, save
 from tests.bitlab_autoload.uses import PROMPT
-from tests.stock_environment import run_stock
+from tests.processes import Elsewhere
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "bitlab_hf/demo/model")
@@ -121,17 +121,17 @@ assert not any(type(finder).__module__ == "bitlab_autoload" for finder in sys.me
     assert "bitlab" not in done.stderr
 
 
-def test_without_bitlab_a_load_fails(deployed: Path, stock_python: Path) -> None:
+def test_without_bitlab_a_load_fails(deployed: Path, stock: Elsewhere) -> None:
     script = (
         f"from transformers import AutoModelForCausalLM as A\nA.from_pretrained({str(deployed)!r})"
     )
-    done = run_stock(stock_python, "-c", script)
+    done = stock.run("-c", script)
     assert done.returncode != 0
     assert "size mismatch" in done.stderr.lower() or "mismatched" in done.stderr.lower()
     assert "Unknown quantization type, got bitlab" in done.stderr
     # Where the message leads: the card says what to install.
     assert "pip install bitlab-hf" in (deployed / "README.md").read_text()
-    assert "ModuleNotFoundError" in run_stock(stock_python, "-c", "import bitlab_hf").stderr
+    assert "ModuleNotFoundError" in stock.run("-c", "import bitlab_hf").stderr
 
 
 def test_import_torch_loads_nothing_else() -> None:

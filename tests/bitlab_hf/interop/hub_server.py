@@ -221,11 +221,11 @@ _ROUTES: list[tuple[str, str, Any]] = [
 
 
 @contextmanager
-def serve() -> Iterator[Hub]:
-    """Runs a hub on a free port of loopback."""
+def serve(port: int = 0) -> Iterator[Hub]:
+    """Runs a hub on a port of loopback, by default a free one."""
     hub = Hub()
     handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

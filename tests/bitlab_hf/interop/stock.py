@@ -10,7 +10,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +25,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from transformers.integrations.bitnet import pack_weights
+
+if TYPE_CHECKING:
+    from tests.processes import Elsewhere
 
 ROOT = Path(__file__).parents[3]
 SIZES: dict[str, Any] = {
@@ -99,13 +102,10 @@ def outputs(model: Any) -> dict[str, Tensor]:
     return {"logits": model(input_ids=ids).logits.float(), "tokens": tokens}
 
 
-def stock_outputs(python: Path, folder: Path, scratch: Path) -> dict[str, Tensor]:
-    """`outputs` of stock transformers, run by the Python of an environment without BitLab."""
-    # Not there when this file is run as a script.
-    from tests.stock_environment import run_stock
-
+def stock_outputs(stock: Elsewhere, folder: Path, scratch: Path) -> dict[str, Tensor]:
+    """`outputs` of stock transformers, in an environment without BitLab."""
     file = scratch / "stock.safetensors"
-    done = run_stock(python, __file__, folder, file)
+    done = stock.run(__file__, folder, file)
     assert done.returncode == 0, done.stderr
     assert "newly initialized" not in done.stderr
     return dict(load_file(file))

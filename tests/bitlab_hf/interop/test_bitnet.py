@@ -36,6 +36,7 @@ from tests.bitlab_hf.interop.stock import (
     stock_outputs,
     token_ids,
 )
+from tests.processes import Elsewhere
 
 DEMO = ROOT / "bitlab_hf/demo/model"
 OFFLINE = {"linear_class": "autobitlinear", "quantization_mode": "offline"}
@@ -182,7 +183,7 @@ def test_import_is_memory_mapped(tmp_path: Path) -> None:
         *(pytest.param(name, marks=pytest.mark.ci) for name in ("bitnet", "qwen2", "rms_norm")),
     ],
 )
-def test_export(name: str, state: str, tmp_path: Path, stock_python: Path) -> None:
+def test_export(name: str, state: str, tmp_path: Path, stock: Elsewhere) -> None:
     source = build("llama" if name == "rms_norm" else name, tmp_path / "source", **ONLINE,
                    use_rms_norm=name == "rms_norm")  # fmt: skip
     model = load_bitnet(source, mode="auto" if state == "latent" else "infer")
@@ -193,7 +194,7 @@ def test_export(name: str, state: str, tmp_path: Path, stock_python: Path) -> No
     assert model.config.to_dict() == config
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert (getattr(model, "hf_quantizer", None) is not None) == (state == "deployed")
-    assert_close_to_stock(model, stock_outputs(stock_python, tmp_path / "exported", tmp_path))
+    assert_close_to_stock(model, stock_outputs(stock, tmp_path / "exported", tmp_path))
     # No card of BitLab's in a folder that needs no BitLab; and the way back.
     assert not (tmp_path / "exported/README.md").exists()
     again = load_bitnet(tmp_path / "exported")
@@ -201,7 +202,7 @@ def test_export(name: str, state: str, tmp_path: Path, stock_python: Path) -> No
         assert torch.equal(ours.module.packed()[0], theirs.module.packed()[0])
 
 
-def test_export_of_the_demo_model(tmp_path: Path, stock_python: Path) -> None:
+def test_export_of_the_demo_model(tmp_path: Path, stock: Elsewhere) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         DEMO, dtype=torch.float32, quantization_config=BitLabConfig(mode="infer")
     )
@@ -214,8 +215,8 @@ def test_export_of_the_demo_model(tmp_path: Path, stock_python: Path) -> None:
     assert len(list((tmp_path / "exported").glob("model-*.safetensors"))) > 1
     assert (tmp_path / "exported/tokenizer.json").exists()
     # Its logits differ where an activation falls on the other side of a half: see the next test.
-    ours, stock = outputs(model), stock_outputs(stock_python, tmp_path / "exported", tmp_path)
-    assert torch.equal(ours["tokens"], stock["tokens"])
+    ours, expected = outputs(model), stock_outputs(stock, tmp_path / "exported", tmp_path)
+    assert torch.equal(ours["tokens"], expected["tokens"])
     with safe_open(next((tmp_path / "exported").glob("model-*.safetensors")), "pt") as file:
         assert "bitlab_layers" not in (file.metadata() or {})
 

@@ -26,6 +26,7 @@ from bitlab_hf import (
 from bitlab_hf.interop.compressed import pack_words, unpack_words
 from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.interop.stock import ARCHITECTURES, outputs, rewrite_config, stock_outputs
+from tests.processes import Elsewhere
 
 LAYER = "model.layers.1.mlp.up_proj"
 GROUPS = {"weight_granularity": "per_group", "group_size": 64}
@@ -282,11 +283,11 @@ def test_other_refusals(tmp_path: Path) -> None:
     ("name", "scheme"),
     [("llama", "groups"), ("qwen2", "mixed"), ("bitnet", "tensor"), ("tied", "groups")],
 )
-def test_stock_transformers(name: str, scheme: str, stock_python: Path, tmp_path: Path) -> None:
+def test_stock_transformers(name: str, scheme: str, stock: Elsewhere, tmp_path: Path) -> None:
     """The real reader, without BitLab: the same float32 weights, and logits bit for bit."""
     model: Any = build(name, scheme)
     export_compressed_tensors(model, tmp_path / "ct")
-    stock = stock_outputs(stock_python, tmp_path / "ct", tmp_path)
+    expected = stock_outputs(stock, tmp_path / "ct", tmp_path)
     ours = outputs(model.dequantize())
-    assert torch.equal(stock["logits"], ours["logits"])
-    assert torch.equal(stock["tokens"], ours["tokens"])
+    assert torch.equal(expected["logits"], ours["logits"])
+    assert torch.equal(expected["tokens"], ours["tokens"])

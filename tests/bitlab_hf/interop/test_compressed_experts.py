@@ -27,6 +27,7 @@ from bitlab_hf.model.experts import expert_modules
 from tests.bitlab_hf.experts import MOE
 from tests.bitlab_hf.interop.stock import outputs, stock_outputs
 from tests.bitlab_hf.interop.test_gguf_architectures import same_experts
+from tests.processes import Elsewhere
 
 GROUPS = {"weight_granularity": "per_group", "group_size": 64}
 ROWS = {"weight_granularity": "per_channel"}
@@ -162,13 +163,13 @@ def test_refused(name: str, changes: dict[str, Any], message: str, tmp_path: Pat
 
 @pytest.mark.ci
 @pytest.mark.parametrize("name", APART)
-def test_stock_transformers(name: str, stock_python: Path, tmp_path: Path) -> None:
+def test_stock_transformers(name: str, stock: Elsewhere, tmp_path: Path) -> None:
     """The real reader, without BitLab: the same float32 weights, and logits bit for bit."""
     model = build(name, **(ROWS if name == "deepseek_v3" else GROUPS))
     export_compressed_tensors(model, tmp_path / "ct")
     groups = json.loads((tmp_path / "ct/config.json").read_text())["quantization_config"]
     assert len(groups["config_groups"]) == 2
-    stock = stock_outputs(stock_python, tmp_path / "ct", tmp_path)
+    expected = stock_outputs(stock, tmp_path / "ct", tmp_path)
     ours = outputs(model.dequantize())
-    assert torch.equal(stock["logits"], ours["logits"])
-    assert torch.equal(stock["tokens"], ours["tokens"])
+    assert torch.equal(expected["logits"], ours["logits"])
+    assert torch.equal(expected["tokens"], ours["tokens"])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +24,12 @@ from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf import BitLabConfig, push, save
 from tests.bitlab_hf.interop.hub_server import TOKEN, Hub, serve
 from tests.bitlab_hf.interop.stock import ROOT
+from tests.processes import BITLAB, Elsewhere
 
 pytestmark = pytest.mark.ci
 
 DEMO = ROOT / "bitlab_hf/demo/model"
-# The client reads its settings when it is imported, so it runs in a process of its own.
+# The client reads its settings when it is imported, so it runs in processes of its own.
 LOAD = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -68,37 +71,51 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def port() -> int:
+    """A free one; nobody else is likely to be given it soon."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def processes(port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    """Of clients of the hub on that port."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+        "HF_HOME": str(tmp_path_factory.mktemp("client") / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": TOKEN,
+        "no_proxy": "127.0.0.1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    server = Elsewhere(Path(sys.executable), environment, "tests.preloaded")
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    with serve() as running:
+def client(processes: Elsewhere) -> Elsewhere:
+    """With nothing in its cache."""
+    shutil.rmtree(processes.environment["HF_HOME"], ignore_errors=True)
+    return processes
+
+
+@pytest.fixture
+def hub(port: int) -> Iterator[Hub]:
+    with serve(port) as running:
         yield running
 
 
-def run(
-    hub: Hub | Nowhere, scratch: Path, *arguments: str, token: str = TOKEN
-) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(scratch / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": token,
-        "no_proxy": "127.0.0.1",
-    }
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=False,
-        env=environment, timeout=300,
-    )  # fmt: skip
-
-
 def push_by_command(
-    hub: Hub, scratch: Path, folder: Path, *options: str, token: str = TOKEN
+    client: Elsewhere, folder: Path, *options: str, token: str = TOKEN
 ) -> subprocess.CompletedProcess[str]:
-    code = "from bitlab_hf.cli import main; main()"
-    return run(hub, scratch, "-c", code, "push", str(folder), "me/model", *options, token=token)
+    return client.run(BITLAB, "push", folder, "me/model", *options, HF_TOKEN=token)
 
 
-def test_push_and_load(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_push_and_load(hub: Hub, client: Elsewhere, folder: Path, tmp_path: Path) -> None:
     """Through a hub that fails once in every way, bytes arrive equal and the model loads."""
     hub.faults += [
         ("POST", "/preupload/", 429),
@@ -106,7 +123,7 @@ def test_push_and_load(hub: Hub, folder: Path, tmp_path: Path) -> None:
         ("PUT", "/lfs/", "cut"),
         ("GET", "/resolve/", "cut"),
     ]
-    done = push_by_command(hub, tmp_path, folder, "--json")
+    done = push_by_command(client, folder, "--json")
     assert done.returncode == 0, done.stderr
     repository = hub.repositories["me/model"]
     assert json.loads(done.stdout)["commit"].endswith(repository.sha)
@@ -121,7 +138,7 @@ def test_push_and_load(hub: Hub, folder: Path, tmp_path: Path) -> None:
     card = repository.files["README.md"].decode()
     assert 'from_pretrained("me/model")' in card
     assert "\n# me/model\n" in card
-    loaded = run(hub, tmp_path, "-c", LOAD, str(tmp_path / "logits.pt"))
+    loaded = client.run("-c", LOAD, tmp_path / "logits.pt")
     assert loaded.returncode == 0, loaded.stderr
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
@@ -130,9 +147,9 @@ def test_push_and_load(hub: Hub, folder: Path, tmp_path: Path) -> None:
     assert not [fault for fault in hub.faults if fault[0] != "GET"]
 
 
-def test_push_of_a_model(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_push_of_a_model(hub: Hub, client: Elsewhere, folder: Path, tmp_path: Path) -> None:
     """Ours and transformers' own: the same weights and configuration."""
-    done = run(hub, tmp_path, "-c", PUSH, str(DEMO), str(folder))
+    done = client.run("-c", PUSH, DEMO, folder)
     assert done.returncode == 0, done.stderr
     assert "must be packed, got latent ones" in done.stdout
     assert set(hub.repositories) == {"me/model", "me/other"}
@@ -148,16 +165,16 @@ def test_push_of_a_model(hub: Hub, folder: Path, tmp_path: Path) -> None:
         for name, tensor in load(shard.read_bytes()).items():
             assert torch.equal(weights.pop(name), tensor)
     assert not weights
-    loaded = run(hub, tmp_path, "-c", LOAD, str(tmp_path / "logits.pt"))
+    loaded = client.run("-c", LOAD, tmp_path / "logits.pt")
     assert loaded.returncode == 0, loaded.stderr
 
 
 def test_again_sends_nothing_twice_and_removes_old_weights(
-    hub: Hub, folder: Path, tmp_path: Path
+    hub: Hub, client: Elsewhere, folder: Path
 ) -> None:
     # The first time, the hub goes away for good before the commit.
     hub.faults += [("POST", "/commit/", 403)]
-    first = push_by_command(hub, tmp_path, folder)
+    first = push_by_command(client, folder)
     assert first.returncode == 1
     assert "me/model must accept the upload, got 403" in first.stderr
     assert "Traceback" not in first.stderr
@@ -166,7 +183,7 @@ def test_again_sends_nothing_twice_and_removes_old_weights(
     assert sent
     hub.requests.clear()
     hub.repositories["me/model"].files["model.safetensors"] = b"of an older upload"
-    assert push_by_command(hub, tmp_path, folder).returncode == 0
+    assert push_by_command(client, folder).returncode == 0
     assert not [request for request in hub.requests if request[0] == "PUT"]
     assert "model.safetensors" not in hub.repositories["me/model"].files
 
@@ -181,25 +198,26 @@ def test_again_sends_nothing_twice_and_removes_old_weights(
     ],
 )
 def test_faults_are_explained(
-    fault: tuple[str, str, int | str], message: str, hub: Hub, folder: Path, tmp_path: Path
+    fault: tuple[str, str, int | str], message: str, hub: Hub, client: Elsewhere, folder: Path
 ) -> None:
     hub.faults.append(fault)
-    done = push_by_command(hub, tmp_path, folder)
+    done = push_by_command(client, folder)
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.count("error: ") == 1
     assert "Traceback" not in done.stderr
 
 
-def test_a_wrong_token(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    done = push_by_command(hub, tmp_path, folder, token="hf_wrong")
+@pytest.mark.usefixtures("hub")
+def test_a_wrong_token(client: Elsewhere, folder: Path) -> None:
+    done = push_by_command(client, folder, token="hf_wrong")
     assert done.returncode == 1
     assert "got 401" in done.stderr
     assert "hf auth login" in done.stderr
 
 
-def test_public_only_when_asked(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    assert push_by_command(hub, tmp_path, folder, "--public").returncode == 0
+def test_public_only_when_asked(hub: Hub, client: Elsewhere, folder: Path) -> None:
+    assert push_by_command(client, folder, "--public").returncode == 0
     assert not hub.repositories["me/model"].private
 
 
@@ -285,13 +303,13 @@ def test_only_known_files_are_taken(
     ],
 )
 def test_what_is_not_there(
-    network: bool, arguments: tuple[str, ...], hub: Hub, tmp_path: Path
+    network: bool, arguments: tuple[str, ...], port: int, client: Elsewhere, tmp_path: Path
 ) -> None:
     """One message that names the repository, a code for scripts, and nothing written."""
     output = tmp_path / "out"
     given = [str(output) if word == "OUT" else word for word in arguments]
-    code = "from bitlab_hf.cli import main; main()"
-    done = run(hub if network else Nowhere(), tmp_path, "-c", code, *given)
+    with serve(port) if network else nullcontext():
+        done = client.run(BITLAB, *given)
     assert done.returncode == 1
     # The client tells of its retries before.
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -302,14 +320,9 @@ def test_what_is_not_there(
     assert not output.exists()
 
 
-def test_no_token(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    done = push_by_command(hub, tmp_path, folder, token="")
+@pytest.mark.usefixtures("hub")
+def test_no_token(client: Elsewhere, folder: Path) -> None:
+    done = push_by_command(client, folder, token="")
     assert done.returncode == 1
     assert "hf auth login" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-class Nowhere:
-    """Stands for a hub that no one serves."""
-
-    endpoint = "http://127.0.0.1:9"

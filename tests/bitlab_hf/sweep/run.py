@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import resource
 import tempfile
 import time
@@ -12,35 +11,25 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
+from tests import processes
 from tests.bitlab_hf.sweep.life import live
 from tests.bitlab_hf.sweep.results import Result
 
 # Of computing; and by the clock, of a machine that may be busy.
 CPU_SECONDS, SECONDS = 60, 300
-_PRELOAD = ["transformers.modeling_utils", "tests.bitlab_hf.sweep.life"]
 
 
-def sweep(architectures: Iterable[str], processes: int = 1) -> Iterator[Result]:
+def sweep(architectures: Iterable[str], at_once: int = 1) -> Iterator[Result]:
     """Yields the result of each architecture, in order."""
-    # Not a fork of this process, which may hold threads; the variables are read by the server.
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    with (
-        mock.patch.dict(os.environ, {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}),
-        ThreadPoolExecutor(processes) as pool,
-    ):
-        yield from pool.map(lambda name: _one(context, name), architectures)
+    with ThreadPoolExecutor(at_once) as pool:
+        yield from pool.map(_one, architectures)
 
 
-def _one(context: Any, architecture: str) -> Result:
-    ours, theirs = context.Pipe(duplex=False)
+def _one(architecture: str) -> Result:
+    ours, theirs = multiprocessing.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
-        process = context.Process(target=_child, args=(architecture, folder, theirs))
-        process.start()
+        process = processes.fork(_child, architecture, folder, theirs)
         theirs.close()
         try:
             if not ours.poll(SECONDS):
