@@ -161,8 +161,15 @@ def test_another_training_teaches_anew(source: Path, tmp_path: Path) -> None:
     model = tmp_path / "teacher" / "model"
     first, other = state_of(read(model)), training_data(40)[8:]
 
+    def stop(_done: int, _total: int, _name: str) -> None:
+        raise KeyboardInterrupt
+
     def again(**changes: Any) -> dict[str, Tensor]:
-        make(source, tmp_path, teacher=read(source), **{**options, **changes}).train()
+        trainer = make(source, tmp_path, teacher=read(source), **{**options, **changes})
+        # The teacher has been taught once the model is calibrated.
+        trainer.calibration_progress = stop
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
         return state_of(read(model))
 
     assert_equal_states(again(), first)
