@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import gc
 import os
 import sys
 import zlib
@@ -115,6 +116,17 @@ def _no_user_cache() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BITLAB_CACHE", "off")
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collections_look_at_the_module_alone() -> None:
+    """Keeps what is there before a module's tests from every collection of garbage in them.
+
+    Modules make a million objects, and looking at these takes a second. transformers' Trainer
+    collects at the start of every run.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,12 @@ from bitlayers import BitLinear
 from tests.bitlab_hf.int8 import EMBEDDING, OWNERS, assert_int8, int8, load
 from tests.bitlab_hf.models import VOCABULARY, logits_of, make_float_model, rewrite
 
+LAYER = "model.layers.1.mlp.down_proj"
+DEPLOYED = {
+    "head": int8(mode="infer"),
+    "layer": BitLabConfig(int8_layers=[LAYER], mode="infer"),
+}
+
 
 @pytest.fixture(params=sorted(OWNERS))
 def name(request: pytest.FixtureRequest) -> str:
@@ -33,21 +42,34 @@ def name(request: pytest.FixtureRequest) -> str:
     return chosen
 
 
-@pytest.fixture
-def source(name: str, tmp_path: Path) -> Path:
-    return make_float_model(name, tmp_path)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folders that are written once: tests change copies."""
+
+    @cache
+    def of(name: str, kind: str | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("made")
+        if kind is None:
+            return make_float_model(name, folder)
+        save(load(of(name), DEPLOYED[kind]), folder)
+        return folder
+
+    return of
 
 
 @pytest.fixture
-def deployed(source: Path, tmp_path: Path) -> Path:
-    save(load(source, int8(mode="infer")), tmp_path / "deployed")
-    return tmp_path / "deployed"
+def source(name: str, made: Callable[..., Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made(name), tmp_path / "source"))
 
 
 @pytest.fixture
-def tied(tmp_path: Path) -> Path:
-    save(load(make_float_model("qwen2", tmp_path), int8(mode="infer")), tmp_path / "tied")
-    return tmp_path / "tied"
+def deployed(name: str, made: Callable[..., Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made(name, "head"), tmp_path / "deployed"))
+
+
+@pytest.fixture
+def tied(made: Callable[..., Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made("qwen2", "head"), tmp_path / "tied"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -226,14 +248,9 @@ def test_without_bitlab_the_load_fails(tied: Path) -> None:
         Qwen2ForCausalLM.from_pretrained(tied, config=config)
 
 
-LAYER = "model.layers.1.mlp.down_proj"
-
-
 @pytest.fixture
-def layers(tmp_path: Path) -> Path:
-    source = make_float_model("llama", tmp_path)
-    save(load(source, BitLabConfig(int8_layers=[LAYER], mode="infer")), tmp_path / "layers")
-    return tmp_path / "layers"
+def layers(made: Callable[..., Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made("llama", "layer"), tmp_path / "layers"))
 
 
 def reconfigured(folder: Path, **fields: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,20 @@ def as_first_version(folder: Path) -> None:
     rewrite_scheme(folder, drop=("group_scale_dtype",), format_version=1)
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return make_float_model("llama", tmp_path)
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_float_model("llama", tmp_path_factory.mktemp("float"))
+
+
+@pytest.fixture(scope="module")
+def written(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed(source, tmp_path_factory.mktemp("packed") / "groups", **GROUPS)
 
 
 @pytest.fixture
-def file(source: Path, tmp_path: Path) -> Path:
-    return packed(source, tmp_path / "groups", **GROUPS)
+def file(written: Path, tmp_path: Path) -> Path:
+    """A copy, for a test to change."""
+    return Path(shutil.copytree(written, tmp_path / "groups"))
 
 
 # Files of version 1.

@@ -168,11 +168,19 @@ class Killed(Exception):  # noqa: N818  (what a kill does)
     pass
 
 
+@pytest.fixture(scope="module")
+def straight(sources: dict[str, Path]) -> tuple[Any, Any]:
+    """A model that was calibrated in one go, and the report."""
+    model = latent(sources["qwen3_moe"])
+    return model, calibrate(model, samples(12))
+
+
 # A block of this model: query, key and value; the output; 5 first matrices, 5 second ones.
 @pytest.mark.parametrize("layers", [4, 5, 8, 9, 11, 14, 28])
-def test_resumed_is_straight(sources: dict[str, Path], tmp_path: Path, layers: int) -> None:
-    straight, resumed = latent(sources["qwen3_moe"]), latent(sources["qwen3_moe"])
-    report = calibrate(straight, samples(12))
+def test_resumed_is_straight(
+    sources: dict[str, Path], straight: tuple[Any, Any], tmp_path: Path, layers: int
+) -> None:
+    resumed = latent(sources["qwen3_moe"])
     before = {key: value.clone() for key, value in resumed.state_dict().items()}
 
     def kill(done: int, _all: int, _name: str) -> None:
@@ -185,9 +193,10 @@ def test_resumed_is_straight(sources: dict[str, Path], tmp_path: Path, layers: i
     assert "forward" not in vars(resumed.model.layers[0].mlp.experts)
     assert len(list(tmp_path.glob("*.safetensors"))) == layers
     again = calibrate(resumed, samples(12), folder=tmp_path)
+    model, report = straight
     assert again.layers == report.layers
     state = resumed.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in straight.state_dict().items())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 def test_another_expert_is_another_model(sources: dict[str, Path], tmp_path: Path) -> None:

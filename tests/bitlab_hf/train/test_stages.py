@@ -100,13 +100,23 @@ def test_more_stages_than_layers_or_steps(source: Path, tmp_path: Path) -> None:
     assert_equal_states(state_of(once.model), state_of(model))
 
 
+SAVING = {"recipe": STAGED, "max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def straight(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What is trained in one go."""
+    trainer = make(source, tmp_path_factory.mktemp("straight"), **SAVING)
+    trainer.train()
+    return state_of(trainer.model)
+
+
 @pytest.mark.parametrize("killed_at", ["a step", "a stage", "the first stage"])
-def test_resumed_is_straight(source: Path, tmp_path: Path, killed_at: str) -> None:
-    options = {"recipe": STAGED, "max_steps": 6, "save_strategy": "steps", "save_steps": 1}
-    straight = make(source, tmp_path / "straight", **options)
-    straight.train()
+def test_resumed_is_straight(
+    source: Path, straight: dict[str, torch.Tensor], tmp_path: Path, killed_at: str
+) -> None:
     watch = Watch(last=4 if killed_at == "a step" else None)
-    killed = make(source, tmp_path / "killed", callbacks=[watch], **options)
+    killed = make(source, tmp_path / "killed", callbacks=[watch], **SAVING)
 
     def kill(done: int, _total: int, _name: str) -> None:
         if done == {"a stage": 10, "the first stage": 3}.get(killed_at):
@@ -120,9 +130,9 @@ def test_resumed_is_straight(source: Path, tmp_path: Path, killed_at: str) -> No
     kept = len(list((folder / "calibration").glob("*.safetensors")))
     assert kept == {"a step": 14, "a stage": 10, "the first stage": 3}[killed_at]
     watch = Watch()
-    again = make(source, folder, callbacks=[watch], **options)
+    again = make(source, folder, callbacks=[watch], **SAVING)
     again.train(resume_from_checkpoint=True)
-    assert_equal_states(state_of(straight.model), state_of(again.model))
+    assert_equal_states(straight, state_of(again.model))
     done = {"a step": 3, "a stage": 3, "the first stage": 0}[killed_at]
     assert watch.seen == ([[1, 0]] * 3 + [[1, 1]] * 3)[done:]
     assert not (folder / "calibration").exists()

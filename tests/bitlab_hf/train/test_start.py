@@ -194,17 +194,17 @@ def keep_state(trainer: Any, model: Any) -> None:
     model.load_state_dict(before)
 
 
-def mistaken(source: Path) -> Path:
+def mistaken(source: Path, folder: Path) -> Path:
     """Makes a model that knows its text say the opposite: the nearer to it, the worse."""
-    model: Any = AutoModelForCausalLM.from_pretrained(taught(source))
+    model: Any = AutoModelForCausalLM.from_pretrained(source)
     model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight.detach())
     model.config.tie_word_embeddings = False
-    model.save_pretrained(source)
-    return source
+    model.save_pretrained(folder)
+    return folder
 
 
-def test_it_is_undone_where_the_loss_rises(tmp_path: Path, caplog: Any) -> None:
-    source = mistaken(make_float_model("llama", tmp_path))
+def test_it_is_undone_where_the_loss_rises(source: Path, tmp_path: Path, caplog: Any) -> None:
+    source = mistaken(source, tmp_path / "mistaken")
     with caplog.at_level(logging.WARNING, "bitlab"):
         trainer = start(source, tmp_path)
     assert trainer.calibration is None
@@ -213,12 +213,13 @@ def test_it_is_undone_where_the_loss_rises(tmp_path: Path, caplog: Any) -> None:
 
 
 def test_experts_are_calibrated_and_undone_with_the_rest(tmp_path: Path, caplog: Any) -> None:
-    source = mistaken(make_moe("qwen3_moe", tmp_path / "mistaken"))
+    knowing = taught(make_moe("qwen3_moe", tmp_path / "source"))
+    source = mistaken(knowing, tmp_path / "mistaken")
     with caplog.at_level(logging.WARNING, "bitlab"):
         trainer = start(source, tmp_path / "undone")
     assert "took the loss of 20 examples from" in caplog.text
     assert_equal_states(state_of(trainer.model), state_of(load(source)))
-    source = taught(make_moe("qwen3_moe", tmp_path / "source"))
+    source = knowing
     for recipe, total in ((Recipe(calibration_samples=SAMPLES), 28), ("default", 28)):
         seen: list[tuple[int, int, str]] = []
         trainer = make(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError
@@ -72,17 +73,28 @@ def test_it_is_a_run_of_full_precision_first(source: Path, tmp_path: Path) -> No
     assert not any(parameter.requires_grad for parameter in in_one._teacher.parameters())
 
 
+SAVING: dict[str, Any] = {
+    "recipe": TAUGHT, "max_steps": 4, "save_strategy": "steps", "save_steps": 1,
+    "eval_dataset": training_data(),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(source: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    """The model and the teacher that are trained in one go."""
+    folder = tmp_path_factory.mktemp("straight")
+    trainer = make(source, folder, teacher=read(source), **SAVING)
+    trainer.train()
+    return [state_of(one) for one in (trainer.model, trainer._teacher)]
+
+
 @pytest.mark.parametrize("killed_at", ["the teacher", "calibration", "a step"])
-def test_resumed_is_straight(source: Path, tmp_path: Path, killed_at: str) -> None:
-    options: dict[str, Any] = {
-        "recipe": TAUGHT, "max_steps": 4, "save_strategy": "steps", "save_steps": 1,
-        "eval_dataset": training_data(),
-    }  # fmt: skip
-    straight = make(source, tmp_path / "straight", teacher=read(source), **options)
-    straight.train()
+def test_resumed_is_straight(
+    source: Path, straight: list[dict[str, Tensor]], tmp_path: Path, killed_at: str
+) -> None:
     calls = [Kill(2)] if killed_at == "a step" else []
     folder = tmp_path / "killed"
-    killed = make(source, folder, teacher=read(source), callbacks=calls, **options)
+    killed = make(source, folder, teacher=read(source), callbacks=calls, **SAVING)
     if killed_at == "the teacher":
         killed.teacher_callbacks = [Kill(5)]
 
@@ -95,10 +107,10 @@ def test_resumed_is_straight(source: Path, tmp_path: Path, killed_at: str) -> No
         killed.train()
     left = [one.name for one in (folder / "teacher").glob("checkpoint-*")]
     assert left == (["checkpoint-4"] if killed_at == "the teacher" else [])
-    again = make(source, folder, teacher=read(source), **options)
+    again = make(source, folder, teacher=read(source), **SAVING)
     again.train(resume_from_checkpoint=True)
-    assert_equal_states(state_of(straight.model), state_of(again.model))
-    assert_equal_states(state_of(straight._teacher), state_of(again._teacher))
+    for one, wanted in zip((again.model, again._teacher), straight, strict=True):
+        assert_equal_states(wanted, state_of(one))
 
 
 def test_text_that_teaches_nothing(source: Path, tmp_path: Path, caplog: Any) -> None:
@@ -149,8 +161,15 @@ def test_another_training_teaches_anew(source: Path, tmp_path: Path) -> None:
     model = tmp_path / "teacher" / "model"
     first, other = state_of(read(model)), training_data(40)[8:]
 
-    def again(**changes: Any) -> dict[str, torch.Tensor]:
-        make(source, tmp_path, teacher=read(source), **{**options, **changes}).train()
+    def stop(_done: int, _total: int, _name: str) -> None:
+        raise KeyboardInterrupt
+
+    def again(**changes: Any) -> dict[str, Tensor]:
+        trainer = make(source, tmp_path, teacher=read(source), **{**options, **changes})
+        # The teacher has been taught once the model is calibrated.
+        trainer.calibration_progress = stop
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
         return state_of(read(model))
 
     assert_equal_states(again(), first)
