@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -44,12 +47,17 @@ def test_extreme_codes(isa: str, num_threads: int, K: int, weight_code: int, cod
     assert torch.equal(acc, reference.matmul(codes, pack_ternary(weight), 9))
 
 
-def test_a_real_shape(isa: str, num_threads: int) -> None:
+@cache
+def real_shape() -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, a packed weight, and their exact product."""
     codes = torch.randint(-128, 128, (17, 2560), dtype=torch.int8)
     weight = random_codes(6912, 2560)
-    acc = native_kernels().matmul(codes, pack_ternary(weight), 6912)
-    exact = codes.double() @ weight.double().t()
-    assert torch.equal(acc, exact.int())
+    return codes, pack_ternary(weight), (codes.double() @ weight.double().t()).int()
+
+
+def test_a_real_shape(isa: str, num_threads: int) -> None:
+    codes, qweight, exact = real_shape()
+    assert torch.equal(native_kernels().matmul(codes, qweight, 6912), exact)
 
 
 def make_linear(
@@ -70,6 +78,22 @@ def make_linear(
     return x, qweight, scale, bias, multiplier
 
 
+@cache
+def linear_cases(
+    shape: tuple[int, int, int], dtype: torch.dtype, granularity: str, activation: str
+) -> list[tuple[tuple[Any, ...], Tensor]]:
+    """Arguments of each dtype of bias and output, and what the reference makes of them; the same
+    for every ISA and thread count.
+    """
+    cases = []
+    for bias_dtype in (None, torch.float32, torch.bfloat16, torch.float16):
+        x, qweight, scale, bias, multiplier = make_linear(shape, granularity, dtype, bias_dtype)
+        for out_dtype in DTYPES:
+            args = (x, qweight, scale, bias, shape[1], activation, out_dtype, multiplier)
+            cases.append((args, reference.linear(*args)))
+    return cases
+
+
 @pytest.mark.parametrize("activation", ["int8_per_token", "int8_per_tensor"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,11 +106,8 @@ def test_linear_equals_the_reference(
     granularity: str,
     activation: str,
 ) -> None:
-    for bias_dtype in (None, torch.float32, torch.bfloat16, torch.float16):
-        x, qweight, scale, bias, multiplier = make_linear(shape, granularity, dtype, bias_dtype)
-        for out_dtype in DTYPES:
-            args = (x, qweight, scale, bias, shape[1], activation, out_dtype, multiplier)
-            assert torch.equal(native_kernels().linear(*args), reference.linear(*args))
+    for args, expected in linear_cases(shape, dtype, granularity, activation):
+        assert torch.equal(native_kernels().linear(*args), expected)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -203,10 +224,13 @@ def test_every_isa_gives_the_same_bits(granularity: str, activation: str, tokens
     assert all(torch.equal(results[0], other) for other in results)
 
 
-@pytest.mark.parametrize("group", [64, 128])
-@pytest.mark.parametrize("code", [1, -1])
-def test_extreme_groups(isa: str, num_threads: int, group: int, code: int) -> None:
-    """The largest K that groups divide, every multiplier and every code at its end."""
+@cache
+def extreme_groups(
+    group: int, code: int
+) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, Tensor]]]:
+    """A packed weight, its multipliers, the sums of its rows; numbers of tokens of ones, and what
+    the reference makes of them.
+    """
     in_features = 131071 // group * group
     qweight = pack_ternary(torch.full((5, in_features), code, dtype=torch.int8))
     multiplier = torch.full((5, in_features // group), 127, dtype=torch.uint8)
@@ -214,13 +238,31 @@ def test_extreme_groups(isa: str, num_threads: int, group: int, code: int) -> No
     multiplier[1, 1::2] = 0
     sums = code * 127 * group * multiplier.long().sum(1)
     assert 2**30 < int(sums.abs().max()) < 2**31
-    for tokens in (1, 3, 26):
-        x = torch.ones(tokens, in_features)
-        x[1::2] *= -1
+    args = (qweight, torch.ones(5), None, 5, "int8_per_token", torch.float32, multiplier)
+    expected = [
+        (tokens, reference.linear(alternating_ones(tokens, in_features), *args))
+        for tokens in (1, 3, 26)
+    ]
+    return qweight, multiplier, sums, expected
+
+
+def alternating_ones(tokens: int, in_features: int) -> Tensor:
+    x = torch.ones(tokens, in_features)
+    x[1::2] *= -1
+    return x
+
+
+@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize("code", [1, -1])
+def test_extreme_groups(isa: str, num_threads: int, group: int, code: int) -> None:
+    """The largest K that groups divide, every multiplier and every code at its end."""
+    qweight, multiplier, sums, of_reference = extreme_groups(group, code)
+    for tokens, expected in of_reference:
+        x = alternating_ones(tokens, qweight.shape[1])
         args = (x, qweight, torch.ones(5), None, 5, "int8_per_token", torch.float32, multiplier)
         y = native_kernels().linear(*args)
         assert torch.equal(y[0], sums.float() * (torch.ones(()) / 127))
-        assert torch.equal(y, reference.linear(*args))
+        assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16])

@@ -9,6 +9,7 @@ from torch import Tensor
 from bitcore import ops, ops_int8, ops_qat, ops_ternary
 from bitcore.errors import ArgumentError, ArgumentTypeError
 from bitcore.prepared import PreparedLinear
+from tests.bitcore.opcheck import opcheck
 
 OPS = torch.ops.bitlab
 ACTIVATIONS = ["int8_per_token", "int8_per_tensor", "float"]
@@ -23,36 +24,44 @@ def packed(granularity: str = "per_tensor", out_features: int = 9) -> tuple[Tens
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_opcheck_of_the_simple_ops(backend: str, granularity: str) -> None:
+    graphs = backend == "cpu"
     qweight, scale, *rest = packed(granularity)
-    torch.library.opcheck(OPS.pack_weight.default, (torch.randn(9, 128), granularity, 64))
+    opcheck(OPS.pack_weight.default, (torch.randn(9, 128), granularity, 64), graphs=graphs)
     for name in ("absmean", "twn"):
-        torch.library.opcheck(OPS.estimate.default, (torch.randn(9, 128), name, granularity, 64))
-    torch.library.opcheck(OPS.unpack_weight.default, (qweight, scale, 9, torch.bfloat16, *rest))
-    torch.library.opcheck(OPS.quantize_activation.default, (torch.randn(2, 3, 128), True))
-    codes = torch.randint(-128, 128, (3, 128), dtype=torch.int8)
-    torch.library.opcheck(OPS.matmul.default, (codes, qweight, 9))
+        args = (torch.randn(9, 128), name, granularity, 64)
+        opcheck(OPS.estimate.default, args, graphs=graphs)
+    args = (qweight, scale, 9, torch.bfloat16, *rest)
+    opcheck(OPS.unpack_weight.default, args, graphs=graphs)
     dy = torch.randn(2, 3, 9)
     args = (dy, qweight, scale, 9, torch.bfloat16, *rest)
-    torch.library.opcheck(OPS.input_gradient.default, args)
+    opcheck(OPS.input_gradient.default, args, graphs=graphs)
+
+
+def test_opcheck_of_the_ops_without_granularity(backend: str) -> None:
+    graphs = backend == "cpu"
+    x, codes = torch.randn(2, 3, 128), torch.randint(-128, 128, (3, 128), dtype=torch.int8)
+    opcheck(OPS.quantize_activation.default, (x, True), graphs=graphs)
+    opcheck(OPS.matmul.default, (codes, packed()[0], 9), graphs=graphs)
     weight, row_scale = torch.randint(-127, 128, (5, 128), dtype=torch.int8), torch.rand(5)
-    x = torch.randn(2, 3, 128)
-    torch.library.opcheck(OPS.linear_int8.default, (x, weight, row_scale, None, torch.float32))
+    args = (x, weight, row_scale, None, torch.float32)
+    opcheck(OPS.linear_int8.default, args, graphs=graphs)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_opcheck_of_the_linear_ops(backend: str, granularity: str, activation: str) -> None:
+    """Graphs of every granularity with every activation, and of each of them with every bias."""
+    turn = GRANULARITIES.index(granularity) + ACTIVATIONS.index(activation)
     qweight, scale, *rest = packed(granularity)
     x = torch.randn(2, 3, 128, requires_grad=True)
     weight = torch.randn(9, 128, requires_grad=True)
-    for bias in (None, torch.randn(9)):
+    learned = torch.randn(9, requires_grad=True)
+    for number, bias in enumerate((None, torch.randn(9), learned)):
         args = (x, qweight, scale, bias, 9, activation, torch.float32, *rest)
-        torch.library.opcheck(OPS.linear.default, args)
-        if bias is not None:
-            bias.requires_grad_()
-            torch.library.opcheck(OPS.linear.default, args)
+        opcheck(OPS.linear.default, args, graphs=backend == "cpu" and turn % 3 == number)
+    for number, bias in enumerate((None, learned)):
         args = (x, weight, bias, granularity, 64, activation, torch.float32)
-        torch.library.opcheck(OPS.qat_linear.default, args)
+        opcheck(OPS.qat_linear.default, args, graphs=backend == "cpu" and turn % 2 == number)
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_group", "per_group_float32"])
@@ -294,16 +303,16 @@ def test_bad_matmul_and_schemes() -> None:
 def test_outputs_are_contiguous_as_the_fakes_say(backend: str) -> None:
     weight, x = torch.randn(128, 9).t(), torch.randn(128, 5).t()
     for granularity in GRANULARITIES:
-        torch.library.opcheck(OPS.pack_weight.default, (weight, granularity, 64))
+        opcheck(OPS.pack_weight.default, (weight, granularity, 64), graphs=False)
         qweight, scale, *rest = ops.pack_weight(weight, granularity, 64)
         args = (qweight, scale, 9, torch.float32, *rest)
-        torch.library.opcheck(OPS.unpack_weight.default, args)
+        opcheck(OPS.unpack_weight.default, args, graphs=False)
         for activation in ACTIVATIONS:
             args = (x, qweight, scale, None, 9, activation, torch.float32, *rest)
-            torch.library.opcheck(OPS.linear.default, args)
-    torch.library.opcheck(OPS.quantize_activation.default, (x, False))
+            opcheck(OPS.linear.default, args, graphs=False)
+    opcheck(OPS.quantize_activation.default, (x, False), graphs=False)
     codes = torch.randint(-9, 9, (128, 5), dtype=torch.int8).t()
-    torch.library.opcheck(OPS.matmul.default, (codes, qweight, 9))
+    opcheck(OPS.matmul.default, (codes, qweight, 9), graphs=False)
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_group"])

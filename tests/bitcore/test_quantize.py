@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import reduce
+from functools import cache, reduce
 from operator import add
 
 import pytest
@@ -70,6 +70,17 @@ def test_nonfinite_weight_gives_nan_scale_where_it_stands(
             assert unpack_ternary(qweight, 5)[3].eq(0).all()
 
 
+@cache
+def packed_by_reference(
+    shape: tuple[int, int], granularity: str, group: int, dtype: torch.dtype
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """A weight, and what the reference makes of it: the same for every ISA and thread count."""
+    # Groups of many sizes, so that multipliers are.
+    weight = torch.randn(shape) * torch.rand(shape[0], shape[1] // 64).repeat_interleave(64, 1)
+    weight = (weight * 0.04).to(dtype)
+    return weight, reference.pack_weight(weight, granularity, group)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("granularity", "group"), GRANULARITIES)
 @pytest.mark.parametrize(
@@ -83,13 +94,8 @@ def test_pack_weight_equals_the_reference(
     group: int,
     dtype: torch.dtype,
 ) -> None:
-    # Groups of many sizes, so that multipliers are.
-    weight = torch.randn(shape) * torch.rand(shape[0], shape[1] // 64).repeat_interleave(64, 1)
-    weight = (weight * 0.04).to(dtype)
-    assert_same(
-        native_kernels().pack_weight(weight, granularity, group),
-        reference.pack_weight(weight, granularity, group),
-    )
+    weight, expected = packed_by_reference(shape, granularity, group, dtype)
+    assert_same(native_kernels().pack_weight(weight, granularity, group), expected)
 
 
 @pytest.mark.parametrize("in_features", [1, 15, 17, 63, 65])

@@ -74,46 +74,54 @@ def device(host: HostKernels, request: pytest.FixtureRequest) -> Iterator[HostKe
 def test_linear_is_exact(
     device: HostKernels, shape: tuple[int, int, int], group: int, multiprocessors: int
 ) -> None:
-    """Sums of integers, whatever the split of K; every dtype of x, bias and output."""
+    """Sums of integers, whatever the split of K; every dtype of x, bias and output.
+
+    The dtypes take turns: each of x with each of the output, and each of them with each shape and
+    each number of multiprocessors.
+    """
     device.multiprocessors = multiprocessors
     tokens, out_features, in_features = shape
     weight = Weight(out_features, in_features, group)
-    for index, dtype in enumerate(DTYPES):
-        x = torch.randn(tokens, in_features).to(dtype)
-        bias = None if index == 0 else torch.randn(out_features).to(DTYPES[index])
-        out_dtype = DTYPES[(index + multiprocessors) % 3]
-        activation = "int8_per_tensor" if index == 1 else "int8_per_token"
-        args = (x, *weight.packed, bias, out_features, activation, out_dtype)
-        before = device.count(WGMMA)
-        y = device.linear(*args, weight.multiplier)
-        assert device.count(CONFLICTS) == 0
-        expected = expected_linear(x, weight, bias, activation).to(out_dtype)
-        assert torch.equal(y, expected)
-        assert torch.equal(y, reference.linear(*args, weight.multiplier))
-        if tokens == 1:
-            assert device.count(MMA) == 0
-        elif tokens > 16:
-            assert (device.count(WGMMA) > before) == device.is_hopper
-            assert (device.count(MMA) > 0) == (not device.is_hopper)
-            assert device.count(SHARED_LOADS) > 0
+    turn = [1, 4, 132].index(multiprocessors)
+    index = (turn + GROUPS.index(group) + SHAPES.index(shape)) % 3
+    x = torch.randn(tokens, in_features).to(DTYPES[index])
+    bias = None if index == 0 else torch.randn(out_features).to(DTYPES[index])
+    out_dtype = DTYPES[(index + turn) % 3]
+    activation = "int8_per_tensor" if index == 1 else "int8_per_token"
+    args = (x, *weight.packed, bias, out_features, activation, out_dtype)
+    before = device.count(WGMMA)
+    y = device.linear(*args, weight.multiplier)
+    assert device.count(CONFLICTS) == 0
+    expected = expected_linear(x, weight, bias, activation).to(out_dtype)
+    assert torch.equal(y, expected)
+    assert torch.equal(y, reference.linear(*args, weight.multiplier))
+    if tokens == 1:
+        assert device.count(MMA) == 0
+    elif tokens > 16:
+        assert (device.count(WGMMA) > before) == device.is_hopper
+        assert (device.count(MMA) > 0) == (not device.is_hopper)
+        assert device.count(SHARED_LOADS) > 0
 
 
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("tokens", [1, 3, 9, 33])
-@pytest.mark.parametrize(("code", "sign"), [(1, 1), (1, -1), (-1, 1), (-1, -1)])
-def test_the_largest_sums(
-    device: HostKernels, tokens: int, code: int, sign: int, group: int
-) -> None:
-    """127 * 127 for each of K columns: what is added to the codes as bytes wraps around."""
-    in_features = LARGEST if group == 64 and sign == 1 else 48384
+def test_the_largest_sums(device: HostKernels, tokens: int, group: int) -> None:
+    """127 * 127 for each of K columns: what is added to the codes as bytes wraps around.
+
+    Rows and tokens of either sign: an output of each pair of signs, for one token in two calls.
+    """
+    in_features = LARGEST if group == 64 else 48384
     weight = Weight(5, in_features, group)
-    weight.codes.fill_(code)
+    code = torch.tensor([1, -1, 1, -1, 1])
+    weight.codes.copy_(code.view(5, 1).expand(5, in_features))
     weight.multiplier.fill_(127)
-    x = torch.full((tokens, in_features), float(sign))
-    args = (x, *weight.packed, None, 5, "int8_per_token", torch.float32)
-    y = device.linear(*args, weight.multiplier)
-    sums = torch.full((tokens, 5), 127 * 127 * in_features * code * sign, dtype=torch.int32)
-    assert torch.equal(y, sums.float() * (torch.full((tokens, 1), 1.0) / 127.0 * weight.scale))
+    sign = torch.tensor([1, -1]).repeat(tokens)[: max(tokens, 2)].view(-1, tokens, 1)
+    for signs in sign:
+        x = signs.float().expand(tokens, in_features)
+        args = (x, *weight.packed, None, 5, "int8_per_token", torch.float32)
+        y = device.linear(*args, weight.multiplier)
+        sums = (127 * 127 * in_features * signs * code).to(torch.int32)
+        assert torch.equal(y, sums.float() * (torch.full((tokens, 1), 1.0) / 127.0 * weight.scale))
 
 
 @pytest.mark.parametrize("group", GROUPS)
