@@ -278,7 +278,7 @@ def test_a_few_hundred(sources: Sources, tmp_path: Path) -> None:
 
 @pytest.mark.ci
 def test_thousands(sources: Sources, tmp_path: Path) -> None:
-    check(sources, 5000, tmp_path)
+    check(sources, 2000, tmp_path)
 
 
 def test_every_mutation_changes_a_file(sources: Sources, tmp_path: Path) -> None:

@@ -118,10 +118,10 @@ def test_one_process(vllm_environment: Path, models: Path, tmp_path: Path) -> No
 
 
 def test_two_processes(vllm_environment: Path, models: Path) -> None:
-    """Int8 layers, groups cut in the middle, one head of keys for both; a tied int8 embedding;
-    experts, and such by vLLM's option beside a shared one.
+    """Int8 layers, groups cut in the middle, one head of keys for both; a tied int8 embedding and
+    a ternary one; experts, and such by vLLM's option beside a shared one.
     """
-    names = "qwen3-mixed", "gemma3", "qwen3-moe"
+    names = "qwen3-mixed", "gemma3", "ternary-tied", "qwen3-moe"
     jobs = [Job(models / name, 2) for name in names] + [Job(models / "qwen2-moe", 2, True)]
     check(models, run(vllm_environment, *jobs, spread=True))
 

@@ -19,7 +19,7 @@ from tests import processes
 pytestmark = pytest.mark.ci
 
 ROOT = Path(__file__).parents[3]
-LENGTH = 256
+LENGTH = 128
 BLOCKS = 16
 
 
