@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,22 @@ def run(*arguments: str | Path, timeout: float = 600) -> subprocess.CompletedPro
         if code is None:
             raise subprocess.TimeoutExpired(given, timeout, *printed.texts())
         return subprocess.CompletedProcess(given, code, *printed.texts())
+
+
+def launch(*command: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Waits for a program and for what it starts; where they do not end they tell what they do."""
+    given = [*map(str, command)]
+    process = subprocess.Popen(
+        given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
+    )  # fmt: skip
+    try:
+        printed = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)
+        output, errors = process.communicate()
+        raise AssertionError(f"no end within {timeout} s: {output}\n{errors}") from None
+    return subprocess.CompletedProcess(given, process.returncode, *printed)
 
 
 class Elsewhere:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from importlib.resources import files
@@ -31,12 +30,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    if not launcher:
-        return processes.run(SCRIPT, *map(str, arguments))
-    return subprocess.run(
-        [*launcher, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True,
-        check=False, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    given = [SCRIPT, *map(str, arguments)]
+    return processes.launch(*launcher, *given) if launcher else processes.run(*given)
 
 
 def options(text: Path, output: Path, steps: int, **more: Any) -> list[object]:
