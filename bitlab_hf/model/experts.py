@@ -29,6 +29,8 @@ from bitlayers.experts import BitExperts, convert_experts
 from bitlayers.stack import Stack
 
 logger = logging.getLogger("bitlab")
+# What configurations call the number of experts that a token visits; the last may stand for others.
+_CHOSEN = ("moe_topk", "top_k_experts", "moe_k", "moe_top_k", "num_experts_per_tok")
 # What the decorator sets, which is also what the forward needs to know.
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
 # The same of classes without the decorator. Their forward has to be that of a decorated one: the
@@ -266,13 +268,16 @@ def check_choice(model: nn.Module, count: int) -> None:
         ConfigError: It speaks of more experts a token than there are.
     """
     config: Any = getattr(model, "config", None)
-    for one in (config, getattr(config, "get_text_config", lambda: None)()):
-        chosen = getattr(one, "num_experts_per_tok", None)
-        if isinstance(chosen, int) and chosen > count:
-            raise ConfigError(
-                f"bitlab: num_experts_per_tok must be at most the number of experts, {count}, "
-                f"got {chosen}"
-            )
+    text = getattr(config, "get_text_config", lambda: None)()
+    for one in (config, text, getattr(text, "ffn_config", None)):
+        for name in _CHOSEN:
+            chosen = getattr(one, name, None)
+            # A list has a number for each layer.
+            found = max(chosen, default=0) if isinstance(chosen, (list, tuple)) else chosen
+            if isinstance(found, int) and found > count:
+                raise ConfigError(
+                    f"bitlab: {name} must be at most the number of experts, {count}, got {found}"
+                )
 
 
 def swap_experts(

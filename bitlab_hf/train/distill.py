@@ -10,6 +10,7 @@ from torch import Tensor
 from bitcore.errors import ArgumentError
 from bitlab_hf.train.logits import StoredLogits, check_stored, is_stored
 from bitlab_hf.train.losses import (
+    balancing_weight,
     hidden_difference,
     logits_divergence,
     relation_divergence,
@@ -28,7 +29,9 @@ class DistillationMixin(_Base):
     """Put before a Trainer class, gives it ``recipe=`` and ``teacher=``.
 
     In training, the loss is the Trainer's own (with its label smoothing, if any) times
-    ``cross_entropy_weight``, plus the recipe's terms. Evaluation is the Trainer's. Positions whose
+    ``cross_entropy_weight``, plus the recipe's terms; without the Trainer's own, a mixture that
+    returns a loss of its routers (``output_router_logits``) adds it with its configuration's
+    weight. Evaluation is the Trainer's. Positions whose
     label is -100 do not count, and every term is normalized over the whole optimizer step, as the
     Trainer normalizes its own.
 
@@ -83,6 +86,7 @@ class DistillationMixin(_Base):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         recipe, inner, given = self.recipe, self._inner(), dict(inputs)
         with watch(model, inner, recipe) as states:
+            balancing = None
             if recipe.cross_entropy_weight:
                 result: Any = super().compute_loss(
                     model, inputs, return_outputs, num_items_in_batch
@@ -92,16 +96,24 @@ class DistillationMixin(_Base):
                 loss = recipe.cross_entropy_weight * loss
             else:
                 outputs = model(**{key: v for key, v in given.items() if key != "labels"})
-                loss = 0.0
+                loss, balancing = 0.0, getattr(outputs, "aux_loss", None)
         target = None
         if self._stored is None:
             with self.accelerator.autocast():
                 target = ask(self._teacher, given, recipe)
-        loss = loss + self._distillation(states, target, inner, given, num_items_in_batch)
+        loss = loss + self._distillation(
+            states, target, inner, given, balancing, num_items_in_batch
+        )
         return (loss, outputs) if return_outputs else loss
 
     def _distillation(
-        self, states: States, target: States | None, inner: Any, inputs: dict[str, Any], items: Any
+        self,
+        states: States,
+        target: States | None,
+        inner: Any,
+        inputs: dict[str, Any],
+        balancing: Tensor | None,
+        items: Any,
     ) -> Tensor:
         recipe = self.recipe
         tokens = self._tokens(inputs)
@@ -135,6 +147,8 @@ class DistillationMixin(_Base):
                 for ours, theirs in zip(states.relations, target.relations, strict=True)
             ]
             terms["loss_relation"] = (recipe.relation_weight, torch.stack(divergences).sum())
+        if balancing is not None:
+            terms["loss_balancing"] = (balancing_weight(inner.config), balancing)
         for name, (weight, term) in terms.items():
             self._note(name, term * share, items)
             total = total + weight * share * term

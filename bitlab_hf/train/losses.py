@@ -138,3 +138,20 @@ def _relations(states: Tensor, mask: Tensor, heads: int) -> Tensor:
     scores = split @ split.transpose(-1, -2) / math.sqrt(width // heads)
     # Not -inf: rows of padding would be NaN.
     return scores.masked_fill(~mask[:, None, None, :], -1e9).log_softmax(-1)
+
+
+def balancing_weight(config: Any) -> float:
+    """Returns by what a mixture multiplies the loss of its routers, ``aux_loss`` of its output.
+
+    Args:
+        config: The model's configuration.
+    """
+    text = config.get_text_config()
+    for holder, name in (
+        (text, "router_aux_loss_coef"),
+        (text, "aux_loss_coef"),
+        (getattr(text, "ffn_config", None), "moe_loss_weight"),
+    ):
+        if hasattr(holder, name):
+            return float(getattr(holder, name))
+    return 0.0

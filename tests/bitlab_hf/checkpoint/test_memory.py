@@ -153,3 +153,13 @@ def test_experts_are_packed_one_by_one(experts: Path) -> None:
     packed = 18 * MIB + 4 * MIB
     assert found["peak"] <= packed + 1.1 * 3 * MIB + 16 * MIB
     assert found["after"] <= packed + 4 * MIB
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_packed_experts_stay_mapped(experts: Path, verify: bool) -> None:
+    for suffix in ("", "-small"):
+        packed = Qwen3MoeForCausalLM.from_pretrained(
+            experts / f"float{suffix}", quantization_config=BitLabConfig(mode="infer")
+        )
+        save(packed, experts / f"packed{suffix}")
+    assert measure(experts / "packed", verify=verify)["peak"] <= 3 * MIB

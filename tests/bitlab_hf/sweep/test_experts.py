@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from bitlab_hf import BitLabConfig, quantized_layers
+from bitcore.errors import ConfigError
+from bitlab_hf import BitLabConfig, deploy, quantized_layers, save
 from bitlab_hf.model.experts import expert_modules
+from bitlayers import set_quant_strength
 from bitlayers.experts import BitExperts
 from tests.bitlab_hf.sweep.configs import small
 from tests.bitlab_hf.sweep.experts import (
@@ -89,6 +92,10 @@ def test_latent_experts(architecture: str, tmp_path: Path) -> None:
     for name, module in found.items():
         _check_latent(name, module, floats[name], latent.get_submodule(name))
         _check_gradients(copy.deepcopy(module).train())
+        holder = model.get_submodule(name.rpartition(".")[0])
+        # dbrx: the module that holds the experts runs them.
+        runs = holder if type(holder).__name__ == "DbrxExperts" else floats[name]
+        _check_arithmetic(copy.deepcopy(module).train(), runs.train())
 
 
 def _check_latent(name: str, module: BitExperts, held: nn.Module, owner: nn.Module) -> None:
@@ -100,6 +107,15 @@ def _check_latent(name: str, module: BitExperts, held: nn.Module, owner: nn.Modu
         assert torch.equal(state[leaf], tensor), f"{name}.{leaf}"
 
 
+@torch.no_grad()
+def _check_arithmetic(module: BitExperts, floats: nn.Module) -> None:
+    """With nothing quantized they compute what transformers' own class computes."""
+    set_quant_strength(module, 0.0)
+    inputs = inputs_of(module)
+    outputs = module(*inputs)
+    torch.testing.assert_close(outputs, floats(*inputs).view_as(outputs))
+
+
 def _check_gradients(module: BitExperts) -> None:
     inputs = inputs_of(module)
     module(*inputs).square().sum().backward()
@@ -108,3 +124,32 @@ def _check_gradients(module: BitExperts) -> None:
         assert gradient is not None
         reached = stack.apart(gradient).flatten(1).abs().sum(1) > 0
         assert reached.tolist() == used_experts(module, inputs), name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        ("dbrx", "ffn_config.moe_top_k"),
+        ("ernie4_5_moe", "moe_k"),
+        ("gemma4_text", "top_k_experts"),
+        ("hunyuan_v1_moe", "moe_topk"),
+        ("mixtral", "num_experts_per_tok"),
+    ],
+)
+def test_more_experts_a_token_than_there_are(architecture: str, name: str, tmp_path: Path) -> None:
+    """Latent, packed at load and from a packed file, before a weight is read."""
+    model = build(architecture)
+    model.save_pretrained(tmp_path / "float")
+    load, latent = type(model).from_pretrained, BitLabConfig()
+    save(deploy(load(tmp_path / "float", quantization_config=latent)), tmp_path / "packed")
+    for folder in ("float", "packed"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        *outer, leaf = name.split(".")
+        held = config[outer[0]] if outer else config
+        held[leaf] = [9] if isinstance(held[leaf], list) else 9
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    for folder, config in (
+        ("float", latent), ("float", BitLabConfig(mode="infer")), ("packed", None),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"{leaf} must be at most the number of experts, 4"):
+            load(tmp_path / folder, quantization_config=config)
