@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a virtual environment of vLLM with BitLab's plugin, or brings it up to date (3.1 GB, a few minutes).
 #   scripts/vllm_environment.sh FOLDER [WHEEL]
-# FOLDER is made or reused: nothing is done where it has these versions already. WHEEL: BitLab's, instead of this checkout.
+# FOLDER is made or reused: nothing is done where it has these versions already. WHEEL: bitlab-vllm's, instead of this checkout.
 # vLLM's build for CPUs by default; BITLAB_VLLM=vllm==VERSION takes the one for NVIDIA GPUs. BITLAB_PYTHON names the Python.
 # An environment of its own, because vLLM wants an older transformers than BitLab's other parts; the plugin needs none.
 # pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honoured.
@@ -42,8 +42,8 @@ if wheel:
     files = [pathlib.Path(wheel)]
 else:
     suffixes = {".py", ".toml", ".txt", ".h", ".cpp", ".cu", ".cuh", ".inl"}
-    folders = [root / name for name in ("bitcore", "bitlab_vllm", "bitlab_autoload", "bitlayers", "bitlab_hf", "csrc")]
-    files = [root / "pyproject.toml"]
+    folders = [root / name for name in ("bitcore", "bitlab_vllm", "csrc")]
+    files = [root / "packages/vllm/pyproject.toml"]
     files += sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in suffixes)
 for path in files:
     digest.update(path.read_bytes())
@@ -52,7 +52,9 @@ PYTHON
 )
 if [ "$(cat "$venv/bitlab-plugin" 2>/dev/null || true)" != "$state" ]; then
     echo "Installing BitLab into $venv ..." >&2
-    # Without what it depends on: torch, numpy and safetensors are vLLM's, and so is transformers.
-    "${pip[@]}" --no-deps --force-reinstall "${wheel:-$root}"
+    # bitlab-hf, as earlier scripts put it here, owns some of the same files.
+    "$venv/bin/pip" uninstall -qq --yes bitlab-hf
+    # Without what it depends on, which is vLLM's own torch, numpy and safetensors, not to be installed anew.
+    "${pip[@]}" --no-deps --force-reinstall "${wheel:-$root/packages/vllm}"
     echo "$state" >"$venv/bitlab-plugin"
 fi
