@@ -59,8 +59,9 @@ def serve(
             typer.echo(_FRAGILE, err=True)
     else:
         _check_vllm_serves(source)
-        name, command = _VLLM, [python, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-        command += [source, *_dtype(source, given)]
+        # Without -P, Python would look here first: in a clone, at BitLab without its libraries.
+        name, command = _VLLM, [python, "-P", "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", source, *_dtype(source, given)]
     command += ["--host", host, "--port", str(port), *given]
     address = f"http://{host}:{port}/v1"
     found = {"server": name, "address": address, "command": command}

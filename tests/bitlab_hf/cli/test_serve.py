@@ -46,7 +46,7 @@ def test_vllm_of_an_environment(
     dtype = json.loads((folder / "config.json").read_text())["dtype"]
     named = ["--dtype", "float32"] if dtype == "float32" else []
     assert command == [
-        program, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *named,
+        program, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *named,
         "--host", "127.0.0.1", "--port", "8123", "--seed", "1",
     ]  # fmt: skip
     assert variables["VLLM_NO_USAGE_STATS"] == "1"
