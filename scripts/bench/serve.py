@@ -7,8 +7,8 @@
 With a geometry, random weights of that size take the place of the model's, whose tokenizer stays.
 Packs the model without training (as fast as a trained one, and as wordy) unless --ternary names a
 deployed one. Starts each server in turn, and has the same questions asked by 1, 8 and 32 clients at
-once, streamed and greedy. Writes serve.json after each row, and serve.md at the end; run again with
-the same arguments, it goes on where it was stopped.
+once, streamed and greedy. Writes out/bench/serve.json after each row, and serve.md at the end; run
+again with the same arguments, it goes on where it was stopped.
 
 Tokens are counted by the servers. First token, between tokens: seconds, p50 and p95 over
 all answers. Memory: of all of the server's processes, pages that several share counted once, after
@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each server")
     parser.add_argument("--servers", nargs="+", help="only these, by their whole names")
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
-    parser.add_argument("--output", type=Path, default=Path("serve.json"))
+    parser.add_argument("--output", type=Path, default=Path("out/bench/serve.json"))
     given = parser.parse_args()
     if given.geometry and given.ternary:
         parser.error("--geometry packs its own model: leave --ternary out")
