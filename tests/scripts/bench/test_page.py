@@ -60,7 +60,8 @@ def test_servers_become_a_run_without_their_texts(tmp_path: Path) -> None:
     row = {
         "server": "vLLM, ternary", "clients": 8, "tokens_per_s": 122.8312, "first_p50": 0.4715,
         "first_p95": 0.53, "between_p50": 0.0474, "between_p95": 0.0688,
-        "memory_bytes": 3_110_000_000, "errors": 0, "texts": 32, "as_one_by_one": 29, "as_transformers": None,
+        "memory_bytes": 3_110_000_000, "errors": 0, "texts": 32, "as_one_by_one": 29,
+        "as_transformers": None,
     }  # fmt: skip
     settings = {"threads": 2, "tokens": 24, "geometry": "1b", "prompts": ["one"]}
     command = f"python scripts/bench/serve.py --vllm {tmp_path} --geometry 1b --output {tmp_path}/a"
