@@ -118,7 +118,7 @@ class BitLabConfig(QuantizationConfigMixin):
             raise ConfigError(
                 f"BitLabConfig: format_version must be at most {FORMAT_VERSION}, "
                 f"got {format_version}: the checkpoint was written by a newer BitLab\n"
-                "Run `pip install --upgrade bitlab-hf`."
+                "Update BitLab's clone, and run `pip install .` in it."
             )
         if format_version < 1:
             raise ConfigError(

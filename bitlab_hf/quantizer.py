@@ -28,6 +28,7 @@ from bitlab_hf.checkpoint.headers import Checkpoint, read_checkpoint
 from bitlab_hf.checkpoint.loading import Loading
 from bitlab_hf.checkpoint.packed_state import packed_state
 from bitlab_hf.checkpoint.plan import Source, make_plan
+from bitlab_hf.checkpoint.rotated import check_not_rotated
 from bitlab_hf.config import LOADING_ATTRIBUTES, QUANT_METHOD, BitLabConfig
 from bitlab_hf.model.by_expert import by_expert
 from bitlab_hf.model.count import bits_per_weight
@@ -85,6 +86,10 @@ class BitLabHfQuantizer(HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
+        held = model.config.to_dict()
+        # What is BitLab's own names modules, by patterns that can be anything.
+        held.pop("quantization_config", None)
+        check_not_rotated("bitlab", held)
         checkpoint = self._read_checkpoint(model, checkpoint_files)
         self.own_names = checkpoint is not None and checkpoint.own_names
         source = Source(self.was_converted, self.file_is_packed, self.build_packed)

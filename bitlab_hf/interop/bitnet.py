@@ -26,6 +26,7 @@ from bitcore.errors import ArgumentError, ArgumentTypeError, CheckpointError, Co
 from bitcore.norm import EPSILON
 from bitlab_hf.checkpoint.files import own_safetensors, read_config, shard_keys
 from bitlab_hf.checkpoint.headers import Checkpoint, TensorHeader, read_checkpoint
+from bitlab_hf.checkpoint.rotated import check_not_rotated
 from bitlab_hf.checkpoint.saving import save
 from bitlab_hf.config import BitLabConfig, checked_patterns
 from bitlab_hf.interop.expressible import check_modules
@@ -52,7 +53,8 @@ class BitNetSource(BitLabConfig):
         options: Those of one load, see `BitLabConfig`.
 
     Raises:
-        ConfigError: It is no bitnet checkpoint, or a field has a value that bitnet does not know.
+        ConfigError: It is no bitnet checkpoint, a field has a value that bitnet does not know, or
+            one says that weights are rotated.
     """
 
     def __init__(self, stock: dict[str, Any], **options: Any) -> None:
@@ -60,6 +62,7 @@ class BitNetSource(BitLabConfig):
         if method != "bitnet":
             fix = "\nLoad it with from_pretrained." if method == "bitlab" else ""
             raise ConfigError(f"load_bitnet: quant_method must be 'bitnet', got {method!r}{fix}")
+        check_not_rotated("load_bitnet", stock)
         for name, default, allowed in (
             ("linear_class", "bitlinear", ("bitlinear", "autobitlinear")),
             ("quantization_mode", "offline", ("offline", "online")),
@@ -255,7 +258,8 @@ def load_bitnet(
         convention its reciprocal, rounded once to float32.
 
     Raises:
-        ConfigError: config.json is not of a bitnet checkpoint, or holds an unknown value.
+        ConfigError: config.json is not of a bitnet checkpoint, holds an unknown value, or says that
+            weights are rotated.
         CheckpointError: The tensors are not what config.json says.
     """
     if Path(path_or_repo).is_dir() and not kwargs.get("subfolder"):

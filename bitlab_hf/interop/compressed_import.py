@@ -42,7 +42,6 @@ from bitlab_hf.interop.packed_file import (
     write_file,
 )
 from bitlab_hf.interop.packed_stream import check_group_scale_dtype
-from bitlab_hf.interop.rotated import check_not_rotated
 from bitlab_hf.interop.skeleton import model_of
 from bitlab_hf.interop.source import Experts, Source
 from bitlab_hf.model.replace import find_linears
@@ -133,7 +132,6 @@ def import_compressed_tensors(
             "Name another folder; the source stays as it is."
         )
     fields = read_config(source)
-    check_not_rotated(_OP, fields)
     quantizes = _check_configuration(fields.get("quantization_config"))
     keys = shard_keys(weight_files(source, _OP), _OP)
     model = model_of(source, len(keys), _OP)

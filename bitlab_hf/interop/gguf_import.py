@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf.checkpoint.card import model_card
+from bitlab_hf.checkpoint.rotated import check_not_rotated
 from bitlab_hf.checkpoint.saving import replacing
 from bitlab_hf.interop import q2_0
 from bitlab_hf.interop.gguf import renamed
@@ -45,7 +46,6 @@ from bitlab_hf.interop.packed_file import (
     write_file,
 )
 from bitlab_hf.interop.packed_stream import check_group_scale_dtype
-from bitlab_hf.interop.rotated import check_not_rotated
 from bitlab_hf.interop.skeleton import building
 from bitlab_hf.interop.source import Experts, Source
 from bitlab_hf.model.embedding import packable_embedding

@@ -13,6 +13,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bitcore.errors import BitLabError, CheckpointError
+from bitlab_hf.checkpoint.files import read_config
+from bitlab_hf.checkpoint.rotated import check_not_rotated
 
 # What transformers and torch say of values that make no model.
 _NO_MODEL = (
@@ -50,8 +52,10 @@ def model_of(source: Path, tensors: int, op: str) -> PreTrainedModel:
         op: Who asks, for error messages.
 
     Raises:
-        CheckpointError: config.json makes no model, or one of more layers than there are tensors.
+        ConfigError: config.json says that weights are rotated.
+        CheckpointError: It makes no model, or one of more layers than there are tensors.
     """
+    check_not_rotated(op, read_config(source))
     with building("config.json", op):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         config.__dict__.pop("quantization_config", None)

@@ -35,7 +35,6 @@ from bitlab_hf.interop.packed_stream import (
     same_values,
     write_packed,
 )
-from bitlab_hf.interop.rotated import check_not_rotated
 from bitlab_hf.interop.skeleton import model_of
 from bitlab_hf.interop.stream import Entry, StreamWriter
 from bitlab_hf.interop.structure import Structure, find_structure
@@ -113,7 +112,6 @@ def convert_ternary(
             "Name another folder; the source stays as it is."
         )
     fields = read_config(source)
-    check_not_rotated("convert_ternary", fields)
     held = fields.get("quantization_config")
     files = weight_files(source, "convert_ternary")
     if held is not None:

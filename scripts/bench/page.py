@@ -1,4 +1,4 @@
-"""Makes the tables of docs/benchmarks.md out of the files in docs/benchmarks.
+"""Makes the tables of docs/benchmarks.md and docs/serving.md out of the files in docs/benchmarks.
 
     python scripts/bench/page.py                              # writes the tables anew
     python scripts/bench/page.py --check                      # fails where that would change one
@@ -22,7 +22,9 @@ from page_tables import GPU_TABLES, TABLES
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs/benchmarks"
-DOCUMENTS = (ROOT / "docs/benchmarks.md", ROOT / "docs/benchmarks-notes.md")
+DOCUMENTS = tuple(
+    ROOT / f"docs/{name}.md" for name in ("benchmarks", "benchmarks-notes", "serving")
+)
 RUNS = "runs"
 MARKED = re.compile(r"<!-- ([a-z0-9-]+) -->\n.*?<!-- /\1 -->", re.DOTALL)
 

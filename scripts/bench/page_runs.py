@@ -10,7 +10,9 @@ from typing import Any
 
 Result = dict[str, Any]
 # Options that name a place on the machine that measured.
-_PLACES = re.compile(r" --(?:json|work|out|folder|models|png) \S+")
+_PLACES = re.compile(r" --(?:json|work|out|output|folder|models|png) \S+")
+# Of what has to be named, such as a model, the name is enough.
+_PARENTS = re.compile(r"(?<= )/\S*/(?=\S)")
 # Parts of scripts/gpu.sh that the page shows, and their kinds.
 _PARTS = {
     "train": "train", "compiled": "train", "generate": "generate", "kernels": "cuda",
@@ -132,6 +134,10 @@ def figures(kind: str, result: Result) -> Result:
             found = row["bytes"] and {name: value / 1e6 for name, value in row["bytes"].items()}
             rows.append({**{k: v for k, v in row.items() if k != "bytes"}, "bytes_mb": found})
         kept["rows"] = rows
+    elif kind.startswith("serve"):
+        # The texts that were compared are long; the counts are what came of it.
+        kept["rows"] = [_in_units(one, "gb", 1e9) for one in result["rows"]]
+        kept |= {key: result["settings"][key] for key in ("threads", "tokens", "geometry")}
     elif kind == "quality":
         kept["results"] = {
             name: [{k: v for k, v in one.items() if k != "scored"} for one in runs]
@@ -151,6 +157,8 @@ def kind_of(command: str) -> str:
     script = re.search(r"scripts/bench/(\w+)\.py", command)
     if script is None:
         raise SystemExit(f"page: the result must have a benchmark's command, got {command!r}")
+    if script[1] == "serve" and (geometry := re.search(r"--geometry (\w+)", command)):
+        return f"serve-{geometry[1]}"
     return "groups" if "--granularity" in command else script[1]
 
 
@@ -160,7 +168,10 @@ def run_of(name: str, label: str, machine: str, kind: str, result: Result) -> Ru
     conditions = ""
     if busy is not None and result.get("device", "cpu") == "cpu":
         conditions = f"other processes took {100 * busy['other_processes']:.1f} % of the CPU time"
-    command = _PLACES.sub("", result["command"])
+        if kind.startswith("serve"):
+            # Of a server that is ended, what its own processes took is not told.
+            conditions += ", the servers' own processes perhaps among them"
+    command = _PARENTS.sub("", _PLACES.sub("", result["command"]))
     source = "written by the command"
     return Run(
         name, label, kind, machine, result["date"], command, conditions, source,

@@ -237,6 +237,21 @@ def _gpu_quality(run: Run) -> Iterator[Cells]:
             yield [one["title"], figure(one["tokens"]), figure(one["nats"]), figure(original)]
 
 
+def _servers(kind: str) -> Callable[[Run], Iterator[Cells]]:
+    def rows(run: Run) -> Iterator[Cells]:
+        for one in run.result["rows"] if run.kind == kind else []:
+            seconds = ("first_p50", "first_p95", "between_p50", "between_p95")
+            same = (one["as_one_by_one"], one["as_transformers"])
+            yield [
+                one["server"], str(one["clients"]), f"{one['tokens_per_s']:.1f}",
+                *(f"{one[name]:.3f}" for name in seconds), f"{one['memory_gb']:.2f}",
+                str(one["errors"]),
+                *("-" if count is None else f"{count} of {one['texts']}" for count in same),
+            ]  # fmt: skip
+
+    return rows
+
+
 def _targets(run: Run) -> Iterator[Cells]:
     words = {True: "yes", False: "**no**", None: "not in this run"}
     for one in run.result.get("targets", []):
@@ -251,6 +266,10 @@ def _targets(run: Run) -> Iterator[Cells]:
 _LAYER = ["layer, N x K", "M"]
 _US = ["BitLab, µs", "the other, µs", "ratio"]
 _COST = ["groups, µs", "one scale, µs", "ratio"]
+_SERVED = [
+    "server", "clients", "tokens/s", "first token, s: p50", "p95", "between tokens, s: p50", "p95",
+    "memory, GB", "errors", "as one by one", "as transformers",
+]  # fmt: skip
 _RATE = ["BitLab, tokens/s", "the other, tokens/s", "ratio"]
 TABLES: dict[str, Table] = {
     "one-token": Table([*_LAYER, "against", *_US], _layers((1,)), 3),
@@ -308,6 +327,8 @@ TABLES: dict[str, Table] = {
     ),
     "gpu-experts": Table(["experts of", "M", "against", *_US], _experts(True), 3),
     "gpu-quality": Table(["model", "tokens", "nats", "full precision"], _gpu_quality, 1),
+    "serve": Table(_SERVED, _servers("serve"), 1),
+    "serve-1b": Table(_SERVED, _servers("serve-1b"), 1),
     "targets": Table(["what is asked for", "measured", "met"], _targets, 1),
 }  # fmt: skip
 # What scripts/gpu.sh finds.

@@ -7,14 +7,15 @@
 With a geometry, random weights of that size take the place of the model's, whose tokenizer stays.
 Packs the model without training (as fast as a trained one, and as wordy) unless --ternary names a
 deployed one. Starts each server in turn, and has the same questions asked by 1, 8 and 32 clients at
-once, streamed and greedy. Writes serve.json after each row, and serve.md at the end; run again with
-the same arguments, it goes on where it was stopped.
+once, streamed and greedy. Writes out/bench/serve.json after each row, and serve.md at the end; run
+again with the same arguments, it goes on where it was stopped.
 
 Tokens are counted by the servers. First token, between tokens: seconds, p50 and p95 over
 all answers. Memory: of all of the server's processes, pages that several share counted once, after
-the row's questions. Equal: answers that are those of the same server with one client. A ternary
-model is float32 beside its packed weights, so that equal sums give equal tokens; a dense one is
-bfloat16, whose tokens can depend on the batch.
+the row's questions. Equal texts: answers without an error that are, letter by letter, those of the
+same server asked one by one, and those of transformers asked one by one (of the ternary model).
+These need not be all: how a server puts a batch together decides in which order floats are added
+up, in float32 too, and a last bit can move an int8 activation by one.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "bitlab_hf/demo/model"
 COLUMNS = [
     "server", "clients", "tok/s", "first p50", "first p95", "between p50", "between p95", "memory",
-    "errors", "= one client",
+    "errors", "as one by one", "as transformers",
 ]  # fmt: skip
 # Enough for 32 clients; transformers would take most of the memory.
 PAGES = ["--cb-block-size", "32", "--cb-num-blocks", "512", "--cb-max-batch-tokens", "256"]
 CONTEXT = ["--max-model-len", "1024"]
+DENSE, REFERENCE = "vLLM, dense bfloat16", "transformers, ternary"
 # Llama-3.2-1B's but for the vocabulary: 0.97 billion weights in its layers.
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "1b": {
@@ -68,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each server")
     parser.add_argument("--servers", nargs="+", help="only these, by their whole names")
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
-    parser.add_argument("--output", type=Path, default=Path("serve.json"))
+    parser.add_argument("--output", type=Path, default=Path("out/bench/serve.json"))
     given = parser.parse_args()
     if given.geometry and given.ternary:
         parser.error("--geometry packs its own model: leave --ternary out")
@@ -133,23 +135,57 @@ def measure(server: Server, asked: list[str], clients: int, tokens: int) -> dict
         "between": percentiles(between),
         "memory": server.memory(),
         "errors": [one.error for one in answers if one.error],
-        "texts": [one.text for one in answers],
+        # What came before an error is no answer; an empty answer is one.
+        "texts": [None if one.error else one.text for one in answers],
     }
 
 
-def equal(answers: list[str], texts: list[str]) -> int:
-    """How many answers are the text at their place."""
-    return sum(bool(one) and one == text for one, text in zip(answers, texts, strict=True))
+def equal(answers: list[str | None], texts: list[str | None]) -> int:
+    """How many answers are the text at their place; None is no answer."""
+    pairs = zip(answers, texts, strict=True)
+    return sum(one is not None and one == text for one, text in pairs)
 
 
-def row(name: str, found: dict[str, Any], alone: dict[str, Any]) -> list[str]:
+def figures(
+    name: str, found: dict[str, Any], alone: dict[str, Any], reference: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The figures of a row.
+
+    Args:
+        name: The server.
+        found: What was measured.
+        alone: The same of this server asked one by one.
+        reference: Of transformers asked one by one; None where it has not answered, or of another
+            model.
+    """
+    (first_p50, first_p95), (between_p50, between_p95) = found["first"], found["between"]
+    texts = found["texts"]
+    return {
+        "server": name,
+        "clients": found["clients"],
+        "tokens_per_s": found["tokens"] / found["seconds"],
+        "first_p50": first_p50,
+        "first_p95": first_p95,
+        "between_p50": between_p50,
+        "between_p95": between_p95,
+        "memory_bytes": found["memory"],
+        "errors": len(found["errors"]),
+        "texts": len(texts),
+        "as_one_by_one": None if found is alone else equal(texts, alone["texts"]),
+        "as_transformers": (
+            None if reference is None or found is reference else equal(texts, reference["texts"])
+        ),
+    }
+
+
+def row(held: dict[str, Any]) -> list[str]:
     """A line of the table."""
-    figures = [f"{value:.3f} s" for value in (*found["first"], *found["between"])]
-    same = f"{equal(found['texts'], alone['texts'])}/{len(found['texts'])}"
+    names = ("first_p50", "first_p95", "between_p50", "between_p95")
+    same = [held["as_one_by_one"], held["as_transformers"]]
     return [
-        name, str(found["clients"]), f"{found['tokens'] / found['seconds']:.1f}", *figures,
-        f"{found['memory'] / 1e9:.2f} GB", str(len(found["errors"])),
-        "-" if found["clients"] == 1 else same,
+        held["server"], str(held["clients"]), f"{held['tokens_per_s']:.1f}",
+        *(f"{held[name]:.3f} s" for name in names), f"{held['memory_bytes'] / 1e9:.2f} GB",
+        str(held["errors"]), *("-" if one is None else f"{one}/{held['texts']}" for one in same),
     ]  # fmt: skip
 
 
@@ -185,10 +221,11 @@ class Results:
         """What the file holds."""
         return {"settings": self._settings, "servers": self.servers}
 
-    def rows(self) -> list[list[str]]:
-        """The lines of the table."""
+    def rows(self) -> list[dict[str, Any]]:
+        """The figures of each row."""
+        reference = self.servers.get(REFERENCE, {}).get("1")
         return [
-            row(name, found, rounds["1"])
+            figures(name, found, rounds["1"], None if name == DENSE else reference)
             for name, rounds in self.servers.items()
             for found in rounds.values()
         ]
@@ -210,8 +247,8 @@ def servers_of(
     by_itself = ["--with-transformers", "--"]
     servers = {
         "vLLM, ternary": (ternary, [*through, "--", *options]),
-        "vLLM, dense bfloat16": (model, [*through, "--", "--dtype", "bfloat16", *options]),
-        "transformers, ternary": (ternary, [*by_itself, "--device", "cpu"]),
+        DENSE: (model, [*through, "--", "--dtype", "bfloat16", *options]),
+        REFERENCE: (ternary, [*by_itself, "--device", "cpu"]),
         "transformers, ternary, continuous batching": (
             ternary, [*by_itself, "--device", "cpu", "--continuous-batching", *PAGES],
         ),
@@ -254,10 +291,11 @@ def main() -> None:
             log = given.output.with_name(f"serve-{name.replace(', ', '-').replace(' ', '-')}.log")
             with running(folder, options, log, given.threads) as server:
                 ask(given, name, server, asked, results)
-    grid = Grid("Servers under load", COLUMNS, results.rows())
+    rows = results.rows()
+    grid = Grid("Servers under load", COLUMNS, [row(one) for one in rows])
     grid.show(console)
     targets = [Target("errors: 0", float(results.errors()), 0.0, at_least=False, unit="")]
-    result |= results.to_dict()
+    result |= {**results.to_dict(), "rows": rows}
     close(console, result, [grid], targets, disturbance, given.output, for_vnni=False)
 
 

@@ -46,7 +46,7 @@ def test_vllm_of_an_environment(
     dtype = json.loads((folder / "config.json").read_text())["dtype"]
     named = ["--dtype", "float32"] if dtype == "float32" else []
     assert command == [
-        program, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *named,
+        program, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *named,
         "--host", "127.0.0.1", "--port", "8123", "--seed", "1",
     ]  # fmt: skip
     assert variables["VLLM_NO_USAGE_STATS"] == "1"
@@ -98,6 +98,36 @@ def test_transformers_where_there_is_no_vllm(
     error = str(cli("serve", states["deployed"]).error)
     assert "must be installed, got neither\nRun `pip install 'transformers[serving]'`" in error
     assert not started
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--", "--continuous-batching", "--cb-block-size", 32], True),
+        (["--", "--continuous-batching", "--no-continuous-batching"], False),
+        (["--", "--device", "cpu"], False),
+    ],
+)
+def test_who_batches_with_transformers_is_told(
+    cli: Cli,
+    states: dict[str, Path],
+    environment: Path,
+    started: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[object],
+    told: bool,
+) -> None:
+    monkeypatch.setattr(serve, "find_spec", lambda name: name in ("fastapi", "uvicorn"))
+    done = cli("serve", states["deployed"], "--json", *options)
+    assert done.code == 0, done.error
+    assert done.json["server"] == "transformers"
+    words = "an empty prompt, or one that the cache cannot hold, ends the worker"
+    assert (words in done.err) == told
+    assert done.err.count("\n") == told
+    # vLLM goes on after such prompts, and has an option of that name no more than others.
+    done = cli("serve", states["deployed"], "--vllm", environment, *options)
+    assert not done.err
+    assert len(started) == 2
 
 
 def test_what_is_refused(

@@ -56,6 +56,32 @@ def test_a_result_becomes_a_run(tmp_path: Path) -> None:
     assert "### generate-zen-5-2-cores\n" in page.render(page.RUNS, [run])
 
 
+def test_servers_become_a_run_without_their_texts(tmp_path: Path) -> None:
+    row = {
+        "server": "vLLM, ternary", "clients": 8, "tokens_per_s": 122.8312, "first_p50": 0.4715,
+        "first_p95": 0.53, "between_p50": 0.0474, "between_p95": 0.0688,
+        "memory_bytes": 3_110_000_000, "errors": 0, "texts": 32, "as_one_by_one": 29,
+        "as_transformers": None,
+    }  # fmt: skip
+    settings = {"threads": 2, "tokens": 24, "geometry": "1b", "prompts": ["one"]}
+    command = f"python scripts/bench/serve.py --vllm {tmp_path} --geometry 1b --output {tmp_path}/a"
+    path = write(tmp_path, "serve.py", rows=[row], settings=settings, servers={}, command=command)
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    (written,) = take(path, "Zen 5", folder)
+    assert written.name == "serve-1b-zen-5.json"
+    (run,) = load_runs(folder)
+    assert run.command == f"python scripts/bench/serve.py --vllm {tmp_path.name} --geometry 1b"
+    assert run.conditions.startswith("other processes took 1.2 % of the CPU time, the servers'")
+    assert "prompts" not in written.read_text()
+    (line,) = page.render("serve-1b", [run], "benchmarks.md").splitlines()[2:]
+    assert line == (
+        "| vLLM, ternary | 8 | 122.8 | 0.471 | 0.530 | 0.047 | 0.069 | 3.11 | 0 | 29 of 32 | - "
+        "| Zen 5 | 2026-12-01 | [serve-1b-zen-5](benchmarks.md#serve-1b-zen-5) |"
+    )
+    assert page.render("serve", [run]) == "Not measured."
+
+
 def test_what_is_no_measurement_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"must be a measurement, got one of --quick"):
         take(write(tmp_path, "linear.py", quick=True), "Zen 5", tmp_path)

@@ -86,7 +86,7 @@ def test_a_round(modules: tuple[Any, Any], port: int) -> None:
     serve, load = modules
     server = load.Server(port, "model", os.getpgid(0))
     found = serve.measure(server, QUESTIONS, 3, 2)
-    assert found["texts"] == ["one two ", "four ", "", "five cut "]
+    assert found["texts"] == ["one two ", "four ", None, None]
     assert [error[:3] for error in found["errors"]] == ["500", "JSO"]
     assert found["first"][0] == pytest.approx(0.05, abs=0.5)
     assert found["first"][0] >= 0.05
@@ -96,11 +96,15 @@ def test_a_round(modules: tuple[Any, Any], port: int) -> None:
     assert found["tokens"] == 3
     assert found["seconds"] >= 0.1
     assert found["memory"] > 10**7
-    alone = {"texts": ["one two ", "another", "", "five cut "]}
-    line = serve.row("name", found, alone)
+    # An error is no answer, not even to another error.
+    alone = {"texts": ["one two ", "another", None, "five cut "]}
+    line = serve.row(serve.figures("name", found, alone, None))
     assert line[:2] == ["name", "3"]
-    # Nothing is no answer.
-    assert line[-2:] == ["2", "2/4"]
+    assert line[-3:] == ["2", "1/4", "-"]
+
+
+def test_an_empty_answer_is_one(modules: tuple[Any, Any]) -> None:
+    assert modules[0].equal(["", "a", None, None], ["", "b", None, ""]) == 1
 
 
 @pytest.mark.parametrize("clients", [1, 3])
@@ -130,11 +134,30 @@ def test_a_run_goes_on_where_it_was_stopped(modules: tuple[Any, Any], tmp_path: 
     assert again.missing("a", [1, 8, 32]) == [32]
     assert again.missing("b", [1]) == [1]
     assert again.errors() == 2
-    assert [line[-1] for line in again.rows()] == ["-", "1/2"]
-    assert again.rows()[0][:5] == ["a", "1", "2.5", "0.100 s", "0.200 s"]
+    lines = [serve.row(one) for one in again.rows()]
+    assert [line[-2:] for line in lines] == [["-", "-"], ["1/2", "-"]]
+    assert lines[0][:5] == ["a", "1", "2.5", "0.100 s", "0.200 s"]
     # Of other questions nothing is taken over.
     assert serve.Results(path, {"tokens": 3}).missing("a", [1, 8]) == [1, 8]
     assert [file.name for file in path.parent.iterdir()] == ["serve.json"]
+
+
+def test_texts_are_compared_across_servers_of_one_model(
+    modules: tuple[Any, Any], tmp_path: Path
+) -> None:
+    serve = modules[0]
+    results = serve.Results(tmp_path / "serve.json", {})
+    found = {
+        "seconds": 2.0, "tokens": 5, "first": (0.1, 0.2), "between": (0.1, 0.2),
+        "memory": 10**9, "errors": [],
+    }  # fmt: skip
+    for name, texts in ((serve.REFERENCE, ["", "z"]), ("vLLM, ternary", ["", "y"])):
+        for clients in (1, 8):
+            results.add(name, {**found, "clients": clients, "texts": texts})
+    results.add(serve.DENSE, {**found, "clients": 1, "texts": ["", "z"]})
+    assert [(one["as_one_by_one"], one["as_transformers"]) for one in results.rows()] == [
+        (None, None), (2, 2), (None, 1), (2, 1), (None, None),
+    ]  # fmt: skip
 
 
 def test_a_server_that_is_gone_is_an_error(modules: tuple[Any, Any]) -> None:
