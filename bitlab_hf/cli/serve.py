@@ -76,11 +76,12 @@ def _vllm_python(environment: Path | None) -> str | None:
     if environment is None:
         return sys.executable if find_spec("vllm") else None
     python = environment / "bin/python"
-    if not python.exists() or not list(environment.glob("lib/python*/site-packages/vllm")):
-        raise ArgumentError(
-            f"serve: --vllm must be a virtual environment with vLLM, got {environment}\n"
-            "Make it: scripts/vllm_environment.sh FOLDER."
-        )
+    for module, name in (("vllm", "vLLM"), ("bitlab_vllm", "BitLab's plugin")):
+        if not python.exists() or not list(environment.glob(f"lib/python*/site-packages/{module}")):
+            raise ArgumentError(
+                f"serve: --vllm must be a virtual environment with {name}, got {environment}\n"
+                "Make it: scripts/vllm_environment.sh FOLDER."
+            )
     return str(python.absolute())
 
 

@@ -53,7 +53,7 @@ def test_layers_are_read_as_bitlab_hf_reads_them(fields: dict[str, Any]) -> None
     [
         (
             {"format_version": 9},
-            "at most 4 to be served, got 9: .*newer BitLab\n.* `pip install --no-deps .`",
+            "at most 4 to be served, got 9: .*newer BitLab\n.* `pip install ./packages/vllm`",
         ),
         (
             {"format_version": 3, "experts": "int4"},

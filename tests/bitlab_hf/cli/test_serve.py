@@ -27,9 +27,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], dict[
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:
-    """What looks like a virtual environment with vLLM."""
+    """What looks like a virtual environment with vLLM and the plugin."""
     folder = tmp_path / "vllm"
-    (folder / "lib/python3.11/site-packages/vllm").mkdir(parents=True)
+    for module in ("vllm", "bitlab_vllm"):
+        (folder / "lib/python3.11/site-packages" / module).mkdir(parents=True)
     (folder / "bin").mkdir()
     (folder / "bin/python").touch()
     return folder
@@ -137,6 +138,11 @@ def test_what_is_refused(
     assert "weight_format must be 'packed' to be served, got 'latent'\nPack" in str(latent.error)
     nowhere = cli("serve", states["deployed"], "--vllm", tmp_path)
     assert "--vllm must be a virtual environment with vLLM" in str(nowhere.error)
+    plugin = environment / "lib/python3.11/site-packages/bitlab_vllm"
+    plugin.rmdir()
+    without = cli("serve", states["deployed"], "--vllm", environment)
+    assert "--vllm must be a virtual environment with BitLab's plugin" in str(without.error)
+    plugin.mkdir()
     both = cli("serve", states["deployed"], "--vllm", environment, "--with-transformers")
     assert "--vllm must be left out with --with-transformers" in str(both.error)
     with socket.socket() as taken:
