@@ -87,7 +87,7 @@ class Scheme:
             raise ConfigError(
                 f"bitlab: format_version must be at most {FORMAT_VERSION} to be served, got "
                 f"{version}: the checkpoint was written by a newer BitLab\n"
-                "Update BitLab's clone, and run `pip install ./packages/vllm` in it with vLLM's pip."
+                "Update BitLab's clone; in it, run `pip install ./packages/vllm` with vLLM's pip."
             )
         _check("quant_method", config.get("quant_method"), (METHOD,))
         _check("weight_format", config.get("weight_format"), ("packed",), _LATENT)
