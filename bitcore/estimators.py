@@ -282,7 +282,7 @@ def lsq_gradients(dw: Tensor, weight: Tensor, step: Tensor) -> tuple[Tensor, Ten
         sums = terms.sum(-1).view(shape)
     sums = sums / (weight.numel() / step.numel()) ** 0.5
     kept = torch.where(inside, gradient, 0.0)
-    return kept.view(dw.shape).to(dw.dtype), sums
+    return kept.reshape(dw.shape).to(dw.dtype), sums
 
 
 def learned_weight(weight: Tensor, scale: Tensor, granularity: str) -> Tensor:
@@ -302,4 +302,4 @@ def learned_weight(weight: Tensor, scale: Tensor, granularity: str) -> Tensor:
     ratio = (grouped / step).clamp(-LEARNED_BOUND, LEARNED_BOUND)
     exact = grouped.detach() * (1.0 / step.detach())
     codes = (exact > 0.5).float() - (exact < -0.5).float()
-    return ((ratio + (codes - ratio).detach()) * step).view(weight.shape)
+    return ((ratio + (codes - ratio).detach()) * step).reshape(weight.shape)
