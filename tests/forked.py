@@ -11,10 +11,13 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 import traceback
 import types
 from pathlib import Path
+
+_SECONDS = 600
 
 
 def be_python(
@@ -51,6 +54,8 @@ def be_python(
 
 
 def _child(given: dict[str, object]) -> int:
+    # Killed, a request that hangs is answered too.
+    signal.alarm(_SECONDS)
     try:
         be_python(**given)  # type: ignore[arg-type]
     except SystemExit as ended:

@@ -10,4 +10,7 @@ import transformers.models.llama.modeling_llama
 import transformers.models.qwen2.modeling_qwen2
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
+import bitlab_hf.cli.app
+import bitlab_hf.demo.run
+import bitlab_hf.train  # noqa: F401
 import tests.bitlab_hf.sweep.life  # noqa: F401

@@ -27,8 +27,6 @@ from transformers import AutoModelForCausalLM
 import bitlab_hf
 from bitlab_hf import BitLabConfig
 
-from tests import processes
-
 def anonymous():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
