@@ -27,6 +27,8 @@ from bitlab_hf.checkpoint.rotated import check_not_rotated
 from bitlab_hf.cli.app import app
 from tests.bitlab_hf.interop import stock, test_compressed, test_gguf, test_ternary
 from tests.bitlab_hf.models import make_float_model
+from tests.bitlab_hf.sweep.configs import small
+from tests.bitlab_hf.sweep.models import architectures, config_class
 
 
 def described(folder: Path, **fields: Any) -> Path:
@@ -166,3 +168,10 @@ def test_a_gguf_file(tmp_path: Path) -> None:
         export_gguf(test_gguf.build("llama"), tmp_path / "model.gguf", tokenizer=tokenizer)
     with pytest.raises(ConfigError, match=r"llama\.rotation\.kind must be empty"):
         load_gguf(tmp_path / "model.gguf")
+
+
+def test_no_architecture_of_transformers_is_refused_for_its_own_fields() -> None:
+    names = architectures()
+    assert len(names) >= 450
+    for name in names:
+        check_not_rotated(name, small(config_class(name)).to_dict())
