@@ -11,6 +11,7 @@ from torch import Tensor
 from bitcore.errors import DerivativeError
 from bitcore.estimators import lsq_gradients
 from bitcore.quantize import group_scale
+from bitcore.reference import multiplied_in
 from bitcore.saved import share_codes
 from bitcore.schemas import library as _library
 
@@ -19,10 +20,6 @@ _BLOCK_ROWS, _BLOCK_COLUMNS = 512, 1024
 # Packing the weight again reads it once, which is little beside the products of this many tokens,
 # and the packed bytes of no layer wait for its backward pass. On a GPU that was not measured.
 _REPACKED_TOKENS = 128
-# Without the instructions torch multiplies bfloat16 on a CPU up to 300 times slower than float32.
-_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(
-    torch.ops.mkldnn._is_mkldnn_bf16_supported()
-)
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -62,8 +59,7 @@ def weight_gradient(dy: Tensor, inputs: list[Tensor], dtype: torch.dtype) -> Ten
     n, k = dy.shape[1], parts[0].shape[1]
     if dy.device.type != "cpu":
         return (dy.t() @ columns(0, k).to(dy.dtype)).to(dtype)
-    slow = dy.dtype == torch.float16 or (dy.dtype == torch.bfloat16 and not _HAS_BFLOAT16)
-    compute = torch.float32 if slow else dy.dtype
+    compute = multiplied_in(dy.dtype)
     dw = dy.new_empty((n, k), dtype=dtype)
     for left in range(0, k, _BLOCK_COLUMNS):
         right = min(left + _BLOCK_COLUMNS, k)
@@ -161,8 +157,7 @@ def qat_gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
             dtype = dy.dtype if ctx.is_learned else ctx.weight_dtype
             dw = weight_gradient(rows, inputs, dtype)
             if ctx.is_learned:
-                dw, dscale = lsq_gradients(dw, weight, step)
-                dw = dw.to(ctx.weight_dtype)
+                dw, dscale = lsq_gradients(dw, weight, step, ctx.weight_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         db = bias_gradient(rows, ctx.bias_dtype)
     return dx, dw, db, None, None, None, None, None, dscale, None

@@ -113,30 +113,31 @@ class CpuUnpacking:
         dtype: torch.dtype,
         multiplier: Tensor | None = None,
     ) -> Tensor:
-        """See `bitcore.reference.input_gradient`: columns unpacked block by block, in float32.
+        """See `bitcore.reference.input_gradient`: columns unpacked block by block, in dy's dtype if
+        the CPU multiplies that, else in float32.
 
-        16-bit gradients are widened some tokens at a time: of all of them that would take twice
-        their memory, more than unpacking again takes time.
+        Gradients are widened some tokens at a time: of all of them that would take twice their
+        memory, more than unpacking again takes time.
         """
         rows, in_features = qweight.shape
         qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
         step = max(64, _BLOCK_ELEMENTS // (4 * rows) // 64 * 64)
-        tokens = dy.reshape(-1, out_features)
+        tokens, compute = dy.reshape(-1, out_features), reference.multiplied_in(dy.dtype)
         count = tokens.shape[0]
         dx = torch.empty((count, in_features), dtype=dtype)
-        widened = max(1, count if dy.dtype == torch.float32 else _WIDENED_TOKENS)
+        together = max(1, count if dy.dtype == compute else _WIDENED_TOKENS)
         with torch.autocast("cpu", enabled=False):
-            for token in range(0, count, widened):
-                some = tokens[token : token + widened].float()
+            for token in range(0, count, together):
+                some = reference.without_gaps(tokens[token : token + together].to(compute))
                 for first in range(0, in_features, step):
                     last = min(first + step, in_features)
                     weight = self._unpack_block(
                         qweight,
                         weight_scale,
-                        torch.float32,
+                        compute,
                         out_features,
                         (0, rows, first, last),
                         multiplier,
                     )
-                    dx[token : token + widened, first:last] = some @ weight[:out_features]
+                    dx[token : token + together, first:last] = some @ weight[:out_features]
         return dx.view(*dy.shape[:-1], in_features)
