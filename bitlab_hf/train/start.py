@@ -40,6 +40,8 @@ logger = logging.getLogger("bitlab")
 
 # Samples that are run at a time.
 _BATCH = 8
+# Batches whose loss tells whether calibration was of use; that of all would take minutes.
+_COMPARED = 4
 
 
 class CalibratedStartMixin(_Base):
@@ -48,7 +50,7 @@ class CalibratedStartMixin(_Base):
 
     Left out where training resumes, and where latent weights are frozen, as under an adapter.
     A run that was killed meanwhile goes on with the layers that it had come to.
-    Undone where the loss of the examples does not fall: weights that were trained ternary already
+    Undone where the loss of some of them does not fall: weights that were trained ternary already
     lose by it. All processes do the same, on the same examples.
 
     Attributes:
@@ -100,7 +102,7 @@ class CalibratedStartMixin(_Base):
     @torch.no_grad()
     def _is_better_float(self, model: Any) -> bool:
         """Tells whether the latent weights are those of a model in full precision."""
-        batches = self._calibration_batches()
+        batches = self._calibration_batches()[:_COMPARED]
         with self.accelerator.autocast():
             rounded = _loss(model, batches)
             with tapped(model) as (_, streams):
@@ -166,14 +168,14 @@ class CalibratedStartMixin(_Base):
         before = [one.detach().clone() for one in parameters]
         batches = self._calibration_batches()
         with self.accelerator.autocast(), self._calibration_bar() as progress:
-            rounded = _loss(model, batches)
+            rounded = _loss(model, batches[:_COMPARED])
             try:
                 samples = [row for batch in batches for row in _rows(batch)]
                 report = self._calibrate_kept(model, samples, progress)
             except (ArgumentError, ConfigError, LifecycleError) as error:
                 logger.warning("BitLabTrainer: training starts without calibration: %s", error)
                 return None
-            calibrated = _loss(model, batches)
+            calibrated = _loss(model, batches[:_COMPARED])
         if calibrated < rounded or math.isnan(calibrated):
             logger.info("%s; loss %.4f, rounded %.4f", report, calibrated, rounded)
             return report
@@ -184,7 +186,7 @@ class CalibratedStartMixin(_Base):
         logger.warning(
             "BitLabTrainer: training starts without calibration: it took the loss of %d examples "
             "from %.4f to %.4f",
-            report.samples,
+            sum(1 for batch in batches[:_COMPARED] for _ in _rows(batch)),
             rounded,
             calibrated,
         )
