@@ -34,7 +34,7 @@ def _pack_codes(weight: Tensor, step: Tensor) -> Tensor:
 
 def _check_learned(dw: Tensor, weight: Tensor, step: Tensor) -> None:
     op = "bitlab::learned_gradients"
-    checks.check_devices(op, weight, dw, step)
+    checks.check_devices(op, dw, weight, step)
     checks.check_float(op, "dw", dw)
     checks.check_float(op, "weight", weight)
     if weight.dim() != 2:

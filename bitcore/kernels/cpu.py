@@ -153,7 +153,8 @@ class CpuKernels(CpuExperts):
         """See `bitcore.reference.learned_gradients`: one native call."""
         dw, weight, step = dw.contiguous(), weight.contiguous(), step.contiguous()
         out_features, in_features = weight.shape
-        gradient, step_gradient = torch.empty_like(weight), torch.empty_like(step)
+        gradient = torch.empty(weight.shape, dtype=weight.dtype)
+        step_gradient = torch.empty(step.shape, dtype=torch.float32)
         row_sums = torch.empty(out_features, dtype=torch.float64)
         self._check(
             self._library.bk_cpu_learned_gradients(

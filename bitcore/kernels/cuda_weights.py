@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bitcore import reference
 from bitcore.kernels.native import TYPE_CODES
 
 
@@ -91,4 +90,19 @@ class CudaWeights:
 
     def learned_gradients(self, dw: Tensor, weight: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """See `bitcore.reference.learned_gradients`."""
-        return reference.learned_gradients(dw, weight, step)
+        op, device = "bitlab::learned_gradients", weight.device
+        self._count_multiprocessors(op, device)
+        dw, weight, step = dw.contiguous(), weight.contiguous(), step.contiguous()
+        gradient = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+        step_gradient = torch.empty(step.shape, dtype=torch.float32, device=device)
+        written: tuple[Tensor, ...] = (gradient, step_gradient)
+        sums = None
+        if step.shape == (1,):
+            sums = torch.empty(weight.shape[0], dtype=torch.float64, device=device)
+            written = (*written, sums)
+        self._call(
+            op, "learned_gradients", written, dw, TYPE_CODES[dw.dtype], weight,
+            TYPE_CODES[weight.dtype], step, step.shape[0], step.shape[1] if step.dim() == 2 else 0,
+            gradient, step_gradient, sums, *weight.shape,
+        )  # fmt: skip
+        return gradient, step_gradient

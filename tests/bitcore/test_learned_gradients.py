@@ -4,8 +4,7 @@ native kernels against it.
 
 from __future__ import annotations
 
-from functools import cache, reduce
-from operator import add
+from functools import cache
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from bitcore import reference
 from bitcore.errors import ArgumentError, ArgumentTypeError, DerivativeError
 from bitcore.kernels.native import TYPE_CODES
 from tests.bitcore.layouts import STRIDED, lay_out
+from tests.bitcore.learned import Call, make_learned, step_gradient_in_lanes
 from tests.bitcore.opcheck import opcheck
 from tests.conftest import native_kernels
 
@@ -25,40 +25,6 @@ SHAPES = [(1, 1, 1), (5, 31, 1), (2, 513, 3), (9, 128, 2), (65, 203, 7), (3, 103
 GRANULARITIES = ["per_tensor", "per_channel", "per_group"]
 NAN, INF = float("nan"), float("inf")
 
-Call = tuple[Tensor, Tensor, Tensor]
-
-
-def make(shape: tuple[int, int, int], granularity: str, *dtypes: torch.dtype) -> Call:
-    """dw, a weight that lies within the bound, beyond it, and on every threshold, and its step."""
-    rows, columns, groups = shape
-    steps = {"per_tensor": (1,), "per_channel": (rows,), "per_group": (rows, groups)}
-    # Powers of two, so that there are ties.
-    step = 2.0 ** torch.randint(-6, -3, steps[granularity]).float()
-    ratio = torch.randn(rows, columns)
-    thresholds = torch.tensor([0.5, -0.5, 1.5, -1.5, 0.0, -0.0])
-    drawn = thresholds[torch.randint(len(thresholds), ratio.shape)]
-    ratio = torch.where(torch.rand(ratio.shape) < 0.1, drawn, ratio)
-    factor = step if step.dim() < 2 else step.repeat_interleave(columns // groups, 1)
-    factor = factor[:, None] if granularity == "per_channel" else factor
-    return torch.randn(rows, columns).to(dtypes[0]), (ratio * factor).to(dtypes[1]), step
-
-
-def of_lanes(dw: Tensor, weight: Tensor, step: Tensor) -> Tensor:
-    """The gradient of the step in the order of the native kernels: 16 float64 lanes a row or group,
-    then these, then the rows.
-    """
-    parts = len(weight) if step.numel() == 1 else step.numel()
-    ratio = weight.float().reshape(step.numel(), -1) * (1 / step.view(-1, 1))
-    inside, codes = ratio.abs() < 1.5, ratio.round().clamp(-1, 1)
-    terms = torch.where(inside, codes - ratio, codes) * dw.float().view(ratio.shape)
-    terms = terms.view(parts, -1)
-    padded = torch.nn.functional.pad(terms, (0, -terms.shape[1] % 16)).double()
-    lanes = reduce(add, padded.view(parts, -1, 16).unbind(1))
-    sums = reduce(add, lanes.unbind(1))
-    if step.numel() == 1:
-        sums = reduce(add, sums.unbind()).view(1)
-    return (sums / (weight.numel() // step.numel()) ** 0.5).float().view(step.shape)
-
 
 @cache
 def cases(granularity: str) -> list[tuple[Call, tuple[Tensor, Tensor]]]:
@@ -67,7 +33,7 @@ def cases(granularity: str) -> list[tuple[Call, tuple[Tensor, Tensor]]]:
     for shape in SHAPES:
         for dw_dtype in DTYPES:
             for dtype in DTYPES:
-                call = make(shape, granularity, dw_dtype, dtype)
+                call = make_learned(shape, granularity, dw_dtype, dtype)
                 given.append((call, reference.learned_gradients(*call)))
     return given
 
@@ -102,13 +68,13 @@ def test_every_isa_gives_the_bits_of_the_reference(
         ours, ours_of_step = native_kernels().learned_gradients(*call)
         assert ours.dtype == gradient.dtype
         assert torch.equal(ours, gradient)
-        assert torch.equal(ours_of_step, of_lanes(*call))
+        assert torch.equal(ours_of_step, step_gradient_in_lanes(*call))
         torch.testing.assert_close(ours_of_step, step_gradient, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_results_do_not_depend_on_threads(isa: str, granularity: str) -> None:
-    call = make((515, 1152, 18), granularity, torch.bfloat16, torch.float32)
+    call = make_learned((515, 1152, 18), granularity, torch.bfloat16, torch.float32)
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
@@ -122,7 +88,7 @@ def test_results_do_not_depend_on_threads(isa: str, granularity: str) -> None:
 def test_numbers_that_are_none(isa: str, dtype: torch.dtype) -> None:
     """NaN, infinity and steps that nobody should have, at every place of a vector."""
     for place in range(0, 70, 3):
-        dw, weight, step = make((4, 140, 2), "per_group", dtype, dtype)
+        dw, weight, step = make_learned((4, 140, 2), "per_group", dtype, dtype)
         weight[0, place], weight[1, place], weight[2, place] = NAN, INF, 0.0
         weight[3, place], dw[3, place + 70], dw[3, place] = -INF, NAN, INF
         step[2, 0], step[1, 1], step[2, 1] = 0.0, -step[1, 1], NAN
@@ -143,14 +109,14 @@ def test_numbers_that_are_none(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_the_op(backend: str, granularity: str) -> None:
     for dtype in DTYPES:
-        args = make((9, 128, 2), granularity, torch.bfloat16, dtype)
+        args = make_learned((9, 128, 2), granularity, torch.bfloat16, dtype)
         opcheck(OP.default, args, graphs=backend == "cpu")
 
 
 @pytest.mark.parametrize("layout", STRIDED)
 def test_any_layout_is_taken(backend: str, layout: str) -> None:
     for granularity in GRANULARITIES:
-        given = make((12, 192, 3), granularity, torch.float32, torch.bfloat16)
+        given = make_learned((12, 192, 3), granularity, torch.float32, torch.bfloat16)
         for index in range(3):
             moved = list(given)
             moved[index] = lay_out(given[index], layout)
@@ -171,7 +137,7 @@ def test_nothing_of_a_weight(backend: str) -> None:
 
 
 def test_no_gradient_goes_through_it(backend: str) -> None:
-    dw, weight, step = make((9, 128, 2), "per_group", torch.float32, torch.float32)
+    dw, weight, step = make_learned((9, 128, 2), "per_group", torch.float32, torch.float32)
     gradient, _ = OP(dw, weight.requires_grad_(), step)
     with pytest.raises(DerivativeError, match="bitlab::learned_gradients: the output has no"):
         gradient.sum().backward()
