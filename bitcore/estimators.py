@@ -28,8 +28,6 @@ LEAST_LEARNED = 1e-5
 LEARNED_BOUND = 1.5
 # torch adds up so many elements in one thread, in an order of its own that no thread count changes.
 _SERIAL = 32768
-# Weights whose gradients a thread works out at once: some float32 tensors of them fit its cache.
-_TOGETHER = 65536
 
 
 @dataclass(frozen=True)
@@ -221,7 +219,7 @@ def twn(groups: Tensor) -> Scales:
 def lsq(groups: Tensor) -> Scales:
     """A trained scale, which is the step too; it starts at ``2 mean|W| / sqrt(Qp)``, Qp = 1.
 
-    `lsq_gradients` has its gradients.
+    `bitcore.reference.learned_gradients` has its gradients.
 
     Source: Learned Step Size Quantization, arXiv 1902.08153, section 2.1.
     """
@@ -252,61 +250,10 @@ def _grouped(values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return values.view(values.shape[0], columns, -1), scale.view(scale.shape[0], columns, 1)
 
 
-def lsq_gradients(
-    dw: Tensor, weight: Tensor, step: Tensor, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """The gradients of ``codes * s`` with respect to W and s, straight through the rounding.
-
-    With ``v = W / s``: ``dW = dw`` where ``|v| < 1.5``, else 0, and ``ds = sum(dw * d)`` with
-    ``d = codes - v`` where ``|v| < 1.5``, else ``codes``, times ``1 / sqrt(n Qp)``: n weights
-    share the scale and Qp = 1. Clipping at 1.5 and not at Qp = 1 makes the three bins equally wide,
-    as ParetoQ found to be better for ternary weights (its ``alpha`` is 1.5 s).
-
-    Args:
-        dw: Gradient of ``codes * s``, float [N, K].
-        weight: Latent weight, float [N, K].
-        step: What the learned scale came to, float32 [1], [N] or [N, K / G].
-        dtype: Of the weight's gradient; None for dw's.
-
-    Returns:
-        The gradient of the weight, and of the scale, float32.
-
-    Source: LSQ, arXiv 1902.08153, equations 2, 3 and section 2.2; the bound: ParetoQ, arXiv
-    2502.02631, section 3.
-    """
-    kept = torch.empty(dw.shape, dtype=dtype or dw.dtype, device=dw.device)
-    count = (weight.numel() / step.numel()) ** 0.5
-    if step.shape == (1,) and len(weight) > 1:
-        return kept, _lsq_part(dw, weight, step, kept).sum().view(1) / count
-    # What is in between stays in a CPU's cache, and is not asked of the system anew each time.
-    size = len(weight)
-    if dw.device.type == "cpu" and not torch.compiler.is_compiling():
-        size = max(1, _TOGETHER * torch.get_num_threads() // max(1, weight.shape[1]))
-    parts = zip(*(torch.split(one, size) for one in (dw, weight, step, kept)), strict=True)
-    sums = [_lsq_part(*part).sum(-1) for part in parts]
-    return kept, torch.cat(sums).view(step.shape) / count
-
-
-def _lsq_part(dw: Tensor, weight: Tensor, step: Tensor, kept: Tensor) -> Tensor:
-    """Writes the weight's gradient for some rows; returns what the scale's is the sum of, float32
-    [n, C, K / C].
-    """
-    gradient, step = _grouped(dw.float(), step)
-    ratio = weight.float().view(gradient.shape) * (1.0 / step)
-    # Half to even: what lies on a threshold is 0, as in the codes themselves.
-    codes = ratio.round().clamp_(-1.0, 1.0)
-    kept.copy_(_where_inside(gradient, ratio).reshape(kept.shape))
-    return codes.sub_(_where_inside(ratio, ratio)).mul_(gradient)
-
-
-def _where_inside(values: Tensor, ratio: Tensor) -> Tensor:
-    """Returns values where ``|ratio| < 1.5``, else 0: several times as fast as a mask on a CPU."""
-    return torch.ops.aten.hardtanh_backward(values, ratio, -LEARNED_BOUND, LEARNED_BOUND)  # type: ignore[no-any-return]
-
-
 def learned_weight(weight: Tensor, scale: Tensor, granularity: str) -> Tensor:
-    """``codes * s`` in float32, differentiable with `lsq_gradients`'s gradients; for a weight that
-    is mixed with others rather than packed.
+    """``codes * s`` in float32, differentiable with the gradients of
+    `bitcore.reference.learned_gradients`; for a weight that is mixed with others rather than
+    packed.
 
     Args:
         weight: float [N, K].

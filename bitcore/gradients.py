@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from bitcore.errors import DerivativeError
-from bitcore.estimators import lsq_gradients
 from bitcore.quantize import group_scale
 from bitcore.reference import multiplied_in
 from bitcore.saved import share_codes
@@ -157,7 +156,7 @@ def qat_gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
             dtype = dy.dtype if ctx.is_learned else ctx.weight_dtype
             dw = weight_gradient(rows, inputs, dtype)
             if ctx.is_learned:
-                dw, dscale = lsq_gradients(dw, weight, step, ctx.weight_dtype)
+                dw, dscale = torch.ops.bitlab.learned_gradients(dw, weight, step)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         db = bias_gradient(rows, ctx.bias_dtype)
     return dx, dw, db, None, None, None, None, None, dscale, None
@@ -176,6 +175,7 @@ for _op in (
     "quantize_activation",
     "pack_weight",
     "pack_codes",
+    "learned_gradients",
     "estimate",
     "unpack_weight",
     "matmul",

@@ -273,7 +273,7 @@ def qat_linear(
       levels: constants, as `estimate` gives them; gradients as above, none through these;
     - scale alone: learned, and the step too, both brought to two levels with ``"per_group"``; it
       gets a gradient, and that of the weight stops where ``|W| >= 1.5 scale``:
-      `bitcore.estimators.lsq_gradients`.
+      `bitcore.reference.learned_gradients`.
 
     Source: BitNet b1.58, arXiv 2402.17764, section 2; straight-through estimator, arXiv 1308.3432;
     learned scale, arXiv 1902.08153.

@@ -32,6 +32,27 @@ def _pack_codes(weight: Tensor, step: Tensor) -> Tensor:
     return kernels_for(weight.device.type).pack_codes(weight, step)
 
 
+def _check_learned(dw: Tensor, weight: Tensor, step: Tensor) -> None:
+    op = "bitlab::learned_gradients"
+    checks.check_devices(op, dw, weight, step)
+    checks.check_float(op, "dw", dw)
+    checks.check_float(op, "weight", weight)
+    if weight.dim() != 2:
+        raise ArgumentError(f"{op}: weight must be [N, K], got {list(weight.shape)}")
+    checks.check_in_features(op, weight.shape[1])
+    if dw.shape != weight.shape:
+        raise ArgumentError(f"{op}: dw must be {list(weight.shape)}, got {list(dw.shape)}")
+    checks.check_scale(op, "step", step, *weight.shape)
+
+
+def _learned_gradients(dw: Tensor, weight: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    _check_learned(dw, weight, step)
+    checks.check_memory("bitlab::learned_gradients", dw=dw, weight=weight, step=step)
+    if not weight.numel():
+        return weight.new_empty(weight.shape), step.new_zeros(step.shape)
+    return kernels_for(weight.device.type).learned_gradients(dw, weight, step)
+
+
 def _check_estimate(weight: Tensor, name: str, granularity: str, group_size: int) -> None:
     estimators.get_estimator(name)
     ops.check_pack("bitlab::estimate", weight, granularity, group_size)
@@ -114,6 +135,7 @@ def _qat_linear(
 
 for _device in DEVICES:
     _library.impl("pack_codes", _pack_codes, _device)
+    _library.impl("learned_gradients", _learned_gradients, _device)
     _library.impl("estimate", _estimate, _device)
     _library.impl("qat_linear", _qat_linear, _device)
 
@@ -122,6 +144,12 @@ for _device in DEVICES:
 def _fake_pack_codes(weight: Tensor, step: Tensor) -> Tensor:
     _check_step("bitlab::pack_codes", "step", weight, step)
     return weight.new_empty(((weight.shape[0] + 3) // 4, weight.shape[1]), dtype=torch.uint8)
+
+
+@torch.library.register_fake("bitlab::learned_gradients", lib=_library)
+def _(dw: Tensor, weight: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    _check_learned(dw, weight, step)
+    return weight.new_empty(weight.shape), step.new_empty(step.shape)
 
 
 @torch.library.register_fake("bitlab::estimate", lib=_library)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitcore import quantize
+from bitcore.estimators import LEARNED_BOUND
 from bitcore.packing import pack_codes as pack_codes_of
 from bitcore.packing import unpack_ternary
 
@@ -257,6 +258,37 @@ def input_gradient(
     with torch.autocast(dy.device.type, enabled=False):
         weight = unpack_weight(qweight, weight_scale, out_features, dy.dtype, multiplier)
         return (without_gaps(dy) @ weight).to(dtype).contiguous()
+
+
+def learned_gradients(dw: Tensor, weight: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of ``codes * s`` with respect to W and s, straight through the rounding.
+
+    With ``v = W / s``: ``dW = dw`` where ``|v| < 1.5``, else 0, and ``ds = sum(dw * d)`` with
+    ``d = codes - v`` where ``|v| < 1.5``, else ``codes``, times ``1 / sqrt(n Qp)``: n weights
+    share the scale and Qp = 1. Clipping at 1.5 and not at Qp = 1 makes the three bins equally wide,
+    as ParetoQ found to be better for ternary weights (its ``alpha`` is 1.5 s).
+
+    Args:
+        dw: Gradient of ``codes * s``, float32, bfloat16 or float16 [N, K].
+        weight: Latent weight, float32, bfloat16 or float16 [N, K].
+        step: What the learned scale came to, float32 [1], [N] or [N, K / G].
+
+    Returns:
+        The gradient of the weight, of its dtype, and of the scale, float32 of step's shape.
+
+    Source: LSQ, arXiv 1902.08153, equations 2, 3 and section 2.2; the bound: ParetoQ, arXiv
+    2502.02631, section 3.
+    """
+    groups = (*step.shape, -1)
+    gradient = dw.float().reshape(groups)
+    ratio = weight.float().reshape(groups) * (1.0 / step.unsqueeze(-1))
+    # Half to even: what lies on a threshold is 0, as in the codes themselves.
+    codes = ratio.round().clamp(-1.0, 1.0)
+    inside = ratio.abs() < LEARNED_BOUND
+    kept = torch.where(inside, gradient, 0.0).reshape(weight.shape).to(weight.dtype).contiguous()
+    terms = torch.where(inside, codes - ratio, codes) * gradient
+    count = weight.numel() // step.numel()
+    return kept, (terms.sum(-1) / count**0.5).view(step.shape)
 
 
 def input_gradient_int8(

@@ -58,6 +58,9 @@ library.define(
 )
 library.define("pack_codes(Tensor weight, Tensor step) -> Tensor", tags=_TAGS)
 library.define(
+    "learned_gradients(Tensor dw, Tensor weight, Tensor step) -> (Tensor, Tensor)", tags=_TAGS
+)
+library.define(
     "estimate(Tensor weight, str name, str granularity, int group_size)"
     " -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,

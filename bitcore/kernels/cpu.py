@@ -149,6 +149,23 @@ class CpuKernels(CpuExperts):
         )  # fmt: skip
         return qweight
 
+    def learned_gradients(self, dw: Tensor, weight: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """See `bitcore.reference.learned_gradients`: one native call."""
+        dw, weight, step = dw.contiguous(), weight.contiguous(), step.contiguous()
+        out_features, in_features = weight.shape
+        gradient = torch.empty(weight.shape, dtype=weight.dtype)
+        step_gradient = torch.empty(step.shape, dtype=torch.float32)
+        row_sums = torch.empty(out_features, dtype=torch.float64)
+        self._check(
+            self._library.bk_cpu_learned_gradients(
+                address(dw), TYPE_CODES[dw.dtype], address(weight), TYPE_CODES[weight.dtype],
+                address(step), step.shape[0], step.shape[1] if step.dim() == 2 else 0,
+                address(gradient), address(step_gradient), address(row_sums), out_features,
+                in_features, count_threads(),
+            )
+        )  # fmt: skip
+        return gradient, step_gradient
+
     def find_invalid_code(self, qweights: Sequence[Tensor]) -> int | None:
         """See `bitcore.reference.find_invalid_code`."""
         # Held until the call returns: a copy may be all that a pointer points to.

@@ -17,6 +17,7 @@ from bitcore.checks import LOWEST_ADDRESS
 from bitcore.errors import ArgumentError, BackendError
 from bitcore.kernels.cuda_experts import CudaExperts
 from bitcore.kernels.cuda_native import INVALID_ARGUMENT, load_cuda_library
+from bitcore.kernels.cuda_weights import CudaWeights
 from bitcore.kernels.native import TYPE_CODES, library_path, made_memory
 
 _I8_T2, _I8_I8, _F16_T2, _F32_T2 = range(4)
@@ -38,7 +39,7 @@ def _scales(
     return weight_scale.contiguous(), weight_scale.shape[0], columns, multiplier
 
 
-class CudaKernels(CudaExperts):
+class CudaKernels(CudaExperts, CudaWeights):
     """libbitkernels_cuda on torch's current stream.
 
     Raises:
@@ -146,78 +147,6 @@ class CudaKernels(CudaExperts):
     def find_invalid_code(self, qweights: Sequence[Tensor]) -> int | None:
         """See `bitcore.reference.find_invalid_code`: run once a file, so torch will do."""
         return reference.find_invalid_code(qweights)
-
-    def pack_weight(
-        self, weight: Tensor, granularity: str, group_size: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See `bitcore.reference.pack_weight`."""
-        op, device = "bitlab::pack_weight", weight.device
-        self._count_multiprocessors(op, device)
-        weight = weight.contiguous()
-        if granularity == "per_group":
-            return self._pack_groups(op, weight, group_size)
-        columns = weight.shape[1] // group_size if granularity == "per_group_float32" else 0
-        sums = None
-        if granularity == "per_tensor":
-            sums = torch.empty(weight.shape[0], dtype=torch.float64, device=device)
-        scale = self._weight_scale(op, weight, columns, sums)
-        return self._pack(op, weight, scale), scale, None
-
-    def row_sums(self, weight: Tensor) -> Tensor:
-        """See `bitcore.reference.row_sums`."""
-        op = "row_sums"
-        self._count_multiprocessors(op, weight.device)
-        sums = torch.empty(weight.shape[0], dtype=torch.float64, device=weight.device)
-        self._weight_scale(op, weight.contiguous(), 0, sums)
-        return sums
-
-    def _weight_scale(self, op: str, weight: Tensor, columns: int, sums: Tensor | None) -> Tensor:
-        """Absmean scales: one where there is room for the sums of the rows, else a row's or those
-        of its columns of groups.
-        """
-        out_features, in_features = weight.shape
-        rows = out_features if sums is None else 1
-        shape = (out_features, columns) if columns else (rows,)
-        scale = torch.empty(shape, dtype=torch.float32, device=weight.device)
-        written = (scale,) if sums is None else (scale, sums)
-        self._call(
-            op, "weight_scale", written, weight, TYPE_CODES[weight.dtype], scale, rows, columns,
-            sums, out_features, in_features,
-        )  # fmt: skip
-        return scale
-
-    def _pack_groups(
-        self, op: str, weight: Tensor, group_size: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scales of groups in two levels: qweight, scale [N] and multiplier [N, K / G]."""
-        out_features, in_features = weight.shape
-        columns, device = in_features // group_size, weight.device
-        rows = (out_features + 3) // 4
-        qweight = torch.empty((rows, in_features), dtype=torch.uint8, device=device)
-        scale = torch.empty(out_features, dtype=torch.float32, device=device)
-        multiplier = torch.empty((out_features, columns), dtype=torch.uint8, device=device)
-        self._call(
-            op, "pack_groups_t2", (qweight, scale, multiplier), weight, TYPE_CODES[weight.dtype],
-            scale, multiplier, qweight, out_features, in_features, columns,
-        )  # fmt: skip
-        return qweight, scale, multiplier
-
-    def pack_codes(self, weight: Tensor, step: Tensor) -> Tensor:
-        """See `bitcore.reference.pack_codes`."""
-        op = "bitlab::pack_codes"
-        self._count_multiprocessors(op, weight.device)
-        return self._pack(op, weight.contiguous(), step.contiguous())
-
-    def _pack(self, op: str, weight: Tensor, step: Tensor) -> Tensor:
-        out_features, in_features = weight.shape
-        qweight = torch.empty(
-            ((out_features + 3) // 4, in_features), dtype=torch.uint8, device=weight.device
-        )
-        self._call(
-            op, "pack_t2", (qweight,), weight, TYPE_CODES[weight.dtype], step, step.shape[0],
-            step.shape[1] if step.dim() == 2 else 0, qweight, out_features, in_features,
-        )  # fmt: skip
-        return qweight
 
     def quantize_activation(self, x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
         """See `bitcore.reference.quantize_activation`."""

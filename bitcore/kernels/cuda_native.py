@@ -7,7 +7,7 @@ from ctypes import c_char_p, c_int32, c_int64, c_void_p
 
 from bitcore.kernels.native import Signatures, declare, load_library
 
-CUDA_ABI_VERSION = 4
+CUDA_ABI_VERSION = 5
 INVALID_ARGUMENT = 1
 
 # name: (result, arguments); pointers are c_void_p. A test compares this with bitkernels_cuda.h.
@@ -82,6 +82,13 @@ CUDA_SIGNATURES: Signatures = {
     "bk_cuda_weight_scale": (
         c_int32,
         (c_void_p, c_int32, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p),
+    ),
+    "bk_cuda_learned_gradients": (
+        c_int32,
+        (
+            c_void_p, c_int32, c_void_p, c_int32, c_void_p, c_int64, c_int64, c_void_p, c_void_p,
+            c_void_p, c_int64, c_int64, c_void_p,
+        ),
     ),
     "bk_cuda_pack_t2": (
         c_int32,

@@ -17,7 +17,7 @@ from torch import Tensor
 from bitcore.checks import check_storage
 from bitcore.errors import BackendError
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 LIBRARY_DIRECTORY_VARIABLE = "BITLAB_LIBRARY_DIR"
 ISA_VARIABLE = "BITLAB_CPU_ISA"
 
@@ -51,6 +51,13 @@ CPU_SIGNATURES: Signatures = {
         c_int32,
         (
             c_void_p, c_int32, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int32,
+        ),
+    ),
+    "bk_cpu_learned_gradients": (
+        c_int32,
+        (
+            c_void_p, c_int32, c_void_p, c_int32, c_void_p, c_int64, c_int64, c_void_p, c_void_p,
+            c_void_p, c_int64, c_int64, c_int32,
         ),
     ),
     "bk_cpu_pack_t2": (

@@ -74,6 +74,10 @@ class Kernels(Protocol):
         """Multiplies an output's gradient with the packed weight."""
         ...
 
+    def learned_gradients(self, dw: Tensor, weight: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Makes the gradients of a weight and of its learned scale."""
+        ...
+
     def find_invalid_code(self, qweights: Sequence[Tensor]) -> int | None:
         """Finds the first of several packed matrices that holds the code 3."""
         ...

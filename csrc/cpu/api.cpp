@@ -146,6 +146,39 @@ int32_t bk_cpu_weight_scale(const void *weight, int32_t weight_type, float *weig
     return BK_OK;
 }
 
+int32_t bk_cpu_learned_gradients(const void *dw, int32_t dw_type, const void *weight, int32_t weight_type,
+                                 const float *step, int64_t scale_rows, int64_t scale_columns, void *gradient,
+                                 float *step_gradient, double *row_sums, int64_t N, int64_t K, int32_t num_threads) {
+    if (const char *text = check_shape(0, N, K, scale_rows, scale_columns, 1)) return fail(BK_INVALID_ARGUMENT, text);
+    if (!valid_type(dw_type)) return fail(BK_INVALID_ARGUMENT, "dw_type must be a bk_type");
+    if (!valid_type(weight_type)) return fail(BK_INVALID_ARGUMENT, "weight_type must be a bk_type");
+    const bool per_tensor = scale_rows == 1 && scale_columns == 0;
+    if (per_tensor && !row_sums) return fail(BK_INVALID_ARGUMENT, "row_sums must be given for a per-tensor step");
+    const Kernels &kernels = selected_kernels();
+    const LearnedArgs args = {dw, dw_type, weight, weight_type, gradient};
+    const int64_t columns = groups(scale_columns);
+    const int64_t width = K / columns;
+    const auto of_scale = [](double sum, int64_t count) {
+        return static_cast<float>(sum / sqrt(static_cast<double>(count)));
+    };
+    parallel(N, threads_for(N * K, kElementsPerThread, N, num_threads), [&](int64_t first, int64_t last) {
+        for (int64_t i = first * columns; i < last * columns; ++i) {
+            const double sum = kernels.learned(args, i * width, width, step[per_tensor ? 0 : i]);
+            if (per_tensor) {
+                row_sums[i] = sum;
+            } else {
+                step_gradient[i] = of_scale(sum, width);
+            }
+        }
+    });
+    if (per_tensor) {
+        double sum = 0.0;
+        for (int64_t n = 0; n < N; ++n) sum += row_sums[n];
+        step_gradient[0] = of_scale(sum, N * K);
+    }
+    return BK_OK;
+}
+
 int32_t bk_cpu_pack_t2(const void *weight, int32_t weight_type, const float *weight_scale, int64_t scale_rows,
                        int64_t scale_columns, uint8_t *qweight, int64_t N, int64_t K, int32_t num_threads) {
     if (const char *text = check_shape(0, N, K, scale_rows, scale_columns, 1)) return fail(BK_INVALID_ARGUMENT, text);

@@ -81,6 +81,14 @@ struct GroupScales {
     uint8_t *multiplier;  // [N, columns]
 };
 
+struct LearnedArgs {
+    const void *dw;
+    int32_t dw_type;
+    const void *weight;
+    int32_t weight_type;
+    void *gradient;  // of weight_type
+};
+
 struct Block {
     int64_t first_row, last_row, first_column, last_column;
 };
@@ -124,6 +132,9 @@ struct Kernels {
     void (*pack_groups)(const PackArgs &args, const GroupScales &scales, int64_t first, int64_t last);
     // Unpacks rows [first, last) of a block into args.weight.
     void (*unpack)(const PackArgs &args, const Block &block, int64_t first, int64_t last);
+    // Writes the weight's gradient of `count` elements that share a learned scale; returns the float64 sum that its
+    // gradient comes from, in the order that bitkernels.h fixes.
+    double (*learned)(const LearnedArgs &args, int64_t offset, int64_t count, float step);
 };
 
 extern const Kernels kKernelsPortable;

@@ -8,9 +8,11 @@
 #include "groups.inl"
 
 #include "linear.inl"
+#include "learned.inl"
 #include "pack.inl"
 #include "pack_groups.inl"
 
-#define BITLAB_KERNELS(name, supported)                                                                    \
-    {name,       supported, absmax,    quantize,    quantize_planes, kPanelFrom, kPanelTokens, kGroupSums, \
-     interleave, linear,    linear_i8, has_invalid, abs_sum,         pack,       pack_groups,  unpack}
+#define BITLAB_KERNELS(name, supported)                                             \
+    {name,         supported,  absmax,      quantize, quantize_planes, kPanelFrom,  \
+     kPanelTokens, kGroupSums, interleave,  linear,   linear_i8,       has_invalid, \
+     abs_sum,      pack,       pack_groups, unpack,   learned}

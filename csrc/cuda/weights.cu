@@ -1,5 +1,7 @@
 #include "weights.cuh"
 
+#include <math.h>
+
 #include "common.h"
 
 namespace bitlab {
@@ -52,6 +54,39 @@ int32_t bk_cuda_weight_scale(const void *weight, int32_t weight_type, float *wei
     BK_CUDA_TRY(launched(shape, launch(part_sums_kernel, Grid{blocks, 1}, kWeightThreads, 0, stream, p)));
     if (!per_tensor) return BK_CUDA_OK;
     return launched(shape, launch(sum_rows_kernel, Grid{1, 1}, kWeightThreads, 8 * kWeightThreads, stream, p));
+}
+
+int32_t bk_cuda_learned_gradients(const void *dw, int32_t dw_type, const void *weight, int32_t weight_type,
+                                  const float *step, int64_t scale_rows, int64_t scale_columns, void *gradient,
+                                  float *step_gradient, double *row_sums, int64_t N, int64_t K, void *stream) {
+    const Shape shape = {"bk_cuda_learned_gradients", 0, N, K};
+    BK_CUDA_TRY(check_shape(shape, scale_rows, scale_columns, 1));
+    BK_CUDA_TRY(check_tensor(shape, "dw", dw, dw_type));
+    BK_CUDA_TRY(check_tensor(shape, "weight", weight, weight_type));
+    BK_CUDA_TRY(check_tensor(shape, "step", step, BK_CUDA_F32));
+    BK_CUDA_TRY(check_tensor(shape, "gradient", gradient, weight_type));
+    BK_CUDA_TRY(check_tensor(shape, "step_gradient", step_gradient, BK_CUDA_F32));
+    const bool per_tensor = scale_rows == 1 && scale_columns == 0;
+    if (per_tensor && !row_sums) {
+        return fail(BK_CUDA_INVALID_ARGUMENT, "%s: row_sums must be given for a step per tensor, got null", shape.op);
+    }
+    const int64_t columns = scale_columns ? scale_columns : 1;
+    const int64_t elements = per_tensor ? N * K : K / columns;
+    LearnedParams p = {dw,
+                       dw_type,
+                       weight,
+                       weight_type,
+                       step,
+                       gradient,
+                       step_gradient,
+                       per_tensor ? row_sums : nullptr,
+                       N * columns,
+                       static_cast<int32_t>(K / columns),
+                       sqrt(static_cast<double>(elements))};
+    const int64_t blocks = ceil_div(p.parts, kWeightThreads / kChains);
+    BK_CUDA_TRY(launched(shape, launch(learned_kernel, Grid{blocks, 1}, kWeightThreads, 0, stream, p)));
+    if (!per_tensor) return BK_CUDA_OK;
+    return launched(shape, launch(learned_rows_kernel, Grid{1, 1}, kWeightThreads, 8 * kWeightThreads, stream, p));
 }
 
 int32_t bk_cuda_pack_t2(const void *weight, int32_t weight_type, const float *weight_scale, int64_t scale_rows,

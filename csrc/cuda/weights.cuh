@@ -1,4 +1,4 @@
-// Latent weights to packed ones and back: absmean scales, ternarize-and-pack, unpack.
+// Latent weights to packed ones and back: absmean scales, ternarize-and-pack, unpack; gradients of learned scales.
 //
 // The float64 sums of a scale have one order everywhere (bitkernels.h), so a row is 16 chains of additions and the rows
 // of a tensor are one: sixteen lanes of a warp are the chains, and one thread adds the rows. That is slower than a free
@@ -29,19 +29,24 @@ BK_DEVICE float scale_of(double sum, int64_t count) {
     return mean > 1e-5f ? mean : 1e-5f;
 }
 
-// Half a warp sums the magnitudes of `width` elements: lane l adds the elements l, l + 16, ..., then the lanes are
-// added in ascending order. All lanes of a warp call this.
-BK_DEVICE double sum_of_part(const void *weight, int32_t type, int64_t first, int32_t width) {
+// Adds the sums of half a warp's chains in ascending order. All lanes of a warp call this.
+BK_DEVICE double sum_of_chains(double sum) {
     const int lane = thread_x() % kWarp;
-    double sum = 0.0;
-    BK_UNROLL_BY_16
-    for (int32_t k = lane % kChains; k < width; k += kChains) {
-        const float value = load_float(weight, type, first + k);
-        sum = add(sum, static_cast<double>(bits_float(float_bits(value) & 0x7FFFFFFF)));
-    }
     double total = shuffle(sum, lane / kChains * kChains);
     for (int l = 1; l < kChains; ++l) total = add(total, shuffle(sum, lane / kChains * kChains + l));
     return total;
+}
+
+// Half a warp sums the magnitudes of `width` elements: lane l adds the elements l, l + 16, ..., then the lanes are
+// added in ascending order. All lanes of a warp call this.
+BK_DEVICE double sum_of_part(const void *weight, int32_t type, int64_t first, int32_t width) {
+    double sum = 0.0;
+    BK_UNROLL_BY_16
+    for (int32_t k = thread_x() % kChains; k < width; k += kChains) {
+        const float value = load_float(weight, type, first + k);
+        sum = add(sum, static_cast<double>(bits_float(float_bits(value) & 0x7FFFFFFF)));
+    }
+    return sum_of_chains(sum);
 }
 
 BK_KERNEL(kWeightThreads, 4) part_sums_kernel(WeightScaleParams p) {
@@ -57,26 +62,93 @@ BK_KERNEL(kWeightThreads, 4) part_sums_kernel(WeightScaleParams p) {
     }
 }
 
-// Adds the rows' sums in ascending order: one block fetches them, one of its threads adds, while the others fetch the
-// next ones.
-BK_KERNEL(kWeightThreads) sum_rows_kernel(WeightScaleParams p) {
-    begin();
+// Adds the sums of rows in ascending order: one block fetches them, one of its threads adds, while the others fetch the
+// next ones. The result is thread 0's.
+BK_DEVICE double sum_of_rows(const double *sums, int64_t rows) {
     const int thread = thread_x();
-    double total = 0.0, own = thread < p.parts ? load_global(p.sums + thread) : 0.0;
-    for (int64_t first = 0; first < p.parts; first += kWeightThreads) {
+    double total = 0.0, own = thread < rows ? load_global(sums + thread) : 0.0;
+    for (int64_t first = 0; first < rows; first += kWeightThreads) {
         store_shared(8u * static_cast<uint32_t>(thread), own);
         sync_block();
         const int64_t next = first + kWeightThreads + thread;
-        if (next < p.parts) own = load_global(p.sums + next);
+        if (next < rows) own = load_global(sums + next);
         if (thread == 0) {
-            const int64_t left = p.parts - first;
+            const int64_t left = rows - first;
             const uint32_t count = left < kWeightThreads ? static_cast<uint32_t>(left) : kWeightThreads;
             BK_UNROLL_BY_8
             for (uint32_t i = 0; i < count; ++i) total = add(total, load_shared<double>(8 * i));
         }
         sync_block();
     }
-    if (thread == 0) store_global(p.scale, scale_of(total, p.elements));
+    return total;
+}
+
+BK_KERNEL(kWeightThreads) sum_rows_kernel(WeightScaleParams p) {
+    begin();
+    const double total = sum_of_rows(p.sums, p.parts);
+    if (thread_x() == 0) store_global(p.scale, scale_of(total, p.elements));
+}
+
+struct LearnedParams {
+    const void *dw;
+    int32_t dw_type;
+    const void *weight;
+    int32_t weight_type;
+    const float *step;  // [parts], or [1] if `sums` is given
+    void *gradient;     // of weight_type
+    float *step_gradient;
+    double *sums;   // [parts], or null
+    int64_t parts;  // rows or groups
+    int32_t width;  // elements of one
+    double root;    // of the number of elements that share a step
+};
+
+// Elements that a lane loads before it stores what it makes of the first: a load does not pass a store.
+constexpr int kLearnedLoads = 8;
+
+// Half a warp takes a part: the weight's gradient of its elements, and the sum that the gradient of its step comes
+// from, in chains as those of sum_of_part.
+BK_KERNEL(kWeightThreads, 4) learned_kernel(LearnedParams p) {
+    begin();
+    const int64_t part = (block_x() * kWeightThreads + thread_x()) / kChains;
+    // Lanes past the last part take part in the shuffles.
+    const int32_t width = part < p.parts ? p.width : 0;
+    const float inverse = width > 0 ? divide(1.0f, load_global(p.step + (p.sums ? 0 : part))) : 0.0f;
+    double sum = 0.0;
+    for (int32_t first = thread_x() % kChains; first < width; first += kChains * kLearnedLoads) {
+        const int64_t at = part * p.width + first;
+        float dw[kLearnedLoads], weight[kLearnedLoads];
+        BK_UNROLL
+        for (int i = 0; i < kLearnedLoads; ++i) {
+            const bool there = first + i * kChains < width;
+            dw[i] = there ? load_float(p.dw, p.dw_type, at + i * kChains) : 0.0f;
+            weight[i] = there ? load_float(p.weight, p.weight_type, at + i * kChains) : 0.0f;
+        }
+        BK_UNROLL
+        for (int i = 0; i < kLearnedLoads; ++i) {
+            if (first + i * kChains >= width) break;
+            const float ratio = multiply(weight[i], inverse);
+            const float magnitude = bits_float(float_bits(ratio) & 0x7FFFFFFF);
+            const float code = ratio > 0.5f ? 1.0f : ratio < -0.5f ? -1.0f : 0.0f;
+            // NaN is on neither side of the bound: it passes no gradient, and makes that of the step NaN.
+            store_float(p.gradient, p.weight_type, at + i * kChains, magnitude < 1.5f ? dw[i] : 0.0f);
+            const float slope = magnitude >= 1.5f ? code : add(code, -ratio);
+            sum = add(sum, static_cast<double>(multiply(slope, dw[i])));
+        }
+    }
+    const double total = sum_of_chains(sum);
+    if (thread_x() % kChains != 0 || part >= p.parts) return;
+    if (p.sums) {
+        store_global(p.sums + part, total);
+    } else {
+        store_global(p.step_gradient + part, static_cast<float>(divide(total, p.root)));
+    }
+}
+
+BK_KERNEL(kWeightThreads) learned_rows_kernel(LearnedParams p) {
+    begin();
+    const double total = sum_of_rows(p.sums, p.parts);
+    if (thread_x() == 0) store_global(p.step_gradient, static_cast<float>(divide(total, p.root)));
 }
 
 struct PackParams {

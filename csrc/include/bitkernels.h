@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define BK_ABI_VERSION 6
+#define BK_ABI_VERSION 7
 #define BK_API __attribute__((visibility("default")))
 
 /* Largest K: a sum of K products of the int8 code -128 and the byte 128 still fits int32. */
@@ -215,6 +215,28 @@ BK_API int32_t bk_cpu_pack_t2(const void *weight, int32_t weight_type, const flo
  */
 BK_API int32_t bk_cpu_pack_groups_t2(const void *weight, int32_t weight_type, float *weight_scale, uint8_t *multiplier,
                                      uint8_t *qweight, int64_t N, int64_t K, int64_t columns, int32_t num_threads);
+
+/*
+ * The gradients of a weight and of its learned scale from dw, that of codes * step, straight through the rounding.
+ *
+ * In float32, of every element: v = W * (1 / step); code = clamp(round_half_even(v), -1, 1); gradient = dw where
+ * |v| < 1.5, else 0; term = (|v| < 1.5 ? code - v : code) * dw; step_gradient = sum of the terms of the elements that
+ * share a step, divided by the square root of their number. The sum, the root and the quotient are float64, and the
+ * last is rounded to float32 once. The order of the sum is that of bk_cpu_weight_scale, so the result does not depend
+ * on num_threads or the instruction set. Where v is NaN the gradient is 0 and the term NaN; NaN and infinity of dw pass
+ * as the formulas say.
+ *
+ *   dw            [N, K] of dw_type, contiguous
+ *   weight        [N, K] of weight_type, contiguous
+ *   step          float32, by (scale_rows, scale_columns): [1] (1, 0), [N] (N, 0) or [N, K / G] (N, K / G)
+ *   gradient      [N, K] of weight_type, contiguous
+ *   step_gradient float32, as step
+ *   row_sums      float64 [N], gets the sums of the rows for (1, 0); else unused, may be null
+ */
+BK_API int32_t bk_cpu_learned_gradients(const void *dw, int32_t dw_type, const void *weight, int32_t weight_type,
+                                        const float *step, int64_t scale_rows, int64_t scale_columns, void *gradient,
+                                        float *step_gradient, double *row_sums, int64_t N, int64_t K,
+                                        int32_t num_threads);
 
 /*
  * Unpacks a block: codes, times multipliers if there are any, times weight_scale, one float32 product, rounded to

@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define BK_CUDA_ABI_VERSION 4
+#define BK_CUDA_ABI_VERSION 5
 #define BK_CUDA_API __attribute__((visibility("default")))
 
 /* Largest K: a sum of K products of the int8 code -128 and the byte 128 still fits int32. */
@@ -201,6 +201,19 @@ BK_CUDA_API int32_t bk_cuda_input_gradient(const void *dy, int32_t dy_type, int6
 BK_CUDA_API int32_t bk_cuda_weight_scale(const void *weight, int32_t weight_type, float *weight_scale,
                                          int64_t scale_rows, int64_t scale_columns, double *row_sums, int64_t N,
                                          int64_t K, void *stream);
+
+/*
+ * The gradients of a weight and of its learned scale, the CPU's bits: see bk_cpu_learned_gradients.
+ *   dw, weight    [N, K] of dw_type and weight_type, contiguous
+ *   step          float32 [1], [N] or [N, K / G] by (scale_rows, scale_columns)
+ *   gradient      [N, K] of weight_type, contiguous
+ *   step_gradient float32, as step
+ *   row_sums      float64 [N], gets the sums of the rows for (1, 0); else unused, may be null
+ */
+BK_CUDA_API int32_t bk_cuda_learned_gradients(const void *dw, int32_t dw_type, const void *weight, int32_t weight_type,
+                                              const float *step, int64_t scale_rows, int64_t scale_columns,
+                                              void *gradient, float *step_gradient, double *row_sums, int64_t N,
+                                              int64_t K, void *stream);
 
 /*
  * Ternarizes and packs, the CPU's bits: see bk_cpu_pack_t2.

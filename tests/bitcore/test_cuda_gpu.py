@@ -11,6 +11,7 @@ import bitcore
 from bitcore import reference
 from bitcore.errors import ArgumentError
 from bitlayers import BitLinear
+from tests.bitcore.learned import make_learned
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -195,6 +196,18 @@ def test_gradients_reach_the_input(gpu: torch.device) -> None:
     weight = reference.unpack_weight(qweight, scale, 130, torch.float64, multiplier)
     assert x.grad is not None
     torch.testing.assert_close(x.grad.double(), weight.sum(0).expand(40, -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (67, 203, 7), (2560, 640, 10), (515, 6912, 54)])
+def test_gradients_of_learned_scales_are_the_cpus(
+    gpu: torch.device, shape: tuple[int, int, int], granularity: str
+) -> None:
+    for dtype in DTYPES:
+        call = make_learned(shape, granularity, torch.bfloat16, dtype)
+        found = torch.ops.bitlab.learned_gradients(*(one.to(gpu) for one in call))
+        for ours, expected in zip(found, torch.ops.bitlab.learned_gradients(*call), strict=True):
+            assert torch.equal(ours.cpu(), expected)
 
 
 def test_int8_weights_equal_the_reference(gpu: torch.device) -> None:

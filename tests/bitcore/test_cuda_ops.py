@@ -87,9 +87,13 @@ WEIGHT_CALLS: dict[str, Make] = {
     "pack_weight": lambda n: (torch.randn(n, K), [], ("per_tensor", 0)),
     "pack_weight groups": lambda n: (torch.randn(n, K), [], ("per_group", 64)),
     "pack_codes": lambda n: (torch.randn(n, K), [torch.ones(1)], ()),
+    "learned_gradients": lambda n: (torch.randn(n, K), [torch.randn(n, K), torch.ones(1)], ()),
+    "learned_gradients groups": lambda n: (
+        torch.randn(n, K), [torch.randn(n, K).bfloat16(), torch.rand(n, K // 64) + 0.1], ()
+    ),
     "unpack_weight": lambda n: (*split(packed()), (N, torch.float32)),
     "unpack_weight groups": lambda n: (*split(packed()), (N, torch.float32, multiplier())),
-}
+}  # fmt: skip
 ALL = CALLS | WEIGHT_CALLS
 # The functions behind torch.ops.bitlab, which check before any backend is asked.
 OPS = {
@@ -97,6 +101,7 @@ OPS = {
     "linear": ops_ternary.linear, "linear_int8": ops_int8._linear_int8,
     "experts_linear": ops_experts._linear,
     "input_gradient": ops_ternary._input_gradient_op, "pack_codes": ops_qat._pack_codes,
+    "learned_gradients": ops_qat._learned_gradients,
     "unpack_weight": ops_ternary._unpack_weight,
 }  # fmt: skip
 
@@ -270,6 +275,8 @@ def test_misaligned_storage_is_refused(host: HostKernels) -> None:
          0, *shape, None), "dy weight_scale dx"),
         ("weight_scale", lambda p: (p["weight"], 0, p["weight_scale"], N, 0, None, N, K, None),
          "weight weight_scale"),
+        ("learned_gradients", lambda p: (p["dw"], 0, p["weight"], 1, p["step"], N, 0, p["gradient"],
+         p["step_gradient"], None, N, K, None), "dw weight step gradient step_gradient"),
         ("pack_t2", lambda p: (p["weight"], 0, p["weight_scale"], N, 0, good, N, K, None),
          "weight weight_scale"),
         ("pack_groups_t2", lambda p: (p["weight"], 0, p["weight_scale"], good, good, N, K, 2,
@@ -299,6 +306,7 @@ def test_sizes_above_the_limits_are_refused(host: HostKernels) -> None:
         ("quantize_i8", (0, 0, K, 0, 0, 1, 2**17, 0, 0, 0)),
         ("input_gradient", (0, 0, N, 0, 0, 1, 0, 0, 0, 0, 1, *sizes, 0)),
         ("weight_scale", (0, 0, 0, 1, 0, 0, *sizes, 0)),
+        ("learned_gradients", (0, 0, 0, 0, 0, 1, 0, 0, 0, 0, *sizes, 0)),
         ("pack_t2", (0, 0, 0, 1, 0, 0, *sizes, 0)),
         ("pack_groups_t2", (0, 0, 0, 16, 0, *sizes, 2**11, 0)),
         ("unpack_t2", (0, 0, 1, 0, 0, 0, 0, *sizes, 0)),

@@ -39,6 +39,14 @@ CALLS: dict[str, tuple[Callable[..., object], Callable[[], tuple[Tensor, ...]]]]
         lambda: (torch.randn(9, 64),),
     ),
     "pack_codes": (OPS.pack_codes, lambda: (torch.randn(9, 64), torch.rand(9) + 0.1)),
+    "learned_gradients": (
+        OPS.learned_gradients,
+        lambda: (torch.randn(9, 64), torch.randn(9, 64), torch.rand(9) + 0.1),
+    ),
+    "learned_gradients, groups": (
+        OPS.learned_gradients,
+        lambda: (torch.randn(9, 128), torch.randn(9, 128), torch.rand(9, 2) + 0.1),
+    ),
     "estimate": (
         lambda weight: OPS.estimate(weight, "twn", "per_channel", 0),
         lambda: (torch.randn(9, 64),),

@@ -187,6 +187,21 @@ def test_the_ops_of_float_weights(backend: str) -> None:
         assert_same(OPS.quantize_activation(*args), call_on_plain(OPS.quantize_activation, args))
 
 
+def test_the_gradients_of_learned_scales(backend: str) -> None:
+    for case in calls():
+        weight, step = case.weight(), case.step()
+        args = (case.float_tensor(*weight.shape), weight, step)
+        gradient, of_step = OPS.learned_gradients(*args)
+        expected, expected_of_step = call_on_plain(OPS.learned_gradients, args)  # type: ignore[misc]
+        assert_same(gradient, expected)
+        assert of_step.is_contiguous()
+        # Sums in another order; steps of zero make NaN and infinity of them.
+        most = plain(args[0]).abs().float().view(step.numel(), -1).sum(1).view(step.shape)
+        bound = FLOAT_SUMS * most / (weight.numel() // step.numel()) ** 0.5
+        same = (of_step == expected_of_step) | (of_step.isnan() & expected_of_step.isnan())
+        assert (same | ((of_step - expected_of_step).abs() <= bound)).all()
+
+
 def test_the_ops_of_int8_weights(backend: str) -> None:
     for case in calls():
         shape = case.out_features, case.in_features

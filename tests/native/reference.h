@@ -252,6 +252,30 @@ inline double abs_sum(const void *weight, int32_t type, int64_t first, int64_t c
     return sum;
 }
 
+// Of a number above zero; a float32 that comes of it shows in one of 2^28 that its last bit may be wrong.
+inline double square_root(double value) {
+    double root = value < 1.0 ? 1.0 : value;
+    for (double next = 0.5 * (root + value / root); next < root; next = 0.5 * (root + value / root)) root = next;
+    return root;
+}
+
+// Writes the gradient of `count` elements that share a learned step; returns the sum of their terms.
+inline double learned(const void *dw, int32_t dw_type, const void *weight, int32_t type, float step, void *gradient,
+                      int64_t first, int64_t count) {
+    double lanes[16] = {};
+    for (int64_t k = 0; k < count; ++k) {
+        const float g = load(dw, dw_type, first + k);
+        const float v = load(weight, type, first + k) * (1.0f / step);
+        const bool inside = absolute(v) < 1.5f;
+        const float code = v > 0.5f ? 1.0f : v < -0.5f ? -1.0f : v != v ? v : 0.0f;
+        store(gradient, type, first + k, inside ? g : 0.0f);
+        lanes[k % 16] += static_cast<double>((inside ? code - v : code) * g);
+    }
+    double sum = 0.0;
+    for (double lane : lanes) sum += lane;
+    return sum;
+}
+
 inline int8_t ternarize(float weight, float scale) {
     const float value = weight * (1.0f / scale);
     // Half to even: both halves go to 0.

@@ -203,6 +203,48 @@ void test_weights(const Shape &s, int32_t type, const Group &group, bool invalid
     }
 }
 
+void test_learned(const Shape &s, int32_t dw_type, int32_t type, const Group &group, bool invalid) {
+    begin("learned_gradients N %lld K %lld, types %d and %d, group %lld, invalid %d", number(s.N), number(s.K), dw_type,
+          type, number(group.size), invalid);
+    const int64_t columns = group.columns(s.K), rows = group.rows(s.N);
+    const int64_t steps = rows * (columns ? columns : 1), parts = steps > 1 ? steps : s.N;
+    const int64_t width = s.N * s.K / parts;
+    void *dw = elements(dw_type, s.N * s.K);
+    void *weight = elements(type, s.N * s.K);
+    auto *step = input<float>(steps);
+    fill_floats(dw, dw_type, s.N * s.K, 6);
+    fill_floats(weight, type, s.N * s.K, 3);
+    // Some weights lie on a threshold, most on either side of one, some within all.
+    for (int64_t i = 0; i < steps; ++i) step[i] = static_cast<float>(reference::pow2(-1 - static_cast<int>(i % 3)));
+    reference::store(weight, type, s.K / 2, 0.5f * step[0]);
+    reference::store(weight, type, s.N * s.K - 1, -1.5f * step[steps - 1]);
+    if (invalid) reference::store(weight, type, s.K / 3, reference::nan());
+    if (invalid) reference::store(dw, dw_type, s.N * s.K - 1 - s.K / 3, reference::float_of(0x7F800000u));
+    auto *want = array<unsigned char>(s.N * s.K * size_of(type));
+    auto *want_steps = array<float>(steps);
+    double total = 0.0;
+    for (int64_t i = 0; i < parts; ++i) {
+        const double sum =
+            reference::learned(dw, dw_type, weight, type, step[steps > 1 ? i : 0], want, i * width, width);
+        total = steps > 1 ? sum : total + sum;
+        const double count = static_cast<double>(s.N * s.K / steps);
+        want_steps[steps > 1 ? i : 0] = static_cast<float>(total / reference::square_root(count));
+    }
+    unsigned char *got = output(s.N * s.K * size_of(type), size_of(type));
+    unsigned char *got_steps = output(4 * steps, 4);
+    unsigned char *row_sums = output(8 * s.N, 8);
+    on_every_isa(
+        [&] {
+            return bk_cpu_learned_gradients(dw, dw_type, weight, type, step, rows, columns, got,
+                                            reinterpret_cast<float *>(got_steps), reinterpret_cast<double *>(row_sums),
+                                            s.N, s.K, threads);
+        },
+        [&] {
+            expect(got, want, type, s.N, s.K);
+            expect(got_steps, want_steps, BK_F32, rows, steps / rows);
+        });
+}
+
 void test_all() {
     constexpr int64_t kM[] = {1, 2, 3, 5, 7, 8, 16, 17, 33, 65, 130};
     constexpr int64_t kN[] = {1, 5, 64, 65, 130};
@@ -240,6 +282,10 @@ void test_all() {
                 test_weights(s, type, group, true);
             }
             if (group.size < 2) test_weights({0, 65, 203}, type, group, false);
+            for (int32_t dw_type : kTypes) {
+                for (const Shape &s : kWeights) test_learned(s, dw_type, type, group, s.N == 5);
+                if (group.size < 2) test_learned({0, 3, quick ? 603 : 1203}, dw_type, type, group, false);
+            }
         }
     }
     for (int64_t count : kScanned) test_invalid(quick && count > 1000 ? 70000 : count);

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bitcore import pack_ternary, reference
 from bitcore.errors import BitLabError
+from tests.bitcore.learned import make_learned, step_gradient_in_lanes
 from tests.native.cuda.host import CONFLICTS, HostKernels
 from tests.native.cuda.quick_hopper import fused_pairs, kept, wgmma_pairs
 from tests.native.cuda.test_emulator import documented
@@ -296,6 +297,35 @@ def experts_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, T
         yield layer
 
 
+def learned_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+    """Gradients of learned scales: every kind of step, parts that end within a lane's loads, more
+    rows than are fetched at once, sums that come out in ascending order only, and NaN.
+    """
+    given = [
+        make_learned(shape, granularity, dw_dtype, dtype)
+        for shape, granularity, dw_dtype, dtype in (
+            ((9, 128, 2), "per_group", torch.float32, torch.float32),
+            ((35, 576, 9), "per_group", torch.bfloat16, torch.float16),
+            ((5, 1031, 1), "per_channel", torch.float16, torch.bfloat16),
+            ((300, 37, 1), "per_tensor", torch.float32, torch.float32),
+        )
+    ]
+    # Beyond the bound a term is its dw.
+    uneven = uneven_weight()
+    given += [(one, torch.full_like(one, 2.0), torch.ones(1)) for one in (uneven, uneven.t())]
+    given[0][1][3, 70], given[0][1][4, 70] = float("nan"), float("inf")
+    for call in given:
+
+        def gradients(call: tuple[Tensor, Tensor, Tensor] = call) -> tuple[Tensor, Tensor]:
+            ours = kernels.learned_gradients(*call)
+            copies = [one.contiguous() for one in call]
+            expected = reference.learned_gradients(*copies)[0], step_gradient_in_lanes(*copies)
+            flat = [torch.cat([one.flatten().float() for one in both]) for both in (ours, expected)]
+            return flat[0].nan_to_num(-7.0), flat[1].nan_to_num(-7.0)
+
+        yield gradients
+
+
 def first_failure(library: ctypes.CDLL, unit: str = "") -> str | None:
     """Returns the first wrong result or what the emulator reports first; None if all is right.
 
@@ -316,7 +346,12 @@ def first_failure(library: ctypes.CDLL, unit: str = "") -> str | None:
     library.bk_emulator_order(1)
     try:
         floats = chain(float_pairs(kernels), multiplied_float_pairs(kernels))
-        exactly = {"": pairs, "fused": fused_pairs, "experts": experts_pairs}
+        exactly = {
+            "": pairs,
+            "fused": fused_pairs,
+            "experts": experts_pairs,
+            "learned": learned_pairs,
+        }
         first = [name for name in exactly if name and unit.startswith(name)]
         ordered = (exactly[name](kernels) for name in dict.fromkeys([*first, *exactly]))
         for calls, exact in ((chain.from_iterable(ordered), True), (floats, False)):

@@ -64,6 +64,27 @@ def test_a_training_step_runs_the_kernels(
     assert not torch.allclose(2 * found[1], expected[1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(1,), (35,), (35, 3)])
+def test_a_learned_scale_gets_its_gradient_in_one_call(
+    called: list[str], shape: tuple[int, ...]
+) -> None:
+    x, weight, scale = torch.randn(20, 192), torch.randn(35, 192), torch.rand(shape) + 0.3
+    granularity = "per_tensor" if shape == (1,) else "per_group" if shape[1:] else "per_channel"
+
+    def gradients() -> list[Tensor]:
+        leaves = [weight.clone().requires_grad_(), scale.clone().requires_grad_()]
+        args = (granularity, 64, "int8_per_token", None, leaves[1])
+        qat_linear(x, leaves[0], None, *args).square().sum().backward()
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    found = gradients()
+    assert called == ["pack_t2", "linear_codes_i8_t2", "learned_gradients"]
+    with bitcore.use_backend("reference"):
+        expected = gradients()
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("per", ["token", "tensor"])
 @pytest.mark.parametrize("shape", [(0, 64), (1, 64), (3, 128), (20, 192), (1, 100), (20, 100)])
 def test_a_layer_keeps_the_codes_of_its_input(

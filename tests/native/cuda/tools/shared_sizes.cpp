@@ -96,4 +96,5 @@ int main() {
     printf("quantize_kernel\t%u\n", quantize_shared_bytes(BK_CUDA_MAX_IN_FEATURES));
     printf("absmax_kernel\t%u\n", 128);
     printf("sum_rows_kernel\t%u\n", 8 * kWeightThreads);
+    printf("learned_rows_kernel\t%u\n", 8 * kWeightThreads);
 }
