@@ -18,6 +18,7 @@ from bitcore.quantize import group_scale
 from bitlab_hf import BitLabConfig, deploy
 from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.train import RECIPES, Recipe, TernaryStatistics, calibrate
+from bitlab_hf.train import start as module
 from bitlab_hf.train.statistics_files import read_statistics
 from tests.bitlab_hf.experts import make_moe
 from tests.bitlab_hf.models import make_float_model, taught, token_ids, training_data
@@ -210,6 +211,27 @@ def test_it_is_undone_where_the_loss_rises(source: Path, tmp_path: Path, caplog:
     assert trainer.calibration is None
     assert "took the loss of 20 examples from" in caplog.text
     assert_equal_states(state_of(trainer.model), state_of(load(source)))
+
+
+def test_a_part_of_the_examples_tells_whether_it_was_of_use(
+    source: Path, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 20 examples in batches of 8; all of them are calibrated on."""
+    compared: list[int] = []
+    own = module._loss
+
+    def loss(model: Any, batches: list[Any], *args: Any) -> float:
+        compared.append(sum(len(batch["input_ids"]) for batch in batches))
+        return own(model, batches, *args)
+
+    monkeypatch.setattr(module, "_loss", loss)
+    monkeypatch.setattr(module, "_COMPARED", 2)
+    trainer = start(source, tmp_path / "kept")
+    assert trainer.calibration.samples == 20
+    with caplog.at_level(logging.WARNING, "bitlab"):
+        start(mistaken(source, tmp_path / "mistaken"), tmp_path / "undone")
+    assert "took the loss of 16 examples from" in caplog.text
+    assert compared == [16, 16, 16, 16]
 
 
 def test_experts_are_calibrated_and_undone_with_the_rest(tmp_path: Path, caplog: Any) -> None:
