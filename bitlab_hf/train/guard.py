@@ -169,7 +169,12 @@ def whole_or_nothing(folder: Path, writes: bool) -> Iterator[None]:
         yield
     except BaseException as error:
         if writes:
-            shutil.rmtree(folder, ignore_errors=True)
+            # Out of the way first: what another process writes meanwhile would keep it there.
+            given_up = folder.with_name(f".{folder.name}.given_up")
+            shutil.rmtree(given_up, ignore_errors=True)
+            if folder.exists():
+                folder.rename(given_up)
+            shutil.rmtree(given_up, ignore_errors=True)
             if previous.exists():
                 previous.rename(folder)
         if isinstance(error, (OSError, RuntimeError, SafetensorError)):
