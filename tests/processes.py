@@ -18,13 +18,17 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import closing, suppress
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.forked import be_python
 
+ROOT = Path(__file__).parents[1]
 BITLAB = Path(sys.executable).with_name("bitlab")
 # What the server has, whatever a test changes for itself later.
 _ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -57,7 +61,7 @@ def start(*arguments: str | Path, output: str | Path = os.devnull) -> BaseProces
 
 def run(*arguments: str | Path, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Waits for such a process and returns its exit code and what it printed."""
-    with _Printed() as printed:
+    with closing(_Printed()) as printed:
         given = [*map(str, arguments)]
         process = fork(be_python, given, dict(os.environ), os.getcwd(), *printed.names)
         process.join(timeout)
@@ -69,20 +73,57 @@ def run(*arguments: str | Path, timeout: float = 600) -> subprocess.CompletedPro
         return subprocess.CompletedProcess(given, code, *printed.texts())
 
 
-def launch(*command: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Waits for a program and for what it starts; where they do not end they tell what they do."""
-    given = [*map(str, command)]
-    process = subprocess.Popen(
-        given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
-    )  # fmt: skip
-    try:
-        printed = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGABRT)
-        output, errors = process.communicate()
-        raise AssertionError(f"no end within {timeout} s: {output}\n{errors}") from None
-    return subprocess.CompletedProcess(given, process.returncode, *printed)
+class Program:
+    """A program that starts others, such as torchrun; what they print goes to two files.
+
+    Its processes may have sessions of their own, and hold what they print to open after it has
+    ended: so no pipe is waited for, and they are looked for by who started them.
+    """
+
+    def __init__(self, *command: str | Path, **environment: str) -> None:
+        self._given = [*map(str, command)]
+        self._printed = _Printed()
+        held = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment}
+        output, errors = self._printed.names
+        with open(output, "a") as out, open(errors, "a") as err:
+            self._process = subprocess.Popen(
+                self._given, cwd=ROOT, stdout=out, stderr=err, env=held
+            )
+
+    def end(self, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        """Waits for it; where it does not end, every process tells where it is, and is killed."""
+        try:
+            code = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._stop(signal.SIGABRT)
+            output, errors = self._printed.texts()
+            raise AssertionError(f"no end within {timeout} s: {output}\n{errors}") from None
+        return subprocess.CompletedProcess(self._given, code, *self._printed.texts())
+
+    def close(self) -> None:
+        """Kills what has not ended, and forgets what was printed."""
+        self._stop(signal.SIGKILL)
+        self._printed.close()
+
+    def _stop(self, how: signal.Signals) -> None:
+        if self._process.poll() is not None:
+            return
+        parent = psutil.Process(self._process.pid)
+        everyone = [*parent.children(recursive=True), parent]
+        for signal_number in (how, signal.SIGKILL):
+            for one in everyone:
+                with suppress(psutil.NoSuchProcess):
+                    one.send_signal(signal_number)
+            _, everyone = psutil.wait_procs(everyone, timeout=10)
+        self._process.wait()
+
+
+def launch(
+    *command: str | Path, timeout: float = 600, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Waits for a program that starts others, run in the project's folder."""
+    with closing(Program(*command, **environment)) as program:
+        return program.end(timeout)
 
 
 class Elsewhere:
@@ -99,7 +140,7 @@ class Elsewhere:
         """Waits for a process with further variables of the environment."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        with _Printed() as printed:
+        with closing(_Printed()) as printed:
             given = {
                 "arguments": [*map(str, arguments)],
                 "environment": {**self.environment, **environment},
@@ -108,8 +149,10 @@ class Elsewhere:
                 "errors": printed.names[1],
             }
             print(json.dumps(given), file=self._server.stdin, flush=True)
-            code = int(self._server.stdout.readline())
-            return subprocess.CompletedProcess(given["arguments"], code, *printed.texts())
+            answer = self._server.stdout.readline()
+            if not answer:
+                raise RuntimeError(f"the server ended by itself, with {self._server.wait()}")
+            return subprocess.CompletedProcess(given["arguments"], int(answer), *printed.texts())
 
     def close(self) -> None:
         """Ends the server."""
@@ -120,16 +163,15 @@ class Elsewhere:
 class _Printed:
     """Two files that a process writes to."""
 
-    def __enter__(self) -> _Printed:
+    def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="printed-")
         self._files = [Path(self._folder.name) / name for name in ("output", "errors")]
         for file in self._files:
             file.touch()
         self.names = tuple(map(str, self._files))
-        return self
 
     def texts(self) -> list[str]:
         return [file.read_text() for file in self._files]
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._folder.cleanup()

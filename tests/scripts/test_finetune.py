@@ -31,7 +31,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     given = [SCRIPT, *map(str, arguments)]
-    return processes.launch(*launcher, *given) if launcher else processes.run(*given)
+    return processes.launch(*launcher, *given, timeout=300) if launcher else processes.run(*given)
 
 
 def options(text: Path, output: Path, steps: int, **more: Any) -> list[object]:

@@ -5,11 +5,9 @@ killed, and what torchrun starts again.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
-import subprocess
 import sys
+from contextlib import ExitStack
 from importlib.resources import files
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -21,9 +19,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from bitlab_hf.demo.corpus import source_files
+from tests.processes import ROOT, Program
 
 pytestmark = pytest.mark.ci
-ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "scripts" / "finetune.py")
 KILLED = str(Path(__file__).with_name("killed.py"))
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
@@ -57,30 +55,26 @@ def start(
     *launcher: object,
     script: tuple[str, ...] = (SCRIPT,),
     environment: dict[str, str] | None = None,
-) -> Any:
+) -> Program:
     command = [
         TORCHRUN, *launcher, *script, "--model", given / "model", "--data", given / "text.txt",
         "--output", output, "--max-steps", STEPS, "--save-steps", SAVE_STEPS, "--block", 64,
         "--batch", 2, "--group-size", 64, "--cpu",
     ]  # fmt: skip
-    return subprocess.Popen(
-        [str(one) for one in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})},
-        start_new_session=True,
-    )  # fmt: skip
+    return Program(*map(str, command), PYTHONPATH=str(ROOT), **(environment or {}))
 
 
-def finish(*processes: Any) -> list[str]:
-    """Returns what they said, once all have ended well; a launcher that fails ends the others."""
-    try:
-        said = [process.communicate(timeout=600)[0] for process in processes]
-        for process, text in zip(processes, said, strict=True):
-            assert process.returncode == 0, text[-5000:]
+def finish(*programs: Program, well: bool = True) -> list[str]:
+    """Returns what they said, once all have ended; a launcher that fails ends the others."""
+    with ExitStack() as stack:
+        for program in programs:
+            stack.callback(program.close)
+        said = []
+        for program in programs:
+            done = program.end()
+            said.append(done.stdout + done.stderr)
+            assert (done.returncode == 0) == well, said[-1][-5000:]
         return said
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +173,6 @@ def test_machines_that_do_not_share_the_output(given: Path, straight: Path, tmp_
     output = tmp_path / "out"
     output.symlink_to(straight)
     launcher = "--standalone", "--nproc-per-node", 2
-    process = start(given, output, *launcher, script=(str(other),))
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode != 0
+    (said,) = finish(start(given, output, *launcher, script=(str(other),)), well=False)
     assert "--output must be a folder that all machines share, got" in said
     assert f"None, checkpoint-{STEPS}" in said

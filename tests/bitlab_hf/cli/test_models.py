@@ -221,6 +221,7 @@ def test_bars(
 ) -> None:
     """On a terminal, what loads and what is written is shown with the time left."""
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
     build("llama", tmp_path / "stock")
     for arguments, titles in (
         (("deploy", states["float"], tmp_path / "packed"), ("loading weights", "writing model")),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from bitlab_hf import BitLabConfig, deploy, save
 from tests.bitlab_hf.model.split import SIZES
 from tests.bitlab_hf.models import make_float_model, token_ids
+from tests.processes import ROOT, launch
 
 pytestmark = pytest.mark.ci
-ROOT = Path(__file__).parents[3]
 
 
 def test_latent_and_deployed_models(tmp_path: Path) -> None:
@@ -36,11 +34,9 @@ def test_latent_and_deployed_models(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     torchrun = str(Path(sys.executable).with_name("torchrun"))
-    command = [torchrun, "--standalone", "--nproc-per-node", "2", "-m",
-               "tests.bitlab_hf.model.auto_plan", source, deployed, out]  # fmt: skip
-    done = subprocess.run(
-        [str(one) for one in command], cwd=ROOT, capture_output=True, text=True, check=False,
-        timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    done = launch(
+        torchrun, "--standalone", "--nproc-per-node", "2", "-m", "tests.bitlab_hf.model.auto_plan",
+        source, deployed, out, PYTHONPATH=str(ROOT),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
     found = load_file(out / "found.safetensors")

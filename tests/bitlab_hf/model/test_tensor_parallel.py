@@ -5,8 +5,6 @@ saving.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.bitlab_hf.model.split import SCHEMES
+from tests.processes import launch
 
 pytestmark = pytest.mark.ci
-ROOT = Path(__file__).parents[3]
 # Gradients of inputs are added up over processes, in float32.
 ROUNDING = 1e-6
 # Sums of groups with a scale each are floats; so are parts of a token that are reduced, where it
@@ -29,11 +27,7 @@ FLOATS = ("floats", "grouped")
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("split")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bitlab_hf.model.split", str(folder)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        check=False, timeout=600,
-    )  # fmt: skip
+    done = launch(sys.executable, "-m", "tests.bitlab_hf.model.split", folder)
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 

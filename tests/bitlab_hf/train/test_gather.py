@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,19 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.bitlab_hf.train.gathered import CASES, CONFIGS
+from tests.processes import launch
 
 pytestmark = pytest.mark.ci
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gathered")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bitlab_hf.train.gathered", str(folder)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        check=False, timeout=600,
-    )  # fmt: skip
+    done = launch(sys.executable, "-m", "tests.bitlab_hf.train.gathered", folder)
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 

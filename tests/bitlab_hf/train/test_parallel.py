@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,9 @@ from bitlab_hf import deploy, save
 from bitlab_hf.train.statistics_files import STATISTICS_FILE, read_histograms, read_statistics
 from tests.bitlab_hf.models import logits_of
 from tests.bitlab_hf.test_trainer import assert_equal_states
+from tests.processes import launch
 
 pytestmark = pytest.mark.ci
-ROOT = Path(__file__).parents[3]
 # Sums over a batch are added up in another order. A code that lies within this of its threshold
 # would come out differently; none does in the first steps.
 TOLERANCE = 1e-5
@@ -37,11 +35,7 @@ FLIPPED = 1e-2
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bitlab_hf.train.parallel", str(folder)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        check=False, timeout=600,
-    )  # fmt: skip
+    done = launch(sys.executable, "-m", "tests.bitlab_hf.train.parallel", folder)
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
