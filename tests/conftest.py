@@ -9,6 +9,7 @@ import os
 import sys
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -38,11 +39,22 @@ _MINUTES = (
 HOST_LIBRARY_VARIABLE = "BITLAB_CUDA_HOST_LIBRARY"
 
 
+@pytest.hookimpl(trylast=True)  # behind -m, which leaves some out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest tests first; otherwise the order stays."""
-    items.sort(
-        key=lambda item: not (item.get_closest_marker("ci") and {*item.path.parts} & {*_MINUTES})
-    )
+    """Puts the longest tests first, otherwise the order stays. Each process of a session begins
+    with an equal part of what is collected: with its share of the files of long ones.
+    """
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    long = [i for i in items if i.get_closest_marker("ci") and {*i.path.parts} & {*_MINUTES}]
+    files = {path: n % processes for n, path in enumerate(dict.fromkeys(i.path for i in long))}
+    taken = {*long}
+    others = iter([item for item in items if item not in taken])
+    parts = []
+    for process in range(processes):
+        size = len(items) * (process + 1) // processes - len(items) * process // processes
+        part = [item for item in long if files[item.path] == process]
+        parts += [*part, *islice(others, max(0, size - len(part)))]
+    items[:] = [*parts, *others]
 
 
 def native_kernels() -> CpuKernels:

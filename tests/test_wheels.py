@@ -137,13 +137,9 @@ def test_the_tree_gives_the_wheel_of_the_source_distribution(
     wheels: dict[str, Path], tmp_path: Path
 ) -> None:
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
-    run(*build, BITLAB_CUDA="OFF")
+    run(*build, BITLAB_NATIVE="OFF")
     (wheel,) = tmp_path.glob("*.whl")
-    ours, theirs = contents(wheel), contents(wheels["x86_64"])
-    assert ours.keys() == theirs.keys()
-    # auditwheel writes the tag and, with it, the list of digests.
-    differ = {name for name in ours if ours[name] != theirs[name]}
-    assert {name.rpartition("/")[2] for name in differ} <= {"WHEEL", "RECORD"}
+    assert contents(wheel) == contents(wheels["any"])
 
 
 def test_the_aarch64_library_under_emulation(wheels: dict[str, Path], tmp_path: Path) -> None:

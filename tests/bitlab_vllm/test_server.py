@@ -127,9 +127,12 @@ def served(command: list[str | Path], port: int, log: Path) -> Iterator[Server]:
                 server.kill()
 
 
-def read_a_little(server: Server, model: str) -> http.client.HTTPResponse:
-    """Begins to read a long streamed answer."""
-    body = {"model": model, "prompt": PROMPT, "max_tokens": 400, "stream": True, "ignore_eos": True}
+def read_a_little(server: Server, model: str, answers: int = 1) -> http.client.HTTPResponse:
+    """Begins to read long streamed answers; 64 are more than is kept for a client that waits."""
+    body = {
+        "model": model, "prompt": PROMPT, "max_tokens": 400, "n": answers, "stream": True,
+        "ignore_eos": True,
+    }  # fmt: skip
     response = server.open("/v1/completions", json.dumps(body).encode())
     assert response.readline().startswith(b"data: ")
     return response
@@ -181,7 +184,7 @@ def test_a_client_and_bad_ones(deployed: Path, vllm_environment: Path, tmp_path:
         assert server.complete(name, PROMPT) == expected
 
         # Cut short, an answer cannot be taken for a whole one.
-        with read_a_little(server, name) as response:
+        with read_a_little(server, name, answers=64) as response:
             server.kill()
             with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
                 response.read()

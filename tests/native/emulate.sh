@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # The kernels' self-test on this CPU, and on emulated ones that have the instruction sets it lacks.
-#   tests/native/emulate.sh [PYTHON]     PYTHON: 3.11 or newer, for Bochs; default $PYTHON or python3
+#   tests/native/emulate.sh [PYTHON [X86 ARM]]     PYTHON: 3.11 or newer, for Bochs; default $PYTHON or python3
+# X86: where csrc has been built for this CPU, without CUDA or with it; ARM: a folder with the library for aarch64. Where
+# they are not given, both are built.
 # aarch64 runs under qemu's user mode, AVX-512 and AVX-VNNI under Bochs, which a virtual environment of its own gets
 # from the Python package index (pip's own variables are honoured). Everything is made in a temporary folder.
 set -euo pipefail
@@ -40,21 +42,21 @@ build() { # FOLDER CMAKE_ARGUMENTS...
     local folder=$1
     shift
     cmake -S csrc -B "$folder" -DBITLAB_CUDA=OFF "$@" >/dev/null
-    cmake --build "$folder" >/dev/null
+    cmake --build "$folder" --parallel >/dev/null
 }
 flags=(-std=c++17 -O3 -Wall -Wextra -Werror -ffp-contract=off -fno-exceptions -fno-rtti -Icsrc/include)
 
+x86=${2:-$work/x86} arm=${3:-$work/arm}
 echo "== self-test: this CPU"
-build "$work/x86"
-c++ "${flags[@]}" -fopenmp "$tests/selftest.cpp" -o "$work/native" -L"$work/x86" -lbitkernels_cpu \
-    -Wl,-rpath,"$work/x86"
+[ -n "${2:-}" ] || build "$x86"
+c++ "${flags[@]}" -fopenmp "$tests/selftest.cpp" -o "$work/native" -L"$x86" -lbitkernels_cpu -Wl,-rpath,"$x86"
 run "this CPU" "$work/native"
 
 echo "== self-test: aarch64, under qemu"
-build "$work/arm" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+[ -n "${3:-}" ] || build "$arm" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
     -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
-aarch64-linux-gnu-g++ "${flags[@]}" -fopenmp "$tests/selftest.cpp" -o "$work/aarch64" -L"$work/arm" \
-    -lbitkernels_cpu -Wl,-rpath,"$work/arm"
+aarch64-linux-gnu-g++ "${flags[@]}" -fopenmp "$tests/selftest.cpp" -o "$work/aarch64" -L"$arm" \
+    -lbitkernels_cpu -Wl,-rpath,"$arm"
 arm() { # CPU ISA...
     run "qemu $1" qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu "$1" "$work/aarch64" "${@:2}"
 }
@@ -80,7 +82,7 @@ c++ "${flags[@]}" -c "$tests/selftest.cpp" -o "$work/selftest.o"
 # More than -O1 would make loops of memcpy() and memset() into calls of themselves.
 c++ "${flags[@]}" -O1 -ffreestanding -c "$tests/freestanding.cpp" -o "$work/freestanding.o"
 c++ -nostdlib -static -no-pie -Wl,-Ttext-segment=0x200000 "$work/selftest.o" "$work/freestanding.o" \
-    "$work"/x86/CMakeFiles/bitkernels_cpu.dir/cpu/*.o -lgcc -o "$work/selftest.elf"
+    "$x86"/CMakeFiles/bitkernels_cpu.dir/cpu/*.o -lgcc -o "$work/selftest.elf"
 bochs() { # MODEL ARGUMENTS...; the portable one has run on this CPU, from the same object
     run "Bochs $1" env LD_PRELOAD="$preload" "$work/venv/bin/python" "$tests/run_bochs.py" "$1" "$work/selftest.elf" \
         --without portable "${@:2}"
