@@ -52,7 +52,7 @@ echo "== self-test: this CPU"
 c++ "${flags[@]}" -fopenmp "$tests/selftest.cpp" -o "$work/native" -L"$x86" -lbitkernels_cpu -Wl,-rpath,"$x86"
 run "this CPU" "$work/native"
 
-echo "== self-test: aarch64, under qemu"
+echo "== building for aarch64, under qemu, and for AVX-512 and AVX-VNNI, under Bochs"
 [ -n "${3:-}" ] || build "$arm" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
     -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 aarch64-linux-gnu-g++ "${flags[@]}" -fopenmp "$tests/selftest.cpp" -o "$work/aarch64" -L"$arm" \
@@ -60,15 +60,6 @@ aarch64-linux-gnu-g++ "${flags[@]}" -fopenmp "$tests/selftest.cpp" -o "$work/aar
 arm() { # CPU ISA...
     run "qemu $1" qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu "$1" "$work/aarch64" "${@:2}"
 }
-arms() {
-    arm max neon_i8mm neon_dotprod portable
-    arm cortex-a76 --quick neon_dotprod portable
-    arm cortex-a72 --quick portable
-}
-arms & # beside Bochs: neither uses more than a core
-armed=$!
-
-echo "== self-test: AVX-512 and AVX-VNNI, under Bochs"
 "$python" -m venv "$work/venv"
 version=$(sed -n 's/^VERSION = "\(.*\)"$/\1/p' "$tests/run_bochs.py")
 "$work/venv/bin/pip" install --quiet --disable-pip-version-check "bochscpu-python==$version"
@@ -87,10 +78,16 @@ bochs() { # MODEL ARGUMENTS...; the portable one has run on this CPU, from the s
     run "Bochs $1" env LD_PRELOAD="$preload" "$work/venv/bin/python" "$tests/run_bochs.py" "$1" "$work/selftest.elf" \
         --without portable "${@:2}"
 }
+others() {
+    arm max neon_i8mm neon_dotprod portable
+    arm cortex-a76 --quick neon_dotprod portable
+    arm cortex-a72 --quick portable
+    bochs skylake_x --quick avx512bw avx2
+    bochs arrow_lake --quick avxvnni avx2
+}
+others & # beside the longest: none uses more than a core
+beside=$!
 bochs sapphire_rapids avx512vnni avxvnni avx512bw avx2
-bochs skylake_x --quick avx512bw avx2
-bochs arrow_lake --quick avxvnni avx2
-
-wait "$armed"
+wait "$beside"
 echo "== self-test: all passed"
 cat "$work"/summary-*
