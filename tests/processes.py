@@ -9,9 +9,11 @@ finds out about imports, about what is read at import, or about a program of its
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.forked import be_python
 
@@ -124,6 +127,26 @@ def launch(
     """Waits for a program that starts others, run in the project's folder."""
     with closing(Program(*command, **environment)) as program:
         return program.end(timeout)
+
+
+def run_once(module: str, factory: pytest.TempPathFactory) -> Path:
+    """Runs a module with a folder, in the first process of a session that asks for it.
+
+    Returns:
+        The folder, which all tests read and none changes.
+    """
+    base = factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / module
+    place.mkdir(exist_ok=True)
+    with (place / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place / "done").exists():
+            shutil.rmtree(place / "folder", ignore_errors=True)
+            (place / "folder").mkdir()
+            done = launch(sys.executable, "-m", module, place / "folder")
+            assert done.returncode == 0, done.stderr[-5000:]
+            (place / "done").touch()
+    return place / "folder"
 
 
 class Elsewhere:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.bitlab_hf.model.sharded import CASES, TRAINERS
-from tests.processes import launch
+from tests.processes import run_once
 
 pytestmark = pytest.mark.ci
 ROUNDING = 1e-6
@@ -20,10 +19,7 @@ ROUNDING = 1e-6
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sharded")
-    done = launch(sys.executable, "-m", "tests.bitlab_hf.model.sharded", folder)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return folder
+    return run_once("tests.bitlab_hf.model.sharded", tmp_path_factory)
 
 
 def processes(name: str) -> int:

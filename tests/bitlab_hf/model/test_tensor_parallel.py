@@ -5,7 +5,6 @@ saving.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.bitlab_hf.model.split import SCHEMES
-from tests.processes import launch
+from tests.processes import run_once
 
 pytestmark = pytest.mark.ci
 # Gradients of inputs are added up over processes, in float32.
@@ -26,10 +25,7 @@ FLOATS = ("floats", "grouped")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("split")
-    done = launch(sys.executable, "-m", "tests.bitlab_hf.model.split", folder)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return folder
+    return run_once("tests.bitlab_hf.model.split", tmp_path_factory)
 
 
 def both(runs: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

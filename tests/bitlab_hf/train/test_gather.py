@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.bitlab_hf.train.gathered import CASES, CONFIGS
-from tests.processes import launch
+from tests.processes import run_once
 
 pytestmark = pytest.mark.ci
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gathered")
-    done = launch(sys.executable, "-m", "tests.bitlab_hf.train.gathered", folder)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return folder
+    return run_once("tests.bitlab_hf.train.gathered", tmp_path_factory)
 
 
 def read(runs: Path, name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from bitlab_hf import deploy, save
 from bitlab_hf.train.statistics_files import STATISTICS_FILE, read_histograms, read_statistics
 from tests.bitlab_hf.models import logits_of
 from tests.bitlab_hf.test_trainer import assert_equal_states
-from tests.processes import launch
+from tests.processes import run_once
 
 pytestmark = pytest.mark.ci
 # Sums over a batch are added up in another order. A code that lies within this of its threshold
@@ -34,10 +33,7 @@ FLIPPED = 1e-2
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    done = launch(sys.executable, "-m", "tests.bitlab_hf.train.parallel", folder)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return folder
+    return run_once("tests.bitlab_hf.train.parallel", tmp_path_factory)
 
 
 def result(folder: Path) -> dict[str, Any]:
