@@ -207,5 +207,6 @@ def test_the_demo_from_the_wheel_without_a_compiler(
     installed = install(wheels["x86_64"], tmp_path / "environment")
     info = json.loads(installed.run("bitlab", "info", "--json"))
     assert any(b["name"] == "cpu" and b["chosen"] for b in info["backends"])
-    said = installed.run("bitlab", "demo", "--quick", "--output", str(tmp_path / "demo"))
+    output = str(tmp_path / "demo")
+    said = installed.run("bitlab", "demo", "--quick", "--tokens", "20000", "--output", output)
     assert "bit-identical" in said
