@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import gc
 import os
 import sys
@@ -26,7 +25,7 @@ from bitcore.kernels.cpu import CpuKernels
 from bitcore.kernels.cuda import CudaKernels
 from tests.native.cuda.build_host import build
 from tests.native.cuda.host import HostKernels, load_host_library
-from tests.processes import Elsewhere
+from tests.processes import Elsewhere, shared
 from tests.stock_environment import stock_processes
 
 # Of the tests marked `ci` these take minutes each. They come first, so that no process of a session
@@ -90,11 +89,7 @@ def host_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     path = os.environ.get(HOST_LIBRARY_VARIABLE)
     if path is not None:
         return load_host_library(Path(path))
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_host"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with shared("cuda_host", tmp_path_factory) as folder:
         library = folder / "libbitkernels_cuda_host.so"
         return load_host_library(library if library.is_file() else build(folder))
 

@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -129,17 +129,24 @@ def launch(
         return program.end(timeout)
 
 
+@contextmanager
+def shared(name: str, factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of all processes of a session, held by one of them at a time."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
 def run_once(module: str, factory: pytest.TempPathFactory) -> Path:
     """Runs a module with a folder, in the first process of a session that asks for it.
 
     Returns:
         The folder, which all tests read and none changes.
     """
-    base = factory.getbasetemp()
-    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / module
-    place.mkdir(exist_ok=True)
-    with (place / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with shared(module, factory) as place:
         if not (place / "done").exists():
             shutil.rmtree(place / "folder", ignore_errors=True)
             (place / "folder").mkdir()

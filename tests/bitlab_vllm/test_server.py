@@ -128,7 +128,7 @@ def served(command: list[str | Path], port: int, log: Path) -> Iterator[Server]:
 
 
 def read_a_little(server: Server, model: str, answers: int = 1) -> http.client.HTTPResponse:
-    """Begins to read long streamed answers; 64 are more than is kept for a client that waits."""
+    """Begins to read long streamed answers; 64 of them are long in coming."""
     body = {
         "model": model, "prompt": PROMPT, "max_tokens": 400, "n": answers, "stream": True,
         "ignore_eos": True,
