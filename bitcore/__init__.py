@@ -1,20 +1,13 @@
-"""BitLab's core: the packed format, the arithmetic, the torch ops and their kernels."""
+"""BitLab's core: the packed format, the arithmetic, the torch ops and their kernels.
 
-from bitcore import ops as ops
-from bitcore import ops_qat as ops_qat
-from bitcore.config import BitQuantConfig
-from bitcore.errors import BitLabError
-from bitcore.estimators import register_estimator
-from bitcore.kernels import BackendInfo, backends, use_backend
-from bitcore.packing import pack_ternary, unpack_ternary
+The names are those of `bitcore.api`; see `bitcore.lazy`.
+"""
 
-__all__ = [
-    "BackendInfo",
-    "BitLabError",
-    "BitQuantConfig",
-    "backends",
-    "pack_ternary",
-    "register_estimator",
-    "unpack_ternary",
-    "use_backend",
-]
+from typing import TYPE_CHECKING
+
+from bitcore.lazy import attach
+
+if TYPE_CHECKING:
+    from bitcore.api import *  # noqa: F403
+
+__getattr__, __dir__ = attach(__name__)

@@ -1,58 +1,13 @@
-"""BitLab in transformers: ternary models from ``from_pretrained`` to ``push_to_hub``."""
+"""BitLab in transformers: ternary models from ``from_pretrained`` to ``push_to_hub``.
 
-import sys
+The names are those of `bitlab_hf.api`; see `bitcore.lazy`.
+"""
 
-from bitlab_hf.checkpoint.card import record_facts
-from bitlab_hf.checkpoint.facts import Facts
-from bitlab_hf.checkpoint.saving import save
-from bitlab_hf.config import BitLabConfig
-from bitlab_hf.interop.bitnet import export_bitnet, load_bitnet
-from bitlab_hf.interop.compressed import export_compressed_tensors
-from bitlab_hf.interop.compressed_import import (
-    import_compressed_tensors,
-    load_compressed_tensors,
-)
-from bitlab_hf.interop.gguf import export_gguf
-from bitlab_hf.interop.gguf_import import import_gguf, load_gguf
-from bitlab_hf.interop.hub import HubError, push
-from bitlab_hf.interop.ternary import convert_ternary
-from bitlab_hf.model import replace
-from bitlab_hf.model.decoding import compile_decoding
-from bitlab_hf.model.deploy import deploy
-from bitlab_hf.model.replace import replace_linear
-from bitlab_hf.model.tree import quantized_layers
-from bitlab_hf.peft.guard import install as _guard_peft
-from bitlab_hf.peft.merge import MergeResult, merge_and_requantize
-from bitlab_hf.peft.trl import install as _guard_trl
-from bitlab_hf.quantizer import BitLabHfQuantizer, register
+from typing import TYPE_CHECKING
 
-register()
-# `quantized_layers` and `replace_linear` under the path that they had before there were rooms.
-sys.modules[f"{__name__}.replace"] = replace
-_guard_peft()
-_guard_trl()
+from bitcore.lazy import attach
 
-__all__ = [
-    "BitLabConfig",
-    "BitLabHfQuantizer",
-    "Facts",
-    "HubError",
-    "MergeResult",
-    "compile_decoding",
-    "convert_ternary",
-    "deploy",
-    "export_bitnet",
-    "export_compressed_tensors",
-    "export_gguf",
-    "import_compressed_tensors",
-    "import_gguf",
-    "load_bitnet",
-    "load_compressed_tensors",
-    "load_gguf",
-    "merge_and_requantize",
-    "push",
-    "quantized_layers",
-    "record_facts",
-    "replace_linear",
-    "save",
-]
+if TYPE_CHECKING:
+    from bitlab_hf.api import *  # noqa: F403
+
+__getattr__, __dir__ = attach(__name__)

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-from bitcore.checks import GROUP_SIZES
 from bitcore.errors import ArgumentError, ConfigError
 from bitlab_hf.cli.loading import load_model, load_skeleton
 
@@ -133,6 +132,8 @@ def _check_groups(op: str, scheme: dict[str, Any]) -> None:
     Raises:
         ConfigError: The message names the options.
     """
+    from bitcore.checks import GROUP_SIZES
+
     grouped = scheme.get("weight_granularity") == "per_group"
     for name in ("group_size", "group_scale_dtype"):
         if scheme.get(name) is not None and not grouped:
@@ -164,6 +165,7 @@ def pretrained_config(
         ConfigError, ArgumentError: See `config_of`.
         CheckpointError: config.json makes no model.
     """
+    from bitcore.checks import GROUP_SIZES
     from bitlab_hf.model.groups import group_fields
 
     grouped = scheme.get("weight_granularity", "per_group") == "per_group"

@@ -105,23 +105,28 @@ def bits_per_weight(model: Any, kind: str) -> float:
     return 2.0 if kind == "bitnet" else 16.0
 
 
-def measure(request: Request) -> dict[str, Any]:
-    """Loads a checkpoint and generates: times, memory."""
-    kind = request["kind"]
-    if kind == "bitlab":
-        import bitlab_hf  # noqa: F401  (registers the quantizer)
+def load(request: Request) -> tuple[Any, dict[str, Any]]:
+    """Loads a checkpoint; returns the model, and the time and what was resident before."""
+    if request["kind"] == "bitlab":
+        import bitlab_hf.api  # noqa: F401  (registers the quantizer)
 
     device = request["device"]
-    if device == "cpu":
-        # transformers compiles parts of its bitnet layer, which makes them slower on a CPU.
-        torch.compiler.set_stance("force_eager")
     torch.set_num_threads(request["threads"])
     imported = status("VmRSS")
     started = time.perf_counter()
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         request["model"], dtype=torch.bfloat16, device_map=None if device == "cpu" else device
     )
-    load_seconds = time.perf_counter() - started
+    return model, {"load_seconds": time.perf_counter() - started, "imported_bytes": imported}
+
+
+def measure(request: Request) -> dict[str, Any]:
+    """Loads a checkpoint and generates: times, memory."""
+    kind, device = request["kind"], request["device"]
+    if device == "cpu":
+        # transformers compiles parts of its bitnet layer, which makes them slower on a CPU.
+        torch.compiler.set_stance("force_eager")
+    model, loaded = load(request)
     compiling, cache = request.get("compile"), request["cache"]
     if compiling is not None:
         from bitlab_hf import compile_decoding
@@ -165,11 +170,10 @@ def measure(request: Request) -> dict[str, Any]:
     arrived = run(16, request["decode"])[1:]
     gaps = [after - before for before, after in pairwise(arrived)]
     return {
-        "load_seconds": load_seconds,
+        **loaded,
         "warm_seconds": warm_seconds,
         "prompt_seconds": prompts,
         "token_seconds": gaps,
-        "imported_bytes": imported,
         "peak_bytes": status("VmHWM"),
         "bits_per_weight": bits_per_weight(model, kind),
         "layer": type(model.model.layers[0].mlp.up_proj).__name__,
@@ -189,6 +193,8 @@ def main() -> None:
         draft = target.with_name(f"{target.name}.{os.getpid()}")
         builders[request["kind"]](request, draft)
         draft.rename(target)
+    elif request["do"] == "load":
+        _, answer = load(request)
     else:
         answer = measure(request)
     path.with_suffix(".answer").write_text(json.dumps(answer))

@@ -125,7 +125,7 @@ def figures(kind: str, result: Result) -> Result:
     """Returns what the page needs of a command's result, in the page's units."""
     names = ("device", "prompt", "threads", "compiled", "targets")
     kept = {key: result[key] for key in names if key in result}
-    if kind in ("generate", "experts_model"):
+    if kind in ("generate", "experts_model", "load"):
         engines = [_in_units(one, "gb", 1e9) for one in result["engines"]]
         kept["engines"] = [{k: v for k, v in one.items() if k != "runs"} for one in engines]
     elif kind == "train":

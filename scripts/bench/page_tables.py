@@ -170,8 +170,21 @@ def _memory(run: Run) -> Iterator[Cells]:
         yield [one["engine"], *(figure(one.get(name)) for name in names)]
 
 
+def _load(run: Run) -> Iterator[Cells]:
+    engines = run.result["engines"] if run.kind == "load" else []
+    peers = [one for one in engines if one["engine"].startswith("dense")]
+    for one in (one for one in engines if "hooks_seconds" not in one and one not in peers):
+        for other in peers:
+            first, second = (figure(each["load_seconds"]) for each in (one, other))
+            ratio = figure(one["load_seconds"] / other["load_seconds"])
+            tensors = [figure(each["tensors"]) for each in (one, other)]
+            yield [one["engine"], other["engine"], *tensors, first, second, ratio]
+
+
 def _loads(run: Run) -> Iterator[Cells]:
-    for one in run.result["engines"] if run.kind == "load" else []:
+    # Of a run with timers in it, which no command makes.
+    engines = run.result["engines"] if run.kind == "load" else []
+    for one in (one for one in engines if "hooks_seconds" in one):
         names = ("load_seconds", "load_seconds_least", "hooks_seconds", "scan_seconds")
         cells = [figure(one[name]) for name in (*names, "own_seconds", "tensors")]
         yield [one["engine"], *cells]
@@ -292,6 +305,10 @@ TABLES: dict[str, Table] = {
         _mixtures,
     ),
     "memory": Table(["engine", "load, s", "file, GB", "peak, GB", "above, GB"], _memory, 1),
+    "load": Table(
+        ["engine", "against", "tensors", "the other's", "load, s", "the other, s", "ratio"],
+        _load,
+    ),
     "loads": Table(
         ["engine", "load, s", "least", "in BitLab's hooks", "the scan", "transformers' own",
          "tensors"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,22 @@ def test_usage_and_quick_help() -> None:
     assert run().returncode == 2
     code = (
         "import sys; sys.argv[1:] = ['--help']\n"
-        "from bitlab_hf.cli.app import app\n"
-        "app(standalone_mode=False)\n"
-        "assert 'bitlab_hf.demo.run' not in sys.modules"
+        "from bitlab_autoload.command import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert not {'torch', 'transformers', 'bitlab_hf.api'} & sys.modules.keys()\n"
+        "import bitlab_hf, bitcore, torch\n"
+        "assert not hasattr(torch.ops.bitlab, 'linear')\n"
+        "from bitlab_hf import BitLabConfig, deploy\n"
+        "assert bitcore.backends() and hasattr(torch.ops.bitlab, 'linear')\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as table\n"
+        "assert table['bitlab'] is BitLabConfig and deploy.__name__ in dir(bitlab_hf)\n"
+        "assert not hasattr(bitlab_hf, 'nonsense')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_version(cli: Callable[..., Any]) -> None:
+    shown = cli("--version")
+    assert (shown.code, shown.out) == (0, version("bitlab-hf") + "\n")

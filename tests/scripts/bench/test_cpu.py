@@ -129,6 +129,23 @@ def test_generate(tmp_path: Path) -> None:
 
 
 @pytest.mark.ci
+def test_load(tmp_path: Path) -> None:
+    result, output = run("bench/load.py", tmp_path, "--threads", "1")
+    found = {one["engine"]: one for one in result["engines"]}
+    packed, again, peer, dense = found.values()
+    assert [*found] == [
+        "bitlab g64, known", "bitlab g64, scanned", "dense bf16, as many tensors", "dense bf16",
+    ]  # fmt: skip
+    assert packed["tensors"] == again["tensors"]
+    assert dense["tensors"] < packed["tensors"] <= peer["tensors"] <= packed["tensors"] + 11
+    assert all(0 < one["load_seconds_least"] <= one["load_seconds"] for one in found.values())
+    (target,) = result["targets"]
+    assert target["measured"] == pytest.approx(packed["load_seconds"] / peer["load_seconds"])
+    assert target["met"] == (target["measured"] <= 1.1)
+    assert "to the peer" in output
+
+
+@pytest.mark.ci
 def test_train(tmp_path: Path) -> None:
     options = ("--threads", "1", "--rounds", "1", "--precisions", "float32", "--tokens", "16")
     result, output = run("bench/train.py", tmp_path, *options)

@@ -56,6 +56,22 @@ def test_a_result_becomes_a_run(tmp_path: Path) -> None:
     assert "### generate-zen-5-2-cores\n" in page.render(page.RUNS, [run])
 
 
+def test_loads_are_compared_with_as_many_tensors(tmp_path: Path) -> None:
+    engines = [
+        {"engine": name, "load_seconds": seconds, "load_seconds_least": 0.3, "tensors": tensors}
+        for name, seconds, tensors in (
+            ("bitlab g64, known", 0.42, 692), ("dense bf16, as many tensors", 0.4, 696),
+        )
+    ]  # fmt: skip
+    take(write(tmp_path, "load.py", engines=engines, targets=[]), "Zen 5", tmp_path)
+    (tmp_path / "result.json").unlink()
+    (run,) = load_runs(tmp_path)
+    (line,) = page.render("load", [run]).splitlines()[2:]
+    end = "692 | 696 | 0.42 | 0.40 | 1.05 | Zen 5 | 2026-12-01 | [load-zen-5](#load-zen-5) |"
+    assert line == f"| bitlab g64, known | dense bf16, as many tensors | {end}"
+    assert page.render("loads", [run]) == "Not measured."
+
+
 def test_servers_become_a_run_without_their_texts(tmp_path: Path) -> None:
     row = {
         "server": "vLLM, ternary", "clients": 8, "tokens_per_s": 122.8312, "first_p50": 0.4715,
