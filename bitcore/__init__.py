@@ -10,4 +10,4 @@ from bitcore.lazy import attach
 if TYPE_CHECKING:
     from bitcore.api import *  # noqa: F403
 
-__getattr__, __dir__ = attach(__name__)
+__getattr__ = attach(__name__)

@@ -17,27 +17,30 @@ from typing import Any
 _COMMAND = "bitlab_autoload.command"
 
 
-def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Imports the module ``api`` of a package, now or when one of its names is asked for.
+def attach(package: str) -> Callable[[str], Any]:
+    """Gives a package the names of its module ``api``, now or when one of them is asked for.
 
     Args:
         package: Its ``__name__``.
 
     Returns:
-        The package's ``__getattr__`` and ``__dir__`` (PEP 562).
+        The package's ``__getattr__`` (PEP 562).
     """
 
-    def find(name: str) -> Any:
-        if name.startswith("__") and name != "__all__":
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        # Python asks here before it looks for a module in `from package import module`.
-        if find_spec(f"{package}.{name}") is not None:
-            return import_module(f"{package}.{name}")
-        return getattr(import_module(f"{package}.api"), name)
+    def fill() -> dict[str, Any]:
+        api, names = import_module(f"{package}.api"), vars(sys.modules[package])
+        names.update({name: getattr(api, name) for name in ("__all__", *api.__all__)})
+        return names
 
-    def names() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *find("__all__")})
+    def find(name: str) -> Any:
+        # Python asks here, too, before it looks for a module in `from package import module`.
+        if not name.startswith("__") and find_spec(f"{package}.{name}") is not None:
+            return import_module(f"{package}.{name}")
+        is_public = name == "__all__" or not name.startswith("_")
+        if is_public and name in (names := fill()):
+            return names[name]
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     if _COMMAND not in sys.modules:
-        import_module(f"{package}.api")
-    return find, names
+        fill()
+    return find
