@@ -118,7 +118,7 @@ def test_contents(wheels: dict[str, Path], platform: str) -> None:
     entries = files[f"{info}/entry_points.txt"].decode()
     assert re.search(r"\[torch\.backends\]\nbitlab ?= ?bitlab_autoload:install", entries)
     assert re.search(r"\[vllm\.general_plugins\]\nbitlab ?= ?bitlab_vllm:register", entries)
-    assert re.search(r"\[console_scripts\]\nbitlab ?= ?bitlab_hf\.cli:main", entries)
+    assert re.search(r"\[console_scripts\]\nbitlab ?= ?bitlab_autoload\.command:main", entries)
     assert "License-Expression: Apache-2.0" in files[f"{info}/METADATA"].decode()
 
 
