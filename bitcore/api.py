@@ -1,7 +1,6 @@
 """What ``from bitcore import ...`` gives. Importing it registers ``torch.ops.bitlab``."""
 
 from bitcore import ops as ops
-from bitcore import ops_qat as ops_qat
 from bitcore.config import BitQuantConfig
 from bitcore.errors import BitLabError
 from bitcore.estimators import register_estimator

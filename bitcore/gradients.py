@@ -46,18 +46,22 @@ def weight_gradient(dy: Tensor, inputs: list[Tensor], dtype: torch.dtype) -> Ten
     """``dW = dy.T @ x`` [N, K] of a dtype, for dy [M, N] and x: [..., K], or its codes and scale.
 
     Computed in dy's dtype, or in float32 on a CPU that does not multiply 16-bit floats; on a CPU in
-    blocks, so that no float copy of all of x, dy or dW is made.
+    blocks, so that no float copy of all of x, dy or dW is made. Elsewhere codes times scales are
+    written in the dtype that is multiplied: float32 ones would be twice as large as x.
     """
     parts = [part.reshape(-1, part.shape[-1]) for part in inputs]
+    n, k = dy.shape[1], parts[0].shape[1]
+    if dy.device.type != "cpu":
+        x = parts[0].to(dy.dtype) if len(parts) == 1 else dy.new_empty(parts[0].shape)
+        if len(parts) == 2:
+            torch.mul(parts[0], parts[1], out=x)
+        return (dy.t() @ x).to(dtype)
 
     def columns(first: int, last: int) -> Tensor:
         # Promoted within the product: a float copy of the codes would be as large as x.
         part = parts[0][:, first:last]
         return part if len(parts) == 1 else part * parts[1]
 
-    n, k = dy.shape[1], parts[0].shape[1]
-    if dy.device.type != "cpu":
-        return (dy.t() @ columns(0, k).to(dy.dtype)).to(dtype)
     compute = multiplied_in(dy.dtype)
     dw = dy.new_empty((n, k), dtype=dtype)
     for left in range(0, k, _BLOCK_COLUMNS):

@@ -1,8 +1,8 @@
 """The names of a package, imported with it, or when they are asked for: by the command ``bitlab``.
 
 torch and transformers take seconds to import, which a shell's completion does not have. In a
-process of the command (`bitlab_autoload.command`) all that runs is BitLab's own, and imports what
-it uses. Anywhere else users count on what importing BitLab does: it registers ``torch.ops.bitlab``,
+process of the command (`bitlab_autoload.command.main`) all that runs is BitLab's own, and imports
+what it uses. Anywhere else users count on what importing BitLab does: it registers ``torch.ops.bitlab``,
 and makes transformers, PEFT and TRL know it.
 """
 
@@ -14,7 +14,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-_COMMAND = "bitlab_autoload.command"
+
+def is_command() -> bool:
+    """Tells whether this process is one of the command."""
+    return getattr(sys.modules.get("bitlab_autoload.command"), "runs", False)
 
 
 def attach(package: str) -> Callable[[str], Any]:
@@ -34,13 +37,17 @@ def attach(package: str) -> Callable[[str], Any]:
 
     def find(name: str) -> Any:
         # Python asks here, too, before it looks for a module in `from package import module`.
-        if not name.startswith("__") and find_spec(f"{package}.{name}") is not None:
+        if (
+            name.isidentifier()
+            and not name.startswith("__")
+            and find_spec(f"{package}.{name}") is not None
+        ):
             return import_module(f"{package}.{name}")
         is_public = name == "__all__" or not name.startswith("_")
         if is_public and name in (names := fill()):
             return names[name]
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
-    if _COMMAND not in sys.modules:
+    if not is_command():
         fill()
     return find

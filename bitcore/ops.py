@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 # They register themselves.
-from bitcore import checks, gradients, ops_experts, ops_int8, ops_ternary  # noqa: F401
+from bitcore import (  # noqa: F401
+    checks,
+    gradients,
+    ops_experts,
+    ops_int8,
+    ops_qat,
+    ops_ternary,
+)
 from bitcore.kernels.registry import kernels_for
 from bitcore.plain import is_memory
 

@@ -9,5 +9,5 @@ from bitcore.lazy import attach
 
 if TYPE_CHECKING:
     from bitlab_hf.api import *  # noqa: F403
-
-__getattr__ = attach(__name__)
+else:
+    __getattr__ = attach(__name__)

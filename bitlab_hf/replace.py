@@ -1,5 +1,7 @@
-"""`quantized_layers` and `replace_linear` under the path that they had before there were rooms."""
+"""`bitlab_hf.model.replace` under the path that it had before there were rooms."""
 
-from bitlab_hf.api import quantized_layers, replace_linear
+import sys
 
-__all__ = ["quantized_layers", "replace_linear"]
+from bitlab_hf.model import replace
+
+sys.modules[__name__] = replace

@@ -47,6 +47,8 @@ PACKAGES = (
     ("cmake", "3.22", "build, unless installed otherwise"),
     ("ninja", "1.11", "build; quicker with it"),
     ("pytest", "8.0", "tests, sanitizer"),
+    ("pytest-timeout", "2.3", "tests, sanitizer"),
+    ("psutil", "6.0", "tests, sanitizer"),
     ("accelerate", "1.10", "generate, quality"),
     ("matplotlib", "3.8", "quality"),
     ("onebitllms", "0", "train, as a peer; left out without"),

@@ -25,6 +25,10 @@ _QUANTIZE_WORKSPACE = 4096
 _BLOCK = 64  # columns that the kernels multiply at a time
 _LEAST_CAPABILITY = (8, 0)
 _MOST_ELEMENTS = 2**31 - 1
+# Of so many 16-bit tokens the input's gradient is torch's product with the weight unpacked: a pass
+# over the weight is a hundredth of that product's time, and cuBLAS is ahead of the kernel by more.
+# By counting: neither was measured.
+UNPACKED_TOKENS = 1024
 # Activations of this op's name that are not quantized.
 _FLOAT = "float"
 
@@ -312,8 +316,14 @@ class CudaKernels(CudaExperts, CudaWeights):
         dtype: torch.dtype,
         multiplier: Tensor | None = None,
     ) -> Tensor:
-        """See `bitcore.reference.input_gradient`: through the packed weight, never unpacked."""
+        """See `bitcore.reference.input_gradient`: through the packed weight; of many tokens, whose
+        activations take more memory, as the reference does it.
+        """
         op, in_features = "bitlab::input_gradient", qweight.shape[1]
+        if dy.dtype != torch.float32 and dy.numel() >= UNPACKED_TOKENS * out_features:
+            weight = self.unpack_weight(qweight, weight_scale, out_features, dy.dtype, multiplier)
+            with torch.autocast(dy.device.type, enabled=False):
+                return (dy @ weight).to(dtype)
         self._count_multiprocessors(op, dy.device)
         tokens, count, stride = self._tokens(op, "dy", dy)
         dx = torch.empty((*dy.shape[:-1], in_features), dtype=dtype, device=dy.device)

@@ -55,6 +55,7 @@ from cuda_sides import (  # noqa: E402
     Quantizer,
     Row,
     ceilings,
+    gradients,
     measure,
     quantizers,
 )
@@ -176,6 +177,15 @@ def quantizer_table(found: list[Quantizer]) -> str:
     return markdown(columns, lines)
 
 
+def gradient_table(found: list[Row]) -> str:
+    """Returns the products of a backward pass in Markdown."""
+    lines = [
+        [one.shape, str(one.tokens), one.engine, f"{one.us:.2f}", f"{one.tops:.1f}"]
+        for one in found
+    ]
+    return markdown(["layer", "tokens", "product", "us", "Top/s"], lines)
+
+
 def target_table(listed: list[Target]) -> str:
     """Returns the closing table in Markdown."""
     figures = ["-" if one.measured is None else f"{one.measured:.2f}" for one in listed]
@@ -264,6 +274,7 @@ def main() -> None:
     print(f"copy {limits['copy_gbs']:.0f} GB/s, bf16 matmul {limits['bf16_tops']:.1f} TFLOP/s")
     rows: list[Row] = []
     fused: list[Quantizer] = []
+    backward: list[Row] = []
     result: dict[str, Any] = {
         "device": words,
         "date": date.today().isoformat(),
@@ -276,6 +287,7 @@ def main() -> None:
     def keep() -> None:
         result["rows"] = [asdict(row) for row in rows]
         result["quantizers"] = [{**asdict(one), "keep": one.keep} for one in fused]
+        result["gradients"] = [asdict(row) for row in backward]
         write_json(options.json, result)
 
     with bitcore.use_backend("cuda" if bench.device.type == "cuda" else "auto"):
@@ -289,6 +301,10 @@ def main() -> None:
                 torch.cuda.empty_cache()
         few = 20 if options.quick else TRAINING_TOKENS
         compiled = [shape for shape in options.shapes if options.quick or shape in QUANTIZED]
+        for shape in compiled:
+            backward += gradients(bench, shape)
+        print(gradient_table(backward), flush=True)
+        keep()
         # Behind all layers, for torch.compile takes long.
         for shape, dtype in product(compiled, DTYPES):
             fused += quantizers(bench, shape, few, dtype)
@@ -307,7 +323,10 @@ def main() -> None:
         [[one["engine"], f"{one['decode_tok_s']:.1f}", f"{one['prompt_tok_s']:.0f}",
           "yes" if one["compiled"] else "no"] for one in engines],
     )  # fmt: skip
-    tables = (layer_table(rows, limits), quantizer_table(fused), decode, target_table(closing))
+    tables = (
+        layer_table(rows, limits), gradient_table(backward), quantizer_table(fused), decode,
+        target_table(closing),
+    )  # fmt: skip
     options.json.with_suffix(".md").write_text(f"{words}\n\n" + "\n\n".join(tables) + "\n")
 
 

@@ -295,3 +295,41 @@ def quantizers(bench: Bench, shape: str, tokens: int, dtype: torch.dtype) -> lis
         equal = float(same.float().mean())
         found.append(Quantizer(name, described, kind, times["bitlab"], times["compiled"], equal))
     return found
+
+
+def gradients(bench: Bench, shape: str) -> list[Row]:
+    """Times the two products of a layer's backward pass in bfloat16, beside dense ones: of the most
+    tokens whose input gradient goes through the packed weight, and of one more.
+    """
+    from bitcore import gradients as backward
+    from bitcore.kernels.cuda import UNPACKED_TOKENS
+
+    out_features, in_features = (int(size) for size in shape.split("x"))
+    latent = torch.randn(out_features, in_features, device=bench.device, dtype=torch.bfloat16)
+    qweight, scale = torch.ops.bitlab.pack_weight(latent, "per_tensor", 0)[:2]
+    rows = []
+    for tokens in (UNPACKED_TOKENS - 1, UNPACKED_TOKENS):
+        x, dy = (
+            torch.randn(tokens, size, device=bench.device, dtype=torch.bfloat16)
+            for size in (in_features, out_features)
+        )
+        inputs = [*torch.ops.bitlab.quantize_activation(x, False)]
+        rest = (scale, out_features, torch.bfloat16)
+        sides: dict[str, list[Call]] = {
+            "bitlab, dx": [
+                lambda q=one, dy=dy, rest=rest: torch.ops.bitlab.input_gradient(dy, q, *rest)
+                for one in copies(bench, qweight)
+            ],
+            "cublas bf16, dx": [lambda w=w, dy=dy: dy @ w for w in copies(bench, latent)],
+            "bitlab, dW": [lambda dy=dy, i=inputs: backward.weight_gradient(dy, i, torch.bfloat16)],
+            "cublas bf16, dW": [lambda x=x, dy=dy: dy.t() @ x],
+        }
+        work = 2 * tokens * latent.numel()
+        for engine, times in race(bench, sides).items():
+            us, tenth = statistics.median(times), len(times) // 10
+            size = (qweight if engine == "bitlab, dx" else latent).nbytes
+            rows.append(
+                Row(shape, tokens, engine, us, times[tenth], times[-1 - tenth], size / us / 1e3,
+                    work / us / 1e6)
+            )  # fmt: skip
+    return rows

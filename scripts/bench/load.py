@@ -1,6 +1,6 @@
 """Times `from_pretrained` of a packed model, against a dense one of as many tensors.
 
-    python scripts/bench/load.py --work models          # keeps the checkpoints (0.8 GB)
+    python scripts/bench/load.py --work models/load     # keeps the checkpoints (0.4 GB)
     python scripts/bench/load.py --geometry 2b          # 5.7 GB
 
 A packed layer has two or three tensors where a dense one has one, and transformers takes its time
@@ -47,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
     options = parser.parse_args()
     options.device, options.cache = "cpu", "dynamic"
+    options.name = "quick" if options.quick else options.geometry
     options.geometry = QUICK if options.quick else GEOMETRIES[options.geometry]
     options.rounds = 1 if options.quick else options.rounds
     return options
@@ -105,6 +106,7 @@ def main() -> None:
     result = header(console, "bench/load.py")
     with ExitStack() as stack:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        work /= options.name
         records = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
         packed, dense = (build(name, work, options) for name in (PACKED, DENSE))
@@ -137,6 +139,7 @@ def main() -> None:
     targets = [Target(title, medians[KNOWN] / medians[PEER], 1.1, False, "x")]
     result |= {
         "threads": options.threads, "rounds": options.rounds, "quick": options.quick,
+        "geometry": options.name,
         "group_size": ENGINES[PACKED][3]["group_size"], "engines": engines,
     }  # fmt: skip
     close(console, result, [grid], targets, disturbance, options.json, for_vnni=False)

@@ -201,6 +201,21 @@ def measure(options: Any, engines: list[str], result: Row, console: Console) -> 
     return rows
 
 
+def check_own(rows: list[Row]) -> None:
+    """Ends the run as failed where the plain block or BitLab's did not run: no peer's business.
+
+    Raises:
+        SystemExit: The message says which, and what each raised, a graph break included.
+    """
+    broken = [
+        f"{row['engine']}, {', '.join(map(str, cell_of(row)))}: {row['failed']}"
+        for row in rows
+        if row["failed"] and row["engine"] in ("plain", "bitlab")
+    ]
+    if broken:
+        raise SystemExit("\n".join(["The plain block and BitLab's must run, got:", *broken]))
+
+
 def cell_of(row: Row) -> Cell:
     """Returns what a row has in common with the other engines' rows."""
     return row["precision"], row["geometry"], row["m"]
@@ -355,6 +370,7 @@ def main() -> None:
     if not options.no_png:
         draw(rows, MOST_TIME[options.device], options.png)
     console.print(f"Results: {options.json}", highlight=False)
+    check_own(rows)
 
 
 if __name__ == "__main__":

@@ -234,6 +234,26 @@ def test_a_training_step_is_the_references(gpu: torch.device, tokens: int) -> No
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [40, 1024])
+def test_a_training_step_in_bfloat16(gpu: torch.device, tokens: int) -> None:
+    """As `scripts/bench/train.py` runs it: few tokens and many take different ways back."""
+    x, weight = (torch.randn(n, 320).to(gpu, torch.bfloat16) for n in (tokens, 192))
+    dy = torch.randn(tokens, 192).to(gpu, torch.bfloat16)
+    leaves = [one.clone().requires_grad_() for one in (x, weight)]
+    y = bitcore.ops.qat_linear(*leaves, None, "per_tensor", None, "int8_per_token")
+    y.backward(dy)
+    qweight, scale = bitcore.ops.pack_weight(weight, "per_tensor", None)
+    codes, x_scale = torch.ops.bitlab.quantize_activation(x, False)
+    w = bitcore.ops.unpack_weight(qweight, scale, 192, torch.float64)
+    rounded = codes.double() * x_scale.double()
+    for ours, first, second in ((leaves[0].grad, dy, w), (leaves[1].grad, dy.t(), rounded)):
+        assert ours is not None
+        exact, size = first.double() @ second, first.double().abs() @ second.abs()
+        # Factors and results are rounded to bfloat16.
+        assert bool(((ours.double() - exact).abs() <= size * 2.0**-7).all())
+        assert not bool(((2 * ours.double() - exact).abs() <= size * 2.0**-7).all())
+
+
 def test_tensors_on_two_devices_are_refused(gpu: torch.device) -> None:
     packed = reference.pack_weight(torch.randn(64, 192), "per_tensor", 0)[:2]
     with pytest.raises(ArgumentError, match="all tensors must be on cuda:0, got one on cpu"):

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitcore import ops, ops_experts, ops_int8, ops_qat, ops_ternary, reference
 from bitcore.errors import ArgumentError, BackendError
+from bitcore.gradients import weight_gradient
 from bitcore.kernels import registry
 from bitcore.kernels.cuda import CudaKernels
 from bitcore.prepared import PreparedExperts, PreparedLinear
@@ -316,15 +317,19 @@ def test_sizes_above_the_limits_are_refused(host: HostKernels) -> None:
 
 
 class Watch(TorchDispatchMode):
-    """Notes what torch runs."""
+    """Notes what torch runs, and the bytes of the largest result."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
+        self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            self.most = max(self.most, found.untyped_storage().nbytes())
+        return found
 
 
 # What makes the host wait for a device: values read, copies between devices, sizes from values.
@@ -382,3 +387,15 @@ def test_the_library_calls_nothing_that_waits() -> None:
         "cudaGetLastError",
         "cudaLaunchKernelExC",
     }
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_a_weight_gradient_makes_no_float32_copy_of_its_input(inputs: int) -> None:
+    """What stands for a GPU is a device without memory."""
+    codes, scale = torch.randint(-127, 128, (48, 64), dtype=torch.int8), torch.rand(48, 1)
+    parts = [codes, scale] if inputs == 2 else [(codes * scale).bfloat16()]
+    dy = torch.randn(48, 8).bfloat16()
+    with Watch() as watch:
+        dw = weight_gradient(dy.to("meta"), [one.to("meta") for one in parts], torch.bfloat16)
+    assert (dw.shape, dw.dtype) == ((8, 64), torch.bfloat16)
+    assert watch.most == 48 * 64 * 2

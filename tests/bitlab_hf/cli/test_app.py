@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 
 from bitlab_hf.cli.app import app
 from tests import processes
+from tests.bitlab_hf.cli.conftest import DEMO
 
 COMMANDS = [
     "bench", "chat", "convert", "demo", "deploy", "eval", "export", "generate", "import", "info",
@@ -79,6 +81,35 @@ def test_usage_and_quick_help() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.ci
+def test_the_command_in_its_own_process(tmp_path: Path) -> None:
+    """Where nothing but the command imports anything: deploys, loads again, and could train."""
+    code = (
+        "import sys\n"
+        "from bitlab_autoload.command import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "import bitcore.lazy, bitlayers, torch\n"
+        "assert bitcore.lazy.is_command()\n"
+        "bitlayers.BitLinear(64, 64)(torch.ones(1, 64)).sum().backward()\n"
+    )
+    packed = str(tmp_path / "packed")
+    for arguments in (
+        ("deploy", str(DEMO), packed),
+        ("generate", packed, "x", "--max-tokens", "2"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False,
+            env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+def test_whoever_imports_the_command_is_not_it() -> None:
+    code = "import bitlab_autoload.command, bitcore, sys; assert 'bitcore.api' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_version(cli: Callable[..., Any]) -> None:

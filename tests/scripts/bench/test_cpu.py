@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,15 @@ def test_load(tmp_path: Path) -> None:
     assert target["measured"] == pytest.approx(packed["load_seconds"] / peer["load_seconds"])
     assert target["met"] == (target["measured"] <= 1.1)
     assert "to the peer" in output
+
+
+def test_a_block_of_our_own_that_fails_is_no_peers_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS / "bench"))
+    check_own = importlib.import_module("train").check_own
+    row = {"precision": "bfloat16", "geometry": "8B", "m": 4096, "failed": "graph break"}
+    check_own([{**row, "engine": "onebitllms"}, {**row, "engine": "bitlab", "failed": None}])
+    with pytest.raises(SystemExit, match="bitlab, bfloat16, 8B, 4096: graph break"):
+        check_own([{**row, "engine": "plain", "failed": None}, {**row, "engine": "bitlab"}])
 
 
 @pytest.mark.ci

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from bitcore.kernels.cuda import UNPACKED_TOKENS
 from tests import processes
 
 SCRIPT = Path(__file__).parents[3] / "scripts/bench/cuda.py"
@@ -85,6 +86,12 @@ def test_everything_runs_without_a_gpu(
         "forward: x", "forward: W", "backward: W",
     ]  # fmt: skip
     assert all(one["equal"] > 0.99 for one in result["quantizers"])
+    # Both shapes, on both sides of the number of tokens from which a weight is unpacked.
+    assert [(one["tokens"], one["engine"]) for one in result["gradients"]] == 2 * [
+        (tokens, f"{who}, {what}")
+        for tokens in (UNPACKED_TOKENS - 1, UNPACKED_TOKENS) for what in ("dx", "dW")
+        for who in ("bitlab", "cublas bf16")
+    ]  # fmt: skip
     assert result["generate"] is None
     assert {target["verdict"] for target in result["targets"]} == {"not in this run"}
     tables = (tmp_path / "quick.md").read_text()
