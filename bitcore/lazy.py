@@ -2,8 +2,8 @@
 
 torch and transformers take seconds to import, which a shell's completion does not have. In a
 process of the command (`bitlab_autoload.command.main`) all that runs is BitLab's own, and imports
-what it uses. Anywhere else users count on what importing BitLab does: it registers ``torch.ops.bitlab``,
-and makes transformers, PEFT and TRL know it.
+what it uses. Anywhere else users count on what importing BitLab does: it registers
+``torch.ops.bitlab``, and makes transformers, PEFT and TRL know it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,10 @@ def attach(package: str) -> Callable[[str], Any]:
 
     def find(name: str) -> Any:
         # Python asks here, too, before it looks for a module in `from package import module`.
-        if (
-            name.isidentifier()
-            and not name.startswith("__")
-            and find_spec(f"{package}.{name}") is not None
-        ):
+        is_name = name.isidentifier() and not name.startswith("__")
+        if is_name and find_spec(f"{package}.{name}") is not None:
             return import_module(f"{package}.{name}")
-        is_public = name == "__all__" or not name.startswith("_")
-        if is_public and name in (names := fill()):
+        if (is_name or name == "__all__") and name in (names := fill()):
             return names[name]
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
