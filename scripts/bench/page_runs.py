@@ -125,9 +125,10 @@ def figures(kind: str, result: Result) -> Result:
     """Returns what the page needs of a command's result, in the page's units."""
     names = ("device", "prompt", "threads", "compiled", "targets")
     kept = {key: result[key] for key in names if key in result}
-    if kind in ("generate", "experts_model", "load"):
+    if kind.startswith(("generate", "experts_model", "load")):
         engines = [_in_units(one, "gb", 1e9) for one in result["engines"]]
         kept["engines"] = [{k: v for k, v in one.items() if k != "runs"} for one in engines]
+        kept |= {"geometry": result["geometry"]} if kind.startswith("load") else {}
     elif kind == "train":
         rows = []
         for row in result["rows"]:
@@ -157,8 +158,9 @@ def kind_of(command: str) -> str:
     script = re.search(r"scripts/bench/(\w+)\.py", command)
     if script is None:
         raise SystemExit(f"page: the result must have a benchmark's command, got {command!r}")
-    if script[1] == "serve" and (geometry := re.search(r"--geometry (\w+)", command)):
-        return f"serve-{geometry[1]}"
+    geometry = re.search(r"--geometry (\w+)", command)
+    if script[1] in ("serve", "generate", "load") and geometry and geometry[1] != "2b":
+        return f"{script[1]}-{geometry[1]}"
     return "groups" if "--granularity" in command else script[1]
 
 

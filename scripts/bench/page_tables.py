@@ -147,6 +147,17 @@ def _whole(on_gpu: bool) -> Callable[[Run], Iterator[Cells]]:
     return rows
 
 
+def _compiled(run: Run) -> Iterator[Cells]:
+    engines = run.result["engines"] if run.kind.startswith("generate") and not run.on_gpu else []
+    for one in engines:
+        name, _, how = one["engine"].rpartition(" ")
+        base = _find(engines, engine=name) if how in ("exact", "fused") else None
+        if base is not None:
+            geometry = "BitNet-2B-4T" if run.kind == "generate" else run.kind.partition("-")[2]
+            cells = pair(one["decode_tok_s"], base["decode_tok_s"], over=True)
+            yield [geometry, name, how, str(run.result["threads"]), *cells]
+
+
 def _mixtures(run: Run) -> Iterator[Cells]:
     for one in run.result["engines"] if run.kind == "experts_model" else []:
         names = ("decode_tok_s", "prompt_tok_s", "load_seconds", "peak_gb", "file_gb")
@@ -171,14 +182,15 @@ def _memory(run: Run) -> Iterator[Cells]:
 
 
 def _load(run: Run) -> Iterator[Cells]:
-    engines = run.result["engines"] if run.kind == "load" else []
+    engines = run.result["engines"] if run.kind.startswith("load") else []
     peers = [one for one in engines if one["engine"].startswith("dense")]
     for one in (one for one in engines if "hooks_seconds" not in one and one not in peers):
         for other in peers:
             first, second = (figure(each["load_seconds"]) for each in (one, other))
             ratio = figure(one["load_seconds"] / other["load_seconds"])
             tensors = [figure(each["tensors"]) for each in (one, other)]
-            yield [one["engine"], other["engine"], *tensors, first, second, ratio]
+            names = [run.result["geometry"], one["engine"], other["engine"]]
+            yield [*names, *tensors, first, second, ratio]
 
 
 def _loads(run: Run) -> Iterator[Cells]:
@@ -305,9 +317,13 @@ TABLES: dict[str, Table] = {
         _mixtures,
     ),
     "memory": Table(["engine", "load, s", "file, GB", "peak, GB", "above, GB"], _memory, 1),
+    "compiled": Table(
+        ["geometry", "engine", "compiled", "threads", "tokens/s", "without", "ratio"], _compiled, 4,
+    ),
     "load": Table(
-        ["engine", "against", "tensors", "the other's", "load, s", "the other, s", "ratio"],
-        _load,
+        ["geometry", "engine", "against", "tensors", "the other's", "load, s", "the other, s",
+         "ratio"],
+        _load, 3,
     ),
     "loads": Table(
         ["engine", "load, s", "least", "in BitLab's hooks", "the scan", "transformers' own",

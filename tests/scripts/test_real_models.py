@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from bitcore.errors import MissingExtraError
 from tests.bitlab_hf.interop.test_gguf import DEMO
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -32,6 +33,16 @@ def wheel(cache: Path, name: str, members: dict[str, bytes]) -> str:
         for member, content in members.items():
             file.writestr(member, content)
     return hashlib.sha256((cache / f"{name}.whl").read_bytes()).hexdigest()
+
+
+def test_nothing_is_fetched_for_a_model_that_cannot_be_unpacked(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitlab_hf.interop.gguf_file.find_spec", lambda name: None)
+    monkeypatch.setattr(script, "fetch", lambda *_: pytest.fail("fetched"))
+    package = script.Package("x==1", "0" * 64, "model.gguf")
+    with pytest.raises(MissingExtraError, match=r"^real_models: the package gguf .*\n.*\[gguf\]"):
+        script.make_model([package], tmp_path, tmp_path / "model")
 
 
 def test_the_parts_of_the_text_never_mix(script: ModuleType, tmp_path: Path) -> None:

@@ -56,6 +56,22 @@ def test_a_result_becomes_a_run(tmp_path: Path) -> None:
     assert "### generate-zen-5-2-cores\n" in page.render(page.RUNS, [run])
 
 
+def test_compiled_decoding_is_compared_with_the_same_run(tmp_path: Path) -> None:
+    speeds = {"bitlab g64": 50.0, "bitlab g64 exact": 100.0, "bitlab g64 fused": 120.0}
+    engines = [{"engine": name, "decode_tok_s": speed} for name, speed in speeds.items()]
+    path = write(tmp_path, "generate.py --geometry smollm2", engines=engines, threads=1)
+    take(path, "Zen 5", tmp_path)
+    path.unlink()
+    (run,) = load_runs(tmp_path)
+    exact, fused = page.render("compiled", [run]).splitlines()[2:]
+    name = "generate-smollm2-zen-5"
+    end = f"Zen 5 | 2026-12-01 | [{name}](#{name}) |"
+    assert exact == f"| smollm2 | bitlab g64 | exact | 1 | 100 | 50.0 | 2.00 | {end}"
+    assert fused == f"| smollm2 | bitlab g64 | fused | 1 | 120 | 50.0 | 2.40 | {end}"
+    # Under the questions that are of BitNet-2B-4T's geometry there is nothing of it.
+    assert page.render("memory", [run]) == page.render("whole", [run]) == "Not measured."
+
+
 def test_loads_are_compared_with_as_many_tensors(tmp_path: Path) -> None:
     engines = [
         {"engine": name, "load_seconds": seconds, "load_seconds_least": 0.3, "tensors": tensors}
@@ -63,12 +79,13 @@ def test_loads_are_compared_with_as_many_tensors(tmp_path: Path) -> None:
             ("bitlab g64, known", 0.42, 692), ("dense bf16, as many tensors", 0.4, 696),
         )
     ]  # fmt: skip
-    take(write(tmp_path, "load.py", engines=engines, targets=[]), "Zen 5", tmp_path)
-    (tmp_path / "result.json").unlink()
+    path = write(tmp_path, "load.py", engines=engines, targets=[], geometry="smollm2")
+    take(path, "Zen 5", tmp_path)
+    path.unlink()
     (run,) = load_runs(tmp_path)
     (line,) = page.render("load", [run]).splitlines()[2:]
     end = "692 | 696 | 0.42 | 0.40 | 1.05 | Zen 5 | 2026-12-01 | [load-zen-5](#load-zen-5) |"
-    assert line == f"| bitlab g64, known | dense bf16, as many tensors | {end}"
+    assert line == f"| smollm2 | bitlab g64, known | dense bf16, as many tensors | {end}"
     assert page.render("loads", [run]) == "Not measured."
 
 
