@@ -94,24 +94,27 @@ class _Printable(logging.Formatter):
 
 
 def read_texts(files: list[Path]) -> list[SourceFile]:
-    """Reads the files that --text names.
+    """Reads the files that --text names; of ``.jsonl`` ones the ``text`` of each line's object.
 
     Raises:
-        ArgumentError: A file is not UTF-8, or no ordinary one.
+        ArgumentError: A file is not UTF-8, no ordinary one, or a line of it holds no text.
     """
-    from bitlab_hf.demo.corpus import SourceFile
+    from bitlab_hf.demo.corpus import SourceFile, parse_articles
 
     texts: list[SourceFile] = []
     for file in files:
         check_text(file)
         with doing(f"reading {file}"):
             try:
-                texts.append(SourceFile(str(file), file.read_text(encoding="utf-8")))
+                content = file.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise ArgumentError(
                     f"--text: {file} must be UTF-8, got the byte 0x{error.object[error.start]:02x} "
                     f"at position {error.start}\nConvert it: iconv -f ENCODING -t UTF-8."
                 ) from error
+        is_lines = file.suffix == ".jsonl"
+        given = [SourceFile(str(file), content)]
+        texts += parse_articles("--text", file, content) if is_lines else given
     return texts
 
 

@@ -96,13 +96,28 @@ def read_articles(folder: Path, part: str) -> list[SourceFile]:
             f"demo: --text must be a folder with fit.jsonl and test.jsonl, got {folder} without "
             f"{file.name}\nscripts/real_models.py makes one."
         )
+    return parse_articles("demo", file, file.read_text(encoding="utf-8"))
+
+
+def parse_articles(op: str, file: Path, content: str) -> list[SourceFile]:
+    """Returns the texts of a file of JSON lines, objects with a ``text``, in its order.
+
+    Args:
+        op: Whose option the file is, for error messages.
+        file: Where the content is from.
+        content: Of the file.
+
+    Raises:
+        ArgumentError: A line is no object with a text.
+    """
     articles = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: a text may hold other characters that end lines.
+    for number, line in enumerate(content.removesuffix("\n").split("\n"), 1):
         try:
             held = json.loads(line)
             articles.append(SourceFile(str(held.get("title", number)), str(held["text"])))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArgumentError(
-                f"demo: {file}, line {number} must be an object with a text, got {error!r}"
+                f"{op}: {file}, line {number} must be an object with a text, got {error!r}"
             ) from error
     return articles

@@ -114,6 +114,18 @@ def test_report(bitlab: Run, tmp_path: Path) -> None:
             check_output_file(output)
 
 
+def test_json_lines_are_texts_of_their_own(tmp_path: Path) -> None:
+    """As ``scripts/real_models.py`` writes them."""
+    file = tmp_path / "fit.jsonl"
+    file.write_text('{"title": "A", "text": "One \\u00e9."}\n{"text": "Two."}\n')
+    assert [one.text for one in read_texts([file])] == ["One é.", "Two."]
+    file.write_text('{"text": "One\u2028more."}', encoding="utf-8")
+    assert [one.text for one in read_texts([file])] == ["One\u2028more."]
+    file.write_text('{"text": "One."}\n{"titel": "B"}\n')
+    with pytest.raises(ArgumentError, match=r"^--text: .*fit.jsonl, line 2 must be an object with"):
+        read_texts([file])
+
+
 def test_what_a_shell_hands_over() -> None:
     """``--text <(command)`` is a pipe, too, and one that ends."""
     reading, writing = os.pipe()
