@@ -19,6 +19,7 @@ from bitlab_hf.interop.hub import HubError, push
 from bitlab_hf.interop.ternary import convert_ternary
 from bitlab_hf.model.decoding import compile_decoding
 from bitlab_hf.model.deploy import deploy
+from bitlab_hf.model.groups import pretrained_config
 from bitlab_hf.model.replace import replace_linear
 from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.peft.guard import install as _guard_peft
@@ -48,6 +49,7 @@ __all__ = [
     "load_compressed_tensors",
     "load_gguf",
     "merge_and_requantize",
+    "pretrained_config",
     "push",
     "quantized_layers",
     "record_facts",

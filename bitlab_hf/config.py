@@ -39,8 +39,9 @@ class BitLabConfig(QuantizationConfigMixin):
 
     One scale a matrix, the default, is right for what is trained ternary from the start, and what
     files of transformers' own ``bitnet`` method hold; a weight takes 2 bits. A pretrained model
-    keeps far more of what it knows with ``weight_granularity="per_group"``: with groups of G, and K
-    inputs, a weight takes 2 + 8/G + 32/K bits, 2.13 to 2.2 at ``group_size=64``.
+    keeps far more of what it knows with ``weight_granularity="per_group"``, which
+    `bitlab_hf.pretrained_config` picks for it: with groups of G, and K inputs, a weight takes
+    2 + 8/G + 32/K bits, 2.13 to 2.2 at ``group_size=64``.
 
     Args:
         layer: The registered layer that replaces ``nn.Linear``.

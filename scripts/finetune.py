@@ -31,7 +31,7 @@ from bitlab_hf.cli.loading import load_model, read_scheme
 from bitlab_hf.cli.scheme import OPTIONS, pretrained_config
 from bitlab_hf.model.groups import scales_in_words
 from bitlab_hf.train import RECIPES, BitLabTrainer, last_checkpoint
-from bitlab_hf.train.batches import batch_size
+from bitlab_hf.train.defaults import OPTIMIZER, batch_size
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,7 +61,13 @@ def parse_arguments() -> argparse.Namespace:
     for name, (kind, flags, text) in OPTIONS.items():
         several = {"action": "append"} if kind == list[str] else {"type": kind}
         scheme.add_argument(*flags, dest=name, help=text, **several)
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.block < 2:
+        raise SystemExit(
+            f"--block must be at least 2 tokens, got {given.block}\n"
+            "A token is learned from those before it in its example."
+        )
+    return given
 
 
 def read_blocks(tokenizer: Any, data: list[str], config: str | None, length: int) -> torch.Tensor:
@@ -126,22 +132,23 @@ def main() -> None:
     scheme = {name: getattr(given, name) for name in OPTIONS if getattr(given, name) is not None}
     held = read_scheme(given.model)
     config = pretrained_config("finetune", scheme, held, given.model)
-    if held is None and int(os.environ.get("RANK", "0")) == 0:
-        scales = scales_in_words(config)
-        print(f"scales of the weights: {scales}; {batch} examples a step", file=sys.stderr)
-    model = load_model(given.model, quantization_config=config)
     chosen = "teach" if given.teach else "default"
     recipe = replace(RECIPES[chosen], quant_warmup=given.quant_warmup)
     warmed = f", warmed up over {given.quant_warmup} of the run" if given.quant_warmup else ""
+    if int(os.environ.get("RANK", "0")) == 0:
+        scales = "" if held is not None else f"scales of the weights: {scales_in_words(config)}; "
+        does = f"{recipe.in_words(given.learning_rate)}{warmed}; {batch} examples a step"
+        print(scales + does, file=sys.stderr)
+    model = load_model(given.model, quantization_config=config)
     checkpoints = str(given.output / "checkpoints")
     trainer = BitLabTrainer(
         model=model,
         args=TrainingArguments(
             output_dir=checkpoints, per_device_train_batch_size=batch,
             per_device_eval_batch_size=batch, num_train_epochs=1, max_steps=given.max_steps,
-            learning_rate=given.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1,
-            optim=given.optim, bf16=given.bf16, use_cpu=given.cpu, save_steps=given.save_steps,
-            save_total_limit=2, logging_steps=10, report_to="none",
+            learning_rate=given.learning_rate, optim=given.optim, bf16=given.bf16,
+            use_cpu=given.cpu, save_steps=given.save_steps, save_total_limit=2, logging_steps=10,
+            report_to="none", **OPTIMIZER,
         ),
         train_dataset=examples[held_out:],
         eval_dataset=examples[:held_out],

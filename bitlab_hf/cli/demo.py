@@ -44,7 +44,10 @@ def demo(
                      "train and score on. Default: the sources of Python's standard library."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that was killed in OUTPUT.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on with a run that was killed in OUTPUT: the same options."
+        ),
     ] = False,
     threads: Threads = None,
     as_json: Json = False,

@@ -152,8 +152,8 @@ def _check_groups(op: str, scheme: dict[str, Any]) -> None:
 def pretrained_config(
     op: str, scheme: dict[str, Any], held: dict[str, Any] | None, folder: str | None = None
 ) -> Any:
-    """Returns the configuration that a pretrained model is trained with: `config_of`, with scales
-    of groups, and learned ones, where nothing else was asked for.
+    """Returns the configuration that a pretrained model is trained with: `config_of`, with what
+    `bitlab_hf.pretrained_config` picks where nothing else was asked for.
 
     Args:
         op: The command, for error messages.
@@ -166,17 +166,17 @@ def pretrained_config(
         CheckpointError: config.json makes no model.
     """
     from bitcore.checks import GROUP_SIZES
-    from bitlab_hf.model.groups import group_fields
+    from bitlab_hf.model import groups
 
-    grouped = scheme.get("weight_granularity", "per_group") == "per_group"
-    if held is None and grouped:
-        scheme = {"weight_granularity": "per_group", "weight_quantizer": "lsq", **scheme}
-        if "group_size" not in scheme:
-            assumed = {**scheme, "group_size": GROUP_SIZES[0]}
-            config = config_of(op, assumed, None)
-            chosen = {} if folder is None else group_fields(load_skeleton(folder), config)
-            scheme = {**assumed, **chosen}
-    return config_of(op, scheme, held)
+    grouped = held is None and scheme.get("weight_granularity", "per_group") == "per_group"
+    assumed = {**groups.PICKED, "group_size": GROUP_SIZES[0], **scheme} if grouped else scheme
+    config = config_of(op, assumed, held)
+    if not grouped or folder is None or "group_size" in scheme:
+        return config
+    config = groups.pretrained_config(load_skeleton(folder), **scheme)
+    picked = {name: getattr(config, name) for name in ("weight_granularity", "group_size")}
+    _check_groups(op, {**scheme, **picked})
+    return config
 
 
 def check_same(op: str, scheme: dict[str, Any], held: dict[str, Any]) -> None:

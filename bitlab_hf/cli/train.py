@@ -102,7 +102,7 @@ def train(
     from bitlab_hf import Facts, save
     from bitlab_hf.model.groups import scales_in_words
     from bitlab_hf.train import BitLabTrainer
-    from bitlab_hf.train.batches import batch_size
+    from bitlab_hf.train.defaults import OPTIMIZER, batch_size
 
     quiet()
     set_threads(threads)
@@ -127,10 +127,9 @@ def train(
         model = load_model(folder, quantization_config=config)
         arguments = TrainingArguments(
             output_dir=str(run), max_steps=steps or -1, num_train_epochs=1,
-            per_device_train_batch_size=batch, learning_rate=learning_rate,
-            lr_scheduler_type="cosine", warmup_steps=0.1, bf16=bf16, seed=seed,
+            per_device_train_batch_size=batch, learning_rate=learning_rate, bf16=bf16, seed=seed,
             save_steps=save_every, save_total_limit=2, logging_steps=10, disable_tqdm=True,
-            report_to="none",
+            report_to="none", **OPTIMIZER,
         )  # fmt: skip
         started = time.perf_counter()
         planned = steps or math.ceil(len(blocks) / batch)

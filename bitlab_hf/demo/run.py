@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from transformers.trainer_callback import PrinterCallback
 from bitcore.errors import MissingExtraError
 from bitlab_hf.checkpoint.saving import save
 from bitlab_hf.config import BitLabConfig
+from bitlab_hf.demo.begun import bf16_is_faster, forget, read_begun, text_mark, write_begun
 from bitlab_hf.demo.corpus import read_articles, source_files
 from bitlab_hf.demo.probe import Answer, probe
 from bitlab_hf.demo.report import PROMPTS, Report, show_table, show_texts
@@ -68,7 +68,7 @@ class Settings:
         folder: Its folder, where that is not what it is called.
         text: A folder of articles to train and score on; see `read_articles`. The full-precision
             model is not fine-tuned then. None for the standard library's sources.
-        resume: Whether to go on with a run that was killed.
+        resume: Whether to go on with a run that was killed, which was begun with the same.
         config: How it is made ternary.
     """
 
@@ -87,6 +87,16 @@ class Settings:
     text: Path | None = None
     resume: bool = False
     config: BitLabConfig = field(default_factory=BitLabConfig)
+
+    def trains(self) -> dict[str, Any]:
+        """Returns what makes two trainings of the ternary model the same, by name."""
+        names = ("model", "tokens", "length", "batch", "learning_rate", "seed")
+        scheme = json.loads(json.dumps(self.config.to_dict()))
+        return {
+            **{name: getattr(self, name) for name in names},
+            "text": text_mark(self.text),
+            **scheme,
+        }
 
 
 class _Bars(TrainerCallback):
@@ -123,13 +133,21 @@ class Demo:
         console: Where it shows itself.
         load: Loads a causal language model from a folder or hub name, whole or not at all; takes
             the options of ``from_pretrained``.
+
+    Raises:
+        ArgumentError: A run is to go on that was begun with other settings.
+        CheckpointError: What it was begun with cannot be read.
     """
 
     def __init__(self, settings: Settings, console: Console, load: Callable[..., Any]) -> None:
         self._settings = settings
         self._console = console
         self._load = load
-        self._bf16 = _bf16_is_faster()
+        self._run = settings.output / "run"
+        # Before any model is loaded, which fills the scheme in.
+        self._options = settings.trains()
+        begun = read_begun(self._run, self._options) if settings.resume else None
+        self._bf16 = bf16_is_faster() if begun is None else begun
         # The Trainer insists on a folder, though it is told to save nothing.
         self._scratch = tempfile.TemporaryDirectory()
         self._report = Report(settings.model or "the model that ships with BitLab", 0, "")
@@ -180,6 +198,9 @@ class Demo:
         beside = "" if settings.text is not None else ", and in full precision"
         with self._stage(3, f"Fine-tuning: quantization-aware{beside}") as progress:
             ternary = self._latent(original)
+            if not settings.resume:
+                forget(self._run)
+            write_begun(self._run, self._options, self._bf16)
             self._train(ternary, train, progress, "ternary", teacher=model, watched=heldout)
             if settings.text is None:
                 # A teacher is frozen.
@@ -207,6 +228,8 @@ class Demo:
             show_texts(report, self._console)
         show_table(report, self._console, settings.output)
         (settings.output / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+        # Not before: a run that is killed meanwhile goes on from the last step.
+        forget(self._run)
         if not report.logits_identical:
             raise RuntimeError("the logits of the fresh process differ from the deployed model's")
         return report
@@ -259,9 +282,8 @@ class Demo:
     ) -> None:
         settings = self._settings
         ternary = teacher is not None
-        run = settings.output / "run"
         arguments = TrainingArguments(
-            output_dir=str(run) if ternary else self._scratch.name,
+            output_dir=str(self._run) if ternary else self._scratch.name,
             run_name="The demo" if settings.model is None else settings.model,
             per_device_train_batch_size=settings.batch if ternary else settings.float_batch,
             num_train_epochs=1,
@@ -299,12 +321,10 @@ class Demo:
         trainer.remove_callback(PrinterCallback)
         if watched is not None:
             record_baseline(trainer, teacher, "original")
-            trainer.recipe.save(run)
+            trainer.recipe.save(self._run)
             trainer.evaluate()
         held = has_begun(arguments)
         trainer.train(resume_from_checkpoint=(ternary and settings.resume and held) or None)
-        for checkpoint in run.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
         if watched is not None:
             trainer.save_state()
 
@@ -340,20 +360,6 @@ def _require_accelerate() -> None:
             "bitlab demo: the extra 'train' must be installed, got no accelerate\n"
             'Run `pip install "bitlab-hf[train]"`.'
         ) from error
-
-
-def _bf16_is_faster() -> bool:
-    """Measures whether this CPU multiplies faster in bfloat16 than in float32; many do not."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 768, dtype=dtype)
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - started)
-        seconds[dtype] = min(times)
-    return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
 def _cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:

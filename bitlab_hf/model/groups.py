@@ -2,17 +2,84 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bitcore.checks import GROUP_SIZES
+from bitcore.errors import ArgumentError, ArgumentTypeError
 from bitlab_hf.config import BitLabConfig
-from bitlab_hf.model.experts import experts_to_convert, stacks_of
+from bitlab_hf.model.experts import expert_modules, experts_to_convert, stacks_of
 from bitlab_hf.model.int8 import claim_int8
 from bitlab_hf.model.left import reasons_to_leave
 from bitlab_hf.model.replace import find_linears, skipped_modules
+from bitlab_hf.model.tree import find_modules, quantized_layers
+from bitlayers.bitlinear import BitLinear
+
+logger = logging.getLogger("bitlab")
+# What a pretrained model gets beside a size of groups, where nothing else was asked for.
+PICKED = {"weight_granularity": "per_group", "weight_quantizer": "lsq"}
+
+
+def pretrained_config(
+    model: PreTrainedModel | str | os.PathLike[str], **fields: Any
+) -> BitLabConfig:
+    """Returns the configuration that suits a pretrained model: what BitLab's commands pick.
+
+    A scale for each 128 inputs where 128 divides those of every converted layer, else for each 64,
+    trained with the weights (``weight_quantizer="lsq"``). Layers whose inputs neither divides get
+    one scale a row, by an override; all do where no layer fits::
+
+        config = pretrained_config("my-model", head="int8")
+        model = AutoModelForCausalLM.from_pretrained("my-model", quantization_config=config)
+
+    Args:
+        model: A float model, or the folder or hub name of a causal language model, of which only
+            the configuration is read and no code is run.
+        fields: Those of `BitLabConfig`; what is given wins. Nothing is picked beside another
+            ``weight_granularity``.
+
+    Raises:
+        ArgumentError: The model is quantized already.
+        ArgumentTypeError: It is neither a transformers model nor a path or name.
+        ConfigError: A field is unknown or its value is not allowed.
+    """
+    if isinstance(model, PreTrainedModel):
+        source: Any = model.config
+    elif isinstance(model, (str, os.PathLike)):
+        source = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    else:
+        raise ArgumentTypeError(
+            "pretrained_config: model must be a transformers model, a folder or a hub name, got "
+            f"{type(model).__name__}"
+        )
+    swapped = isinstance(model, nn.Module) and (quantized_layers(model) or expert_modules(model))
+    if swapped or getattr(source, "quantization_config", None) is not None:
+        raise ArgumentError(
+            "pretrained_config: model must be a float one, got one that is quantized already\n"
+            "Its scheme was fixed when it was made: load it without a configuration."
+        )
+    given = {**PICKED, **fields}
+    if given["weight_granularity"] != "per_group":
+        return BitLabConfig(**fields)
+    if given.get("group_size") is not None:
+        return BitLabConfig(**given)
+    skeleton: Any = model
+    if not isinstance(model, PreTrainedModel):
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(source, trust_remote_code=False)
+    config = BitLabConfig(**{**given, "group_size": GROUP_SIZES[0]})
+    chosen = group_fields(skeleton, config)
+    rows, asked = chosen.pop("overrides", {}), config.overrides
+    # Later patterns win, so what was asked for comes last.
+    overrides = {name: row for name, row in rows.items() if name not in asked}
+    overrides |= {name: {**rows.get(name, {}), **values} for name, values in asked.items()}
+    return BitLabConfig(**{**given, **chosen, "overrides": overrides})
 
 
 def choose_groups(inputs: Mapping[str, int]) -> tuple[int | None, list[str]]:
@@ -59,6 +126,23 @@ def group_fields(model: PreTrainedModel, config: BitLabConfig) -> dict[str, Any]
         "group_size": size,
         "overrides": {name: dict(rows) for name in rest},
     }
+
+
+def advise_groups(model: nn.Module) -> None:
+    """Says in one warning how to get groups for a model that learns without any, though they would
+    divide the inputs of its layers.
+    """
+    latent = [one for one in find_modules(model, BitLinear) if not one.module.is_deployed]
+    kinds = {one.module.quant_config.weight_granularity for one in latent}
+    size, _ = choose_groups({one.names[0]: one.module.in_features for one in latent})
+    learns = any(one.module.weight.requires_grad for one in latent)
+    if size is not None and learns and "per_group" not in kinds:
+        logger.warning(
+            "bitlab: the weights' scales are %s; a pretrained model loses far less with one for "
+            "each %d inputs\nLoad the float model with "
+            "quantization_config=bitlab_hf.pretrained_config(MODEL).",
+            " and ".join(kind.replace("_", " ") for kind in sorted(kinds)), size,
+        )  # fmt: skip
 
 
 def scales_in_words(config: BitLabConfig) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 
 from bitcore.errors import ArgumentError
+from bitlab_hf.model.groups import advise_groups
 from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.train.distill import DistillationMixin
 from bitlab_hf.train.guarded import GuardMixin
@@ -57,10 +58,16 @@ class CallbacksMixin(_Base):
         callbacks = self.callback_handler.callbacks
         return next((one for one in callbacks if isinstance(one, QuantStrengthWarmup)), None)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains; a run that fails leaves the model at full quantization strength too."""
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains; a run that fails leaves the model at full quantization strength too.
+
+        Where it begins with a calibration, for scales that lose more than others would, says so.
+        """
+        begins = self.recipe.calibration_samples and not resume_from_checkpoint
+        if begins and self.is_world_process_zero():
+            advise_groups(self.accelerator.unwrap_model(self.model))
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             warmup = self._warmup()
             if warmup is not None and warmup.strength < 1:

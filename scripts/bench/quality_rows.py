@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, calibrate
-from bitlab_hf.train.batches import batch_size
+from bitlab_hf.train.defaults import OPTIMIZER, batch_size
 
 GROUPS = {"weight_granularity": "per_group", "group_size": 64}
 LEARNED = {**GROUPS, "weight_quantizer": "lsq"}
@@ -256,9 +256,8 @@ def _train(
     scratch, batch = costs.scratch, row.batch or batch_size(row.blocks)
     arguments = TrainingArguments(
         output_dir=str(scratch), per_device_train_batch_size=batch, max_steps=row.blocks // batch,
-        learning_rate=row.rate, lr_scheduler_type="cosine", warmup_steps=0.1, adam_beta2=0.95,
-        weight_decay=0.0, use_cpu=device == "cpu", bf16=bf16, seed=seed, report_to="none",
-        save_steps=0.1, save_total_limit=1, logging_steps=0.05, disable_tqdm=True,
+        learning_rate=row.rate, use_cpu=device == "cpu", bf16=bf16, seed=seed, report_to="none",
+        save_steps=0.1, save_total_limit=1, logging_steps=0.05, disable_tqdm=True, **OPTIMIZER,
     )  # fmt: skip
     data = [{"input_ids": ids, "labels": ids} for ids in blocks]
     common: dict[str, Any] = {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitlab_hf import BitLabConfig, save
@@ -49,7 +50,13 @@ def test_trains_resumes_and_deploys(text: Path, tmp_path: Path) -> None:
     scheme = ("--group-size", 64)
     done = run(*options(text, tmp_path, 4), *scheme)
     assert done.returncode == 0, done.stderr
-    assert "scales of the weights: per group of 64 (7-bit" in done.stderr
+    told = " ".join(done.stderr.split())
+    assert "scales of the weights: per group of 64 (7-bit" in told
+    assert "calibrated on 128 examples at once, learns from the teacher's next tokens" in told
+    assert "rates 0.0002, scales 0.0004, norms and biases 0.0014" in told
+    assert "by theirs, warmed up over 0.5 of the run; 2 examples a step" in told
+    optimizer = torch.load(tmp_path / "checkpoints" / "checkpoint-4" / "optimizer.pt")
+    assert {one["betas"] for one in optimizer["param_groups"]} == {(0.9, 0.95)}
     first = result(tmp_path)
     assert first["resumed_from"] is None
     assert first["perplexity_trained"] < first["perplexity_ternarized_untrained"]
@@ -95,6 +102,8 @@ def test_bad_input(text: Path, tmp_path: Path) -> None:
     for data, message in (
         ([tmp_path / "empty.txt"], "--data must hold text"),
         ([tmp_path / "a.txt", tmp_path / "b.txt"], "--data must name existing files"),
+        ([text, "--block", 0], "--block must be at least 2 tokens, got 0"),
+        ([text, "--block", 1], "--block must be at least 2 tokens, got 1"),
     ):
         done = run("--model", MODEL, "--output", tmp_path / "out", "--data", *data)
         assert done.returncode != 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError
 from bitlab_hf.train import RECIPES, Recipe
@@ -33,6 +34,8 @@ def test_train_resume_deploy(cli: Cli, states: dict[str, Path], tmp_path: Path) 
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert (config["weight_granularity"], config["group_size"]) == ("per_group", 128)
     assert (config["group_scale_dtype"], config["format_version"]) == ("uint8", 2)
+    optimizer = torch.load(out / "run" / "checkpoint-2" / "optimizer.pt")
+    assert {one["betas"] for one in optimizer["param_groups"]} == {(0.9, 0.95)}
     assert Recipe.load(out / "run" / "checkpoint-2") == Recipe(logits_weight=1.0, quant_warmup=2)
     done = cli("train", states["float"], out, *options, "--steps", 4, "--resume")
     assert done.code == 0, done.error

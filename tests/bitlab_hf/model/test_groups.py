@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +16,20 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    TrainingArguments,
 )
 
-from bitlab_hf import BitLabConfig, deploy, replace_linear
-from bitlab_hf.model.groups import choose_groups, group_fields, scales_in_words
+from bitcore.errors import ArgumentError, ArgumentTypeError, ConfigError
+from bitlab_hf import BitLabConfig, deploy, pretrained_config, replace_linear
+from bitlab_hf.model.groups import (
+    advise_groups,
+    choose_groups,
+    group_fields,
+    scales_in_words,
+)
 from bitlab_hf.model.tree import quantized_layers
+from bitlab_hf.train import BitLabTrainer, Recipe
+from tests.bitlab_hf.models import make_float_model, training_data
 
 
 @pytest.mark.parametrize(
@@ -102,3 +114,115 @@ def test_only_what_is_converted_counts() -> None:
         mixture = AutoModelForCausalLM.from_config(MixtralConfig(**sizes))
     assert isinstance(mixture, MixtralForCausalLM)
     assert group_fields(mixture, BitLabConfig())["overrides"] == {}
+
+
+def described(folder: Path, hidden: int, intermediate: int) -> Path:
+    """A folder without weights."""
+    llama(hidden, intermediate).config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "size"), [(576, 1536, 64), (2560, 6912, 128), (100, 130, None)]
+)
+def test_pretrained(tmp_path: Path, hidden: int, intermediate: int, size: int | None) -> None:
+    """The same of a model, of a folder and of its name; scales are learned."""
+    config = pretrained_config(llama(hidden, intermediate))
+    kind = "per_channel" if size is None else "per_group"
+    assert (config.weight_granularity, config.group_size) == (kind, size)
+    assert (config.weight_quantizer, config.overrides) == ("lsq", {})
+    folder = described(tmp_path, hidden, intermediate)
+    for source in (folder, str(folder)):
+        assert pretrained_config(source).to_dict() == config.to_dict()
+
+
+def test_what_is_given_to_pretrained_wins(tmp_path: Path) -> None:
+    folder = described(tmp_path, 128, 100)
+    rest = [f"model.layers.{at}.mlp.down_proj" for at in range(2)]
+    rows = {"weight_granularity": "per_channel", "group_size": None}
+    config = pretrained_config(folder, head="int8", weight_quantizer="twn", latent_dtype="keep")
+    assert (config.head, config.weight_quantizer, config.latent_dtype) == ("int8", "twn", "keep")
+    assert (config.group_size, config.overrides) == (128, dict.fromkeys(rest, rows))
+    assert pretrained_config(folder, group_size=64).group_size == 64
+    skipped = pretrained_config(folder, modules_to_not_convert=["down_proj"])
+    assert (skipped.group_size, skipped.overrides) == (128, {})
+    # Overrides come after those that are picked, and on top of them.
+    asked = {"*": {"weight_quantizer": "twn"}, rest[1]: {"activation_dtype": "float32"}}
+    merged = pretrained_config(folder, overrides=asked).overrides
+    assert list(merged.items()) == [
+        (rest[0], rows), ("*", asked["*"]), (rest[1], {**rows, **asked[rest[1]]}),
+    ]  # fmt: skip
+    for kind in ("per_tensor", "per_channel"):
+        plain = pretrained_config(folder, weight_granularity=kind)
+        assert plain.to_dict() == BitLabConfig(weight_granularity=kind).to_dict()
+    with pytest.raises(ConfigError, match="fields must be among .*, got 'groups'"):
+        pretrained_config(folder, groups=64)
+
+
+def test_pretrained_of_what_is_quantized(tmp_path: Path) -> None:
+    message = "model must be a float one, got one that is quantized already\n.*load it without"
+    folder = described(tmp_path, 128, 128)
+    model: Any = replace_linear(LlamaForCausalLM(llama(128, 128).config))
+    given: tuple[dict[str, Any], ...] = ({}, {"weight_granularity": "per_tensor"})
+    for fields in given:
+        with pytest.raises(ArgumentError, match=message):
+            pretrained_config(model, **fields)
+    file = folder / "config.json"
+    held = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": held}))
+    with pytest.raises(ArgumentError, match=message):
+        pretrained_config(folder)
+    with pytest.raises(ArgumentTypeError, match="folder or a hub name, got Linear"):
+        pretrained_config(nn.Linear(128, 128))  # type: ignore[arg-type]
+
+
+PRETRAINED = "a pretrained model loses far less with one for each 64 inputs\nLoad the float model "
+
+
+@pytest.mark.parametrize(
+    ("fields", "sizes", "recipe", "said"),
+    [
+        ({}, {}, {"calibration_samples": 4}, "scales are per tensor; " + PRETRAINED),
+        ({"weight_granularity": "per_channel"}, {}, {"calibration_samples": 4},
+         "scales are per channel; " + PRETRAINED),
+        ({}, {}, {}, None),
+        ({"weight_granularity": "per_group", "group_size": 64}, {}, {"calibration_samples": 4},
+         None),
+        ({}, {"hidden_size": 48, "intermediate_size": 96, "head_dim": 12},
+         {"calibration_samples": 4}, None),
+    ],
+)  # fmt: skip
+def test_a_calibrated_start_advises_groups(
+    fields: dict[str, Any],
+    sizes: dict[str, Any],
+    recipe: dict[str, Any],
+    said: str | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Once, of a model that has none though they would divide its layers."""
+    path = make_float_model("llama", tmp_path, **sizes)
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=BitLabConfig(**fields))
+    args = TrainingArguments(
+        str(tmp_path / "run"), max_steps=1, use_cpu=True, report_to="none", save_steps=1
+    )
+    trainer = BitLabTrainer(
+        model=model, args=args, train_dataset=training_data(), recipe=Recipe(**recipe)
+    )
+    with caplog.at_level(logging.WARNING, "bitlab"):
+        trainer.train()
+    told = [text for text in caplog.messages if "pretrained_config" in text]
+    assert len(told) == (said is not None)
+    assert said is None or said in told[0]
+    trainer.train(resume_from_checkpoint=True)
+    assert [text for text in caplog.messages if "pretrained_config" in text] == told
+
+
+def test_no_advice_where_nothing_learns(caplog: pytest.LogCaptureFixture) -> None:
+    model: Any = replace_linear(LlamaForCausalLM(llama(128, 128).config))
+    with caplog.at_level(logging.WARNING, "bitlab"):
+        for layer in quantized_layers(model):
+            layer.module.requires_grad_(False)
+        advise_groups(model)
+        advise_groups(deploy(model))
+        assert not caplog.messages
