@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bitcore.errors import ArgumentError, LifecycleError, NonFiniteError
 from bitlab_hf.fit.experts import fit_experts
-from bitlab_hf.fit.kept import KeptLayers, LayerReport, settings_of
+from bitlab_hf.fit.kept import KeptLayers, LayerReport, fit_of, settings_of
 from bitlab_hf.fit.latent import check_estimator
 from bitlab_hf.fit.matrix import Matrix
 from bitlab_hf.fit.solve import Moments, damped, loss_of, solve, wanted_weight
@@ -119,8 +119,9 @@ def calibrate(
             All others run as their ``quant_strength`` says, ternary at 1 and in full precision at
             0, and the layers are fitted to what they themselves give in such a model. None for
             the whole model, beside the original one.
-        folder: Keeps what is found, layer by layer: a call with the same model, samples and
-            settings goes on from there, to the same bits. Remove it when it is no longer needed.
+        folder: Keeps what is found, layer by layer: a call with the same model, samples, blocks and
+            settings goes on from there, to the same bits; calls for other blocks may share it.
+            Remove it when it is no longer needed.
         progress: Called with layers done, layers in all and the layer's name.
 
     Returns:
@@ -149,18 +150,21 @@ def calibrate(
     numbers = _Numbers(batch_size, damping, rounds)
     _check(inner)
     ids = _batches(samples, batch_size, next(inner.parameters()).device)
+    layers = _decoder_layers(inner)
+    wanted = _wanted(inner, layers, blocks)
     kept = None
     if folder is not None:
-        kept = KeptLayers(folder, settings_of(ids, asdict(numbers)), writes=_is_first_process())
+        settings, fit = settings_of(ids, asdict(numbers)), fit_of(inner, wanted, blocks)
+        kept = KeptLayers(folder, settings, fit, writes=_is_first_process())
     reports: list[LayerReport] = []
     rounded: dict[str, None] = {}
     done = 0
-    layers = _decoder_layers(inner)
-    wanted = _wanted(inner, layers, blocks)
     with tapped(inner, _left(inner, wanted)) as (taps, streams):
         finder = SumFinder(streams)
         units = find_units(inner, layers, blocks, ids, taps, streams)
-        total = sum(len(tap.matrices) for unit, _ in units for tap in unit.taps)
+        matrices = [matrix for unit, _ in units for tap in unit.taps for matrix in tap.matrices]
+        if kept is not None:
+            kept.check(matrices)
         for number, (unit, batches) in enumerate(units):
             originals = unit.originals(batches, finder)
             for group in originals.groups:
@@ -172,7 +176,7 @@ def calibrate(
                     else:
                         reports.append(report)
                     if progress is not None:
-                        progress(done, total, matrix.name)
+                        progress(done, len(matrices), matrix.name)
             # What is outside of the blocks runs the whole model, from the token ids.
             if number + 1 < len(units) and not units[number + 1][0].whole:
                 following = units[number + 1][1]

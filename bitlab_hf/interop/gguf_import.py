@@ -54,7 +54,8 @@ from bitlab_hf.model.replace import find_linears
 logger = logging.getLogger("bitlab")
 # Bytes of a block of each layout of Q2_0.
 _Q2_0 = {"Q2_0": q2_0.SIZE, "Q2_0 of 128": q2_0.WIDE_SIZE}
-_TERNARY = (*_Q2_0, "TQ2_0", "TQ1_0")
+# Names of the ternary types that are read.
+TERNARY = (*_Q2_0, "TQ2_0", "TQ1_0")
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _FACTORS = "rope_freqs.weight"
 
@@ -76,7 +77,7 @@ class _Matrix:
         self._item, self._shift = item, shift
         self._data, self._order = item.data, None if order is None else order.numpy()
         self.kind, self.shape, self.n_bytes = item.kind, item.shape, item.data.nbytes
-        self.dtype, self.ternary = _FLOATS.get(self.kind, torch.float32), self.kind in _TERNARY
+        self.dtype, self.ternary = _FLOATS.get(self.kind, torch.float32), self.kind in TERNARY
 
     def experts(self) -> list[_Matrix]:
         """Returns the matrices of a tensor [E, N, K]."""
@@ -102,7 +103,7 @@ class _Matrix:
             return torch.zeros(shape, dtype=self.dtype)
         if self.kind in _Q2_0:
             return q2_0.decode(part, _Q2_0[self.kind])
-        if self.kind in _TERNARY:
+        if self.kind in TERNARY:
             with np.errstate(all="ignore"):
                 # Scales that are not finite are found by their values.
                 part = gguf.quants.dequantize(part, gguf.GGMLQuantizationType[self.kind])
@@ -194,10 +195,10 @@ def import_gguf(
             "Merge the parts with llama.cpp's gguf-split."
         )
     for item in items.values():
-        if item.kind not in (*_TERNARY, *_FLOATS):
+        if item.kind not in (*TERNARY, *_FLOATS):
             raise CheckpointError(
                 f"load_gguf: {item.name} must be of a type among "
-                f"{', '.join((*_TERNARY, *_FLOATS))}, got {item.kind}\n"
+                f"{', '.join((*TERNARY, *_FLOATS))}, got {item.kind}\n"
                 "Run the file with llama.cpp, or start from its float model."
             )
     shapes = {name: item.shape for name, item in items.items()}
@@ -328,7 +329,7 @@ def _item(
         raise CheckpointError(
             f"load_gguf: {name} must be of shape {list(shape)}, got {list(item.shape)}"
         )
-    if item.kind in _TERNARY and len(shape) != 2 and not is_stack:
+    if item.kind in TERNARY and len(shape) != 2 and not is_stack:
         raise CheckpointError(f"load_gguf: {name} must be of a float type, got {item.kind}")
     return item
 

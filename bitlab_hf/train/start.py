@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils.logging import tqdm
 
 from bitcore.errors import ArgumentError, ConfigError, LifecycleError
+from bitlab_hf.checkpoint.atomic import write_atomically
 from bitlab_hf.fit.calibrate import CalibrationReport, Progress, calibrate, count_matrices
 from bitlab_hf.fit.kept import LayerReport, OtherFitError
 from bitlab_hf.fit.taps import tapped
@@ -38,6 +40,8 @@ else:
 
 logger = logging.getLogger("bitlab")
 
+# In the run's output folder.
+REPORT_FILE = "calibration_report.json"
 # Samples that are run at a time.
 _BATCH = 8
 # Batches whose loss tells whether calibration was of use; that of all would take minutes.
@@ -51,7 +55,8 @@ class CalibratedStartMixin(_Base):
     Left out where training resumes, and where latent weights are frozen, as under an adapter.
     A run that was killed meanwhile goes on with the layers that it had come to.
     Undone where the loss of some of them does not fall: weights that were trained ternary already
-    lose by it. All processes do the same, on the same examples.
+    lose by it. All processes do the same, on the same examples. What it did to each layer stands in
+    ``calibration_report.json`` in the run's output folder.
 
     Attributes:
         calibration: What it did; None if nothing.
@@ -67,11 +72,16 @@ class CalibratedStartMixin(_Base):
         """Calibrates, unless a run goes on, or has it done in stages; then trains."""
         model = self.accelerator.unwrap_model(self.model)
         wanted = self.recipe.calibration_samples and self.train_dataset is not None
+        if not resume_from_checkpoint and self.is_world_process_zero():
+            # An earlier run's.
+            self._report_file.unlink(missing_ok=True)
         stages = self._stages(model, resume_from_checkpoint) if wanted else None
         if stages is not None:
             self.add_callback(stages)
         elif wanted and not resume_from_checkpoint:
             self.calibration = self._calibrate(model)
+            if self.calibration is not None:
+                self._report(self.calibration)
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -150,6 +160,7 @@ class CalibratedStartMixin(_Base):
             seconds=before + found.seconds,
             rounded=rounded + found.rounded,
         )
+        self._report(found)
         return True
 
     @torch.no_grad()
@@ -201,13 +212,41 @@ class CalibratedStartMixin(_Base):
         try:
             return calibrate(model, samples, _BATCH, **kept)
         except OtherFitError as error:
-            logger.info("calibration begins anew: %s", error)
+            reason = str(error).partition("\n")[0]
+            logger.warning("BitLabTrainer: calibration begins anew: %s", reason)
         # Not before all have seen what is wrong with it: who came late would find nothing.
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         return calibrate(model, samples, _BATCH, **kept)
+
+    @property
+    def _report_file(self) -> Path:
+        return Path(str(self.args.output_dir)) / REPORT_FILE
+
+    def _report(self, found: CalibrationReport) -> None:
+        """Adds what was found to the run's report; warns of what keeps its rounding."""
+        if found.rounded:
+            logger.warning(
+                "BitLabTrainer: %d experts keep their rounding, such as %s: no token of the "
+                "calibration's examples reached them",
+                len(found.rounded),
+                found.rounded[0],
+            )
+        if not self.is_world_process_zero():
+            return
+        held: dict[str, Any] = {"layers": [], "rounded": []}
+        with suppress(OSError, ValueError):
+            # Of the stages before, also those of a run that goes on.
+            held = json.loads(self._report_file.read_text(encoding="utf-8"))
+        layers = {one["name"]: one for one in (*held["layers"], *map(asdict, found.layers))}
+        content = {
+            "mean_error": sum(one["error"] for one in layers.values()) / max(1, len(layers)),
+            "layers": list(layers.values()),
+            "rounded": list(dict.fromkeys((*held["rounded"], *found.rounded))),
+        }
+        write_atomically(self._report_file, json.dumps(content, indent=2) + "\n")
 
     def _calibration_batches(self) -> list[dict[str, Any]]:
         """Returns examples of the training data as the model takes them; draws from no generator

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from bitcore.errors import MissingExtraError
 from bitlab_hf import BitLabConfig, deploy, export_gguf
 from bitlab_hf.cli.gguf_source import as_folder
+from bitlab_hf.interop.gguf_file import read_gguf
 from bitlab_hf.model.tree import quantized_layers
 
 Run = Callable[..., Any]
@@ -41,12 +42,21 @@ def rewrite(file: Path, target: Path, kind: gguf.GGMLQuantizationType | None, dr
         if kind is None or len(item.shape) < 2:
             writer.add_tensor(item.name, values)
         else:
-            writer.add_tensor(item.name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            writer.add_tensor(item.name, in_type(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return target
+
+
+def in_type(values: Any, kind: gguf.GGMLQuantizationType) -> Any:
+    """Returns a matrix in a type; of one that the package only knows by its name, zeros."""
+    try:
+        return gguf.quants.quantize(values, kind)
+    except NotImplementedError:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        return np.zeros((*values.shape[:-1], values.shape[-1] // block * size), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +205,33 @@ def test_damaged_files(bitlab: Run, quantized: Path, tmp_path: Path, kind: str) 
         assert "bad.gguf" in done.json["error"]
         assert len(done.err.strip().splitlines()) == 1, done.err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["I8", "Q8_K", "Q2_0"])
+def test_types_that_are_not_dequantized(
+    bitlab: Run, ternary: Path, states: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    """The file is whole, and the message does not call it damaged."""
+    file = tmp_path / "whole.gguf"
+    if kind == "Q2_0":
+        model = AutoModelForCausalLM.from_pretrained(states["deployed"])
+        export_gguf(model, file, kind, tokenizer=AutoTokenizer.from_pretrained(states["float"]))
+    else:
+        rewrite(ternary, file, gguf.GGMLQuantizationType[kind], "")
+    held = read_gguf(file).tensors
+    first = next(name for name, item in held.items() if item.kind == kind)
+    done = bitlab("eval", file, *TEXT, "--json")
+    assert done.code == 1
+    error = done.json["error"]
+    said = f"{file}: {first} must be of a type that can be dequantized, got {kind}. "
+    assert error.startswith(said), error
+    assert done.json["type"] == "CheckpointError"
+    fix = error.removeprefix(said)
+    if kind == "Q2_0":
+        assert fix == "`bitlab import` makes a deployed model of a file of this type."
+        assert bitlab("import", file, tmp_path / "imported", "--json").code == 0
+    else:
+        assert fix == "Fetch or write the model in another type, such as Q8_0 or F16."
 
 
 def test_where_none_is_taken(bitlab: Run, quantized: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bitlab_hf.fit.kept import OtherFitError
 from bitlab_hf.fit.solve import Moments
 from bitlab_hf.fit.streams import Unit
 from bitlab_hf.train import calibrate
+from bitlayers import set_quant_strength
 from tests.bitlab_hf.models import VOCABULARY, make_float_model
 
 GROUPS = {"weight_granularity": "per_group", "group_size": 64}
@@ -108,6 +110,98 @@ def test_other_model(source: Path, tmp_path: Path) -> None:
     for model in (other, load(source, activation_dtype="float32")):
         with pytest.raises(OtherFitError, match=r"layers\.0\.self_attn\.q_proj had another"):
             calibrate(model, samples(), folder=tmp_path)
+
+
+def embedding(model: Any) -> None:
+    model.model.embed_tokens.weight.data[0, 0] += 1e-3
+
+
+def norm(model: Any) -> None:
+    model.model.norm.weight.data[0] += 1e-3
+
+
+def head(model: Any) -> None:
+    model.lm_head.weight.data[0, 0] += 1e-3
+
+
+def strength(model: Any) -> None:
+    model.model.layers[0].mlp.up_proj.quant_strength = 0.0
+
+
+def layer_before(model: Any) -> None:
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1e-3
+
+
+def learned_scale(model: Any) -> None:
+    model.model.layers[1].mlp.up_proj.learned_scale.data[:] *= 2
+
+
+# In a whole model a layer before is calibrated too: its own weight says that it is another one.
+@pytest.mark.parametrize(
+    ("change", "blocks"),
+    [
+        *product((embedding, norm, head, learned_scale), (None, range(1, 2))),
+        (strength, range(1, 2)),
+        (layer_before, range(1, 2)),
+    ],
+)
+def test_other_weights_beside_the_layers(
+    source: Path, tmp_path: Path, change: Any, blocks: range | None
+) -> None:
+    fit: dict[str, Any] = {"folder": tmp_path, "blocks": blocks}
+    with pytest.raises(Killed):
+        calibrate(load(source), samples(), **fit, progress=kill_after(1))
+    kept_files = sorted(os.listdir(tmp_path))
+    other = load(source)
+    change(other)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    seen: list[int] = []
+    with pytest.raises(OtherFitError, match="q_proj was found beside other norms, embeddings"):
+        calibrate(other, samples(), **fit, progress=lambda done, *_: seen.append(done))
+    assert not seen
+    assert sorted(os.listdir(tmp_path)) == kept_files
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    calibrate(load(source), samples(), **fit)
+
+
+def test_other_blocks(source: Path, tmp_path: Path) -> None:
+    """Layers that were fitted behind float ones are none of a whole model; before any work."""
+    model = load(source)
+    set_quant_strength(model, 0.0)
+    calibrate(model, samples(), folder=tmp_path, blocks=range(1, 2))
+    kept_files = sorted(os.listdir(tmp_path))
+    seen: list[int] = []
+    with pytest.raises(OtherFitError, match=r"with blocks \[1, 2\] instead of None"):
+        calibrate(
+            load(source), samples(), folder=tmp_path, progress=lambda done, *_: seen.append(done)
+        )
+    assert not seen
+    assert sorted(os.listdir(tmp_path)) == kept_files
+
+
+def test_stages_share_a_folder(source: Path, tmp_path: Path) -> None:
+    """Each of them is of other blocks and of another model, and all go on from there."""
+    models = [load(source) for _ in range(2)]
+    reports = []
+    for model in models:
+        set_quant_strength(model, 0.0)
+        for blocks in (range(1), range(1, 2)):
+            report = calibrate(model, samples(), folder=tmp_path, blocks=blocks)
+            reports.append(report.layers)
+    assert reports[:2] == reports[2:]
+    assert states_are_equal(*models)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 14
+
+
+def test_the_checksum_is_of_values(source: Path) -> None:
+    """Not of where they lie, nor of latent weights that calibration itself keeps."""
+    model, other = load(source), load(source)
+    everything = set(other.modules())
+    other.lm_head.weight.data = other.lm_head.weight.data.t().contiguous().t()
+    other.model.layers[0].mlp.up_proj.weight.data += 1
+    assert kept.fit_of(model, set(model.modules()), None) == kept.fit_of(other, everything, None)
+    meta = other.to("meta")
+    assert kept.fit_of(meta, everything, None) != kept.fit_of(model, set(model.modules()), None)
 
 
 def test_damaged_folder(source: Path, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +113,14 @@ def test_the_default_recipe_asks_for_it(source: Path, tmp_path: Path) -> None:
     assert {total for _, total, _ in seen} == {14}
 
 
+def kill(done: int, _all: int, _name: str) -> None:
+    if done == 10:
+        raise KeyboardInterrupt
+
+
 def test_a_killed_one_goes_on(source: Path, tmp_path: Path) -> None:
     straight = start(source, tmp_path / "straight")
     assert not (tmp_path / "straight" / "calibration").exists()
-
-    def kill(done: int, _all: int, _name: str) -> None:
-        if done == 10:
-            raise KeyboardInterrupt
 
     options = {"recipe": Recipe(calibration_samples=SAMPLES), "learning_rate": 0.0, "max_steps": 1}
     killed = make(source, tmp_path / "killed", **options)
@@ -140,17 +143,99 @@ def kept_since(found: dict[Path, int]) -> bool:
     return all(file.stat().st_mtime_ns == time for file, time in found.items())
 
 
-def test_one_of_other_settings_begins_anew(source: Path, tmp_path: Path) -> None:
-    def kill(done: int, _all: int, _name: str) -> None:
-        raise KeyboardInterrupt
-
+def test_one_of_other_settings_begins_anew(source: Path, tmp_path: Path, caplog: Any) -> None:
     other = make(source, tmp_path, recipe=Recipe(calibration_samples=4))
     other.calibration_progress = kill
     with pytest.raises(KeyboardInterrupt):
         other.train()
     assert list((tmp_path / "calibration").glob("*.safetensors"))
-    trainer = start(source, tmp_path)
+    with caplog.at_level(logging.WARNING, "bitlab"):
+        trainer = start(source, tmp_path)
     assert trainer.calibration.samples == SAMPLES
+    (said,) = [one for one in caplog.messages if "begins anew" in one]
+    assert "got one with samples" in said
+    # It is removed by the Trainer itself.
+    assert "Name another folder" not in said
+
+
+def test_one_of_another_model_begins_anew(source: Path, tmp_path: Path, caplog: Any) -> None:
+    """Another embedding: every layer's own weight is the same."""
+    options: dict[str, Any] = {
+        "recipe": Recipe(calibration_samples=SAMPLES), "learning_rate": 0.0, "max_steps": 1,
+    }  # fmt: skip
+    killed = make(source, tmp_path / "killed", **options)
+    killed.calibration_progress = kill
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    states = []
+    for folder in ("straight", "killed"):
+        model = load(source)
+        model.model.embed_tokens.weight.data *= 1.5
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "bitlab"):
+            trainer = make(source, tmp_path / folder, model=model, **options)
+            trainer.train()
+        assert ("calibration begins anew" in caplog.text) == (folder == "killed")
+        states.append(state_of(trainer.model))
+    assert_equal_states(*states)
+
+
+def report_of(folder: Path) -> Any:
+    return json.loads((folder / "calibration_report.json").read_text())
+
+
+def test_its_report_is_written(source: Path, tmp_path: Path) -> None:
+    trainer = start(source, tmp_path)
+    report = report_of(tmp_path)
+    found = trainer.calibration.layers
+    assert report["layers"] == [asdict(one) for one in found]
+    assert report["mean_error"] == pytest.approx(sum(one.error for one in found) / 14)
+    assert 0 < report["mean_error"] < 1
+    assert report["rounded"] == []
+    # A run without calibration leaves none of an earlier run's.
+    start(source, tmp_path, recipe="plain")
+    assert not (tmp_path / "calibration_report.json").exists()
+
+
+def test_another_process_writes_no_report(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(source, tmp_path, recipe=Recipe(calibration_samples=SAMPLES), max_steps=1)
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    trainer.train()
+    assert trainer.calibration is not None
+    assert not (tmp_path / "calibration_report.json").exists()
+
+
+def test_the_report_of_a_run_in_stages_that_goes_on(source: Path, tmp_path: Path) -> None:
+    recipe = Recipe(calibration_samples=8, stages=2, stage_share=0.5)
+    options: dict[str, Any] = {
+        "recipe": recipe, "max_steps": 4, "save_strategy": "steps", "save_steps": 1,
+    }  # fmt: skip
+    straight = make(source, tmp_path / "straight", **options)
+    straight.train()
+
+    killed = make(source, tmp_path / "killed", **options)
+    killed.calibration_progress = kill
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    assert len(report_of(tmp_path / "killed")["layers"]) == 7
+    make(source, tmp_path / "killed", **options).train(resume_from_checkpoint=True)
+    assert report_of(tmp_path / "killed") == report_of(tmp_path / "straight")
+    assert len(report_of(tmp_path / "killed")["layers"]) == 14
+
+
+def test_experts_that_keep_their_rounding(tmp_path: Path, caplog: Any) -> None:
+    source = taught(make_moe("gpt_oss", tmp_path / "source"))
+    model = load(source)
+    # No token reaches it.
+    model.model.layers[1].mlp.router.bias.data[2] = -1e9
+    with caplog.at_level(logging.WARNING, "bitlab"):
+        trainer = start(source, tmp_path / "run", model=model)
+    assert "model.layers.1.mlp.experts.2" in trainer.calibration.rounded
+    count = len(trainer.calibration.rounded)
+    assert f"{count} experts keep their rounding, such as model.layers." in caplog.text
+    assert report_of(tmp_path / "run")["rounded"] == list(trainer.calibration.rounded)
 
 
 @pytest.mark.parametrize("quantizer", ["absmean", "twn", "lsq"])
