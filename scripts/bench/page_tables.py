@@ -278,14 +278,16 @@ def _servers(kind: str) -> Callable[[Run], Iterator[Cells]]:
 
 
 def _targets(run: Run) -> Iterator[Cells]:
-    words = {True: "yes", False: "**no**", None: "not in this run"}
+    # A command's table names those too that its run did not ask for.
     for one in run.result.get("targets", []):
         measured = one["measured"]
+        if measured is None:
+            continue
         many = measured if isinstance(measured, list) else [measured]
+        text = ", ".join(f"{value:.4g}" for value in many)
+        met = one["met"] if "met" in one else one["verdict"] == "yes"
         unit = one.get("unit", "").strip()
-        text = ", ".join(f"{value:.4g}" if value is not None else "-" for value in many)
-        met = one["met"] if "met" in one else {"yes": True, "NO": False}.get(one["verdict"])
-        yield [one["name"], f"{text} {unit}".strip(), words[met]]
+        yield [one["name"], f"{text} {unit}".strip(), "yes" if met else "**no**"]
 
 
 _LAYER = ["layer, N x K", "M"]

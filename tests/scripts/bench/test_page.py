@@ -33,7 +33,8 @@ def test_a_result_becomes_a_run(tmp_path: Path) -> None:
     engines = [{**engine, "engine": "bitlab int8", "runs": [1, 2]},
                {**engine, "engine": "dense bf16", "decode_tok_s": 4.25}]  # fmt: skip
     target = {"name": "decode: 20 tok/s", "measured": 18.7, "unit": " tok/s", "met": False}
-    path = write(tmp_path, "generate.py", device="cpu", engines=engines, targets=[target])
+    targets = [target, {**target, "name": "prompt: 120 tok/s", "measured": None, "met": None}]
+    path = write(tmp_path, "generate.py", device="cpu", engines=engines, targets=targets)
     folder = tmp_path / "runs"
     folder.mkdir()
     (written,) = take(path, "Zen 5, 2 cores", folder)
