@@ -112,9 +112,10 @@ def read_texts(files: list[Path]) -> list[SourceFile]:
                     f"--text: {file} must be UTF-8, got the byte 0x{error.object[error.start]:02x} "
                     f"at position {error.start}\nConvert it: iconv -f ENCODING -t UTF-8."
                 ) from error
-        is_lines = file.suffix == ".jsonl"
-        given = [SourceFile(str(file), content)]
-        texts += parse_articles("--text", file, content) if is_lines else given
+        if file.suffix == ".jsonl":
+            texts += parse_articles("--text", file, content)
+        else:
+            texts.append(SourceFile(str(file), content))
     return texts
 
 

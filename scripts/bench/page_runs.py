@@ -153,13 +153,17 @@ def figures(kind: str, result: Result) -> Result:
     return found
 
 
+# What a benchmark measures where no --geometry is given: another one is a run of its own.
+_USUAL = {"serve": None, "generate": "2b", "load": "smollm2"}
+
+
 def kind_of(command: str) -> str:
     """Returns what a benchmark's result is, by its command."""
     script = re.search(r"scripts/bench/(\w+)\.py", command)
     if script is None:
         raise SystemExit(f"page: the result must have a benchmark's command, got {command!r}")
     geometry = re.search(r"--geometry (\w+)", command)
-    if script[1] in ("serve", "generate", "load") and geometry and geometry[1] != "2b":
+    if script[1] in _USUAL and geometry and geometry[1] != _USUAL[script[1]]:
         return f"{script[1]}-{geometry[1]}"
     return "groups" if "--granularity" in command else script[1]
 

@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[3] / "scripts/bench"))
 
 import page
-from page_runs import compact, load_runs, take
+from page_runs import compact, kind_of, load_runs, take
 from page_tables import figure
 
 MACHINE = {"cpu": "a CPU", "cores": 2, "memory_bytes": 2**34, "versions": {"torch": "2.13.0"}}
@@ -55,6 +55,14 @@ def test_a_result_becomes_a_run(tmp_path: Path) -> None:
     assert line == f"| decode: 20 tok/s | 18.7 tok/s | **no** {end}"
     assert page.render("gpu-whole", [run]) == "Not measured."
     assert "### generate-zen-5-2-cores\n" in page.render(page.RUNS, [run])
+
+
+def test_another_geometry_is_a_run_of_its_own() -> None:
+    of = {"generate": ("2b", "smollm2"), "load": ("smollm2", "2b")}
+    for script, (usual, other) in of.items():
+        command = f"python scripts/bench/{script}.py"
+        assert kind_of(command) == kind_of(f"{command} --geometry {usual}") == script
+        assert kind_of(f"{command} --geometry {other} --threads 1") == f"{script}-{other}"
 
 
 def test_compiled_decoding_is_compared_with_the_same_run(tmp_path: Path) -> None:
