@@ -15,6 +15,8 @@ from torch import Tensor
 from bitcore.checks import GROUPED, MOST_MULTIPLIER, check_group_size, check_weight
 
 _LANES = 16
+# Lanes that the sums of rows are added in: the threads of a block on a GPU.
+_ROW_LANES = 256
 _LEAST = 1e-5
 # A row of zeros gets a scale that is positive, and normal in float32.
 _LEAST_ROW = 1e-30
@@ -37,7 +39,7 @@ def weight_scale(weight: Tensor, granularity: str, group_size: int = 0) -> Tenso
     Numerics:
         float64 sums in a fixed order, so that every backend and thread count gives the same bits:
         lane l of 16 adds the elements l, l + 16, ... in ascending order, the lanes are added in
-        ascending order, then the rows; the mean is rounded to float32 once.
+        ascending order, then the rows (`total`); the mean is rounded to float32 once.
 
     Source: BitNet b1.58, arXiv 2402.17764, equations 1 to 3.
     """
@@ -76,11 +78,17 @@ def lane_sums(rows: Tensor, lanes: Tensor | None = None) -> Tensor:
 
 
 def total(sums: Tensor) -> Tensor:
-    """Adds up the sums of rows, float64 [N], one after another: torch.sum's order is its own
-    affair. Returns float64 [1].
+    """Adds up the sums of rows, float64 [N], in a fixed order: torch.sum's is its own affair.
+
+    Lane l of 256 adds the rows l, l + 256, ... in ascending order; then the upper half of the lanes
+    is added to the lower one, until one is left. Returns float64 [1].
     """
-    added = reduce(add, sums.tolist())
-    return torch.tensor([added], dtype=torch.float64, device=sums.device)
+    padding = -sums.shape[0] % _ROW_LANES
+    rows = torch.nn.functional.pad(sums, (0, padding)).view(-1, _ROW_LANES)
+    lanes = reduce(add, rows, torch.zeros_like(rows[0]))
+    while len(lanes) > 1:
+        lanes = reduce(add, lanes.chunk(2))
+    return lanes
 
 
 def mean_scale(sums: Tensor, count: int) -> Tensor:

@@ -7,7 +7,7 @@ from ctypes import c_char_p, c_int32, c_int64, c_void_p
 
 from bitcore.kernels.native import Signatures, declare, load_library
 
-CUDA_ABI_VERSION = 5
+CUDA_ABI_VERSION = 6
 INVALID_ARGUMENT = 1
 
 # name: (result, arguments); pointers are c_void_p. A test compares this with bitkernels_cuda.h.

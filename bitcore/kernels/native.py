@@ -17,7 +17,7 @@ from torch import Tensor
 from bitcore.checks import check_storage
 from bitcore.errors import BackendError
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 LIBRARY_DIRECTORY_VARIABLE = "BITLAB_LIBRARY_DIR"
 ISA_VARIABLE = "BITLAB_CPU_ISA"
 

@@ -1,8 +1,7 @@
 // Latent weights to packed ones and back: absmean scales, ternarize-and-pack, unpack; gradients of learned scales.
 //
-// The float64 sums of a scale have one order everywhere (bitkernels.h), so a row is 16 chains of additions and the rows
-// of a tensor are one: sixteen lanes of a warp are the chains, and one thread adds the rows. That is slower than a free
-// order (the chain of rows takes a few nanoseconds each) and gives the CPU's bits.
+// The float64 sums of a scale have one order everywhere (bitkernels.h): a row is 16 chains of additions, which half a warp
+// is, and the rows of a tensor are 256, which the threads of a block are.
 #ifndef BITLAB_CUDA_WEIGHTS_CUH
 #define BITLAB_CUDA_WEIGHTS_CUH
 
@@ -62,22 +61,16 @@ BK_KERNEL(kWeightThreads, 4) part_sums_kernel(WeightScaleParams p) {
     }
 }
 
-// Adds the sums of rows in ascending order: one block fetches them, one of its threads adds, while the others fetch the
-// next ones. The result is thread 0's.
+// Adds the sums of rows: every thread of a block those that are 256 apart, then the threads in pairs. The result is
+// thread 0's.
 BK_DEVICE double sum_of_rows(const double *sums, int64_t rows) {
     const int thread = thread_x();
-    double total = 0.0, own = thread < rows ? load_global(sums + thread) : 0.0;
-    for (int64_t first = 0; first < rows; first += kWeightThreads) {
-        store_shared(8u * static_cast<uint32_t>(thread), own);
+    double total = 0.0;
+    for (int64_t row = thread; row < rows; row += kWeightThreads) total = add(total, load_global(sums + row));
+    for (int half = kWeightThreads / 2; half > 0; half /= 2) {
+        store_shared(8u * static_cast<uint32_t>(thread), total);
         sync_block();
-        const int64_t next = first + kWeightThreads + thread;
-        if (next < rows) own = load_global(sums + next);
-        if (thread == 0) {
-            const int64_t left = rows - first;
-            const uint32_t count = left < kWeightThreads ? static_cast<uint32_t>(left) : kWeightThreads;
-            BK_UNROLL_BY_8
-            for (uint32_t i = 0; i < count; ++i) total = add(total, load_shared<double>(8 * i));
-        }
+        if (thread < half) total = add(total, load_shared<double>(8u * static_cast<uint32_t>(thread + half)));
         sync_block();
     }
     return total;

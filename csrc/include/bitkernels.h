@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define BK_ABI_VERSION 7
+#define BK_ABI_VERSION 8
 #define BK_API __attribute__((visibility("default")))
 
 /* Largest K: a sum of K products of the int8 code -128 and the byte 128 still fits int32. */
@@ -181,8 +181,10 @@ BK_API int32_t bk_cpu_matmul_i8_t2_i32(const int8_t *codes, const uint8_t *qweig
  * Absmean scales: weight_scale = max(mean|W|, 1e-5) over the tensor, the row or the group.
  *
  * Sums are float64 in a fixed order, so the result does not depend on num_threads or the instruction set: lane l of 16
- * adds the elements l, l + 16, ... of a row (or group) in ascending order, the lanes are added in ascending order, then
- * the rows in ascending order; the mean is rounded to float32 once. A mean that is not finite gives NaN.
+ * adds the elements l, l + 16, ... of a row (or group) in ascending order, and the lanes are added in ascending order.
+ * Of the rows, lane l of 256 adds the rows l, l + 256, ... in ascending order, then lanes are added in pairs: l + 128
+ * to every l below 128, l + 64 to every l below 64, and so on. The mean is rounded to float32 once; one that is not
+ * finite gives NaN.
  *
  *   weight       [N, K] of weight_type, contiguous
  *   weight_scale float32, by (scale_rows, scale_columns): [1] (1, 0), [N] (N, 0) or [N, K / G] (N, K / G; G a multiple

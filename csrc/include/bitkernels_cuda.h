@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define BK_CUDA_ABI_VERSION 5
+#define BK_CUDA_ABI_VERSION 6
 #define BK_CUDA_API __attribute__((visibility("default")))
 
 /* Largest K: a sum of K products of the int8 code -128 and the byte 128 still fits int32. */

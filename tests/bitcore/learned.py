@@ -8,6 +8,8 @@ from operator import add
 import torch
 from torch import Tensor
 
+from bitcore.quantize import total
+
 Call = tuple[Tensor, Tensor, Tensor]
 
 
@@ -41,5 +43,5 @@ def step_gradient_in_lanes(dw: Tensor, weight: Tensor, step: Tensor) -> Tensor:
     lanes = reduce(add, padded.view(parts, -1, 16).unbind(1))
     sums = reduce(add, lanes.unbind(1))
     if step.numel() == 1:
-        sums = reduce(add, sums.unbind()).view(1)
+        sums = total(sums)
     return (sums / (weight.numel() // step.numel()) ** 0.5).float().view(step.shape)

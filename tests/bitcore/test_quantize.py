@@ -109,7 +109,7 @@ def test_pack_weight_at_odd_widths(isa: str, in_features: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 15), (34, 65), (5, 2560)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 15), (34, 65), (5, 2560), (301, 7)])
 def test_sums_of_rows_make_the_scale_of_more_rows(
     isa: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
@@ -121,6 +121,18 @@ def test_sums_of_rows_make_the_scale_of_more_rows(
     torch.testing.assert_close(sums, exact, rtol=2.0**-45, atol=0)
     scale = mean_scale(total(sums), weight.numel())
     assert torch.equal(scale, native_kernels().pack_weight(weight, "per_tensor", 0)[1])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 255, 256, 257, 900])
+def test_rows_are_added_in_256_lanes_and_these_in_pairs(rows: int) -> None:
+    sums = torch.rand(rows, dtype=torch.float64)
+    lanes = [0.0] * 256
+    for row, value in enumerate(sums.tolist()):
+        lanes[row % 256] += value
+    while len(lanes) > 1:
+        half = len(lanes) // 2
+        lanes = [low + high for low, high in zip(lanes[:half], lanes[half:], strict=True)]
+    assert total(sums).tolist() == lanes
 
 
 def test_sums_of_rows_on_a_gpu(host: HostKernels) -> None:

@@ -220,10 +220,19 @@ inline Interval linear_f32(const double *x, const double *lost, const int8_t *w,
     return {value, error + size * static_cast<double>(K + 2 * groups + 4) * pow2(-52)};
 }
 
-inline float weight_scale(const double *sums, int64_t rows, int64_t count) {
+// Lane l of `lanes`, each of every `lanes`-th row: the upper half of them is added to the lower one.
+inline double lane_of_rows(const double *sums, int64_t rows, int64_t lane, int64_t lanes) {
+    const int64_t twice = 2 * lanes;
+    if (twice <= 256) return lane_of_rows(sums, rows, lane, twice) + lane_of_rows(sums, rows, lane + lanes, twice);
     double sum = 0.0;
-    for (int64_t r = 0; r < rows; ++r) sum += sums[r];
-    const float mean = static_cast<float>(sum / static_cast<double>(count));
+    for (int64_t r = lane; r < rows; r += lanes) sum += sums[r];
+    return sum;
+}
+
+inline double sum_of_rows(const double *sums, int64_t rows) { return lane_of_rows(sums, rows, 0, 1); }
+
+inline float weight_scale(const double *sums, int64_t rows, int64_t count) {
+    const float mean = static_cast<float>(sum_of_rows(sums, rows) / static_cast<double>(count));
     if (!finite(mean)) return nan();
     return mean < 1e-5f ? 1e-5f : mean;
 }

@@ -222,14 +222,13 @@ void test_learned(const Shape &s, int32_t dw_type, int32_t type, const Group &gr
     if (invalid) reference::store(dw, dw_type, s.N * s.K - 1 - s.K / 3, reference::float_of(0x7F800000u));
     auto *want = array<unsigned char>(s.N * s.K * size_of(type));
     auto *want_steps = array<float>(steps);
-    double total = 0.0;
+    auto *sums = array<double>(parts);
+    const double root = reference::square_root(static_cast<double>(s.N * s.K / steps));
     for (int64_t i = 0; i < parts; ++i) {
-        const double sum =
-            reference::learned(dw, dw_type, weight, type, step[steps > 1 ? i : 0], want, i * width, width);
-        total = steps > 1 ? sum : total + sum;
-        const double count = static_cast<double>(s.N * s.K / steps);
-        want_steps[steps > 1 ? i : 0] = static_cast<float>(total / reference::square_root(count));
+        sums[i] = reference::learned(dw, dw_type, weight, type, step[steps > 1 ? i : 0], want, i * width, width);
+        if (steps > 1) want_steps[i] = static_cast<float>(sums[i] / root);
     }
+    if (steps == 1) want_steps[0] = static_cast<float>(reference::sum_of_rows(sums, parts) / root);
     unsigned char *got = output(s.N * s.K * size_of(type), size_of(type));
     unsigned char *got_steps = output(4 * steps, 4);
     unsigned char *row_sums = output(8 * s.N, 8);
@@ -281,10 +280,16 @@ void test_all() {
                 test_weights(s, type, group, false);
                 test_weights(s, type, group, true);
             }
-            if (group.size < 2) test_weights({0, 65, 203}, type, group, false);
+            if (group.size < 2) {
+                test_weights({0, 65, 203}, type, group, false);
+                test_weights({0, 601, 7}, type, group, false);
+            }
             for (int32_t dw_type : kTypes) {
                 for (const Shape &s : kWeights) test_learned(s, dw_type, type, group, s.N == 5);
-                if (group.size < 2) test_learned({0, 3, quick ? 603 : 1203}, dw_type, type, group, false);
+                if (group.size < 2) {
+                    test_learned({0, 3, quick ? 603 : 1203}, dw_type, type, group, false);
+                    test_learned({0, 515, 7}, dw_type, type, group, false);
+                }
             }
         }
     }
