@@ -194,14 +194,6 @@ def calibrate(
     return CalibrationReport(tuple(reports), samples_run, tokens, seconds, tuple(rounded))
 
 
-def count_matrices(model: nn.Module) -> int:
-    """Returns how many matrices `calibrate` solves in a whole model: layers, and two an expert."""
-    experts = [
-        stack.experts for one in expert_modules(model) for stack in one.module.stacks.values()
-    ]
-    return len(find_modules(model, BitLayerBase)) + sum(experts)
-
-
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:
     try:
         return decoder_layers(model)

@@ -54,10 +54,6 @@ class Recipe:
         quant_warmup_schedule: ``"linear"`` or ``"cosine"``.
         calibration_samples: On how many examples of the training data to `calibrate` the model
             before the first step; 0 for none. See `CalibratedStartMixin`.
-        stages: In how many stages decoder layers become ternary, each calibrated when its stage
-            begins, after what was trained before it; 1 for all of them before the first step. See
-            `StagedCalibration`.
-        stage_share: At which share of the run the last stage begins.
         scale_rate: Learning rate of learned scales, in units of the run's; one steers a whole group
             of weights.
         vector_rate: That of norms and biases, likewise.
@@ -86,8 +82,6 @@ class Recipe:
     quant_warmup: int | float = 0
     quant_warmup_schedule: str = "linear"
     calibration_samples: int = 0
-    stages: int = 1
-    stage_share: float = 0.7
     scale_rate: float = 1.0
     vector_rate: float = 1.0
     rate_magnitude: float = 0.0
@@ -128,16 +122,6 @@ class Recipe:
             raise _wrong("quant_warmup_schedule", schedules, self.quant_warmup_schedule)
         if not _is_int(self.calibration_samples) or self.calibration_samples < 0:
             raise _wrong("calibration_samples", "an int of at least 0", self.calibration_samples)
-        if not _is_int(self.stages) or self.stages < 1:
-            raise _wrong("stages", "an int of at least 1", self.stages)
-        if self.stages > 1 and not self.calibration_samples:
-            raise _wrong("stages", "1 without calibration_samples", self.stages)
-        if self.stages > 1 and self.quant_warmup:
-            raise _wrong(
-                "stages", "1 beside quant_warmup, which sets all layers' strength", self.stages
-            )
-        if not _is_number(self.stage_share) or not 0 <= self.stage_share < 1:
-            raise _wrong("stage_share", "a number from 0, below 1", self.stage_share)
         for name in ("teacher_required", "teacher_8bit", "guard"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, "true or false", getattr(self, name))
@@ -161,8 +145,7 @@ class Recipe:
         }
         told = [f"learns from {' and '.join(name for name, weight in terms.items() if weight)}"]
         if self.calibration_samples:
-            stages = "at once" if self.stages == 1 else f"in {self.stages} stages"
-            told.insert(0, f"calibrated on {self.calibration_samples} examples {stages}")
+            told.insert(0, f"calibrated on {self.calibration_samples} examples")
         if self.teacher_share:
             told.insert(0, f"the teacher learns first, for {self.teacher_share:g} times the steps")
         scales, vectors = (learning_rate * one for one in (self.scale_rate, self.vector_rate))

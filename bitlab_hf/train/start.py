@@ -7,30 +7,27 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState
+from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils.logging import tqdm
 
 from bitcore.errors import ArgumentError, ConfigError, LifecycleError
 from bitlab_hf.checkpoint.atomic import write_atomically
-from bitlab_hf.fit.calibrate import CalibrationReport, Progress, calibrate, count_matrices
-from bitlab_hf.fit.kept import LayerReport, OtherFitError
-from bitlab_hf.fit.taps import tapped
+from bitlab_hf.fit.calibrate import CalibrationReport, Progress, calibrate
+from bitlab_hf.fit.kept import OtherFitError
 from bitlab_hf.model.experts import expert_modules
-from bitlab_hf.model.tree import decoder_layers, quantized_layers
+from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.train.guard import calibration_folder
 from bitlab_hf.train.recipe import Recipe
-from bitlab_hf.train.stages import StagedCalibration
-from bitlayers import BitLayerBase, set_quant_strength
+from bitlayers import BitLayerBase
 from bitlayers.experts import BitExperts
 
 if TYPE_CHECKING:
@@ -69,99 +66,20 @@ class CalibratedStartMixin(_Base):
     calibration_progress: Progress | None = None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Calibrates, unless a run goes on, or has it done in stages; then trains."""
+        """Calibrates, unless a run goes on; then trains."""
         model = self.accelerator.unwrap_model(self.model)
         wanted = self.recipe.calibration_samples and self.train_dataset is not None
         if not resume_from_checkpoint and self.is_world_process_zero():
             # An earlier run's.
             self._report_file.unlink(missing_ok=True)
-        stages = self._stages(model, resume_from_checkpoint) if wanted else None
-        if stages is not None:
-            self.add_callback(stages)
-        elif wanted and not resume_from_checkpoint:
+        if wanted and not resume_from_checkpoint:
             self.calibration = self._calibrate(model)
             if self.calibration is not None:
                 self._report(self.calibration)
-        try:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            if stages is not None:
-                self.remove_callback(stages)
-                set_quant_strength(model, 1.0)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.is_world_process_zero():
             shutil.rmtree(calibration_folder(self.args), ignore_errors=True)
         return result
-
-    def _stages(self, model: Any, checkpoint: str | None) -> StagedCalibration | None:
-        """Returns what calibrates in stages; None where it is to be done at once, or not at all."""
-        recipe = self.recipe
-        if recipe.stages == 1 or not _is_trainable(model) or not _has_decoder_layers(model):
-            return None
-        # Calibration in the midst of training meets weights that are sharded.
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return None
-        if checkpoint:
-            state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-            if StagedCalibration.__name__ not in state.stateful_callbacks:
-                return None
-        elif not self._is_better_float(model):
-            return None
-        self.calibration = None
-        return StagedCalibration(recipe.stages, recipe.stage_share, self._fit_stage)
-
-    @torch.no_grad()
-    def _is_better_float(self, model: Any) -> bool:
-        """Tells whether the latent weights are those of a model in full precision."""
-        batches = self._calibration_batches()[:_COMPARED]
-        with self.accelerator.autocast():
-            rounded = _loss(model, batches)
-            with tapped(model) as (_, streams):
-                full = _loss(model, batches, streams.calls.clear)
-        if full < rounded:
-            return True
-        logger.warning(
-            "BitLabTrainer: layers become ternary at once: the loss of %d examples is %.4f in full "
-            "precision and %.4f ternary",
-            sum(1 for batch in batches for _ in _rows(batch)),
-            full,
-            rounded,
-        )
-        return False
-
-    @torch.no_grad()
-    def _fit_stage(self, blocks: range) -> bool:
-        """Calibrates decoder layers in the midst of training; tells whether it could."""
-        model = self.accelerator.unwrap_model(self.model)
-        samples = [row for batch in self._calibration_batches() for row in _rows(batch)]
-        done: tuple[LayerReport, ...] = ()
-        rounded: tuple[str, ...] = ()
-        if self.calibration is not None:
-            done, rounded = self.calibration.layers, self.calibration.rounded
-        with self.accelerator.autocast(), self._calibration_bar() as progress:
-            total = count_matrices(model)
-
-            def advance(count: int, _total: int, name: str) -> None:
-                progress(len(done) + 2 * len(rounded) + count, total, name)
-
-            try:
-                found = self._calibrate_kept(model, samples, advance, blocks)
-            except (ArgumentError, ConfigError, LifecycleError) as error:
-                logger.warning("BitLabTrainer: training goes on without calibration: %s", error)
-                return False
-        if self.accelerator.num_processes > 1:
-            # Devices can round otherwise, and a code that comes out otherwise would stay so.
-            for block in decoder_layers(model)[blocks.start : blocks.stop]:
-                for parameter in block.parameters():
-                    torch.distributed.broadcast(parameter.data, src=0)
-        before = 0.0 if self.calibration is None else self.calibration.seconds
-        self.calibration = replace(
-            found,
-            layers=done + found.layers,
-            seconds=before + found.seconds,
-            rounded=rounded + found.rounded,
-        )
-        self._report(found)
-        return True
 
     @torch.no_grad()
     def _calibrate(self, model: Any) -> CalibrationReport | None:
@@ -204,11 +122,11 @@ class CalibratedStartMixin(_Base):
         return None
 
     def _calibrate_kept(
-        self, model: Any, samples: list[Any], progress: Progress, blocks: range | None = None
+        self, model: Any, samples: list[Any], progress: Progress
     ) -> CalibrationReport:
         """Calibrates; goes on where a run that was killed has come to."""
         folder = calibration_folder(self.args)
-        kept: dict[str, Any] = {"blocks": blocks, "folder": folder, "progress": progress}
+        kept: dict[str, Any] = {"folder": folder, "progress": progress}
         try:
             return calibrate(model, samples, _BATCH, **kept)
         except OtherFitError as error:
@@ -226,7 +144,7 @@ class CalibratedStartMixin(_Base):
         return Path(str(self.args.output_dir)) / REPORT_FILE
 
     def _report(self, found: CalibrationReport) -> None:
-        """Adds what was found to the run's report; warns of what keeps its rounding."""
+        """Writes what was found into the run's folder; warns of what keeps its rounding."""
         if found.rounded:
             logger.warning(
                 "BitLabTrainer: %d experts keep their rounding, such as %s: no token of the "
@@ -236,15 +154,10 @@ class CalibratedStartMixin(_Base):
             )
         if not self.is_world_process_zero():
             return
-        held: dict[str, Any] = {"layers": [], "rounded": []}
-        with suppress(OSError, ValueError):
-            # Of the stages before, also those of a run that goes on.
-            held = json.loads(self._report_file.read_text(encoding="utf-8"))
-        layers = {one["name"]: one for one in (*held["layers"], *map(asdict, found.layers))}
         content = {
-            "mean_error": sum(one["error"] for one in layers.values()) / max(1, len(layers)),
-            "layers": list(layers.values()),
-            "rounded": list(dict.fromkeys((*held["rounded"], *found.rounded))),
+            "mean_error": sum(one.error for one in found.layers) / max(1, len(found.layers)),
+            "layers": [asdict(one) for one in found.layers],
+            "rounded": found.rounded,
         }
         write_atomically(self._report_file, json.dumps(content, indent=2) + "\n")
 
@@ -302,13 +215,6 @@ def _is_trainable(model: nn.Module) -> bool:
     for found in expert_modules(model):
         weights += [found.module._parameters.get(name) for name in found.module.stacks]
     return bool(weights) and all(one is not None and one.requires_grad for one in weights)
-
-
-def _has_decoder_layers(model: nn.Module) -> bool:
-    try:
-        return bool(decoder_layers(model))
-    except ArgumentError:
-        return False
 
 
 def _loss(

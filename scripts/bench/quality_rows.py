@@ -164,10 +164,6 @@ ROWS: dict[str, Row] = {
     "budget-int8": replace(
         _DEFAULT, title="the same, the last MLP in int8", tokens=_FITTED + 51_200, int8_mlp=True
     ),
-    "budget-staged": replace(
-        _DEFAULT, title="default, in ten stages", tokens=_FITTED + 51_200,
-        recipe=replace(RECIPES["default"], stages=10),
-    ),
     "default-64k": _DEFAULT,
     "default-256k": replace(_DEFAULT, title="default, 256 k tokens", tokens=262_144),
     "default-1m": replace(_DEFAULT, title="default, 1 M tokens", tokens=1_048_576),

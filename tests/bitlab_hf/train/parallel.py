@@ -40,7 +40,7 @@ from transformers import (
 from bitcore import gradients
 from bitcore.errors import BitLabError
 from bitlab_hf import BitLabConfig, deploy
-from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, TernaryStatistics, calibrate, start
+from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, TernaryStatistics, calibrate
 from tests.bitlab_hf.models import make_float_model, taught, training_data
 
 STEPS, BATCH = 6, 8
@@ -48,7 +48,6 @@ STEPS, BATCH = 6, 8
 # At this rate, fifteen times that of the commands, norms of 1 would move by a seventh of themselves
 # a step, and what sums in another order change would grow with it.
 AT_ONCE = replace(RECIPES["default"], rate_magnitude=1.0)
-STAGED = replace(AT_ONCE, stages=2)
 FSDP2 = {
     "fsdp": True,
     "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
@@ -219,29 +218,9 @@ def with_parallelism(source: Path, folder: Path, trainer: Any) -> None:
     trainer(model=load(source), args=arguments, train_dataset=training_data()).train()
 
 
-def staged(source: Path, folder: Path) -> None:
-    """Calibrates in stages, and to other codes in all processes but the main one."""
-    calibrate = start.calibrate
-
-    def otherwise(model: Any, *rest: Any, **options: Any) -> Any:
-        report = calibrate(model, *rest, **options)
-        if not is_main():
-            model.model.layers[options["blocks"].start].mlp.up_proj.weight.mul_(-1)
-        return report
-
-    start.calibrate = otherwise
-    try:
-        trainer = train(source, folder, recipe=STAGED, save_strategy="no")
-    finally:
-        start.calibrate = calibrate
-    state = {name: value.contiguous() for name, value in trainer.model.state_dict().items()}
-    save_file(state, folder.with_name(f"{folder.name}-{os.environ.get('RANK', 0)}.safetensors"))
-
-
 def two(folder: Path, source: Path, known: Path) -> None:
     """What two processes do."""
     messages = {}
-    staged(known, folder / "ddp-staged")
     train(source, folder / "ddp-taught", recipe="teach", save_strategy="no")
     # One process alone: both meet a calibration of other samples, and begin anew.
     if is_main():
@@ -325,7 +304,6 @@ def main(folder: Path) -> None:
     # Random weights know nothing that a calibrated start could keep.
     known = taught(make_float_model("llama", folder / "known"))
     train(known, folder / "one-teacher", recipe=AT_ONCE)
-    staged(known, folder / "one-staged")
     train(source, folder / "one-taught", recipe="teach", save_strategy="no")
     for kind, make in MODELS.items():
         train(source, folder / f"one-{kind}", model=make(source), max_steps=2)

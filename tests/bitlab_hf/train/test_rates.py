@@ -157,3 +157,16 @@ def test_rates_are_checked(field: str, value: Any) -> None:
 def test_the_magnitude_is_checked(value: Any) -> None:
     with pytest.raises(ConfigError, match="Recipe: rate_magnitude must be a finite number of at"):
         Recipe(rate_magnitude=value)
+
+
+def test_a_recipe_in_words() -> None:
+    recipe = Recipe(0.0, 1.0, calibration_samples=8, scale_rate=3.0, vector_rate=10.0)
+    assert recipe.in_words(2e-4) == (
+        "calibrated on 8 examples, learns from the teacher's next tokens, rates 0.0002, "
+        "scales 0.0006, norms and biases 0.002"
+    )
+    assert (
+        replace(recipe, rate_magnitude=0.15)
+        .in_words(2e-4)
+        .endswith("norms and biases 0.002 for a mean magnitude of 0.15, others by theirs")
+    )

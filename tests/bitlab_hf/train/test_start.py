@@ -207,24 +207,6 @@ def test_another_process_writes_no_report(
     assert not (tmp_path / "calibration_report.json").exists()
 
 
-def test_the_report_of_a_run_in_stages_that_goes_on(source: Path, tmp_path: Path) -> None:
-    recipe = Recipe(calibration_samples=8, stages=2, stage_share=0.5)
-    options: dict[str, Any] = {
-        "recipe": recipe, "max_steps": 4, "save_strategy": "steps", "save_steps": 1,
-    }  # fmt: skip
-    straight = make(source, tmp_path / "straight", **options)
-    straight.train()
-
-    killed = make(source, tmp_path / "killed", **options)
-    killed.calibration_progress = kill
-    with pytest.raises(KeyboardInterrupt):
-        killed.train()
-    assert len(report_of(tmp_path / "killed")["layers"]) == 7
-    make(source, tmp_path / "killed", **options).train(resume_from_checkpoint=True)
-    assert report_of(tmp_path / "killed") == report_of(tmp_path / "straight")
-    assert len(report_of(tmp_path / "killed")["layers"]) == 14
-
-
 def test_experts_that_keep_their_rounding(tmp_path: Path, caplog: Any) -> None:
     source = taught(make_moe("gpt_oss", tmp_path / "source"))
     model = load(source)
