@@ -64,15 +64,6 @@ def _text(path: str) -> str:
     return file.read_text() if file.is_file() else ""
 
 
-def available_bytes() -> int | None:
-    """Returns the memory that is free for use, None if unknown."""
-    for line in _text("/proc/meminfo").splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return None
-
-
 def last_level_cache() -> int:
     """Returns the bytes of the last-level cache, 0 if unknown."""
     size = _text("/sys/devices/system/cpu/cpu0/cache/index3/size").strip()

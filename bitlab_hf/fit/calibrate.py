@@ -25,6 +25,7 @@ from bitlab_hf.fit.experts import fit_experts
 from bitlab_hf.fit.kept import KeptLayers, LayerReport, fit_of, settings_of
 from bitlab_hf.fit.latent import check_estimator
 from bitlab_hf.fit.matrix import Matrix
+from bitlab_hf.fit.room import Room
 from bitlab_hf.fit.solve import Moments, damped, loss_of, solve, wanted_weight
 from bitlab_hf.fit.streams import Originals, Unit, find_units
 from bitlab_hf.fit.sums import SumFinder
@@ -121,7 +122,8 @@ def calibrate(
             the whole model, beside the original one.
         folder: Keeps what is found, layer by layer: a call with the same model, samples, blocks and
             settings goes on from there, to the same bits; calls for other blocks may share it.
-            Remove it when it is no longer needed.
+            While less than a quarter of the memory is free, what the samples make of the model lies
+            there, too. Remove it when it is no longer needed.
         progress: Called with layers done, layers in all and the layer's name.
 
     Returns:
@@ -131,7 +133,8 @@ def calibrate(
         ArgumentError: There are no samples of two tokens, or not of token ids; or the folder is of
             another fit (`bitlab_hf.fit.kept.OtherFitError`).
         ConfigError: The model's estimator cannot be inverted.
-        DiskFullError: The folder's disk is full; the layers that it keeps stay.
+        DiskFullError: The folder's disk is full, for layers or for streams; the layers that it
+            keeps stay.
         LifecycleError: The model is not latent, or its weights are sharded or shared.
         NonFiniteError: A weight, or an activation, holds NaN or infinity.
 
@@ -159,7 +162,7 @@ def calibrate(
     reports: list[LayerReport] = []
     rounded: dict[str, None] = {}
     done = 0
-    with tapped(inner, _left(inner, wanted)) as (taps, streams):
+    with tapped(inner, _left(inner, wanted), Room(folder)) as (taps, streams):
         finder = SumFinder(streams)
         units = find_units(inner, layers, blocks, ids, taps, streams)
         matrices = [matrix for unit, _ in units for tap in unit.taps for matrix in tap.matrices]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitcore.errors import ArgumentError, NonFiniteError
+from bitlab_hf.fit.room import Room
 from bitlab_hf.fit.solve import Moments
 from bitlab_hf.fit.sums import Place, SumFinder, noting, stopping_at
 from bitlab_hf.fit.taps import AnyTap, Batch, ExpertsTap, Stop, Streams, Tap
@@ -28,9 +29,8 @@ class Unit:
         """Runs it in one of the streams; returns its output, or None if it ended before."""
         self._streams.original, self._streams.last = original, last
         self._streams.calls.clear()
-        first = batch.original if original else batch.ternary
         try:
-            output = self.module(first, *batch.rest, **batch.named)
+            output = self.module(batch.first(original), *batch.rest, **batch.named)
         except Stop:
             return None
         return output[0] if isinstance(output, tuple) else output
@@ -53,10 +53,10 @@ class Unit:
             )
         wanted, seen = set(self.taps), set()
         for number, batch in enumerate(batches):
-            with noting(kept.places, kept.sums):
+            with noting(kept.places, kept.sums, self._streams.room):
                 output = self.run(batch, original=True)
             if not self.whole:
-                kept.outputs.append(output)
+                kept.outputs.append(self._streams.room.hold(output))
             last: Tensor | None = None
             for tap, x in self._streams.calls:
                 if tap in wanted and tap not in seen:
@@ -67,7 +67,7 @@ class Unit:
                         kept.inputs[tap] = [None] * len(batches)
                 # A layer that is called again is fitted to its first call.
                 if tap in kept.inputs and kept.inputs[tap][number] is None:
-                    kept.inputs[tap][number] = _as_multiplied(x)
+                    kept.inputs[tap][number] = self._streams.room.hold(_as_multiplied(x))
                 last = x
             if self.whole and seen == wanted:
                 break
@@ -117,7 +117,9 @@ class Unit:
         if x is None:
             return None
         # Routed tokens can be others in the two streams: then there is no original of them.
-        return x if original is None or original.shape != x.shape else original, x
+        if original is None or original.shape != x.shape:
+            return x, x
+        return original.to(x.device), x
 
     def missing(self, tap: AnyTap, number: int, batch: Batch, kept: Originals) -> Tensor | None:
         """Returns what a tap's output would have to have more of, float32 of its shape, for the
@@ -143,7 +145,8 @@ class Unit:
             self._streams.heard = None
         now = whole if place is None else sums[0]
         before = kept.outputs[number] if place is None else kept.sums[place][number]
-        return outputs[0], (before.float() - now.float()).view(outputs[0].shape)
+        missing = before.to(now.device).float() - now.float()
+        return outputs[0], missing.view(outputs[0].shape)
 
     def _input(self, tap: AnyTap, batch: Batch, original: bool) -> Tensor | None:
         """Returns what a tap is first called with, if it is."""
@@ -152,7 +155,8 @@ class Unit:
 
     def advance(self, batches: list[Batch]) -> list[Tensor]:
         """Returns its outputs in the ternary stream."""
-        return [self.run(batch, original=False) for batch in batches]
+        hold = self._streams.room.hold
+        return [hold(self.run(batch, original=False)) for batch in batches]
 
 
 @dataclass
@@ -195,10 +199,11 @@ class _Recorder:
         blocks: The model's.
         wanted: Whose inputs are needed: the first one's, from which the others' are computed.
             A pass ends behind the last one, unless that is the model's last.
+        room: Where these are held.
     """
 
-    def __init__(self, blocks: list[nn.Module], wanted: range) -> None:
-        self._ends = wanted.stop < len(blocks)
+    def __init__(self, blocks: list[nn.Module], wanted: range, room: Room) -> None:
+        self._ends, self._room = wanted.stop < len(blocks), room
         self.blocks, self._wanted = blocks[: wanted.stop], wanted
         self.calls: dict[nn.Module, list[Batch]] = {block: [] for block in self.blocks}
         self.chained = True
@@ -215,10 +220,14 @@ class _Recorder:
     def _before(self, block: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         named = dict(named)
         first = args[0] if args else named.pop("hidden_states", None)
-        is_first = block is self.blocks[0]
-        self.chained &= isinstance(first, Tensor) and (is_first or first is self._last)
-        kept: Any = first if block is self.blocks[self._wanted.start] else None
-        self.calls[block].append(Batch(kept, kept, args[1:], named))
+        self.chained &= block is self.blocks[0] or first is self._last
+        if not isinstance(first, Tensor):
+            self.chained = False
+            return
+        kept: Any = None
+        if block is self.blocks[self._wanted.start]:
+            kept = self._room.hold(first)
+        self.calls[block].append(Batch(kept, kept, first.device, args[1:], named))
 
     def _after(self, block: nn.Module, _args: Any, output: Any) -> None:
         self._last = output[0] if isinstance(output, tuple) else output
@@ -263,9 +272,9 @@ def find_units(
             f"calibrate: blocks must be of the {len(blocks)} decoder layers, got {wanted}"
         )
     options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    whole = [Batch(part, part, (), dict(options)) for part in ids]
+    whole = [Batch(part, part, part.device, (), dict(options)) for part in ids]
     everything = Unit(model, list(taps.values()), streams, whole=True)
-    recorder = _Recorder(blocks, span)
+    recorder = _Recorder(blocks, span, streams.room)
     try:
         for batch in whole:
             everything.run(_without_logits(model, batch), original=True)

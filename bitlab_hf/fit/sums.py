@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitlab_hf.fit.room import Room
 from bitlab_hf.fit.taps import AnyTap, Batch, Stop, Streams
 
 # A module whose input the sum is; None for the unit's output.
@@ -45,11 +46,13 @@ def stopping_at(place: Place, noted: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def noting(places: Mapping[AnyTap, Place], sums: dict[nn.Module, list[Tensor]]) -> Iterator[None]:
+def noting(
+    places: Mapping[AnyTap, Place], sums: dict[nn.Module, list[Tensor]], room: Room
+) -> Iterator[None]:
     """Notes the sums that stand inside of a block in each pass."""
 
     def note(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        sums.setdefault(module, []).append(input_of(args, named))
+        sums.setdefault(module, []).append(room.hold(input_of(args, named)))
 
     inside = {place for place in places.values() if place is not None}
     handles = [place.register_forward_pre_hook(note, with_kwargs=True) for place in inside]
@@ -100,7 +103,7 @@ class SumFinder:
     def _try(
         self, module: nn.Module, taps: list[AnyTap], batch: Batch, run: Run
     ) -> dict[AnyTap, Place]:
-        stream = batch.original
+        stream = batch.first(original=True)
         before = _trace(module, stream.shape, run)
         size = stream.float().abs().mean().clamp(min=1e-6)
         generator = torch.Generator().manual_seed(0)

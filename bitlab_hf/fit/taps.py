@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from bitlab_hf.fit.latent import latent_weight
 from bitlab_hf.fit.matrix import ExpertMatrix, Matrix, quantized
+from bitlab_hf.fit.room import Room
 from bitlab_hf.fit.solve import Scales
 from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.tree import Found, find_modules
@@ -25,12 +26,19 @@ from bitlayers.stack import Stack
 
 @dataclass
 class Batch:
-    """What a unit is called with for a batch; its first argument differs in the two streams."""
+    """What a unit is called with for a batch; its first argument differs in the two streams, and
+    is held wherever there is room.
+    """
 
     original: Tensor
     ternary: Tensor
+    device: torch.device
     rest: tuple[Any, ...]
     named: dict[str, Any]
+
+    def first(self, original: bool) -> Tensor:
+        """Returns its first argument in one of the streams, on the device that the unit wants."""
+        return (self.original if original else self.ternary).to(self.device)
 
 
 class Stop(Exception):  # noqa: N818  (no error)
@@ -46,12 +54,14 @@ class Streams:
         calls: The taps called in it, with what they were given.
         last: The tap at which it ends, if not at its end.
         heard: A tap, and what is called with its output and says what goes on in its place.
+        room: Where what is needed again later is held.
     """
 
     original: bool = True
     calls: list[tuple[AnyTap, Tensor]] = field(default_factory=list)
     last: AnyTap | None = None
     heard: tuple[AnyTap, Callable[[Tensor], Tensor]] | None = None
+    room: Room = field(default_factory=Room)
 
     def begin(self, tap: AnyTap, x: Tensor) -> None:
         """Notes a call; ends the pass if it is the last one."""
@@ -222,15 +232,16 @@ AnyTap = Tap | ExpertsTap
 
 @contextmanager
 def tapped(
-    model: nn.Module, left: Container[nn.Module] = ()
+    model: nn.Module, left: Container[nn.Module] = (), room: Room | None = None
 ) -> Iterator[tuple[dict[nn.Module, AnyTap], Streams]]:
     """Puts taps into quantized layers and experts, in eval mode; puts everything back at the end.
 
     Args:
         model: Any module tree.
         left: Layers, and experts, that stay as they are.
+        room: Where what is needed again later is held; None for wherever it is made.
     """
-    streams = Streams()
+    streams = Streams(room=room or Room())
     layers = [one for one in find_modules(model, BitLayerBase) if one.module not in left]
     experts = [
         one
