@@ -54,6 +54,8 @@ class Recipe:
         quant_warmup_schedule: ``"linear"`` or ``"cosine"``.
         calibration_samples: On how many examples of the training data to `calibrate` the model
             before the first step; 0 for none. See `CalibratedStartMixin`.
+        calibration_tokens: How many tokens for each input of the widest ternary layer these are to
+            hold at least; more examples are taken until they do. 0 for just so many examples.
         scale_rate: Learning rate of learned scales, in units of the run's; one steers a whole group
             of weights.
         vector_rate: That of norms and biases, likewise.
@@ -82,6 +84,7 @@ class Recipe:
     quant_warmup: int | float = 0
     quant_warmup_schedule: str = "linear"
     calibration_samples: int = 0
+    calibration_tokens: int = 0
     scale_rate: float = 1.0
     vector_rate: float = 1.0
     rate_magnitude: float = 0.0
@@ -120,8 +123,13 @@ class Recipe:
         if self.quant_warmup_schedule not in SCHEDULES:
             schedules = f"one of {SCHEDULES}"
             raise _wrong("quant_warmup_schedule", schedules, self.quant_warmup_schedule)
-        if not _is_int(self.calibration_samples) or self.calibration_samples < 0:
-            raise _wrong("calibration_samples", "an int of at least 0", self.calibration_samples)
+        for name in ("calibration_samples", "calibration_tokens"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 0:
+                raise _wrong(name, "an int of at least 0", getattr(self, name))
+        if self.calibration_tokens and not self.calibration_samples:
+            raise _wrong(
+                "calibration_tokens", "0 without calibration_samples", self.calibration_tokens
+            )
         for name in ("teacher_required", "teacher_8bit", "guard"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, "true or false", getattr(self, name))
@@ -145,7 +153,9 @@ class Recipe:
         }
         told = [f"learns from {' and '.join(name for name, weight in terms.items() if weight)}"]
         if self.calibration_samples:
-            told.insert(0, f"calibrated on {self.calibration_samples} examples")
+            tokens = self.calibration_tokens
+            more = f" or more, of {tokens} tokens an input at least" * bool(tokens)
+            told.insert(0, f"calibrated on {self.calibration_samples} examples{more}")
         if self.teacher_share:
             told.insert(0, f"the teacher learns first, for {self.teacher_share:g} times the steps")
         scales, vectors = (learning_rate * one for one in (self.scale_rate, self.vector_rate))
@@ -203,6 +213,8 @@ _DEFAULT = Recipe(
     cross_entropy_weight=0.0,
     logits_weight=1.0,
     calibration_samples=128,
+    # 128 blocks of 256 tokens are 21 of them for each of SmolLM2's 1,536 inputs.
+    calibration_tokens=20,
     scale_rate=2.0,
     vector_rate=7.0,
     # That of SmolLM2's weights, on which the rates were raced.

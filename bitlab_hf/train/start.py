@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
@@ -95,7 +95,7 @@ class CalibratedStartMixin(_Base):
             return None
         parameters = [one for layer in layers for one in layer.parameters(recurse=False)]
         before = [one.detach().clone() for one in parameters]
-        batches = self._calibration_batches()
+        batches = self._calibration_batches(_widest(layers))
         with self.accelerator.autocast(), self._calibration_bar() as progress:
             rounded = _loss(model, batches[:_COMPARED])
             try:
@@ -155,32 +155,53 @@ class CalibratedStartMixin(_Base):
         if not self.is_world_process_zero():
             return
         content = {
+            "samples": found.samples,
+            "tokens": found.tokens,
             "mean_error": sum(one.error for one in found.layers) / max(1, len(found.layers)),
             "layers": [asdict(one) for one in found.layers],
             "rounded": found.rounded,
         }
         write_atomically(self._report_file, json.dumps(content, indent=2) + "\n")
 
-    def _calibration_batches(self) -> list[dict[str, Any]]:
+    def _calibration_batches(self, widest: int) -> list[dict[str, Any]]:
         """Returns examples of the training data as the model takes them; draws from no generator
         that training draws from.
+
+        Args:
+            widest: The inputs of the widest layer.
         """
         data: Any = self.train_dataset
-        count = self.recipe.calibration_samples
         if isinstance(data, torch.utils.data.IterableDataset):
-            rows = list(islice(iter(data), count))
+            rows = self._enough(iter(data), widest)
         else:
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             generator = torch.Generator().manual_seed(seed)
             # The sampler draws the same order, so these are what training comes to last: a layer
             # that was fitted to an example is nearer to the original there than elsewhere, and the
             # first steps would learn little.
-            order = torch.randperm(len(data), generator=generator)[-count:]
-            rows = [data[index] for index in order.tolist()]
+            order = torch.randperm(len(data), generator=generator).flip(0)
+            rows = self._enough((data[index] for index in order.tolist()), widest)[::-1]
         collate: Any = self._get_collator_with_removed_columns(self.data_collator)
         with torch.random.fork_rng(devices=()):
             parts = [collate(rows[at : at + _BATCH]) for at in range(0, len(rows), _BATCH)]
         return [dict(self._prepare_inputs(part)) for part in parts]
+
+    def _enough(self, examples: Iterator[Any], widest: int) -> list[Any]:
+        """Returns as many examples as the recipe asks for, or more of them where they are short."""
+        recipe, wanted = self.recipe, self.recipe.calibration_tokens * widest
+        rows = list(islice(examples, recipe.calibration_samples))
+        tokens = sum(map(_tokens, rows))
+        while tokens < wanted and (row := next(examples, None)) is not None:
+            rows.append(row)
+            tokens += _tokens(row)
+        if len(rows) > recipe.calibration_samples and self.is_world_process_zero():
+            logger.warning(
+                "BitLabTrainer: calibrates on %d examples instead of %d: with %d tokens they hold "
+                "%.1f for each of the %d inputs of the widest layer, of %d that are wanted",
+                len(rows), recipe.calibration_samples, tokens, tokens / widest, widest,
+                recipe.calibration_tokens,
+            )  # fmt: skip
+        return rows
 
     @contextmanager
     def _calibration_bar(self) -> Iterator[Progress]:
@@ -206,6 +227,23 @@ def _rows(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
     masked = mask is not None and mask.dim() == 2
     for index, ids in enumerate(batch["input_ids"]):
         yield {"input_ids": ids, "attention_mask": mask[index]} if masked else {"input_ids": ids}
+
+
+def _tokens(row: Any) -> int:
+    """Returns how many tokens an example holds; none where it is not of token ids."""
+    ids = row.get("input_ids") if isinstance(row, Mapping) else None
+    return 0 if ids is None else len(ids)
+
+
+def _widest(layers: list[BitLayerBase | BitExperts]) -> int:
+    """Returns the most inputs that a layer, or a matrix of an expert, has."""
+    inputs: list[int] = []
+    for one in layers:
+        if isinstance(one, BitExperts):
+            inputs += [stack.in_features for stack in one.stacks.values()]
+        else:
+            inputs.append(one.weight.shape[1])
+    return max(inputs)
 
 
 def _is_trainable(model: nn.Module) -> bool:

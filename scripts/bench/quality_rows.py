@@ -25,8 +25,9 @@ from bitlab_hf.train.defaults import OPTIMIZER, batch_size
 GROUPS = {"weight_granularity": "per_group", "group_size": 64}
 LEARNED = {**GROUPS, "weight_quantizer": "lsq"}
 LENGTH = 256
-# What a calibrated start reads, in blocks.
-SAMPLES = RECIPES["default"].calibration_samples
+# Rows of every model read as much: 128 blocks are for a calibrated start, however wide its layers.
+RECIPE = replace(RECIPES["default"], calibration_tokens=0)
+SAMPLES = RECIPE.calibration_samples
 
 
 class Costs(TrainerCallback):
@@ -132,11 +133,12 @@ class Row:
 
 
 # Its calibration was another one too, which is gone: this one has today's.
-_FORMER = replace(RECIPES["default"], scale_rate=1.0, vector_rate=1.0, rate_magnitude=0.0)
+_FORMER = replace(RECIPE, scale_rate=1.0, vector_rate=1.0, rate_magnitude=0.0)
 # The rates that SmolLM2's sizes make of the default's, the same for a model of other sizes.
-_ABSOLUTE = replace(RECIPES["default"], scale_rate=3.0, vector_rate=10.0, rate_magnitude=0.0)
+_ABSOLUTE = replace(RECIPE, scale_rate=3.0, vector_rate=10.0, rate_magnitude=0.0)
+_TEACH = replace(RECIPES["teach"], calibration_tokens=0)
 _FITTED = SAMPLES * LENGTH
-_DEFAULT = Row("default, 64 k tokens", LEARNED, recipe=RECIPES["default"], tokens=65_536, rate=2e-4)
+_DEFAULT = Row("default, 64 k tokens", LEARNED, recipe=RECIPE, tokens=65_536, rate=2e-4)
 _TUNED = Row("full precision, fine-tuned, 96 k", None, rate=2e-4, batch=2)
 _STOCK = Row(
     "AutoBitLinear online, Trainer, 64 k", None, stock=True, tokens=65_536, rate=1e-3, batch=2
@@ -172,11 +174,11 @@ ROWS: dict[str, Row] = {
     "stock-96k": replace(_STOCK, title="AutoBitLinear online, Trainer, 96 k", tokens=_LEARNED),
     "default-96k": replace(_DEFAULT, title="default, 96 k tokens", tokens=_LEARNED),
     "teach-96k": replace(
-        _DEFAULT, title="teach, 96 k tokens", recipe=RECIPES["teach"], tokens=_LEARNED
+        _DEFAULT, title="teach, 96 k tokens", recipe=_TEACH, tokens=_LEARNED
     ),
     "tuned-256k": replace(_TUNED, title="full precision, fine-tuned, 256 k", tokens=262_144),
     "teach-256k": replace(
-        _DEFAULT, title="teach, 256 k tokens", recipe=RECIPES["teach"], tokens=262_144
+        _DEFAULT, title="teach, 256 k tokens", recipe=_TEACH, tokens=262_144
     ),
     "weights-64k": replace(
         _DEFAULT, title="default, weights only, 64 k tokens",
@@ -199,7 +201,7 @@ ROWS |= {
     ),
     "quick": replace(
         _DEFAULT, title="default, a few blocks", tokens=8 * LENGTH, batch=2,
-        recipe=replace(RECIPES["default"], calibration_samples=2),
+        recipe=replace(RECIPE, calibration_samples=2),
     ),
 }  # fmt: skip
 

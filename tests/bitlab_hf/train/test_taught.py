@@ -244,5 +244,5 @@ def test_fields_of_the_recipe(fields: dict[str, Any], message: str) -> None:
 
 
 def test_in_words() -> None:
-    words = "the teacher learns first, for 1 times the steps, calibrated on 128 examples, "
+    words = "the teacher learns first, for 1 times the steps, calibrated on 128 examples "
     assert RECIPES["teach"].in_words(2e-4).startswith(words)
