@@ -123,7 +123,7 @@ def train(
         batch = batch or batch_size(len(blocks))
         does = f"{chosen.in_words(learning_rate)}; {batch} blocks a step"
         typer.echo(printable(f"scales of the weights: {scales}; {does}"), err=True)
-        judge = _teacher(teacher, folder, folders, chosen)
+        judge = _teacher(teacher, folder, folders, chosen, tokenizer)
         model = load_model(folder, quantization_config=config)
         arguments = TrainingArguments(
             output_dir=str(run), max_steps=steps or -1, num_train_epochs=1,
@@ -198,7 +198,9 @@ def _check_teacher(teacher: str | None) -> None:
         find_scheme(teacher)
 
 
-def _teacher(given: str | None, folder: str, folders: ExitStack, recipe: Any) -> Any:
+def _teacher(
+    given: str | None, folder: str, folders: ExitStack, recipe: Any, tokenizer: Any
+) -> Any:
     """Returns the teacher as the Trainer takes it: loaded whole, where it is loaded at all.
 
     Args:
@@ -206,16 +208,20 @@ def _teacher(given: str | None, folder: str, folders: ExitStack, recipe: Any) ->
         folder: The model's own.
         folders: Keeps the one that a GGUF file is unpacked into.
         recipe: Which may do without, or want it in 8 bits.
+        tokenizer: The model's.
     """
     from transformers import AutoModelForCausalLM
 
     from bitlab_hf.train.logits import is_stored
+    from bitlab_hf.train.teacher import check_vocabulary
 
     if given == "none":
         return None
     if is_stored(given):
         return given
     name = folder if given is None else folders.enter_context(as_folder(given))
+    if given is not None and recipe.distills:
+        check_vocabulary("train", "--teacher", name, tokenizer)
     if recipe.teacher_8bit or not recipe.distills:
         return name
     return load_whole(AutoModelForCausalLM.from_pretrained, given or folder, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,15 @@ from bitlab_hf.train.losses import (
     top_divergence,
 )
 from bitlab_hf.train.recipe import Recipe, get_recipe
-from bitlab_hf.train.teacher import States, ask, check_causal, load_teacher, logits_of, watch
+from bitlab_hf.train.teacher import (
+    States,
+    ask,
+    check_causal,
+    check_vocabulary,
+    load_teacher,
+    logits_of,
+    watch,
+)
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -66,6 +75,9 @@ class DistillationMixin(_Base):
             self._stored = StoredLogits(teacher)
             check_stored(self._stored.settings, self._inner(), self.recipe)
         elif teacher is not None and self.recipe.distills:
+            tokenizer: Any = self.processing_class
+            if isinstance(teacher, str | os.PathLike) and hasattr(tokenizer, "get_vocab"):
+                check_vocabulary("BitLabTrainer", "teacher", teacher, tokenizer)
             self._teacher = load_teacher(teacher, self._inner(), self.recipe)
             if not getattr(self._teacher, "is_quantized", False):
                 self._teacher.to(self.args.device)

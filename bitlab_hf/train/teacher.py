@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -76,6 +77,35 @@ def load_teacher(teacher: nn.Module | str | os.PathLike[str], model: Any, recipe
     return given.eval().requires_grad_(False)
 
 
+def check_vocabulary(
+    op: str, argument: str, teacher: str | os.PathLike[str], tokenizer: Any
+) -> None:
+    """Checks that a teacher's tokens are the model's, wherever both have a token of a number: two
+    vocabularies of one size can be of different words.
+
+    Args:
+        op: Who asks, for the message.
+        argument: What the teacher is to it.
+        teacher: Its folder or hub name; one without a tokenizer is not checked.
+        tokenizer: The model's.
+
+    Raises:
+        ArgumentError: A number stands for another token.
+    """
+    try:
+        other = AutoTokenizer.from_pretrained(teacher)
+    except (OSError, ValueError):
+        return
+    theirs = {number: token for token, number in other.get_vocab().items()}
+    for token, number in sorted(tokenizer.get_vocab().items(), key=itemgetter(1)):
+        if theirs.get(number, token) != token:
+            raise ArgumentError(
+                f"{op}: {argument} must have the model's vocabulary, where token {number} is "
+                f"{token!r}, got {theirs[number]!r}\n"
+                "Learn from the original, or from a model that shares its tokenizer."
+            )
+
+
 @contextmanager
 def _whole() -> Iterator[None]:
     """Loads models whole: under DeepSpeed's ZeRO-3 transformers loads every one into partitions,
@@ -113,7 +143,8 @@ def _check_sizes(teacher: Any, model: Any, recipe: Recipe) -> None:
     if theirs.vocab_size != ours.vocab_size:
         raise ArgumentError(
             f"BitLabTrainer: teacher must have the model's vocabulary of {ours.vocab_size} tokens, "
-            f"got one of {theirs.vocab_size}"
+            f"got one of {theirs.vocab_size}\n"
+            "Learn from the original, or from a model that shares its tokenizer."
         )
     if recipe.hidden_weight:
         for name in ("hidden_size", "num_hidden_layers"):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError
-from bitlab_hf.train import RECIPES, Recipe
+from bitlab_hf import BitLabConfig
+from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe
 
 Cli = Callable[..., Any]
 
@@ -90,3 +93,53 @@ def test_bad_input(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="temperature"):
         raise cli(*given, "--text", book, "--recipe", tmp_path / "bad.json").error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def other_words(states: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The float model with a vocabulary of the same size, of which two tokens are exchanged."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    shutil.copytree(states["float"], folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    words = content["model"]["vocab"]
+    # Of one letter, so that all merges stay possible.
+    words["a"], words["b"] = words["b"], words["a"]
+    file.write_text(json.dumps(content))
+    return folder
+
+
+def test_a_teacher_of_another_vocabulary(
+    cli: Cli, states: dict[str, Path], other_words: Path, tmp_path: Path
+) -> None:
+    given = ["train", states["float"], tmp_path / "out", "--text", __file__, "--length", 16]
+    done = cli(*given, "--steps", 1, "--teacher", other_words, "--recipe", "distill")
+    assert isinstance(done.error, ArgumentError)
+    assert "train: --teacher must have the model's vocabulary, where token" in str(done.error)
+    assert "is 'a', got 'b'" in str(done.error) or "is 'b', got 'a'" in str(done.error)
+    assert not (tmp_path / "out").exists()
+    # Without a term from it nothing is compared.
+    assert cli(*given, "--steps", 1, "--teacher", other_words, "--recipe", "plain").code == 0
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_a_trainer_s_tokenizer_is_compared(
+    states: dict[str, Path], other_words: Path, tmp_path: Path, has_tokenizer: bool
+) -> None:
+    """With the one that the Trainer has, where it has any, and the teacher's folder too."""
+    tokenizer = AutoTokenizer.from_pretrained(states["float"])
+    model = AutoModelForCausalLM.from_pretrained(
+        states["float"], quantization_config=BitLabConfig()
+    )
+    options: dict[str, Any] = {
+        "model": model, "args": TrainingArguments(str(tmp_path / "run"), report_to="none"),
+        "recipe": "distill", "processing_class": tokenizer,
+    }  # fmt: skip
+    BitLabTrainer(**options, teacher=states["float"])
+    if has_tokenizer:
+        with pytest.raises(ArgumentError, match="teacher must have the model's vocabulary, where"):
+            BitLabTrainer(**options, teacher=other_words)
+        return
+    bare = tmp_path / "bare"
+    shutil.copytree(other_words, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    BitLabTrainer(**options, teacher=bare)
