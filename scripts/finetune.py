@@ -26,12 +26,17 @@ import torch
 from accelerate.utils import gather_object
 from transformers import AutoTokenizer, TrainingArguments
 
+from bitcore.errors import BitLabError
 from bitlab_hf import Facts, deploy, save
+from bitlab_hf.cli.common import read_texts
 from bitlab_hf.cli.loading import load_model, read_scheme
 from bitlab_hf.cli.scheme import OPTIONS, pretrained_config
 from bitlab_hf.model.groups import scales_in_words
 from bitlab_hf.train import RECIPES, BitLabTrainer, last_checkpoint
 from bitlab_hf.train.defaults import OPTIMIZER, batch_size
+
+# What is read of a folder.
+TEXTS = (".txt", ".jsonl")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -74,8 +79,12 @@ def read_blocks(tokenizer: Any, data: list[str], config: str | None, length: int
     """Returns the text of files or of a dataset's train split as token blocks, shuffled."""
     paths = [Path(name) for name in data]
     if all(path.exists() for path in paths):
-        found = [sorted(path.rglob("*.txt")) if path.is_dir() else [path] for path in paths]
-        texts = [file.read_text(encoding="utf-8") for files in found for file in files]
+        files: list[Path] = []
+        for path in paths:
+            files += (
+                sorted(f for f in path.rglob("*") if f.suffix in TEXTS) if path.is_dir() else [path]
+            )
+        texts = [file.text for file in read_texts(files, "--data")]
     elif len(paths) == 1:
         from datasets import load_dataset
 
@@ -85,13 +94,17 @@ def read_blocks(tokenizer: Any, data: list[str], config: str | None, length: int
         raise SystemExit(f"--data must name existing files or one dataset, got {missing}")
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise SystemExit("--data must hold text, got none")
+        kinds = " or ".join(TEXTS)
+        raise SystemExit(f"--data must hold text, got none\nOf folders, files in {kinds} are read.")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     stream = torch.tensor([token for ids in encoded for token in (*ids, *end)])
     count = len(stream) // length
     if count < 2:
-        raise SystemExit(f"--data must hold at least {2 * length} tokens, got {len(stream)}")
+        raise SystemExit(
+            f"--data must hold at least {2 * length} tokens, got {len(stream)}\n"
+            "Pass a smaller --block or more text."
+        )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return stream[: count * length].view(count, length)[order]
 
@@ -123,7 +136,10 @@ def main() -> None:
     given = parse_arguments()
     check_restarts()
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    blocks = read_blocks(tokenizer, given.data, given.data_config, given.block)
+    try:
+        blocks = read_blocks(tokenizer, given.data, given.data_config, given.block)
+    except BitLabError as error:
+        raise SystemExit(str(error)) from error
     examples = [{"input_ids": block, "labels": block} for block in blocks]
     held_out = max(1, len(examples) // 50)
     processes = int(os.environ.get("WORLD_SIZE", "1"))

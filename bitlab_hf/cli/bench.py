@@ -18,7 +18,7 @@ from bitlab_hf.cli.common import MOST, MOST_THREADS, Json, emit, finite, progres
 from bitlab_hf.cli.errors import doing
 from bitlab_hf.cli.loading import DAMAGED
 from bitlab_hf.cli.places import check_folder
-from bitlab_hf.fit.room import available_bytes
+from bitlab_hf.fit.memory import available_bytes
 
 # Of BitNet-2B-4T: q and o, k and v, gate and up, down; N x K.
 SHAPES = ((2560, 2560), (640, 2560), (6912, 2560), (2560, 6912))

@@ -93,8 +93,8 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
-def read_texts(files: list[Path]) -> list[SourceFile]:
-    """Reads the files that --text names; of ``.jsonl`` ones the ``text`` of each line's object.
+def read_texts(files: list[Path], option: str = "--text") -> list[SourceFile]:
+    """Reads the files that an option names; of ``.jsonl`` ones the ``text`` of each line's object.
 
     Raises:
         ArgumentError: A file is not UTF-8, no ordinary one, or a line of it holds no text.
@@ -109,11 +109,12 @@ def read_texts(files: list[Path]) -> list[SourceFile]:
                 content = file.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise ArgumentError(
-                    f"--text: {file} must be UTF-8, got the byte 0x{error.object[error.start]:02x} "
-                    f"at position {error.start}\nConvert it: iconv -f ENCODING -t UTF-8."
+                    f"{option}: {file} must be UTF-8, got the byte "
+                    f"0x{error.object[error.start]:02x} at position {error.start}\n"
+                    "Convert it: iconv -f ENCODING -t UTF-8."
                 ) from error
         if file.suffix == ".jsonl":
-            texts += parse_articles("--text", file, content)
+            texts += parse_articles(option, file, content)
         else:
             texts.append(SourceFile(str(file), content))
     return texts

@@ -258,7 +258,9 @@ def _calibrate(matrix: Matrix, moments: Moments, numbers: _Numbers) -> LayerRepo
     if not bool(torch.isfinite(moments.hessian.diagonal()).all()):
         raise NonFiniteError(
             f"calibrate: what {matrix.name} reads behind ternary layers must be finite, got NaN or "
-            "infinity; nothing changed"
+            "infinity; nothing changed\n"
+            "Calibrate in float32 or bfloat16, whose range is wide, or leave the layers before it "
+            "in full precision: modules_to_not_convert."
         )
     hessian = damped(moments.hessian, numbers.damping)
     target = wanted_weight(matrix.weight, moments, numbers.damping)
@@ -327,11 +329,15 @@ def _is_first_process() -> bool:
 
 def _batches(samples: Any, batch_size: int, device: torch.device) -> list[Tensor]:
     """Returns token ids [B, L], samples of one length together, without padding."""
-    rows = [_tokens(sample) for sample in samples]
+    given = [_tokens(sample) for sample in samples]
     # One token says nothing of what layers make of a text.
-    rows = [row for row in rows if len(row) > 1]
+    rows = [row for row in given if len(row) > 1]
     if not rows:
-        raise ArgumentError("calibrate: samples must hold texts of at least 2 tokens, got none")
+        came = f"{len(given)} of less" if given else "no samples"
+        raise ArgumentError(
+            f"calibrate: samples must hold texts of at least 2 tokens, got {came}\n"
+            "Pass tokenized texts, such as blocks of 256 tokens: [tokenizer(text).input_ids, ...]."
+        )
     lengths: dict[int, list[Tensor]] = {}
     for row in rows:
         lengths.setdefault(len(row), []).append(row)

@@ -6,18 +6,17 @@ import logging
 import mmap
 import os
 import tempfile
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bitlab_hf.checkpoint.atomic import naming_full_disk
+from bitlab_hf.fit.memory import memory_bytes
 
 logger = logging.getLogger("bitlab")
 
 # Of the memory; solving a layer needs some beside the streams, and so do other programs.
 _FREE_SHARE = 0.25
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 class Room:
@@ -63,30 +62,8 @@ def _mapped(x: Tensor, folder: str | os.PathLike[str]) -> Tensor:
     return copy.copy_(x)
 
 
-def available_bytes() -> int | None:
-    """Returns the memory that is free for use, None if unknown."""
-    return _memory()[0]
-
-
-def _memory() -> tuple[int | None, int | None]:
-    """Returns the bytes of memory that are free for use, and of all; None where unknown. Of a
-    container with a limit they are its own.
-    """
-    fields = dict(line.split(":") for line in _text("/proc/meminfo").splitlines())
-    if "MemAvailable" not in fields:
-        return None, None
-    free, total = (int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
-    limit, used = _text(_CGROUP / "memory.max").strip(), _text(_CGROUP / "memory.current").strip()
-    if limit.isdigit() and used.isdigit():
-        statistics = dict(line.split() for line in _text(_CGROUP / "memory.stat").splitlines())
-        # Pages of files that were read or written once are let go of first.
-        left = int(limit) - int(used) + int(statistics.get("inactive_file", 0))
-        free, total = min(free, left), min(total, int(limit))
-    return free, total
-
-
 def _is_short() -> bool:
-    free, total = _memory()
+    free, total = memory_bytes()
     return free is not None and total is not None and free < _FREE_SHARE * total
 
 
@@ -95,8 +72,3 @@ def _is_short_gpu(device: torch.device) -> bool:
     # What torch holds of it without need it gives to the next tensor.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free < _FREE_SHARE * total
-
-
-def _text(path: str | Path) -> str:
-    file = Path(path)
-    return file.read_text(encoding="utf-8") if file.is_file() else ""

@@ -282,7 +282,9 @@ def find_units(
                 if not bool(torch.isfinite(x).all()):
                     raise NonFiniteError(
                         f"calibrate: the input of {tap.name} must be finite, got NaN or infinity; "
-                        "nothing changed"
+                        "nothing changed\n"
+                        "It is so in the original model: run that in float32 or bfloat16, whose "
+                        "range is wide, or look for NaN in the weights before this layer."
                     )
             streams.calls.clear()
     finally:

@@ -27,6 +27,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     for index, file in zip(range(4), source_files("heldout"), strict=False):
         (folder / f"{index}.txt").write_text(file.text)
+    (folder / "more.jsonl").write_text(json.dumps({"title": "more", "text": file.text}) + "\n")
     return folder
 
 
@@ -99,8 +100,11 @@ def test_a_taught_teacher_in_two_processes(text: Path, tmp_path: Path) -> None:
 
 def test_bad_input(text: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("  ")
+    (tmp_path / "raw.jsonl").write_text('{"words": "no text"}\n')
     for data, message in (
         ([tmp_path / "empty.txt"], "--data must hold text"),
+        ([tmp_path / "raw.jsonl"], "raw.jsonl, line 1 must be an object with a text"),
+        ([text, "--block", 10**7], "Pass a smaller --block or more text"),
         ([tmp_path / "a.txt", tmp_path / "b.txt"], "--data must name existing files"),
         ([text, "--block", 0], "--block must be at least 2 tokens, got 0"),
         ([text, "--block", 1], "--block must be at least 2 tokens, got 1"),

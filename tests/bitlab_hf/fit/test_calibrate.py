@@ -142,8 +142,8 @@ def test_refusals(sources: dict[str, Path]) -> None:
     model = load(sources)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for bad, message in (
-        ([], "texts of at least 2 tokens, got none"),
-        ([[], [3]], "texts of at least 2 tokens, got none"),
+        ([], "texts of at least 2 tokens, got no samples"),
+        ([[], [3]], r"texts of at least 2 tokens, got 2 of less\nPass tokenized texts"),
         (["text"], "must be token ids, got str"),
         ([{"text": "a"}], "must have input_ids, got one with"),
         (torch.rand(2, 8), "must be integers"),

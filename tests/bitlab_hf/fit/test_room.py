@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from bitlab_hf.checkpoint.atomic import DiskFullError
-from bitlab_hf.fit import room
+from bitlab_hf.fit import memory, room
 from bitlab_hf.fit.calibrate import calibrate
-from bitlab_hf.fit.room import Room, available_bytes
+from bitlab_hf.fit.memory import available_bytes
+from bitlab_hf.fit.room import Room
 from tests.bitlab_hf.experts import make_moe
 from tests.bitlab_hf.models import make_float_model, taught, training_data
 from tests.bitlab_hf.test_trainer import assert_equal_states, state_of
@@ -26,7 +27,7 @@ ENOUGH = SHORT.replace("249", "250")
 
 def give_memory(monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
     """Lets the system say of its memory what files of these names hold."""
-    monkeypatch.setattr(room, "_text", lambda path: texts.get(Path(path).name.split(".")[-1], ""))
+    monkeypatch.setattr(memory, "_text", lambda path: texts.get(Path(path).name.split(".")[-1], ""))
 
 
 def samples() -> list[Any]:
