@@ -141,7 +141,9 @@ def figures(kind: str, result: Result) -> Result:
         kept |= {key: result["settings"][key] for key in ("threads", "tokens", "geometry")}
     elif kind == "quality":
         kept["results"] = {
-            name: [{k: v for k, v in one.items() if k != "scored"} for one in runs]
+            name: [
+                {k: v for k, v in one.items() if k not in ("scored", "settings")} for one in runs
+            ]
             for name, runs in result["results"].items()
         }
     else:

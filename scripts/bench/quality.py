@@ -123,7 +123,7 @@ def work(options: argparse.Namespace, name: str, seed: int) -> None:
         "tokens": row.tokens,
         "rate": row.rate,
         "scored": counts(tasks),
-        "device": options.device,
+        "settings": settings_of(options),
         "bits": bits_per_weight(model) if row.config is not None else 16.0,
         "file_bytes": None
         if row.tokens and row.config is None
@@ -132,6 +132,29 @@ def work(options: argparse.Namespace, name: str, seed: int) -> None:
     }
     write_json(folder / "result.json", result)
     say(f"{result['nats']:.4f} nats")
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns what rows must have in common to stand in one table."""
+    names = ("blocks", "examples", "device", "bf16")
+    return {name: getattr(options, name) for name in names}
+
+
+def read_row(record: Path, settings: dict[str, Any]) -> Result:
+    """Returns a row that is kept.
+
+    Args:
+        record: Its file.
+        settings: Those that it must have; one that has none is of before they were written down.
+    """
+    row: Result = json.loads(record.read_text())
+    for name, held in row.get("settings", {}).items():
+        if settings.get(name, held) != held:
+            raise SystemExit(
+                f"--{name} must be {held}, with which {record.parent} was made, got "
+                f"{settings[name]}\nName another --folder, or remove the row's."
+            )
+    return row
 
 
 def counts(tasks: Tasks) -> dict[str, int]:
@@ -147,11 +170,15 @@ def counts(tasks: Tasks) -> dict[str, int]:
 def results_of(options: argparse.Namespace) -> dict[str, list[Result]]:
     """Returns what is done, seed by seed."""
     place = place_of(options)
-    found = {}
+    found: dict[str, list[Result]] = {}
+    settings: dict[str, Any] = {}
     for name in ROWS:
         records = sorted((place / name).rglob("result.json"))
-        if records:
-            found[name] = [json.loads(record.read_text()) for record in records]
+        for record in records:
+            # All rows of a table have the first one's.
+            row = read_row(record, settings)
+            settings = row.get("settings", {}) | settings
+            found.setdefault(name, []).append(row)
     return found
 
 
@@ -230,7 +257,9 @@ def main() -> None:
     found = header(console, "bench/quality.py")
     for name in [] if options.report else ["original", *options.rows]:
         for seed in options.seeds[:1] if name == "original" else options.seeds:
-            if (folder_of(options, name, seed) / "result.json").is_file():
+            record = folder_of(options, name, seed) / "result.json"
+            if record.is_file():
+                read_row(record, settings_of(options))
                 continue
             command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
             subprocess.run([*command, "--rows", name, "--seeds", str(seed)], check=True)

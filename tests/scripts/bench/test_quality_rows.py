@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -14,18 +15,17 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from bitlab_hf.train import RECIPES
-
 sys.path.insert(0, str(Path(__file__).parents[3] / "scripts/bench"))
 
-from quality_rows import LEARNED, LENGTH, ROWS, Costs, Row, make
+from quality import read_row, results_of
+from quality_rows import LEARNED, LENGTH, RECIPE, ROWS, Costs, Row, make
 
 SOURCE = Path(str(files("bitlab_hf.demo") / "model"))
-RECIPE = replace(RECIPES["default"], calibration_samples=2)
+SHORT = replace(RECIPE, calibration_samples=2)
 
 
 def row(steps: int) -> Row:
-    return Row("", LEARNED, recipe=RECIPE, tokens=(2 + 2 * steps) * LENGTH, rate=2e-4)
+    return Row("", LEARNED, recipe=SHORT, tokens=(2 + 2 * steps) * LENGTH, rate=2e-4)
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +80,26 @@ def test_blocks() -> None:
     assert ROWS["default-64k"].blocks == 65_536 // LENGTH - 128
     assert ROWS["stock-64k"].blocks == 65_536 // LENGTH
     assert ROWS["teach-96k"].blocks == (98_304 // LENGTH - 128) // 2
+
+
+def test_rows_of_other_settings(tmp_path: Path) -> None:
+    """Neither counted as done, nor averaged with those of this run."""
+    options = Namespace(folder=tmp_path, models=tmp_path, model="one", text="wikipedia")
+    held = {"blocks": 96, "bf16": True}
+    for seed, settings in ((1, held), (2, held), (3, {})):
+        folder = tmp_path / f"one/budget/seed-{seed}"
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps({"nats": seed, "settings": settings}))
+    record = tmp_path / "one/budget/seed-1/result.json"
+    assert read_row(record, held)["nats"] == 1
+    with pytest.raises(
+        SystemExit, match=r"--blocks must be 96, with which .*seed-1 was made, got 8"
+    ):
+        read_row(record, {**held, "blocks": 8})
+    # Of before settings were written down.
+    assert [row["nats"] for row in results_of(options)["budget"]] == [1, 2, 3]
+    (tmp_path / "one/original").mkdir()
+    other = {"nats": 0, "settings": {**held, "bf16": False}}
+    (tmp_path / "one/original/result.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="--bf16 must be True.*got False"):
+        results_of(options)
