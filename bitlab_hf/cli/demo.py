@@ -23,7 +23,7 @@ from bitlab_hf.cli.errors import doing
 from bitlab_hf.cli.gguf_source import as_folder
 from bitlab_hf.cli.loading import check_trainable, load_model
 from bitlab_hf.cli.places import check_output
-from bitlab_hf.cli.scheme import config_of, pretrained_config, with_scheme
+from bitlab_hf.cli.scheme import pretrained_config, with_scheme
 
 
 @with_scheme
@@ -56,19 +56,18 @@ def demo(
 ) -> None:  # fmt: skip
     """Runs the whole path: perplexity, QAT fine-tuning, deploy, save, reload, generate.
 
-    Unless options say otherwise, the model that ships with BitLab gets one scale a matrix, another
-    one a scale for each 128 inputs, or 64 where 128 does not divide.
+    Unless options say otherwise, the model gets a scale for each 128 inputs, or 64 where 128 does
+    not divide.
     """
     from bitlab_hf.demo.corpus import read_articles
-    from bitlab_hf.demo.run import Demo, Settings
+    from bitlab_hf.demo.run import BUNDLED, Demo, Settings
 
     quiet()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     set_threads(threads)
     check_output(model, output)
     held = None if model is None else check_trainable(model, "demo")
-    configured = config_of if model is None else pretrained_config
-    config = configured("demo", scheme, held)
+    pretrained_config("demo", scheme, held)
     console = Console(stderr=as_json)
     settings = Settings(model=model, output=output, text=text, resume=resume)
     if text is not None:
@@ -83,9 +82,8 @@ def demo(
         )
     if tokens is not None:
         settings = dataclasses.replace(settings, tokens=tokens)
-    with nullcontext() if model is None else as_folder(model) as folder:
-        if folder is not None:
-            config = pretrained_config("demo", scheme, held, folder)
+    with nullcontext(BUNDLED) if model is None else as_folder(model) as folder:
+        config = pretrained_config("demo", scheme, held, folder)
         settings = dataclasses.replace(settings, folder=folder, config=config)
         with doing(f"the demo of {settings.model or 'the model that ships with BitLab'}"):
             report = Demo(settings, console, load_model).run()

@@ -45,6 +45,8 @@ from bitlab_hf.train.guard import has_begun
 
 # How often the ternary model is evaluated in training, and on which part of the held-out blocks.
 EVALUATIONS, EVALUATED = 8, 5
+# The model that ships with BitLab.
+BUNDLED = str(files("bitlab_hf.demo") / "model")
 # How often a long training is saved, and how many words of an article are continued.
 SAVES, _PROMPT_WORDS = 20, 12
 
@@ -178,7 +180,7 @@ class Demo:
         _require_accelerate()
         report.threads = torch.get_num_threads()
         report.isa = _isa()
-        original = settings.folder or settings.model or str(files("bitlab_hf.demo") / "model")
+        original = settings.folder or settings.model or BUNDLED
         self._console.print(
             f"Model: {report.model}. Device: CPU, {report.threads} threads, {report.isa}; "
             f"training in {'bfloat16 autocast' if self._bf16 else 'float32'}. "

@@ -189,11 +189,11 @@ def test_demo(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert done.json["model"] == "x"
     settings, load = given
     assert (settings.config.group_size, settings.config.mode) == (64, "auto")
-    assert (settings.model, settings.folder) == (None, None)
+    assert (settings.model, settings.folder) == (None, str(DEMO))
     assert load is load_model
-    # The model that ships with BitLab has one scale a matrix, others have groups.
+    # Groups, unless others are asked for: also of the model that ships with BitLab.
     for model, expected in (
-        ((), ("per_tensor", None)),
+        ((), ("per_group", 128)),
         (("--model", DEMO), ("per_group", 128)),
         (("--model", DEMO, "--weight", "per_tensor"), ("per_tensor", None)),
     ):
