@@ -74,6 +74,8 @@ def measure(geometry: Geometry, samples: int, length: int) -> dict[str, Any]:
     with torch.autocast("cpu", torch.bfloat16):
         report = calibrate(model, torch.randint(0, 256, (samples, length)), progress=note)
     return {
+        "title": geometry.title,
+        "layers": geometry.layers,
         "seconds": report.seconds,
         "cpu_seconds": time.process_time() - cpu,
         "parts": parts,
@@ -95,16 +97,15 @@ def table(found: dict[str, dict[str, Any]]) -> Table:
         "whole model, h",
     ):
         shown.add_column(name, justify="left" if name == "layer of" else "right")
-    for name, one in found.items():
-        geometry = GEOMETRIES[name]
+    for one in found.values():
         shown.add_row(
-            geometry.title,
+            one["title"],
             f"{one['seconds']:.0f}",
             f"{one['cpu_seconds']:.0f}",
             f"{one['parts']['down_proj'] / one['seconds']:.0%}",
             f"{one['peak_bytes'] / 1e9:.1f}",
-            str(geometry.layers),
-            f"{one['seconds'] * geometry.layers / 3600:.2f}",
+            str(one["layers"]),
+            f"{one['seconds'] * one['layers'] / 3600:.2f}",
         )
     return shown
 

@@ -202,6 +202,18 @@ def _loads(run: Run) -> Iterator[Cells]:
         yield [one["engine"], *cells]
 
 
+def _fitting(run: Run) -> Iterator[Cells]:
+    for one in run.result["layers"] if run.kind == "calibration" else []:
+        solved = one["parts"]["down_proj"] / one["seconds"]
+        hours = one["cpu_seconds"] * one["layers"] / 3600
+        cells = [figure(one[name]) for name in ("seconds", "cpu_seconds")]
+        yield [
+            one["title"], str(run.result["threads"]), *cells, f"{solved:.0%}",
+            figure(one["peak_gb"]), figure(one["peak_gb"] - one["model_gb"]),
+            str(one["layers"]), figure(hours),
+        ]  # fmt: skip
+
+
 def _step(part: str, name: str, on_gpu: bool) -> Callable[[Run], Iterator[Cells]]:
     def rows(run: Run) -> Iterator[Cells]:
         if run.kind != "train" or run.on_gpu != on_gpu:
@@ -331,6 +343,11 @@ TABLES: dict[str, Table] = {
         ["engine", "load, s", "least", "in BitLab's hooks", "the scan", "transformers' own",
          "tensors"],
         _loads, 1,
+    ),
+    "fitting": Table(
+        ["a layer of", "threads", "s", "CPU s", "of it down_proj", "peak, GB", "above, GB",
+         "layers", "whole model, CPU h"],
+        _fitting, 1,
     ),
     "step-time": Table(
         ["block", "M", "against", "BitLab, ms", "the other, ms", "ratio"],

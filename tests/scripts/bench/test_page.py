@@ -81,6 +81,22 @@ def test_compiled_decoding_is_compared_with_the_same_run(tmp_path: Path) -> None
     assert page.render("memory", [run]) == page.render("whole", [run]) == "Not measured."
 
 
+def test_what_fitting_a_layer_costs(tmp_path: Path) -> None:
+    layer = {
+        "title": "BitNet b1.58 2B4T", "layers": 30, "seconds": 720.0, "cpu_seconds": 600.0,
+        "parts": {"q_proj": 540.0, "down_proj": 180.0},
+        "model_bytes": 1_000_000_000, "peak_bytes": 4_500_000_000,
+    }  # fmt: skip
+    given = {"layers": {"2b": layer}, "samples": 128, "length": 256, "threads": 1}
+    path = write(tmp_path, "calibration.py", **given)
+    take(path, "Zen 5", tmp_path)
+    path.unlink()
+    (run,) = load_runs(tmp_path)
+    (line,) = page.render("fitting", [run]).splitlines()[2:]
+    end = "Zen 5 | 2026-12-01 | [calibration-zen-5](#calibration-zen-5) |"
+    assert line == (f"| BitNet b1.58 2B4T | 1 | 720 | 600 | 25% | 4.50 | 3.50 | 30 | 5.00 | {end}")
+
+
 def test_loads_are_compared_with_as_many_tensors(tmp_path: Path) -> None:
     engines = [
         {"engine": name, "load_seconds": seconds, "load_seconds_least": 0.3, "tensors": tensors}
