@@ -262,22 +262,23 @@ def _calibrate(matrix: Matrix, moments: Moments, numbers: _Numbers) -> LayerRepo
             "Calibrate in float32 or bfloat16, whose range is wide, or leave the layers before it "
             "in full precision: modules_to_not_convert."
         )
-    hessian = damped(moments.hessian, numbers.damping)
     target = wanted_weight(matrix.weight, moments, numbers.damping)
     leveled = matrix.config.granularity == "per_group"
-    codes, scales = matrix.joined(
-        [
-            solve(part, hessian, matrix.scale_shape(part), numbers.rounds, leveled)
-            for part in matrix.split(target)
-        ]
-    )
-    matrix.set(codes, scales)
-    whole = float(((target @ hessian) * target).sum())
-    rounding = matrix.rounding().double()
+    with damped(moments.hessian, numbers.damping) as hessian:
+        codes, scales = matrix.joined(
+            [
+                solve(part, hessian, matrix.scale_shape(part), numbers.rounds, leveled)
+                for part in matrix.split(target)
+            ]
+        )
+        matrix.set(codes, scales)
+        whole = loss_of(target, hessian)
+        rounding_error = loss_of(target - matrix.rounding().double(), hessian)
+        error = loss_of(target - codes * scales.full(), hessian)
     return LayerReport(
         name=matrix.name,
-        rounding_error=loss_of(target - rounding, hessian) / whole if whole else 0.0,
-        error=loss_of(target - codes * scales.full(), hessian) / whole if whole else 0.0,
+        rounding_error=rounding_error / whole if whole else 0.0,
+        error=error / whole if whole else 0.0,
         zeros=float((codes == 0).double().mean()),
     )
 

@@ -1,8 +1,8 @@
 """A folder that keeps what calibration has found, layer by layer, so that it can go on from there.
 
 ``calibration.json`` says of what samples and settings it is; ``NAME.safetensors`` holds a layer's
-packed codes and its scales, and says of which weight and beside which others. So the stages of one
-run keep theirs in one folder. Each file is written in one step.
+packed codes and its scales, and says of which weight and beside which others. So calls for other
+blocks keep theirs in one folder. Each file is written in one step.
 """
 
 from __future__ import annotations

@@ -5,6 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+# Limit, use, statistics, and what those call pages of files that were read or written once: of
+# cgroups v2 and v1.
+_CONTAINERS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
 
 
 def available_bytes() -> int | None:
@@ -16,17 +27,26 @@ def memory_bytes() -> tuple[int | None, int | None]:
     """Returns the bytes of memory that are free for use, and of all; None where unknown. Of a
     container with a limit they are its own.
     """
-    fields = dict(line.split(":") for line in _text("/proc/meminfo").splitlines())
-    if "MemAvailable" not in fields:
+    free, total = (_kibibytes(name) for name in ("MemAvailable", "MemTotal"))
+    if free is None or total is None:
         return None, None
-    free, total = (int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
-    limit, used = _text(_CGROUP / "memory.max").strip(), _text(_CGROUP / "memory.current").strip()
-    if limit.isdigit() and used.isdigit():
-        statistics = dict(line.split() for line in _text(_CGROUP / "memory.stat").splitlines())
-        # Pages of files that were read or written once are let go of first.
-        left = int(limit) - int(used) + int(statistics.get("inactive_file", 0))
-        free, total = min(free, left), min(total, int(limit))
+    for names in _CONTAINERS:
+        limit, used, statistics = (_text(_CGROUP / name) for name in names[:3])
+        if limit.strip().isdigit() and used.strip().isdigit() and int(limit) < total:
+            pairs = dict(line.split() for line in statistics.splitlines() if line.count(" ") == 1)
+            # Such pages are let go of first.
+            left = int(limit) - int(used) + int(pairs.get(names[3], 0))
+            free, total = min(free, left), int(limit)
     return free, total
+
+
+def _kibibytes(name: str) -> int | None:
+    """Returns the bytes of a line of /proc/meminfo; None without it."""
+    for line in _text("/proc/meminfo").splitlines():
+        key, _, value = line.partition(":")
+        if key == name and value.split()[:1] and value.split()[0].isdigit():
+            return int(value.split()[0]) * 1024
+    return None
 
 
 def _text(path: str | Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import tempfile
 
@@ -54,12 +53,15 @@ class Room:
 
 def _mapped(x: Tensor, folder: str | os.PathLike[str]) -> Tensor:
     """Returns a copy of a CPU tensor in a file that is mapped into memory."""
+    # Only the first process of a run has made it.
+    os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         # A disk that is full says so here; a page that it has no room for would be a signal.
         os.posix_fallocate(file.fileno(), 0, x.nbytes)
-        mapping = mmap.mmap(file.fileno(), x.nbytes)
-    copy = torch.frombuffer(mapping, dtype=x.dtype).view(x.shape)
-    return copy.copy_(x)
+        # By the name of what is open: a mapping of the descriptor would keep that one open.
+        name = f"/proc/self/fd/{file.fileno()}"
+        copy = torch.from_file(name, shared=True, size=x.numel(), dtype=x.dtype)
+    return copy.view(x.shape).copy_(x)
 
 
 def _is_short() -> bool:

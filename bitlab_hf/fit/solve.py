@@ -7,6 +7,8 @@ difference of the outputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,49 +29,58 @@ class Moments:
 
     Attributes:
         hessian: ``X^T X`` of the inputs as the ternary model has them, float64 [K, K].
-        cross: ``F^T X``, F the inputs as the original model has them, float64 [K, K].
+        cross: ``F^T X``, F the inputs as the original model has them, float64 [K, K]; None without
+            any.
         wanted: ``Y^T X``, Y the outputs that are wanted, float64 [N, K]; None for those of F.
         tokens: How many there were.
     """
 
     hessian: Tensor
-    cross: Tensor
+    cross: Tensor | None = None
     wanted: Tensor | None = None
     tokens: int = 0
 
     @classmethod
     def zeros(cls, features: int, device: torch.device) -> Moments:
         """Returns the sums over no tokens."""
-        hessian = torch.zeros(features, features, dtype=torch.float64, device=device)
-        return cls(hessian, torch.zeros_like(hessian))
+        return cls(torch.zeros(features, features, dtype=torch.float64, device=device))
 
     def add(self, original: Tensor, inputs: Tensor) -> None:
         """Adds tokens: inputs of both models, float [tokens, K]."""
-        self.hessian += _products(inputs, inputs)
-        self.cross += _products(original, inputs)
-        self.tokens += inputs.shape[0]
+        self.cross = _added(self.cross, original, inputs)
+        self._add(inputs)
 
     def add_wanted(self, outputs: Tensor, inputs: Tensor) -> None:
         """Adds tokens: outputs that are wanted, float [tokens, N], and inputs [tokens, K]."""
-        self.hessian += _products(inputs, inputs)
-        products = _products(outputs, inputs)
-        self.wanted = products if self.wanted is None else self.wanted + products
+        self.wanted = _added(self.wanted, outputs, inputs)
+        self._add(inputs)
+
+    def _add(self, inputs: Tensor) -> None:
+        self.hessian = _added(self.hessian, inputs, inputs)
         self.tokens += inputs.shape[0]
 
 
-def _products(left: Tensor, right: Tensor) -> Tensor:
-    """Returns ``L^T R`` in float64, of products in float32 wherever it is called from: rounded as
-    under autocast, a Hessian with one large direction is not positive definite any more.
+def _added(sums: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """Adds ``L^T R`` to sums in float64, of products in float32 wherever it is called from: rounded
+    as under autocast, a Hessian with one large direction is not positive definite any more.
     """
     with torch.autocast(left.device.type, enabled=False):
-        return (left.float().t() @ right.float()).double()
+        products = left.float().t() @ right.float()
+    return products.double() if sums is None else sums.add_(products)
 
 
-def damped(hessian: Tensor, damping: float) -> Tensor:
-    """Adds ``damping`` times the mean of the diagonal to it; inputs that are always 0 get a 1."""
-    mean = hessian.diagonal().mean()
-    added = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
-    return hessian + torch.diag(added.expand(len(hessian)))
+@contextmanager
+def damped(hessian: Tensor, damping: float) -> Iterator[Tensor]:
+    """Adds ``damping`` times the mean of the diagonal to it, for a while and in place: it can take
+    gigabytes. Inputs that are always 0 get a 1.
+    """
+    diagonal = hessian.diagonal()
+    before, mean = diagonal.clone(), diagonal.mean()
+    diagonal += torch.where(mean > 0, damping * mean, torch.ones_like(mean))
+    try:
+        yield hessian
+    finally:
+        diagonal.copy_(before)
 
 
 def wanted_weight(weight: Tensor, moments: Moments, damping: float) -> Tensor:
@@ -89,9 +100,14 @@ def wanted_weight(weight: Tensor, moments: Moments, damping: float) -> Tensor:
     Source: the closed form that GPTAQ, arXiv 2504.02692, spreads over GPTQ's columns.
     """
     weight = weight.double()
-    wanted = weight @ moments.cross if moments.wanted is None else moments.wanted
+    wanted = moments.wanted
+    if wanted is None and moments.cross is not None:
+        wanted = weight @ moments.cross
+    if wanted is None:
+        return weight
     drift = wanted - weight @ moments.hessian
-    factor = torch.linalg.cholesky(damped(moments.hessian, damping))
+    with damped(moments.hessian, damping) as hessian:
+        factor = torch.linalg.cholesky(hessian)
     return weight + torch.cholesky_solve(drift.t(), factor).t()
 
 
@@ -174,8 +190,7 @@ def compensated_codes(target: Tensor, hessian: Tensor, scales: Scales) -> Tensor
     order = hessian.diagonal().argsort(descending=True)
     # Transposed, so that a column lies in one piece.
     left = target.t()[order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    upper = _upper_of_inverse(hessian, order)
     codes = torch.empty_like(left)
     columns = order.tolist()
     for first in range(0, len(columns), _BLOCK):
@@ -189,6 +204,14 @@ def compensated_codes(target: Tensor, hessian: Tensor, scales: Scales) -> Tensor
             errors[index - first] = error
         left[last:] -= upper[first:last, last:].t() @ errors
     return torch.empty_like(codes).index_copy_(0, order, codes).t().contiguous()
+
+
+def _upper_of_inverse(hessian: Tensor, order: Tensor) -> Tensor:
+    """Returns the upper Cholesky factor of the inverse of a Hessian [K, K] in another order."""
+    # Each step lets go of what it was made of.
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order.unsqueeze(1), order]))
+    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper
 
 
 def descend(target: Tensor, hessian: Tensor, codes: Tensor, scales: Scales) -> Tensor:

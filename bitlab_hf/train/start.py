@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
@@ -180,7 +180,7 @@ class CalibratedStartMixin(_Base):
             # that was fitted to an example is nearer to the original there than elsewhere, and the
             # first steps would learn little.
             order = torch.randperm(len(data), generator=generator).flip(0)
-            rows = self._enough((data[index] for index in order.tolist()), widest)[::-1]
+            rows = self._enough((data[int(index)] for index in order), widest)[::-1]
         collate: Any = self._get_collator_with_removed_columns(self.data_collator)
         with torch.random.fork_rng(devices=()):
             parts = [collate(rows[at : at + _BATCH]) for at in range(0, len(rows), _BATCH)]
@@ -191,7 +191,8 @@ class CalibratedStartMixin(_Base):
         recipe, wanted = self.recipe, self.recipe.calibration_tokens * widest
         rows = list(islice(examples, recipe.calibration_samples))
         tokens = sum(map(_tokens, rows))
-        while tokens < wanted and (row := next(examples, None)) is not None:
+        # Examples that are no token ids yet, for a collator to tokenize, are not counted.
+        while 0 < tokens < wanted and (row := next(examples, None)) is not None:
             rows.append(row)
             tokens += _tokens(row)
         if len(rows) > recipe.calibration_samples and self.is_world_process_zero():
@@ -230,9 +231,12 @@ def _rows(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _tokens(row: Any) -> int:
-    """Returns how many tokens an example holds; none where it is not of token ids."""
-    ids = row.get("input_ids") if isinstance(row, Mapping) else None
-    return 0 if ids is None else len(ids)
+    """Returns how many tokens of an example are no padding; none where it is not of token ids."""
+    held = row if isinstance(row, Mapping) else {}
+    ids, mask = held.get("input_ids"), held.get("attention_mask")
+    if mask is not None:
+        return int(torch.as_tensor(mask).sum())
+    return 0 if ids is None else torch.as_tensor(ids).numel()
 
 
 def _widest(layers: list[BitLayerBase | BitExperts]) -> int:
@@ -255,16 +259,8 @@ def _is_trainable(model: nn.Module) -> bool:
     return bool(weights) and all(one is not None and one.requires_grad for one in weights)
 
 
-def _loss(
-    model: nn.Module, batches: list[dict[str, Any]], after: Callable[[], None] = lambda: None
-) -> float:
-    """Returns the mean loss of the batches in eval mode; NaN for a model that gives none.
-
-    Args:
-        model: Any.
-        batches: What it is called with.
-        after: Called after each.
-    """
+def _loss(model: nn.Module, batches: list[dict[str, Any]]) -> float:
+    """Returns the mean loss of the batches in eval mode; NaN for a model that gives none."""
     training = model.training
     model.eval()
     losses = []
@@ -272,7 +268,6 @@ def _loss(
         for batch in batches:
             loss = getattr(model(**batch), "loss", None)
             losses.append(math.nan if loss is None else float(loss))
-            after()
     finally:
         model.train(training)
     return sum(losses) / max(1, len(losses))

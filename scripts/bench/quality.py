@@ -145,10 +145,12 @@ def read_row(record: Path, settings: dict[str, Any]) -> Result:
 
     Args:
         record: Its file.
-        settings: Those that it must have; one that has none is of before they were written down.
+        settings: Those that it must have.
     """
     row: Result = json.loads(record.read_text())
-    for name, held in row.get("settings", {}).items():
+    # Of before they were written down there is the device.
+    of_before = {"device": row["device"]} if "device" in row else {}
+    for name, held in row.setdefault("settings", of_before).items():
         if settings.get(name, held) != held:
             raise SystemExit(
                 f"--{name} must be {held}, with which {record.parent} was made, got "
@@ -177,7 +179,7 @@ def results_of(options: argparse.Namespace) -> dict[str, list[Result]]:
         for record in records:
             # All rows of a table have the first one's.
             row = read_row(record, settings)
-            settings = row.get("settings", {}) | settings
+            settings = row["settings"] | settings
             found.setdefault(name, []).append(row)
     return found
 

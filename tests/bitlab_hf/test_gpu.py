@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from bitlab_hf import BitLabConfig, save
-from tests.bitlab_hf.models import auto_class, make_float_model, token_ids
+from bitlab_hf.fit import room
+from bitlab_hf.fit.calibrate import calibrate
+from tests.bitlab_hf.models import (
+    auto_class,
+    make_float_model,
+    taught,
+    token_ids,
+    training_data,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -52,3 +60,17 @@ def test_generate_with_a_static_cache_and_compiled(gpu: torch.device, deployed: 
     assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_calibration_where_the_gpu_s_memory_is_short(
+    gpu: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What samples make goes to the CPU's memory, and comes back as the same bits."""
+    source = taught(make_float_model("llama", tmp_path / "source"))
+    states = []
+    for short in (False, True):
+        monkeypatch.setattr(room, "_is_short_gpu", lambda _device, short=short: short)
+        model = auto_class("llama").from_pretrained(source, quantization_config=BitLabConfig())
+        calibrate(model.to(gpu), [row["input_ids"] for row in training_data(12)])
+        states.append(model.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

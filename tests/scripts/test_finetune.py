@@ -27,7 +27,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     for index, file in zip(range(4), source_files("heldout"), strict=False):
         (folder / f"{index}.txt").write_text(file.text)
-    (folder / "more.jsonl").write_text(json.dumps({"title": "more", "text": file.text}) + "\n")
+    (folder / "3.txt").rename(folder / "3.jsonl")
+    (folder / "3.jsonl").write_text(json.dumps({"title": "3", "text": file.text}) + "\n")
     return folder
 
 
@@ -96,6 +97,26 @@ def test_a_taught_teacher_in_two_processes(text: Path, tmp_path: Path) -> None:
     before = AutoModelForCausalLM.from_pretrained(MODEL).lm_head.weight
     assert 0 < (teacher.lm_head.weight - before).abs().max() < 1e-2
     assert "| recipe | teach, warmed up" in (tmp_path / "README.md").read_text()
+
+
+def test_files_that_are_read(text: Path, tmp_path: Path) -> None:
+    """Of a folder, in the order of their names: texts, and the texts of JSON lines."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    from finetune import read_blocks
+
+    class Letters:
+        eos_token_id = None
+
+        def __call__(self, texts: list[str], **_options: Any) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[*map(ord, one)] for one in texts]}
+
+    (tmp_path / "a.txt").write_text("abcd")
+    (tmp_path / "b.jsonl").write_text('{"text": "efgh"}\n{"text": "ij"}\n')
+    (tmp_path / "c.md").write_text("xyz")
+    found = read_blocks(Letters(), [str(tmp_path)], None, 2)
+    assert sorted(map(tuple, found.tolist())) == [
+        (97, 98), (99, 100), (101, 102), (103, 104), (105, 106)
+    ]  # fmt: skip
 
 
 def test_bad_input(text: Path, tmp_path: Path) -> None:

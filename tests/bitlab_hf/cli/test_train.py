@@ -122,11 +122,11 @@ def test_a_teacher_of_another_vocabulary(
     assert cli(*given, "--steps", 1, "--teacher", other_words, "--recipe", "plain").code == 0
 
 
-@pytest.mark.parametrize("has_tokenizer", [True, False])
+@pytest.mark.parametrize("teacher", ["whole", "without", "damaged", "made up", "special"])
 def test_a_trainer_s_tokenizer_is_compared(
-    states: dict[str, Path], other_words: Path, tmp_path: Path, has_tokenizer: bool
+    states: dict[str, Path], other_words: Path, tmp_path: Path, teacher: str
 ) -> None:
-    """With the one that the Trainer has, where it has any, and the teacher's folder too."""
+    """With that of the teacher's folder, where it can be read as it is."""
     tokenizer = AutoTokenizer.from_pretrained(states["float"])
     model = AutoModelForCausalLM.from_pretrained(
         states["float"], quantization_config=BitLabConfig()
@@ -136,10 +136,31 @@ def test_a_trainer_s_tokenizer_is_compared(
         "recipe": "distill", "processing_class": tokenizer,
     }  # fmt: skip
     BitLabTrainer(**options, teacher=states["float"])
-    if has_tokenizer:
+    if teacher == "whole":
         with pytest.raises(ArgumentError, match="teacher must have the model's vocabulary, where"):
             BitLabTrainer(**options, teacher=other_words)
         return
-    bare = tmp_path / "bare"
-    shutil.copytree(other_words, bare, ignore=shutil.ignore_patterns("tokenizer*"))
-    BitLabTrainer(**options, teacher=bare)
+    folder = tmp_path / "other"
+    shutil.copytree(other_words, folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    if teacher == "special":
+        # The first reserved token has another name there, and the words are the model's.
+        words = content["model"]["vocab"]
+        words["a"], words["b"] = words["b"], words["a"]
+        (first, *_) = content["added_tokens"]
+        words[f"{first['content']}2"] = words.pop(first["content"])
+        first["content"] += "2"
+        (folder / "special_tokens_map.json").unlink(missing_ok=True)
+        (folder / "tokenizer_config.json").write_text(
+            '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+        )
+        file.write_text(json.dumps(content))
+    elif teacher == "damaged":
+        file.write_text("{}")
+    else:
+        for one in folder.glob("tokenizer*"):
+            one.unlink()
+    if teacher == "made up":
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    BitLabTrainer(**options, teacher=folder)

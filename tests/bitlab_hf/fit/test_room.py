@@ -56,6 +56,16 @@ def test_tensors_in_files(
     assert len(Room(tmp_path).hold(x[:0])) == 0
 
 
+def test_files_are_not_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand of them is what a process may have by default; each folder is made."""
+    give_memory(monkeypatch, meminfo=SHORT)
+    room = Room(tmp_path / "not/there/yet")
+    before = len(os.listdir("/proc/self/fd"))
+    held = [room.hold(torch.full((5,), number)) for number in range(50)]
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert [int(one[4]) for one in held] == list(range(50))
+
+
 @pytest.mark.parametrize(
     ("texts", "short"),
     [

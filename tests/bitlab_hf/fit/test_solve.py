@@ -35,7 +35,8 @@ def problem(rows: int = 24, features: int = 128, tokens: int = 400) -> tuple[Ten
     mixing = torch.randn(features, features, generator=generator, dtype=torch.float64)
     x = torch.randn(tokens, features, generator=generator, dtype=torch.float64) @ mixing
     target = torch.randn(rows, features, generator=generator, dtype=torch.float64)
-    return target, damped(x.t() @ x, 0.01)
+    with damped(x.t() @ x, 0.01) as hessian:
+        return target, hessian.clone()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -207,33 +207,6 @@ def test_another_process_writes_no_report(
     assert not (tmp_path / "calibration_report.json").exists()
 
 
-@pytest.mark.parametrize("streamed", [True, False])
-def test_more_examples_for_wider_layers(
-    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, streamed: bool
-) -> None:
-    """Until there are so many tokens for each input, or no more examples."""
-    data: Any = Stream() if streamed else training_data()
-    length = len(training_data()[0]["input_ids"])
-    model = load(source)
-    widest = max(found.module.in_features for found in quantized_layers(model))
-    wanted = -(-2 * widest // length)
-    assert 8 < wanted < len(training_data())
-    recipe = Recipe(calibration_samples=8, calibration_tokens=2)
-    with caplog.at_level(logging.WARNING, "bitlab"):
-        trainer = start(source, tmp_path / "more", recipe=recipe, train_dataset=data, model=model)
-    assert trainer.calibration.samples == wanted
-    said = f"calibrates on {wanted} examples instead of 8: with {wanted * length} tokens they hold"
-    assert said in caplog.text
-    assert report_of(tmp_path / "more")["tokens"] == wanted * length
-    plain = Recipe(calibration_samples=wanted)
-    same = start(source, tmp_path / "same", recipe=plain, train_dataset=data)
-    assert same.calibration.layers == trainer.calibration.layers
-    # As much as there is.
-    most = Recipe(calibration_samples=8, calibration_tokens=1000)
-    all_of_it = start(source, tmp_path / "all", recipe=most, train_dataset=data)
-    assert all_of_it.calibration.samples == len(training_data())
-
-
 def test_experts_that_keep_their_rounding(tmp_path: Path, caplog: Any) -> None:
     source = taught(make_moe("gpt_oss", tmp_path / "source"))
     model = load(source)

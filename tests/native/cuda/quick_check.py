@@ -48,7 +48,7 @@ def tied_tokens() -> Tensor:
 
 
 def uneven_weight() -> Tensor:
-    """A row whose float64 sum is halfway between two float32 numbers only in ascending order."""
+    """A row whose float64 sum is halfway between two float32 numbers in ascending order alone."""
     return torch.tensor([[0.0, 2.0**53, 2.0**29] + [1.0] * 13])
 
 
@@ -299,7 +299,7 @@ def experts_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, T
 
 def learned_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
     """Gradients of learned scales: every kind of step, parts that end within a lane's loads, more
-    rows than are fetched at once, sums that come out in ascending order only, and NaN.
+    rows than a block has threads, sums that come out in one order only, and NaN.
     """
     given = [
         make_learned(shape, granularity, dw_dtype, dtype)

@@ -184,12 +184,14 @@ def test_roundings_and_orders_that_random_numbers_do_not_show(host: HostKernels)
     ties = tied_tokens()
     ours, expected = (kernels.quantize_activation(ties, False) for kernels in (host, reference))
     assert torch.equal(ours[0], expected[0])
-    for weight in (uneven_weight(), uneven_weight().t().contiguous()):
+    # Rows are added in pairs of lanes: in ascending order they would give the row's number.
+    for weight, number in ((uneven_weight(), 2.0**49), (uneven_weight().t(), 2.0**49 + 2.0**26)):
         ours, expected = (
-            kernels.pack_weight(weight, "per_tensor", 0) for kernels in (host, reference)
+            kernels.pack_weight(weight.contiguous(), "per_tensor", 0)
+            for kernels in (host, reference)
         )
         assert torch.equal(ours[1], expected[1])
-        assert expected[1].item() == 2.0**49
+        assert expected[1].item() == number
     for tokens in (3, 20):
         y, ones = ordered_shares(host, tokens)
         assert torch.equal(y, ones)
