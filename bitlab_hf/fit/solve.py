@@ -236,37 +236,43 @@ def descend(target: Tensor, hessian: Tensor, codes: Tensor, scales: Scales) -> T
     return codes.t().contiguous()
 
 
-def refit(target: Tensor, hessian: Tensor, codes: Tensor, scales: Scales) -> Scales:
+def refit(products: Tensor, hessian: Tensor, codes: Tensor, scales: Scales) -> Scales:
     """Returns scales of less loss for given codes; exact per tensor and per row.
 
     Per group it is one round of updates, group by group; in two levels one more, see `_leveled`.
+
+    Args:
+        products: Of target and Hessian, float64 [N, K].
+        hessian: float64 [K, K].
+        codes: float64 [N, K].
+        scales: Of the codes, as they are.
     """
-    squares, products = _normal_equations(target, hessian, codes, scales)
+    squares, sums = _normal_equations(products, hessian, codes, scales)
     values = scales.values.clone()
     for group in range(values.shape[1]):
-        values[:, group] = _best(squares, products, values, group)
+        values[:, group] = _best(squares, sums, values, group)
     if scales.leveled:
-        values = _leveled(squares, products, values, scales.values)
+        values = _leveled(squares, sums, values, scales.values)
     return scales.replaced(values)
 
 
 def _normal_equations(
-    target: Tensor, hessian: Tensor, codes: Tensor, scales: Scales
+    products: Tensor, hessian: Tensor, codes: Tensor, scales: Scales
 ) -> tuple[Tensor, Tensor]:
     """Returns ``A`` [R, C, C] and ``b`` [R, C]: the loss of scales s [R, C] is, a row of them,
     ``s A s - 2 b s`` and what does not depend on them.
     """
     groups, width = scales.values.shape[1], codes.shape[1] // scales.values.shape[1]
-    products = ((target @ hessian) * codes).view(len(codes), groups, width).sum(2)
-    squares = target.new_empty(len(codes), groups, groups)
+    sums = (products * codes).view(len(codes), groups, width).sum(2)
+    squares = products.new_empty(len(codes), groups, groups)
     for group in range(groups):
         first = group * width
         part = codes[:, first : first + width] @ hessian[first : first + width, first:]
-        sums = (part * codes[:, first:]).view(len(codes), groups - group, width).sum(2)
-        squares[:, group, group:] = squares[:, group:, group] = sums
+        beside = (part * codes[:, first:]).view(len(codes), groups - group, width).sum(2)
+        squares[:, group, group:] = squares[:, group:, group] = beside
     if len(scales.values) == 1:
-        return squares.sum(0, keepdim=True), products.sum(0, keepdim=True)
-    return squares, products
+        return squares.sum(0, keepdim=True), sums.sum(0, keepdim=True)
+    return squares, sums
 
 
 def _best(squares: Tensor, products: Tensor, values: Tensor, group: int) -> Tensor:
@@ -332,9 +338,10 @@ def solve(
     """
     scales = start_scales(target, hessian, shape)
     codes = compensated_codes(target, hessian, scales)
+    products = target @ hessian
     for left in range(rounds, 0, -1):
         scales = scales.in_two_levels() if leveled and left == 1 else scales
-        scales = refit(target, hessian, codes, scales)
+        scales = refit(products, hessian, codes, scales)
         codes = descend(target, hessian, codes, scales)
     scales = scales.in_two_levels() if leveled and not rounds else scales
-    return codes, refit(target, hessian, codes, scales)
+    return codes, refit(products, hessian, codes, scales)

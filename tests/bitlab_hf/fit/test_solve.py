@@ -54,7 +54,7 @@ def test_each_step_lowers_the_loss(scheme: str) -> None:
     codes = compensated_codes(target, hessian, scales)
     losses = [rounding, loss(codes, scales)]
     for _ in range(2):
-        scales = refit(target, hessian, codes, scales)
+        scales = refit(target @ hessian, hessian, codes, scales)
         losses.append(loss(codes, scales))
         codes = descend(target, hessian, codes, scales)
         losses.append(loss(codes, scales))
@@ -149,7 +149,7 @@ def test_scales_stay_in_two_levels_and_end_in_them(kind: str) -> None:
     on_grid(scales, torch.ones_like(target))
     codes = compensated_codes(target, hessian, scales)
     for _ in range(3):
-        scales = refit(target, hessian, codes, scales)
+        scales = refit(target @ hessian, hessian, codes, scales)
         on_grid(scales, codes)
         codes = descend(target, hessian, codes, scales)
     codes, scales = solve(target, hessian, (24, 4), 0, leveled=True)
@@ -173,7 +173,7 @@ def test_no_other_multiplier_is_better() -> None:
     codes, scales = solve(target, hessian, (24, 4), 2, leveled=True)
     before = None
     while before is None or not torch.equal(before, scales.values):
-        before, scales = scales.values, refit(target, hessian, codes, scales)
+        before, scales = scales.values, refit(target @ hessian, hessian, codes, scales)
     row, multiplier = two_levels(scales.values.float())
 
     def losses(multiplier: Tensor) -> Tensor:
