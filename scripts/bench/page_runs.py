@@ -141,7 +141,14 @@ def figures(kind: str, result: Result) -> Result:
         kept |= {key: result["settings"][key] for key in ("threads", "tokens", "geometry")}
     elif kind == "calibration":
         kept |= {key: result[key] for key in ("samples", "length")}
-        kept["layers"] = [_in_units(one, "gb", 1e9) for one in result["layers"].values()]
+        kept["layers"] = [
+            {
+                **_in_units(one, "gb", 1e9),
+                "above_gb": (one["peak_bytes"] - one["model_bytes"]) / 1e9,
+                "whole_cpu_hours": one["cpu_seconds"] * one["layers"] / 3600,
+            }
+            for one in result["layers"].values()
+        ]
     elif kind == "quality":
         kept["results"] = {
             name: [

@@ -204,14 +204,10 @@ def _loads(run: Run) -> Iterator[Cells]:
 
 def _fitting(run: Run) -> Iterator[Cells]:
     for one in run.result["layers"] if run.kind == "calibration" else []:
-        solved = one["parts"]["down_proj"] / one["seconds"]
-        hours = one["cpu_seconds"] * one["layers"] / 3600
-        cells = [figure(one[name]) for name in ("seconds", "cpu_seconds")]
-        yield [
-            one["title"], str(run.result["threads"]), *cells, f"{solved:.0%}",
-            figure(one["peak_gb"]), figure(one["peak_gb"] - one["model_gb"]),
-            str(one["layers"]), figure(hours),
-        ]  # fmt: skip
+        names = ("peak_gb", "above_gb", "layers", "whole_cpu_hours")
+        seconds = (one["seconds"], one["cpu_seconds"], one["parts"]["down_proj"])
+        cells = [figure(value) for value in (*seconds, *(one[name] for name in names))]
+        yield [one["title"], str(run.result["threads"]), *cells]
 
 
 def _step(part: str, name: str, on_gpu: bool) -> Callable[[Run], Iterator[Cells]]:
@@ -345,8 +341,8 @@ TABLES: dict[str, Table] = {
         _loads, 1,
     ),
     "fitting": Table(
-        ["a layer of", "threads", "s", "CPU s", "of it down_proj", "peak, GB", "above, GB",
-         "layers", "whole model, CPU h"],
+        ["a layer of", "threads", "s", "CPU s", "down_proj, s", "peak, GB", "above, GB", "layers",
+         "whole model, CPU h"],
         _fitting, 1,
     ),
     "step-time": Table(

@@ -94,7 +94,7 @@ def test_what_fitting_a_layer_costs(tmp_path: Path) -> None:
     (run,) = load_runs(tmp_path)
     (line,) = page.render("fitting", [run]).splitlines()[2:]
     end = "Zen 5 | 2026-12-01 | [calibration-zen-5](#calibration-zen-5) |"
-    assert line == (f"| BitNet b1.58 2B4T | 1 | 720 | 600 | 25% | 4.50 | 3.50 | 30 | 5.00 | {end}")
+    assert line == (f"| BitNet b1.58 2B4T | 1 | 720 | 600 | 180 | 4.50 | 3.50 | 30 | 5.00 | {end}")
 
 
 def test_loads_are_compared_with_as_many_tensors(tmp_path: Path) -> None:
