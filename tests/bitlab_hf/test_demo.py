@@ -113,7 +113,7 @@ def test_short_run_through_the_command_line(tmp_path: Path) -> None:
         assert len(report[name]["texts"]) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert "bit-identical" in done.stderr
-    assert "Scales of the weights: per tensor." in " ".join(done.stderr.split())
+    assert "Scales of the weights: per group of 128 (7-bit" in " ".join(done.stderr.split())
 
 
 def write_articles(folder: Path) -> Path:
