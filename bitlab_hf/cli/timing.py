@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from bitlab_hf.fit.memory import system_text
 
 PACKAGES = ("bitlab-hf", "torch", "transformers", "llama-cpp-python")
 FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
@@ -26,7 +27,7 @@ LEAD_IN_NS = 20_000_000
 
 def machine() -> dict[str, Any]:
     """Returns what the figures depend on: CPU, caches, memory, versions; nothing that names it."""
-    cpuinfo = _text("/proc/cpuinfo")
+    cpuinfo = system_text("/proc/cpuinfo")
     values = dict(
         line.split(":", 1) for line in cpuinfo.split("\n\n")[0].splitlines() if ":" in line
     )
@@ -53,20 +54,15 @@ def machine() -> dict[str, Any]:
             if hasattr(os, "sysconf")
             else None
         ),
-        "huge_pages": _text("/sys/kernel/mm/transparent_hugepage/enabled").strip(),
+        "huge_pages": system_text("/sys/kernel/mm/transparent_hugepage/enabled").strip(),
         "python": platform.python_version(),
         "versions": versions,
     }
 
 
-def _text(path: str) -> str:
-    file = Path(path)
-    return file.read_text() if file.is_file() else ""
-
-
 def last_level_cache() -> int:
     """Returns the bytes of the last-level cache, 0 if unknown."""
-    size = _text("/sys/devices/system/cpu/cpu0/cache/index3/size").strip()
+    size = system_text("/sys/devices/system/cpu/cpu0/cache/index3/size").strip()
     return int(size.rstrip("K")) * 1024 if size.endswith("K") else 0
 
 

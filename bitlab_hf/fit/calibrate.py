@@ -334,7 +334,7 @@ def _batches(samples: Any, batch_size: int, device: torch.device) -> list[Tensor
     # One token says nothing of what layers make of a text.
     rows = [row for row in given if len(row) > 1]
     if not rows:
-        came = f"{len(given)} of less" if given else "no samples"
+        came = f"{len(given)} samples, all shorter" if given else "no samples"
         raise ArgumentError(
             f"calibrate: samples must hold texts of at least 2 tokens, got {came}\n"
             "Pass tokenized texts, such as blocks of 256 tokens: [tokenizer(text).input_ids, ...]."

@@ -31,7 +31,7 @@ def memory_bytes() -> tuple[int | None, int | None]:
     if free is None or total is None:
         return None, None
     for names in _CONTAINERS:
-        limit, used, statistics = (_text(_CGROUP / name) for name in names[:3])
+        limit, used, statistics = (system_text(_CGROUP / name) for name in names[:3])
         if limit.strip().isdigit() and used.strip().isdigit() and int(limit) < total:
             pairs = dict(line.split() for line in statistics.splitlines() if line.count(" ") == 1)
             # Such pages are let go of first.
@@ -42,13 +42,14 @@ def memory_bytes() -> tuple[int | None, int | None]:
 
 def _kibibytes(name: str) -> int | None:
     """Returns the bytes of a line of /proc/meminfo; None without it."""
-    for line in _text("/proc/meminfo").splitlines():
+    for line in system_text("/proc/meminfo").splitlines():
         key, _, value = line.partition(":")
         if key == name and value.split()[:1] and value.split()[0].isdigit():
             return int(value.split()[0]) * 1024
     return None
 
 
-def _text(path: str | Path) -> str:
+def system_text(path: str | Path) -> str:
+    """Returns what a file of the system holds; nothing where there is none."""
     file = Path(path)
     return file.read_text(encoding="utf-8") if file.is_file() else ""

@@ -154,7 +154,7 @@ class Recipe:
         told = [f"learns from {' and '.join(name for name, weight in terms.items() if weight)}"]
         if self.calibration_samples:
             tokens = self.calibration_tokens
-            more = f" or more, of {tokens} tokens an input at least" * bool(tokens)
+            more = f" (more if they hold less than {tokens} tokens an input)" * bool(tokens)
             told.insert(0, f"calibrated on {self.calibration_samples} examples{more}")
         if self.teacher_share:
             told.insert(0, f"the teacher learns first, for {self.teacher_share:g} times the steps")

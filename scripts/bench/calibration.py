@@ -4,8 +4,8 @@
     python scripts/bench/calibration.py                              # all; the 8B layer takes long
 
 A layer of random weights is calibrated on random tokens: time and memory do not depend on what they
-are. Each geometry runs in a process of its own. Writes out/calibration.json; the whole model's time
-is that of one layer times their number, on paper.
+are. Each geometry runs in a process of its own. Writes out/calibration.json; the whole model's CPU
+time is that of one layer times their number, on paper.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def table(found: dict[str, dict[str, Any]]) -> Table:
         "of it down_proj",
         "peak GB",
         "layers",
-        "whole model, h",
+        "whole model, CPU h",
     ):
         shown.add_column(name, justify="left" if name == "layer of" else "right")
     for one in found.values():
@@ -105,7 +105,7 @@ def table(found: dict[str, dict[str, Any]]) -> Table:
             f"{one['parts']['down_proj'] / one['seconds']:.0%}",
             f"{one['peak_bytes'] / 1e9:.1f}",
             str(one["layers"]),
-            f"{one['seconds'] * one['layers'] / 3600:.2f}",
+            f"{one['cpu_seconds'] * one['layers'] / 3600:.2f}",
         )
     return shown
 

@@ -143,7 +143,10 @@ def test_refusals(sources: dict[str, Path]) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for bad, message in (
         ([], "texts of at least 2 tokens, got no samples"),
-        ([[], [3]], r"texts of at least 2 tokens, got 2 of less\nPass tokenized texts"),
+        (
+            [[], [3]],
+            r"texts of at least 2 tokens, got 2 samples, all shorter\nPass tokenized texts",
+        ),
         (["text"], "must be token ids, got str"),
         ([{"text": "a"}], "must have input_ids, got one with"),
         (torch.rand(2, 8), "must be integers"),

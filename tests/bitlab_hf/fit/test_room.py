@@ -27,7 +27,9 @@ ENOUGH = SHORT.replace("249", "250")
 
 def give_memory(monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
     """Lets the system say of its memory what files of these names hold."""
-    monkeypatch.setattr(memory, "_text", lambda path: texts.get(Path(path).name.split(".")[-1], ""))
+    monkeypatch.setattr(
+        memory, "system_text", lambda path: texts.get(Path(path).name.split(".")[-1], "")
+    )
 
 
 def samples() -> list[Any]:

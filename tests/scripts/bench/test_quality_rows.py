@@ -103,3 +103,6 @@ def test_rows_of_other_settings(tmp_path: Path) -> None:
     (tmp_path / "one/original/result.json").write_text(json.dumps(other))
     with pytest.raises(SystemExit, match="--bf16 must be True.*got False"):
         results_of(options)
+    (tmp_path / "one/original/result.json").write_text(json.dumps({"nats": 0, "device": "cuda"}))
+    with pytest.raises(SystemExit, match="--device must be cuda.*got cpu"):
+        read_row(tmp_path / "one/original/result.json", {**held, "device": "cpu"})
