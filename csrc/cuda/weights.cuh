@@ -1,7 +1,7 @@
 // Latent weights to packed ones and back: absmean scales, ternarize-and-pack, unpack; gradients of learned scales.
 //
-// The float64 sums of a scale have one order everywhere (bitkernels.h): a row is 16 chains of additions, which half a warp
-// is, and the rows of a tensor are 256, which the threads of a block are.
+// The float64 sums of a scale have one order everywhere (bitkernels.h): a row is 16 chains of additions, which half a
+// warp is, and the rows of a tensor are 256, which the threads of a block are.
 #ifndef BITLAB_CUDA_WEIGHTS_CUH
 #define BITLAB_CUDA_WEIGHTS_CUH
 
