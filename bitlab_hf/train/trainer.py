@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
@@ -12,6 +13,7 @@ from bitlab_hf.model.groups import advise_groups
 from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.train.distill import DistillationMixin
 from bitlab_hf.train.guarded import GuardMixin
+from bitlab_hf.train.memory import kept_memory
 from bitlab_hf.train.rates import RatesMixin
 from bitlab_hf.train.recipe import Recipe
 from bitlab_hf.train.schedule import QuantStrengthWarmup
@@ -62,12 +64,15 @@ class CallbacksMixin(_Base):
         """Trains; a run that fails leaves the model at full quantization strength too.
 
         Where it begins with a calibration, for scales that lose more than others would, says so.
+        On a CPU what a step frees is kept for the next one.
         """
         begins = self.recipe.calibration_samples and not resume_from_checkpoint
         if begins and self.is_world_process_zero():
             advise_groups(self.accelerator.unwrap_model(self.model))
+        memory = kept_memory() if self.args.device.type == "cpu" else nullcontext()
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with memory:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             warmup = self._warmup()
             if warmup is not None and warmup.strength < 1:

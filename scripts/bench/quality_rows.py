@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe, calibrate
 from bitlab_hf.train.defaults import OPTIMIZER, batch_size
+from bitlab_hf.train.memory import kept_memory
 
 GROUPS = {"weight_granularity": "per_group", "group_size": 64}
 LEARNED = {**GROUPS, "weight_quantizer": "lsq"}
@@ -270,4 +271,6 @@ def _train(
     last = get_last_checkpoint(str(scratch)) if scratch.is_dir() else None
     if last is None:
         costs.take_start()
-    trainer.train(resume_from_checkpoint=last)
+    # As `BitLabTrainer` does: rows of a plain Trainer would be slower for no reason of theirs.
+    with kept_memory():
+        trainer.train(resume_from_checkpoint=last)
