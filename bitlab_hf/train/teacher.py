@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from bitcore.errors import ArgumentError, MissingExtraError
 from bitlab_hf.model.tree import decoder_layers
 from bitlab_hf.train.recipe import Recipe
 
+logger = logging.getLogger("bitlab")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -96,7 +98,14 @@ def check_vocabulary(
     """
     try:
         other = AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)
-    except Exception:  # whatever it lacks: a teacher need not have one
+    except Exception as error:  # whatever it lacks: a teacher need not have one
+        logger.warning(
+            "%s: %s's vocabulary is not compared with the model's: its tokenizer cannot be read "
+            "(%s)",
+            op,
+            argument,
+            str(error).partition("\n")[0],
+        )
         return
     special = _special(tokenizer) & _special(other)
     theirs = {number: token for token, number in other.get_vocab().items()}

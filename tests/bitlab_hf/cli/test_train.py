@@ -124,9 +124,10 @@ def test_a_teacher_of_another_vocabulary(
 
 @pytest.mark.parametrize("teacher", ["whole", "without", "damaged", "made up", "special"])
 def test_a_trainer_s_tokenizer_is_compared(
-    states: dict[str, Path], other_words: Path, tmp_path: Path, teacher: str
-) -> None:
-    """With that of the teacher's folder, where it can be read as it is."""
+    states: dict[str, Path], other_words: Path, tmp_path: Path, teacher: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """With that of the teacher's folder, where it can be read as it is; else it says so."""
     tokenizer = AutoTokenizer.from_pretrained(states["float"])
     model = AutoModelForCausalLM.from_pretrained(
         states["float"], quantization_config=BitLabConfig()
