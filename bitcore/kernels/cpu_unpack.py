@@ -41,7 +41,7 @@ class CpuUnpacking:
         rows, in_features = qweight.shape
         qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
         step = max(1, _BLOCK_ELEMENTS // (4 * in_features))
-        x = tokens.float()
+        x = reference.without_gaps(tokens.float())
         y = torch.empty((x.shape[0], 4 * rows), dtype=torch.float32)
         lanes = y.view(-1, 4, rows)
         with torch.autocast("cpu", enabled=False):
