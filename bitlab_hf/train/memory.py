@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # The names of glibc's malloc.h, and the most that an int holds.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _NO_LIMIT = -1, -3, -4, 2**31 - 1
@@ -26,9 +28,9 @@ def kept_memory() -> Iterator[None]:
     Does nothing where the C library is not glibc, or the environment sets its malloc
     (``MALLOC_..._``, ``GLIBC_TUNABLES``).
     """
-    library = ctypes.CDLL(None)
     chosen = any(name.startswith("MALLOC_") for name in os.environ)
     chosen = chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    library: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     if chosen or not hasattr(library, "mallopt"):
         yield
         return
