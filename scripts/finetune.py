@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 
 from bitcore.errors import BitLabError
 from bitlab_hf import Facts, deploy, save
@@ -34,6 +34,7 @@ from bitlab_hf.cli.scheme import OPTIONS, pretrained_config
 from bitlab_hf.model.groups import scales_in_words
 from bitlab_hf.train import RECIPES, BitLabTrainer, last_checkpoint
 from bitlab_hf.train.defaults import OPTIMIZER, batch_size
+from bitlab_hf.train.floats import round_floats, training_dtype
 
 # What is read of a folder.
 TEXTS = (".txt", ".jsonl")
@@ -155,7 +156,11 @@ def main() -> None:
         scales = "" if held is not None else f"scales of the weights: {scales_in_words(config)}; "
         does = f"{recipe.in_words(given.learning_rate)}{warmed}; {batch} examples a step"
         print(scales + does, file=sys.stderr)
-    model = load_model(given.model, quantization_config=config)
+    device = "cuda" if torch.cuda.is_available() and not given.cpu else "cpu"
+    dtype = AutoConfig.from_pretrained(given.model).dtype
+    model = load_model(
+        given.model, quantization_config=config, dtype=training_dtype(device, config)
+    )
     checkpoints = str(given.output / "checkpoints")
     trainer = BitLabTrainer(
         model=model,
@@ -178,6 +183,7 @@ def main() -> None:
 
     if trainer.is_world_process_zero():
         packed = deploy(trainer.accelerator.unwrap_model(model))
+        round_floats(packed, dtype)
         key = f"held-out part of it: {held_out * given.block:,} tokens"
         names = ", ".join(Path(name).name for name in given.data)
         facts = Facts(recipe=chosen + warmed, data=names, perplexities={key: math.exp(after)})

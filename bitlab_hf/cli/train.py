@@ -96,13 +96,15 @@ def train(
     trained with it, unless options of the scheme say otherwise. Learns from MODEL itself as the
     teacher. Checkpoints and statistics go to OUTPUT/run.
     """
-    from transformers import TrainingArguments
+    import torch
+    from transformers import AutoConfig, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
     from bitlab_hf import Facts, save
     from bitlab_hf.model.groups import scales_in_words
     from bitlab_hf.train import BitLabTrainer
     from bitlab_hf.train.defaults import OPTIMIZER, batch_size
+    from bitlab_hf.train.floats import round_floats, training_dtype
 
     quiet()
     set_threads(threads)
@@ -123,8 +125,10 @@ def train(
         batch = batch or batch_size(len(blocks))
         does = f"{chosen.in_words(learning_rate)}; {batch} blocks a step"
         typer.echo(printable(f"scales of the weights: {scales}; {does}"), err=True)
-        judge = _teacher(teacher, folder, folders, chosen, tokenizer)
-        model = load_model(folder, quantization_config=config)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        judge = _teacher(teacher, folder, folders, chosen, tokenizer, training_dtype(device))
+        dtype = AutoConfig.from_pretrained(folder).dtype
+        model = load_model(folder, quantization_config=config, dtype=training_dtype(device, config))
         arguments = TrainingArguments(
             output_dir=str(run), max_steps=steps or -1, num_train_epochs=1,
             per_device_train_batch_size=batch, learning_rate=learning_rate, bf16=bf16, seed=seed,
@@ -151,6 +155,7 @@ def train(
     # A path would say where things lie on this machine.
     base = None if Path(source).exists() else source
     facts = Facts(base_model=base, recipe=Path(recipe).name, data=data)
+    round_floats(model, dtype)
     with doing(f"writing {output}"):
         save(model, output, tokenizer=tokenizer, facts=facts)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -199,7 +204,7 @@ def _check_teacher(teacher: str | None) -> None:
 
 
 def _teacher(
-    given: str | None, folder: str, folders: ExitStack, recipe: Any, tokenizer: Any
+    given: str | None, folder: str, folders: ExitStack, recipe: Any, tokenizer: Any, dtype: Any
 ) -> Any:
     """Returns the teacher as the Trainer takes it: loaded whole, where it is loaded at all.
 
@@ -209,6 +214,7 @@ def _teacher(
         folders: Keeps the one that a GGUF file is unpacked into.
         recipe: Which may do without, or want it in 8 bits.
         tokenizer: The model's.
+        dtype: What it is loaded in.
     """
     from transformers import AutoModelForCausalLM
 
@@ -224,7 +230,7 @@ def _teacher(
         check_vocabulary("train", "--teacher", name, tokenizer)
     if recipe.teacher_8bit or not recipe.distills:
         return name
-    return load_whole(AutoModelForCausalLM.from_pretrained, given or folder, name)
+    return load_whole(AutoModelForCausalLM.from_pretrained, given or folder, name, dtype=dtype)
 
 
 def _recipe(given: str) -> Any:

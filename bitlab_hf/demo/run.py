@@ -41,6 +41,7 @@ from bitlab_hf.demo.text import Blocks, Perplexity, make_blocks, measure_perplex
 from bitlab_hf.model.deploy import deploy
 from bitlab_hf.model.groups import scales_in_words
 from bitlab_hf.train import RECIPES, BitLabTrainer, record_baseline
+from bitlab_hf.train.floats import round_floats
 from bitlab_hf.train.guard import has_begun
 
 # How often the ternary model is evaluated in training, and on which part of the held-out blocks.
@@ -212,7 +213,7 @@ class Demo:
             del model
         with self._stage(4, "Deploy and save") as progress:
             dtype = self._load(original).dtype
-            _cast_parameters(deploy(ternary), dtype)
+            round_floats(deploy(ternary), dtype)
             report.ternary = self._perplexity(ternary, heldout, progress, "deployed")
             save(ternary, settings.output, tokenizer=tokenizer)
         with self._stage(5, "Load in fresh processes") as progress:
@@ -362,17 +363,6 @@ def _require_accelerate() -> None:
             "bitlab demo: the extra 'train' must be installed, got no accelerate\n"
             'Run `pip install "bitlab-hf[train]"`.'
         ) from error
-
-
-def _cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Gives float parameters the original's dtype, as the file will hold them.
-
-    Not ``model.to(dtype)``: that rounds the rotary frequencies too, which a reload computes in
-    float32.
-    """
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
 
 
 def _isa() -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError
@@ -17,6 +18,14 @@ from bitlab_hf import BitLabConfig
 from bitlab_hf.train import RECIPES, BitLabTrainer, Recipe
 
 Cli = Callable[..., Any]
+
+
+def config_dtype(folder: Path) -> str:
+    return str(json.loads((folder / "config.json").read_text())["dtype"])
+
+
+def embedding(folder: Path) -> torch.Tensor:
+    return load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
 
 
 def test_train_resume_deploy(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:
@@ -37,6 +46,12 @@ def test_train_resume_deploy(cli: Cli, states: dict[str, Path], tmp_path: Path) 
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert (config["weight_granularity"], config["group_size"]) == ("per_group", 128)
     assert (config["group_scale_dtype"], config["format_version"]) == ("uint8", 2)
+    # Small updates vanish in bfloat16, in which the float model is, and is written.
+    assert config_dtype(states["float"]) == config_dtype(out) == "bfloat16"
+    assert (embedding(out).dtype, embedding(out / "run" / "checkpoint-2").dtype) == (
+        torch.bfloat16,
+        torch.float32,
+    )
     optimizer = torch.load(out / "run" / "checkpoint-2" / "optimizer.pt")
     assert {one["betas"] for one in optimizer["param_groups"]} == {(0.9, 0.95)}
     assert Recipe.load(out / "run" / "checkpoint-2") == Recipe(logits_weight=1.0, quant_warmup=2)

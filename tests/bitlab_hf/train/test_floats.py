@@ -1,0 +1,60 @@
+"""What is not ternary trains in float32 on a CPU, and is written in the file's own dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bitlab_hf import BitLabConfig, deploy, pretrained_config
+from bitlab_hf.model.tree import quantized_layers
+from bitlab_hf.train import BitLabTrainer
+from bitlab_hf.train.floats import round_floats, training_dtype
+from tests.bitlab_hf.models import make_float_model, training_data
+from tests.bitlab_hf.train.test_trainer import arguments
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose file is in bfloat16, as those of real ones are."""
+    folder = tmp_path_factory.mktemp("floats")
+    model = AutoModelForCausalLM.from_pretrained(make_float_model("llama", folder / "float32"))
+    model.to(torch.bfloat16).save_pretrained(folder / "bfloat16")
+    return folder / "bfloat16"
+
+
+def test_dtypes_to_train_in() -> None:
+    assert training_dtype("cpu") == training_dtype("cpu", BitLabConfig()) == torch.float32
+    assert training_dtype("cpu", BitLabConfig(latent_dtype="keep")) == "auto"
+    assert training_dtype("cuda") == "auto"
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+def test_floats_are_rounded_and_ternary_weights_are_not(source: Path, deployed: bool) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=pretrained_config(source), dtype=torch.float32
+    )
+    model = deploy(model) if deployed else model
+    held = {name: value.clone() for name, value in model.state_dict().items()}
+    round_floats(model, None)
+    assert all(value.dtype == held[name].dtype for name, value in model.state_dict().items())
+    round_floats(model, torch.bfloat16)
+    own = tuple(name for one in quantized_layers(model) for name in one.names)
+    for name, value in model.state_dict().items():
+        if name.startswith(own):
+            assert torch.equal(value, held[name])
+        else:
+            assert value.dtype == torch.bfloat16
+
+
+def test_a_teacher_by_its_path_is_loaded_in_float32(source: Path, tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(source, quantization_config=BitLabConfig())
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    trainer = BitLabTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=training_data(), recipe="distill",
+        teacher=source,
+    )  # fmt: skip
+    assert {one.dtype for one in trainer._teacher.parameters()} == {torch.float32}
