@@ -22,7 +22,7 @@ from tests.bitlab_hf.train.test_trainer import make
 # A block of 64 MiB: glibc maps one of this size anew each time, by itself.
 PAGES = (64 << 20) // resource.getpagesize()
 CODE = """
-import json, resource, sys
+import json, resource
 from bitlab_hf.train.memory import kept_memory
 
 def touch():
