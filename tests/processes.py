@@ -112,12 +112,13 @@ class Program:
         if self._process.poll() is not None:
             return
         parent = psutil.Process(self._process.pid)
-        everyone = [*parent.children(recursive=True), parent]
-        for signal_number in (how, signal.SIGKILL):
-            for one in everyone:
-                with suppress(psutil.NoSuchProcess):
+        # One after another, so that what they tell is not mixed, and those that started others
+        # first, so that none sees another end and acts upon it.
+        for one in [parent, *parent.children(recursive=True)]:
+            for signal_number in (how, signal.SIGKILL):
+                with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
                     one.send_signal(signal_number)
-            _, everyone = psutil.wait_procs(everyone, timeout=10)
+                    one.wait(10)
         self._process.wait()
 
 
