@@ -34,7 +34,7 @@ from bitlab_hf.cli.scheme import OPTIONS, pretrained_config
 from bitlab_hf.model.groups import scales_in_words
 from bitlab_hf.train import RECIPES, BitLabTrainer, last_checkpoint
 from bitlab_hf.train.defaults import OPTIMIZER, batch_size
-from bitlab_hf.train.floats import round_floats, training_dtype
+from bitlab_hf.train.floats import computes_in_bf16, round_floats, training_dtype
 
 # What is read of a folder.
 TEXTS = (".txt", ".jsonl")
@@ -62,7 +62,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--optim", default="adamw_torch", help="such as adamw_bnb_8bit")
     parser.add_argument("--save-steps", type=int, default=500)
     parser.add_argument("--cpu", action="store_true", help="train on the CPU")
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 (autocast)")
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="compute in bfloat16 (autocast); default: on GPUs that have it",
+    )
     scheme = parser.add_argument_group("scheme of a float model")
     for name, (kind, flags, text) in OPTIONS.items():
         several = {"action": "append"} if kind == list[str] else {"type": kind}
@@ -158,18 +162,17 @@ def main() -> None:
         print(scales + does, file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() and not given.cpu else "cpu"
     dtype = AutoConfig.from_pretrained(given.model).dtype
-    model = load_model(
-        given.model, quantization_config=config, dtype=training_dtype(device, config)
-    )
+    model = load_model(given.model, quantization_config=config, dtype=training_dtype(config))
     checkpoints = str(given.output / "checkpoints")
     trainer = BitLabTrainer(
         model=model,
         args=TrainingArguments(
             output_dir=checkpoints, per_device_train_batch_size=batch,
             per_device_eval_batch_size=batch, num_train_epochs=1, max_steps=given.max_steps,
-            learning_rate=given.learning_rate, optim=given.optim, bf16=given.bf16,
-            use_cpu=given.cpu, save_steps=given.save_steps, save_total_limit=2, logging_steps=10,
-            report_to="none", **OPTIMIZER,
+            learning_rate=given.learning_rate, optim=given.optim,
+            bf16=computes_in_bf16(device, given.bf16), use_cpu=given.cpu,
+            save_steps=given.save_steps, save_total_limit=2, logging_steps=10, report_to="none",
+            **OPTIMIZER,
         ),
         train_dataset=examples[held_out:],
         eval_dataset=examples[:held_out],

@@ -83,7 +83,10 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in OUTPUT.")
     ] = False,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 (autocast).")] = False,
+    bf16: Annotated[
+        bool | None,
+        typer.Option(help="Compute in bfloat16 (autocast). Default: on GPUs that have it."),
+    ] = None,
     seed: Seed = 0,
     threads: Threads = None,
     as_json: Json = False,
@@ -104,7 +107,12 @@ def train(
     from bitlab_hf.model.groups import scales_in_words
     from bitlab_hf.train import BitLabTrainer
     from bitlab_hf.train.defaults import OPTIMIZER, batch_size
-    from bitlab_hf.train.floats import round_floats, training_dtype
+    from bitlab_hf.train.floats import (
+        computes_in_bf16,
+        round_floats,
+        teacher_dtype,
+        training_dtype,
+    )
 
     quiet()
     set_threads(threads)
@@ -126,14 +134,14 @@ def train(
         does = f"{chosen.in_words(learning_rate)}; {batch} blocks a step"
         typer.echo(printable(f"scales of the weights: {scales}; {does}"), err=True)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        judge = _teacher(teacher, folder, folders, chosen, tokenizer, training_dtype(device))
+        judge = _teacher(teacher, folder, folders, chosen, tokenizer, teacher_dtype(device))
         dtype = AutoConfig.from_pretrained(folder).dtype
-        model = load_model(folder, quantization_config=config, dtype=training_dtype(device, config))
+        model = load_model(folder, quantization_config=config, dtype=training_dtype(config))
         arguments = TrainingArguments(
             output_dir=str(run), max_steps=steps or -1, num_train_epochs=1,
-            per_device_train_batch_size=batch, learning_rate=learning_rate, bf16=bf16, seed=seed,
-            save_steps=save_every, save_total_limit=2, logging_steps=10, disable_tqdm=True,
-            report_to="none", **OPTIMIZER,
+            per_device_train_batch_size=batch, learning_rate=learning_rate,
+            bf16=computes_in_bf16(device, bf16), seed=seed, save_steps=save_every,
+            save_total_limit=2, logging_steps=10, disable_tqdm=True, report_to="none", **OPTIMIZER,
         )  # fmt: skip
         started = time.perf_counter()
         planned = steps or math.ceil(len(blocks) / batch)

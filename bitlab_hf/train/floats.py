@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.tree import quantized_layers
 
 
-def training_dtype(device: str, config: BitLabConfig | None = None) -> Any:
-    """Returns the ``dtype`` with which ``from_pretrained`` loads what is trained, or a teacher.
+def training_dtype(config: BitLabConfig | None = None) -> Any:
+    """Returns the ``dtype`` with which ``from_pretrained`` loads a model that is trained.
 
-    On a CPU that is float32: most multiply 16-bit floats slowly, and the steps of training are
-    smaller than what bfloat16 tells apart. On a GPU it is that of the file.
+    That is float32, as the latent weights are: the steps of training are smaller than what bfloat16
+    tells apart. What the products are computed in, autocast decides.
 
     Args:
-        device: ``"cpu"`` or another.
         config: Of the model; with ``latent_dtype="keep"`` it keeps all of the file's dtypes.
     """
-    keeps = config is not None and config.latent_dtype == "keep"
-    return "auto" if keeps or device != "cpu" else torch.float32
+    return "auto" if config is not None and config.latent_dtype == "keep" else torch.float32
 
 
-def round_floats(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Gives float parameters the dtype that the original's file has, but for latent weights and
-    learned scales.
+def teacher_dtype(device: str) -> Any:
+    """Returns the ``dtype`` with which a teacher is loaded, which does not change while it teaches:
+    float32 on a CPU, most of which multiply 16-bit floats slowly, the file's elsewhere.
+    """
+    return torch.float32 if device == "cpu" else "auto"
+
+
+def computes_in_bf16(device: str, asked: bool | None) -> bool:
+    """Returns whether a training's products are in bfloat16 (autocast): on GPUs that have it,
+    unless asked otherwise; on CPUs where asked for.
+    """
+    if asked is not None:
+        return asked
+    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def round_floats(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    """Gives float parameters the dtype that the original's file has, but for latent weights,
+    learned scales and what the architecture keeps in float32.
 
     Not ``model.to(dtype)``: that rounds the rotary frequencies too, which a reload computes in
     float32.
@@ -47,6 +63,9 @@ def round_floats(model: nn.Module, dtype: torch.dtype | None) -> None:
         for name, parameter in owner.named_parameters(recurse=False)
         if not name.endswith("bias")
     }
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and id(parameter) not in latent:
+    # As from_pretrained looks for them: patterns of names, in which a star is anything.
+    kept = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
+    for name, parameter in model.named_parameters():
+        rounds = parameter.is_floating_point() and id(parameter) not in latent
+        if rounds and not any(re.search(pattern, name) for pattern in kept):
             parameter.data = parameter.data.to(dtype)

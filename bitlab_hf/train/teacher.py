@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bitcore.errors import ArgumentError, MissingExtraError
 from bitlab_hf.model.tree import decoder_layers
-from bitlab_hf.train.floats import training_dtype
+from bitlab_hf.train.floats import teacher_dtype
 from bitlab_hf.train.recipe import Recipe
 
 logger = logging.getLogger("bitlab")
@@ -147,7 +147,7 @@ def _read(path: str | os.PathLike[str], model: Any, recipe: Recipe) -> Any:
     source: Any = AutoModelForCausalLM if causal else type(model)
     if not recipe.teacher_8bit:
         device = next(model.parameters()).device.type
-        return source.from_pretrained(path, dtype=training_dtype(device))
+        return source.from_pretrained(path, dtype=teacher_dtype(device))
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

@@ -1,7 +1,8 @@
-"""What is not ternary trains in float32 on a CPU, and is written in the file's own dtype."""
+"""What is not ternary trains in float32, and is written in the file's own dtype."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from bitlab_hf import BitLabConfig, deploy, pretrained_config
 from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.train import BitLabTrainer
-from bitlab_hf.train.floats import round_floats, training_dtype
+from bitlab_hf.train.floats import computes_in_bf16, round_floats, teacher_dtype, training_dtype
 from tests.bitlab_hf.models import make_float_model, training_data
 from tests.bitlab_hf.train.test_trainer import arguments
 
@@ -26,10 +27,18 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bfloat16"
 
 
-def test_dtypes_to_train_in() -> None:
-    assert training_dtype("cpu") == training_dtype("cpu", BitLabConfig()) == torch.float32
-    assert training_dtype("cpu", BitLabConfig(latent_dtype="keep")) == "auto"
-    assert training_dtype("cuda") == "auto"
+def test_dtypes_to_train_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert training_dtype() == training_dtype(BitLabConfig()) == torch.float32
+    assert training_dtype(BitLabConfig(latent_dtype="keep")) == "auto"
+    assert teacher_dtype("cpu") == torch.float32
+    assert teacher_dtype("cuda") == "auto"
+    for has in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, has=has, **__: has)
+        assert computes_in_bf16("cuda", None) is has
+        assert not computes_in_bf16("cpu", None)
+        for device in ("cuda", "cpu"):
+            assert computes_in_bf16(device, True)
+            assert not computes_in_bf16(device, False)
 
 
 @pytest.mark.parametrize("deployed", [False, True])
@@ -48,6 +57,19 @@ def test_floats_are_rounded_and_ternary_weights_are_not(source: Path, deployed: 
             assert torch.equal(value, held[name])
         else:
             assert value.dtype == torch.bfloat16
+
+
+def test_what_an_architecture_keeps_in_float32_is_not_rounded(source: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict = (
+        {"lm_head"},
+        {"layers.*layernorm"},
+    )
+    for dtype, kept in ((torch.bfloat16, "layernorm"), (torch.float16, "lm_head|layernorm")):
+        model.float()
+        round_floats(model, dtype)
+        for name, value in model.state_dict().items():
+            assert (value.dtype == torch.float32) == bool(re.search(kept, name)), name
 
 
 def test_a_teacher_by_its_path_is_loaded_in_float32(source: Path, tmp_path: Path) -> None:
