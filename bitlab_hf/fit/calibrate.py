@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from bitcore.errors import ArgumentError, LifecycleError, NonFiniteError
+from bitlab_hf.fit.confidence import fit_confidence
 from bitlab_hf.fit.experts import fit_experts
 from bitlab_hf.fit.kept import KeptLayers, LayerReport, fit_of, settings_of
 from bitlab_hf.fit.latent import check_estimator
 from bitlab_hf.fit.matrix import Matrix
 from bitlab_hf.fit.room import Room
 from bitlab_hf.fit.solve import Moments, damped, loss_of, solve, wanted_weight
-from bitlab_hf.fit.streams import Originals, Unit, find_units
+from bitlab_hf.fit.streams import Originals, Unit, find_units, whole_calls
 from bitlab_hf.fit.sums import SumFinder
 from bitlab_hf.fit.taps import AnyTap, Batch, ExpertsTap, Tap, tapped
 from bitlab_hf.model.experts import expert_modules
@@ -49,6 +50,7 @@ class CalibrationReport:
         seconds: How long it took.
         rounded: The experts that keep the codes of their rounding, ``MODULE.NUMBER``: no token
             has reached them.
+        logit_scale: What the last norm, and so the logits, were multiplied by.
     """
 
     layers: tuple[LayerReport, ...]
@@ -56,6 +58,7 @@ class CalibrationReport:
     tokens: int
     seconds: float
     rounded: tuple[str, ...] = ()
+    logit_scale: float = 1.0
 
     def __str__(self) -> str:
         before = sum(layer.rounding_error for layer in self.layers) / len(self.layers)
@@ -64,6 +67,8 @@ class CalibrationReport:
             f"{len(self.layers)} layers calibrated on {self.samples} samples ({self.tokens} "
             f"tokens) in {self.seconds:.0f} s; mean relative error of their outputs "
             f"{after:.3f}, rounded {before:.3f}"
+            + f"; logits times {self.logit_scale:.2f}"
+            * (self.logit_scale != 1)
             + f"; {len(self.rounded)} experts that no token reached keep their rounding, such as "
             f"{next(iter(self.rounded), None)}" * bool(self.rounded)
         )
@@ -105,7 +110,9 @@ def calibrate(
     get to see.
 
     The latent weights are replaced by ones that the model's own estimator ternarizes to these
-    codes: train from there, or `deploy` at once.
+    codes: train from there, or `deploy` at once. The last norm is multiplied by one factor, for
+    which the next tokens' distribution is nearest to the original's (`confidence`), unless
+    ``blocks`` leave some out.
 
     Args:
         model: A latent model from ``from_pretrained`` or `replace_linear`; changed in place.
@@ -188,13 +195,17 @@ def calibrate(
                     batch.original, batch.ternary = pair
             # The next block's are made beside nothing of this one.
             batches.clear()
+        scale = 1.0
+        if blocks in (None, range(len(layers))):
+            everything = Unit(inner, list(taps.values()), streams, whole=True)
+            scale = fit_confidence(everything, whole_calls(inner, ids, with_logits=False), streams)
         for module, tap in taps.items():
             if module in wanted:
                 tap.commit()
     tokens = sum(part.numel() for part in ids)
     samples_run = sum(len(part) for part in ids)
     seconds = time.monotonic() - started
-    return CalibrationReport(tuple(reports), samples_run, tokens, seconds, tuple(rounded))
+    return CalibrationReport(tuple(reports), samples_run, tokens, seconds, tuple(rounded), scale)
 
 
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -271,8 +271,7 @@ def find_units(
         raise ArgumentError(
             f"calibrate: blocks must be of the {len(blocks)} decoder layers, got {wanted}"
         )
-    options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    whole = [Batch(part, part, part.device, (), dict(options)) for part in ids]
+    whole = whole_calls(model, ids)
     everything = Unit(model, list(taps.values()), streams, whole=True)
     recorder = _Recorder(blocks, span, streams.room)
     try:
@@ -303,6 +302,19 @@ def find_units(
     if not outside or span.stop < len(blocks):
         return units
     return [*units, (Unit(model, outside, streams, whole=True), whole)]
+
+
+def whole_calls(model: nn.Module, ids: list[Tensor], with_logits: bool = True) -> list[Batch]:
+    """Returns what all of a model is called with.
+
+    Args:
+        model: The model.
+        ids: Token ids [B, L] of each batch.
+        with_logits: Of all tokens; else of the last ones alone, where the model can.
+    """
+    options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    whole = [Batch(part, part, part.device, (), dict(options)) for part in ids]
+    return whole if with_logits else [_without_logits(model, batch) for batch in whole]
 
 
 def _without_logits(model: nn.Module, batch: Batch) -> Batch:

@@ -93,7 +93,9 @@ class CalibratedStartMixin(_Base):
                 "partitions\nCalibrate before with bitlab_hf.fit.calibrate, and save the model."
             )
             return None
-        parameters = [one for layer in layers for one in layer.parameters(recurse=False)]
+        own = {one for layer in layers for one in layer.parameters(recurse=False)}
+        # Of what is not ternary a calibration changes the last norm.
+        parameters = [one for one in model.parameters() if one in own or one.dim() == 1]
         before = [one.detach().clone() for one in parameters]
         batches = self._calibration_batches(_widest(layers))
         with self.accelerator.autocast(), self._calibration_bar() as progress:
