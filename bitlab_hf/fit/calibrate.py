@@ -28,7 +28,7 @@ from bitlab_hf.fit.latent import check_estimator
 from bitlab_hf.fit.matrix import Matrix
 from bitlab_hf.fit.room import Room
 from bitlab_hf.fit.solve import Moments, damped, loss_of, solve, wanted_weight
-from bitlab_hf.fit.streams import Originals, Unit, find_units, whole_calls
+from bitlab_hf.fit.streams import Originals, Unit, find_units
 from bitlab_hf.fit.sums import SumFinder
 from bitlab_hf.fit.taps import AnyTap, Batch, ExpertsTap, Tap, tapped
 from bitlab_hf.model.experts import expert_modules
@@ -197,8 +197,7 @@ def calibrate(
             batches.clear()
         scale = 1.0
         if blocks in (None, range(len(layers))):
-            everything = Unit(inner, list(taps.values()), streams, whole=True)
-            scale = fit_confidence(everything, whole_calls(inner, ids, with_logits=False), streams)
+            scale = fit_confidence(inner, taps.values(), ids, streams)
         for module, tap in taps.items():
             if module in wanted:
                 tap.commit()

@@ -8,7 +8,7 @@ fitted here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitlab_hf.fit.streams import Unit
-from bitlab_hf.fit.taps import Batch, Streams
+from bitlab_hf.fit.streams import Unit, whole_calls
+from bitlab_hf.fit.taps import AnyTap, Batch, Streams
 from bitlayers.base import BitLayerBase
 
 # One number takes no more.
@@ -45,13 +45,16 @@ class _Pass:
     logits: Tensor
 
 
-def fit_confidence(unit: Unit, batches: list[Batch], streams: Streams) -> float:
+def fit_confidence(
+    model: Any, taps: Iterable[AnyTap], ids: list[Tensor], streams: Streams
+) -> float:
     """Scales the last norm of a model whose ternary weights are known, so that its next tokens'
     distribution is nearest to the original's.
 
     Args:
-        unit: All of the model, with taps in it.
-        batches: What it is called with; some 4096 tokens of them are looked at.
+        model: The model.
+        taps: In it.
+        ids: Token ids [B, L] of batches; some 4096 tokens of them are looked at.
         streams: The taps'.
 
     Returns:
@@ -62,14 +65,14 @@ def fit_confidence(unit: Unit, batches: list[Batch], streams: Streams) -> float:
     Source: temperature scaling, arXiv 1706.04599, towards the original's distribution (KL) instead
         of labels.
     """
-    model: Any = unit.module
     finds = getattr(model, "get_output_embeddings", None)
     head = None if finds is None else finds()
     base = getattr(model, "base_model", model)
     if head is None or base is model or getattr(model.config, "is_encoder_decoder", False):
         return 1.0
-    few = _few(batches)
-    originals = [_run(unit, base, batch, original=True) for batch in few]
+    unit = Unit(model, list(taps), streams, whole=True)
+    few = whole_calls(model, _few(ids), with_logits=False)
+    originals = [_run(unit, base, batch, streams, original=True) for batch in few]
     first = originals[0]
     if first is None or first.norm is None or first.inputs is None:
         return 1.0
@@ -80,7 +83,7 @@ def fit_confidence(unit: Unit, batches: list[Batch], streams: Streams) -> float:
         return 1.0
     losses = torch.zeros(len(_EXPONENTS), dtype=torch.float64)
     for batch, original in zip(few, originals, strict=True):
-        ternary = _run(unit, base, batch, original=False)
+        ternary = _run(unit, base, batch, streams, original=False)
         if original is None or ternary is None:
             return 1.0
         losses += _losses(head, shown, original.states, ternary.states, streams)
@@ -89,16 +92,19 @@ def fit_confidence(unit: Unit, batches: list[Batch], streams: Streams) -> float:
     return factor
 
 
-def _few(batches: list[Batch]) -> list[Batch]:
-    """Returns the first of them that have tokens enough."""
-    taken, tokens = 0, 0
-    while taken < len(batches) and tokens < _TOKENS:
-        tokens += batches[taken].original.numel()
-        taken += 1
-    return batches[:taken]
+def _few(ids: list[Tensor]) -> list[Tensor]:
+    """Returns rows that have tokens enough, one by one: taps note what all layers read."""
+    rows: list[Tensor] = []
+    for row in (row for part in ids for row in part.split(1)):
+        if sum(map(torch.numel, rows)) >= _TOKENS:
+            break
+        rows.append(row)
+    return rows
 
 
-def _run(unit: Unit, base: nn.Module, batch: Batch, original: bool) -> _Pass | None:
+def _run(
+    unit: Unit, base: nn.Module, batch: Batch, streams: Streams, original: bool
+) -> _Pass | None:
     """Runs all of the model; None where it gives no hidden states or logits."""
     states: list[Any] = []
     calls: Counter[nn.Module] = Counter()
@@ -111,6 +117,7 @@ def _run(unit: Unit, base: nn.Module, batch: Batch, original: bool) -> _Pass | N
     own = [module for module in base.modules() if module._parameters and module is not base]
     with _hooks([*((one, note) for one in own)]), _hooks([(base, lambda *a: states.append(a[2]))]):
         output = unit.run(batch, original)
+    streams.calls.clear()
     found = getattr(states[0], "last_hidden_state", None) if states else None
     logits = getattr(output, "logits", output)
     if not isinstance(found, Tensor) or not isinstance(logits, Tensor) or logits.dim() != 3:

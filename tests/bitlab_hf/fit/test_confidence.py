@@ -21,7 +21,6 @@ from transformers import (
 
 from bitlab_hf.fit import confidence
 from bitlab_hf.fit.confidence import fit_confidence
-from bitlab_hf.fit.streams import Unit, whole_calls
 from bitlab_hf.fit.taps import Streams
 from bitlab_hf.train import calibrate
 from tests.bitlab_hf.models import (
@@ -61,10 +60,8 @@ def make(config: Any) -> Any:
 
 def fitted(model: nn.Module) -> float:
     """Fits a model without any ternary layer to itself."""
-    streams = Streams()
-    unit = Unit(model, [], streams, whole=True)
     with torch.no_grad():
-        return fit_confidence(unit, whole_calls(model, [token_ids()], with_logits=False), streams)
+        return fit_confidence(model, [], [token_ids()], Streams())
 
 
 def scaled(name: str, logits: Tensor, model: Any, factor: float) -> Tensor:
