@@ -25,7 +25,7 @@ _TOKENS = 4096
 # Octaves from a half to 1.4 in eighths; between them the loss is a parabola.
 _EXPONENTS = [eighth / 8 for eighth in range(-8, 5)]
 # Logits that are held at a time.
-_ELEMENTS = 2**24
+_ELEMENTS = 2**22
 
 
 @dataclass
