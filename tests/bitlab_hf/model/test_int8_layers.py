@@ -187,8 +187,8 @@ def test_calibration_leaves_them_alone(source: Path) -> None:
     assert fitted == {found.names[0] for found in quantized_layers(model)}
     assert not fitted.intersection(MLP)
     for name, tensor in model.state_dict().items():
-        is_fitted = name.removesuffix(".weight") in fitted
-        assert torch.equal(tensor, before[name]) is not is_fitted, name
+        changes = name.removesuffix(".weight") in fitted or name == "model.norm.weight"
+        assert torch.equal(tensor, before[name]) is not changes, name
 
 
 def test_float_again(source: Path, tmp_path: Path) -> None:
