@@ -76,8 +76,10 @@ def lines_of(run: Run) -> Iterator[Line]:
 def draw(lines: list[Line], path: Path) -> None:
     """Writes the plot."""
     plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.5), sharey=True)
     for axis, named in zip(axes, ("tokens", "seconds"), strict=True):
+        # As many colours as runs may have rows, and both panels alike.
+        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
         for line in lines:
             at = getattr(line, named)
             means = [sum(seeds) / len(seeds) for seeds in line.above]
@@ -95,9 +97,10 @@ def draw(lines: list[Line], path: Path) -> None:
         axis.set_xlabel("tokens fitted and trained on" if named == "tokens" else "seconds")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("nats a token above full precision, held-out articles")
-    axes[1].legend(fontsize=7)
     figure.suptitle("SmolLM2-135M, ternary")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.2, 1, 1))
+    # Below both, where it hides no point.
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncols=3, loc="lower center")
     figure.savefig(path, dpi=110)
 
 
