@@ -63,15 +63,19 @@ class CalibrationReport:
     def __str__(self) -> str:
         before = sum(layer.rounding_error for layer in self.layers) / len(self.layers)
         after = sum(layer.error for layer in self.layers) / len(self.layers)
-        return (
+        told = [
             f"{len(self.layers)} layers calibrated on {self.samples} samples ({self.tokens} "
             f"tokens) in {self.seconds:.0f} s; mean relative error of their outputs "
             f"{after:.3f}, rounded {before:.3f}"
-            + f"; logits times {self.logit_scale:.2f}"
-            * (self.logit_scale != 1)
-            + f"; {len(self.rounded)} experts that no token reached keep their rounding, such as "
-            f"{next(iter(self.rounded), None)}" * bool(self.rounded)
-        )
+        ]
+        if self.logit_scale != 1:
+            told.append(f"logits times {self.logit_scale:.2f}")
+        if self.rounded:
+            told.append(
+                f"{len(self.rounded)} experts that no token reached keep their rounding, such as "
+                f"{self.rounded[0]}"
+            )
+        return "; ".join(told)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def fit_confidence(
     Returns:
         The factor, 0.5 to 1.41. 1 where nothing changed: the model predicts no tokens, or what
         makes its logits is not a norm, a head and a factor or soft cap, or the norm is not one that
-        weights scale, is shared, or is frozen while others train.
+        weights scale, is shared, or is frozen while others train, or logits are not finite.
 
     Source: temperature scaling, arXiv 1706.04599, towards the original's distribution (KL) instead
         of labels.
@@ -87,6 +87,8 @@ def fit_confidence(
         if original is None or ternary is None:
             return 1.0
         losses += _losses(head, shown, original.states, ternary.states, streams)
+    if not bool(losses.isfinite().all()):
+        return 1.0
     factor = float(2 ** _lowest(losses))
     _scale(first.norm, factor, shift)
     return factor

@@ -96,7 +96,10 @@ def test_a_model_is_as_sure_as_itself(name: str) -> None:
     assert fitted(make(MODELS[name])) == pytest.approx(1.0, abs=0.01)
 
 
-def test_what_is_no_norm_before_a_head_stays(tmp_path: Path) -> None:
+def test_what_is_no_norm_before_a_head_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confidence, "_lowest", lambda _: -0.5)
     masked = auto_class("bert").from_pretrained(make_float_model("bert", tmp_path))
     headless = AutoModel.from_pretrained(make_float_model("llama", tmp_path))
     shared = make(CONFIGS["llama"])
@@ -108,6 +111,15 @@ def test_what_is_no_norm_before_a_head_stays(tmp_path: Path) -> None:
         before = state_of(model)
         assert fitted(model) == 1.0
         assert_equal_states(state_of(model), before)
+
+
+def test_logits_that_are_not_finite_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(CONFIGS["llama"])
+    before = state_of(model)
+    wrong = torch.full((len(confidence._EXPONENTS),), torch.nan, dtype=torch.float64)
+    monkeypatch.setattr(confidence, "_losses", lambda *_: wrong)
+    assert fitted(model) == 1.0
+    assert_equal_states(state_of(model), before)
 
 
 def test_a_calibrated_model_is_nearest_to_its_original(tmp_path: Path) -> None:
