@@ -22,6 +22,7 @@ from bitlab_hf.model.deploy import deploy
 from bitlab_hf.model.groups import pretrained_config
 from bitlab_hf.model.replace import replace_linear
 from bitlab_hf.model.tree import quantized_layers
+from bitlab_hf.model.verifying import verify_exactly
 from bitlab_hf.peft.guard import install as _guard_peft
 from bitlab_hf.peft.merge import MergeResult, merge_and_requantize
 from bitlab_hf.peft.trl import install as _guard_trl
@@ -55,4 +56,5 @@ __all__ = [
     "record_facts",
     "replace_linear",
     "save",
+    "verify_exactly",
 ]

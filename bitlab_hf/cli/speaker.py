@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import time
+from contextlib import suppress
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
-from bitcore.errors import ArgumentError
+from bitcore.errors import ArgumentError, LifecycleError
 from bitlab_hf.cli.common import progress
 from bitlab_hf.demo.terminal import printable
 
@@ -37,7 +38,7 @@ PromptLookup = Annotated[
         min=1,
         max=64,
         help="Tokens to guess at a time from the text so far, and verify in one pass; quicker "
-        "where a text repeats itself. Rounding of a pass of several tokens may change the text.",
+        "where a text repeats itself. The greedy text of a deployed model is the same.",
         show_default=False,
     ),
 ]
@@ -99,10 +100,18 @@ class Speaker:
             self._options["temperature"] = temperature
         if lookup is not None:
             self._options["prompt_lookup_num_tokens"] = lookup
+            self._verify()
         self._compile_seconds: float | None = None
         if compiling is not None:
             self._options["cache_implementation"] = "static"
             self._compile_seconds = self._compile(compiling)
+
+    def _verify(self) -> None:
+        """Lets guesses change nothing, where the model is one for which they can."""
+        from bitlab_hf import verify_exactly
+
+        with suppress(LifecycleError, ArgumentError):
+            verify_exactly(self._model)
 
     def _compile(self, compiling: Compiling) -> float:
         """Compiles by a first token and a step; returns the seconds."""

@@ -139,6 +139,8 @@ def figures(kind: str, result: Result) -> Result:
         # The texts that were compared are long; the counts are what came of it.
         kept["rows"] = [_in_units(one, "gb", 1e9) for one in result["rows"]]
         kept |= {key: result["settings"][key] for key in ("threads", "tokens", "geometry")}
+    elif kind == "lookup":
+        kept |= {key: result[key] for key in ("rows", "model", "guesses", "tokens")}
     elif kind == "calibration":
         kept |= {key: result[key] for key in ("samples", "length")}
         kept["layers"] = [

@@ -158,6 +158,17 @@ def _compiled(run: Run) -> Iterator[Cells]:
             yield [geometry, name, how, str(run.result["threads"]), *cells]
 
 
+def _lookup(run: Run) -> Iterator[Cells]:
+    rows = run.result["rows"] if run.kind == "lookup" else []
+    for one in rows[1:]:
+        yield [
+            run.result["model"], one["how"], str(run.result["guesses"]),
+            *(figure(row["tokens_per_second"]) for row in (one, rows[0])),
+            *(f"{one[f'gain_{what}']:.2f}" for what in ("p50", "least", "most")),
+            f"{one['same_texts']} of {one['texts']}",
+        ]  # fmt: skip
+
+
 def _mixtures(run: Run) -> Iterator[Cells]:
     for one in run.result["engines"] if run.kind == "experts_model" else []:
         names = ("decode_tok_s", "prompt_tok_s", "load_seconds", "peak_gb", "file_gb")
@@ -329,6 +340,11 @@ TABLES: dict[str, Table] = {
     "memory": Table(["engine", "load, s", "file, GB", "peak, GB", "above, GB"], _memory, 1),
     "compiled": Table(
         ["geometry", "engine", "compiled", "threads", "tokens/s", "without", "ratio"], _compiled, 4,
+    ),
+    "lookup": Table(
+        ["model", "guesses verified by", "guesses", "tokens/s", "without", "gain, p50", "least",
+         "most", "same text"],
+        _lookup,
     ),
     "load": Table(
         ["geometry", "engine", "against", "tensors", "the other's", "load, s", "the other, s",

@@ -129,6 +129,23 @@ def test_generate(tmp_path: Path) -> None:
     assert_targets(result, output)
 
 
+def test_lookup(tmp_path: Path) -> None:
+    output = tmp_path / "lookup.json"
+    script = SCRIPTS / "bench/lookup.py"
+    done = processes.run(script, "--quick", "--threads", "1", "--json", output)
+    assert done.returncode == 0, done.stderr
+    plain, stock, exact = json.loads(output.read_text())["rows"]
+    assert [row["how"] for row in (plain, stock, exact)] == [
+        "without", "transformers", "verify_exactly",
+    ]  # fmt: skip
+    assert plain["gain_p50"] == 1
+    assert exact["same_texts"] == exact["texts"] == 2
+    for row in (stock, exact):
+        assert 0 < row["gain_least"] <= row["gain_p50"] <= row["gain_most"]
+        assert row["tokens_per_second"] > 0
+    assert "| verify_exactly |" in output.with_suffix(".md").read_text()
+
+
 @pytest.mark.ci
 def test_load(tmp_path: Path) -> None:
     result, output = run("bench/load.py", tmp_path, "--threads", "1")

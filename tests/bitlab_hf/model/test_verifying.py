@@ -1,0 +1,126 @@
+"""verify_exactly: guessed tokens have the bits that they have one by one."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bitcore.errors import ArgumentError, LifecycleError
+from bitlab_hf import BitLabConfig, deploy, replace_linear, verify_exactly
+from bitlab_hf.model.verifying import _Alone
+from tests.bitlab_vllm.models import CASES, make_deployed, token_ids
+
+NEW = 24
+OPTIONS: dict[str, Any] = {
+    "max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
+    "output_logits": True, "return_dict_in_generate": True,
+}  # fmt: skip
+# Gemma's window is 64. A router; float layers beside ternary ones; weights alone; a ternary head.
+MODELS = ["mistral-groups", "gemma3", "qwen3-moe"]
+MORE = ["ternary-tied", "llama-channel", "qwen2-weights", "int8-layers"]
+
+
+def prompts() -> list[Tensor]:
+    """What the models have learned, said twice; a window that guesses leave, and one that the
+    prompt has left; what has no guess.
+    """
+    learned = token_ids(3, 4, 24)
+    again = token_ids(5, 40).repeat(4)
+    return [learned[0].repeat(2), learned[1].repeat(3)[:62], again[:130], learned[1][:5]]
+
+
+def generate(model: Any, prompt: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Returns the new tokens, and the logits of each."""
+    given = {"attention_mask": torch.ones_like(prompt)[None], **OPTIONS, **options}
+    found = model.generate(prompt[None], **given)
+    return found.sequences[0, len(prompt) :], torch.cat(list(found.logits))[:NEW]
+
+
+@pytest.mark.parametrize(
+    "name", [*MODELS, *(pytest.param(one, marks=pytest.mark.ci) for one in MORE)]
+)
+def test_guesses_change_no_bit(name: str, tmp_path: Path) -> None:
+    model = make_deployed(CASES[name], tmp_path)
+    # A float head takes all guesses at once, which rounds otherwise.
+    if type(model.lm_head) is torch.nn.Linear:
+        model.lm_head.forward = _Alone(model.lm_head.forward)
+    plain = [generate(model, one) for one in prompts()]
+    verify_exactly(model)
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    model.register_forward_pre_hook(count)
+    for prompt, (tokens, logits) in zip(prompts(), plain, strict=True):
+        found = generate(model, prompt, prompt_lookup_num_tokens=4)
+        assert torch.equal(found[0], tokens)
+        assert torch.equal(found[1], logits)
+    assert passes < len(plain) * NEW
+    # And without guesses nothing is another.
+    assert torch.equal(generate(model, prompts()[0])[1], plain[0][1])
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Any:
+    return make_deployed(CASES["mistral-groups"], tmp_path)
+
+
+def test_another_model_guesses(model: Any) -> None:
+    prompt = prompts()[1]
+    plain = generate(model, prompt)
+    assistant = copy.deepcopy(model)
+    verify_exactly(model)
+    found = generate(model, prompt, assistant_model=assistant)
+    assert torch.equal(found[0], plain[0])
+    assert torch.equal(found[1], plain[1])
+
+
+@pytest.mark.parametrize("hidden", [slice(0, 7), slice(9, 12)])
+def test_masked_tokens_are_not_seen(model: Any, hidden: slice) -> None:
+    """Padding, and a gap: the bits may be others, what is hidden has no say."""
+    prompt = prompts()[0]
+    mask = torch.ones_like(prompt)[None]
+    mask[:, hidden] = 0
+    tokens, logits = generate(model, prompt, attention_mask=mask)
+    verify_exactly(model)
+    for noise in (0, 1):
+        prompt[hidden] = prompt[hidden] % 200 + 3 + noise
+        found = generate(model, prompt, attention_mask=mask, prompt_lookup_num_tokens=4)
+        assert torch.equal(found[0], tokens)
+        assert torch.allclose(found[1], logits, atol=0.05)
+
+
+def test_copies_and_a_second_call(model: Any) -> None:
+    prompt = prompts()[0]
+    plain = generate(model, prompt)
+    verify_exactly(model)
+    hooks = len(model._forward_hooks)
+    verify_exactly(model)
+    assert len(model._forward_hooks) == hooks
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.qweight.zero_()
+    found = generate(copied, prompt, prompt_lookup_num_tokens=4)
+    assert torch.equal(found[1], plain[1])
+
+
+def test_what_it_cannot_do(model: Any) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    latent = LlamaForCausalLM(
+        LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    ).eval()
+    replace_linear(latent, BitLabConfig())
+    with pytest.raises(LifecycleError, match="verify_exactly: the model must be deployed"):
+        verify_exactly(latent)
+    deploy(latent)
+    latent.set_attn_implementation("eager")
+    with pytest.raises(ArgumentError, match="must be 'sdpa', got 'eager'"):
+        verify_exactly(latent)
