@@ -201,7 +201,7 @@ def calibrate(
             batches.clear()
         scale = 1.0
         if blocks in (None, range(len(layers))):
-            scale = fit_confidence(inner, taps.values(), ids, streams)
+            scale = fit_confidence(inner, ids, streams)
         for module, tap in taps.items():
             if module in wanted:
                 tap.commit()

@@ -8,7 +8,7 @@ fitted here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bitlab_hf.fit.streams import Unit, whole_calls
-from bitlab_hf.fit.taps import AnyTap, Batch, Streams
+from bitlab_hf.fit.taps import Batch, Streams
 from bitlayers.base import BitLayerBase
 
 # One number takes no more.
@@ -45,17 +45,14 @@ class _Pass:
     logits: Tensor
 
 
-def fit_confidence(
-    model: Any, taps: Iterable[AnyTap], ids: list[Tensor], streams: Streams
-) -> float:
+def fit_confidence(model: Any, ids: list[Tensor], streams: Streams) -> float:
     """Scales the last norm of a model whose ternary weights are known, so that its next tokens'
     distribution is nearest to the original's.
 
     Args:
         model: The model.
-        taps: In it.
         ids: Token ids [B, L] of batches; some 4096 tokens of them are looked at.
-        streams: The taps'.
+        streams: Those of the taps in it.
 
     Returns:
         The factor, 0.5 to 1.41. 1 where nothing changed: the model predicts no tokens, or what
@@ -70,7 +67,7 @@ def fit_confidence(
     base = getattr(model, "base_model", model)
     if head is None or base is model or getattr(model.config, "is_encoder_decoder", False):
         return 1.0
-    unit = Unit(model, list(taps), streams, whole=True)
+    unit = Unit(model, [], streams, whole=True)
     few = whole_calls(model, _few(ids), with_logits=False)
     originals = [_run(unit, base, batch, streams, original=True) for batch in few]
     first = originals[0]
@@ -95,7 +92,7 @@ def fit_confidence(
 
 
 def _few(ids: list[Tensor]) -> list[Tensor]:
-    """Returns rows that have tokens enough, one by one: taps note what all layers read."""
+    """Returns rows that have tokens enough, one by one."""
     rows: list[Tensor] = []
     for row in (row for part in ids for row in part.split(1)):
         if sum(map(torch.numel, rows)) >= _TOKENS:
@@ -119,7 +116,6 @@ def _run(
     own = [module for module in base.modules() if module._parameters and module is not base]
     with _hooks([*((one, note) for one in own)]), _hooks([(base, lambda *a: states.append(a[2]))]):
         output = unit.run(batch, original)
-    streams.calls.clear()
     found = getattr(states[0], "last_hidden_state", None) if states else None
     logits = getattr(output, "logits", output)
     if not isinstance(found, Tensor) or not isinstance(logits, Tensor) or logits.dim() != 3:
@@ -224,7 +220,6 @@ def _losses(
             logits = shown(raw * 2**exponent + added)
             loss = logits.logsumexp(-1) - (share * logits).sum(-1)
             losses[index] += loss.sum().double().cpu()
-        streams.calls.clear()
     return losses
 
 

@@ -28,6 +28,7 @@ class Unit:
     def run(self, batch: Batch, original: bool, last: AnyTap | None = None) -> Any:
         """Runs it in one of the streams; returns its output, or None if it ended before."""
         self._streams.original, self._streams.last = original, last
+        self._streams.wanted = self.taps
         self._streams.calls.clear()
         try:
             output = self.module(batch.first(original), *batch.rest, **batch.named)
@@ -63,7 +64,9 @@ class Unit:
                     same = x is last and _multiply_alike(kept.groups[-1][0], tap)
                     kept.groups[-1].append(tap) if same else kept.groups.append([tap])
                     seen.add(tap)
-                    if not same and not self.whole:
+                    # A layer whose output is added to something is fitted to the sum.
+                    is_added = isinstance(tap, Tap) and tap in kept.places
+                    if not same and not self.whole and not is_added:
                         kept.inputs[tap] = [None] * len(batches)
                 # A layer that is called again is fitted to its first call.
                 if tap in kept.inputs and kept.inputs[tap][number] is None:
@@ -165,8 +168,8 @@ class Originals:
 
     Attributes:
         groups: Its taps in the order of their calls, together where they read one tensor.
-        inputs: Of the first tap of each group, its inputs [..., K] in each batch; empty for a whole
-            model.
+        inputs: Of the first tap of each group, its inputs [..., K] in each batch; none of a layer
+            whose output is added to something, and of a whole model.
         outputs: Of the unit in each batch, likewise.
         places: Taps whose outputs are added to something, and where the sum stands.
         sums: Of the places in the block, the sums in each batch.
@@ -272,21 +275,14 @@ def find_units(
             f"calibrate: blocks must be of the {len(blocks)} decoder layers, got {wanted}"
         )
     whole = whole_calls(model, ids)
-    everything = Unit(model, list(taps.values()), streams, whole=True)
+    everything = Unit(model, [], streams, whole=True)
     recorder = _Recorder(blocks, span, streams.room)
+    streams.check = _check_finite
     try:
         for batch in whole:
             everything.run(_without_logits(model, batch), original=True)
-            for tap, x in streams.calls:
-                if not bool(torch.isfinite(x).all()):
-                    raise NonFiniteError(
-                        f"calibrate: the input of {tap.name} must be finite, got NaN or infinity; "
-                        "nothing changed\n"
-                        "It is so in the original model: run that in float32 or bfloat16, whose "
-                        "range is wide, or look for NaN in the weights before this layer."
-                    )
-            streams.calls.clear()
     finally:
+        streams.check = None
         chained = recorder.close(len(whole))
     if wanted is not None and not chained:
         raise ArgumentError(
@@ -302,6 +298,16 @@ def find_units(
     if not outside or span.stop < len(blocks):
         return units
     return [*units, (Unit(model, outside, streams, whole=True), whole)]
+
+
+def _check_finite(tap: AnyTap, x: Tensor) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise NonFiniteError(
+            f"calibrate: the input of {tap.name} must be finite, got NaN or infinity; nothing "
+            "changed\n"
+            "It is so in the original model: run that in float32 or bfloat16, whose range is wide, "
+            "or look for NaN in the weights before this layer."
+        )
 
 
 def whole_calls(model: nn.Module, ids: list[Tensor], with_logits: bool = True) -> list[Batch]:

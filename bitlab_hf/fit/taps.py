@@ -51,13 +51,17 @@ class Streams:
 
     Attributes:
         original: Whether the pass at work is the original model's.
-        calls: The taps called in it, with what they were given.
+        wanted: The taps whose calls are noted: what all layers of a model read fills the memory.
+        check: Called with each tap, noted or not, and what it is given.
+        calls: The noted taps called in it, with what they were given.
         last: The tap at which it ends, if not at its end.
         heard: A tap, and what is called with its output and says what goes on in its place.
         room: Where what is needed again later is held.
     """
 
     original: bool = True
+    wanted: Container[AnyTap] = ()
+    check: Callable[[AnyTap, Tensor], None] | None = None
     calls: list[tuple[AnyTap, Tensor]] = field(default_factory=list)
     last: AnyTap | None = None
     heard: tuple[AnyTap, Callable[[Tensor], Tensor]] | None = None
@@ -65,7 +69,10 @@ class Streams:
 
     def begin(self, tap: AnyTap, x: Tensor) -> None:
         """Notes a call; ends the pass if it is the last one."""
-        self.calls.append((tap, x))
+        if self.check is not None:
+            self.check(tap, x)
+        if tap in self.wanted:
+            self.calls.append((tap, x))
         if self.last is tap:
             raise Stop
 

@@ -61,7 +61,7 @@ def make(config: Any) -> Any:
 def fitted(model: nn.Module) -> float:
     """Fits a model without any ternary layer to itself."""
     with torch.no_grad():
-        return fit_confidence(model, [], [token_ids()], Streams())
+        return fit_confidence(model, [token_ids()], Streams())
 
 
 def scaled(name: str, logits: Tensor, model: Any, factor: float) -> Tensor:

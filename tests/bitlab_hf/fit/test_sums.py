@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from bitlab_hf import BitLabConfig, replace_linear
 from bitlab_hf.fit import calibrate as module
 from bitlab_hf.fit.streams import find_units
 from bitlab_hf.fit.sums import SumFinder
-from bitlab_hf.fit.taps import tapped
+from bitlab_hf.fit.taps import Tap, tapped
 from bitlab_hf.model.tree import decoder_layers
 
 SIZES: dict[str, Any] = {
@@ -91,12 +92,40 @@ def test_places_are_found(name: str) -> None:
         for number, (unit, batches) in enumerate(units[:2]):
             if number:
                 batches[0].original = batches[0].ternary = units[0][0].run(units[0][1][0], True)
-            places = unit.originals(batches, finder).places
+            originals = unit.originals(batches, finder)
+            places = originals.places
             names: dict[nn.Module | None, str] = {
                 inner: title for title, inner in unit.module.named_modules()
             }
             names[None] = "output"
             assert {names[tap.module]: names[place] for tap, place in places.items()} == expected
+            # No memory is taken by inputs that the solver does not ask for.
+            first = {group[0] for group in originals.groups}
+            added = {tap for tap in places if isinstance(tap, Tap)}
+            assert originals.inputs.keys() == first - added
+
+
+@torch.no_grad()
+def test_what_all_layers_read_is_not_kept() -> None:
+    """In the pass through the whole model, whose inputs are looked at: one layer's at a time."""
+    model = replace_linear(LlamaForCausalLM(LlamaConfig(**SIZES, **KEYS)))
+    held: list[int] = []
+    alive: list[weakref.ref[Tensor]] = []
+    with tapped(model) as (taps, streams):
+        begin = streams.begin
+
+        def count(tap: Any, x: Tensor) -> None:
+            begin(tap, x)
+            alive.append(weakref.ref(x))
+            held.append(sum(one() is not None for one in alive))
+
+        streams.begin = count  # type: ignore[method-assign]
+        units = find_units(model, decoder_layers(model), None, [tokens()], taps, streams)
+        assert not streams.calls
+        assert streams.check is None
+    # Queries, keys and values read one tensor, gate and up another.
+    assert len(held) == 14 == sum(len(unit.taps) for unit, _ in units)
+    assert max(held) <= 4
 
 
 @pytest.mark.parametrize("activation", ["int8", "float32"])
