@@ -208,5 +208,5 @@ def test_the_demo_from_the_wheel_without_a_compiler(
     info = json.loads(installed.run("bitlab", "info", "--json"))
     assert any(b["name"] == "cpu" and b["chosen"] for b in info["backends"])
     output = str(tmp_path / "demo")
-    said = installed.run("bitlab", "demo", "--quick", "--tokens", "20000", "--output", output)
+    said = installed.run("bitlab", "demo", "--quick", "--tokens", "6000", "--output", output)
     assert "bit-identical" in said

@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from bitcore.errors import ArgumentError, LifecycleError
+from bitlab_hf.model.decoding_attention import UNSUPPORTED
 from bitlab_hf.model.tree import quantized_layers
 from bitlayers.state import LayerState
 
@@ -164,12 +165,16 @@ def attend_each_alone(
         key: [B, key heads, T, D], T of at least M: the cache's, and these tokens'.
         value: [B, key heads, T, D'].
         attention_mask: bool [B, 1, M, T]; None is causal, with M = T.
-        kwargs: Those of transformers' attention functions.
+        kwargs: Those of transformers' attention functions. Where they ask for more than masks and
+            windows, all attend at once, as they do in attention that is not causal.
 
     Returns:
         [B, M, heads, D'] of query's dtype, and no weights.
     """
     length, total = query.shape[2], key.shape[2]
+    asked = any(kwargs.get(name) is not None for name in UNSUPPORTED)
+    if asked or not getattr(module, "is_causal", True):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     window, outputs = kwargs.get("sliding_window"), []
     for start, stop in _parts(length):
         end = total - length + stop

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bitcore.errors import ArgumentError, LifecycleError
 from bitlab_hf import BitLabConfig, deploy, replace_linear, verify_exactly
-from bitlab_hf.model.verifying import _Alone
+from bitlab_hf.model.verifying import _Alone, _current, attend_each_alone
 from tests.bitlab_vllm.models import CASES, make_deployed, token_ids
 
 NEW = 24
@@ -124,3 +125,19 @@ def test_what_it_cannot_do(model: Any) -> None:
     latent.set_attn_implementation("eager")
     with pytest.raises(ArgumentError, match="must be 'sdpa', got 'eager'"):
         verify_exactly(latent)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_attends_otherwise_attends_at_once(causal: bool) -> None:
+    """Encoders, and biases of positions: the guesses of a pass are no special queries there."""
+    attention = torch.nn.Module()
+    attention.is_causal = causal  # type: ignore[assignment]
+    query, key, value = torch.randn(3, 1, 2, 5, 16).unbind(0)
+    bias = {"position_bias": torch.randn(1, 2, 5, 5)} if causal else {}
+    _current.begin(3)
+    try:
+        found, _ = attend_each_alone(attention, query, key, value, None, **bias)
+    finally:
+        _current.begin(1)
+    expected, _ = sdpa_attention_forward(attention, query, key, value, None, **bias)
+    assert torch.equal(found, expected)
