@@ -133,7 +133,7 @@ def test_what_attends_otherwise_attends_at_once(causal: bool) -> None:
     attention = torch.nn.Module()
     attention.is_causal = causal  # type: ignore[assignment]
     query, key, value = torch.randn(3, 1, 2, 5, 16).unbind(0)
-    bias = {"position_bias": torch.randn(1, 2, 5, 5)} if causal else {}
+    bias: dict[str, Any] = {"position_bias": torch.randn(1, 2, 5, 5)} if causal else {}
     _current.begin(3)
     try:
         found, _ = attend_each_alone(attention, query, key, value, None, **bias)
