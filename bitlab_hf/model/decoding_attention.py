@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 EXACT, FUSED = "bitlab_decoding_exact", "bitlab_decoding_fused"
-# What transformers' attention functions may be asked for, and BitLab's do not do by themselves.
-UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
+# What transformers' attention functions may be asked for, and this one does not do.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
 
 
 def attend_as_eager(
@@ -75,7 +75,7 @@ def attend_fused(
     Raises:
         NotImplementedError: An argument asks for more.
     """
-    asked = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
+    asked = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if asked or dropout or query.shape[2] != 1 or attention_mask.dtype is not torch.bool:
         raise NotImplementedError(f"attention with {asked or 'another mask, length or dropout'}")
     batch, heads, _, width = query.shape

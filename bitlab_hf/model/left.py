@@ -22,7 +22,7 @@ from bitlayers.quantized import QuantizedModule
 
 logger = logging.getLogger("bitlab")
 _EXPERTS = re.compile("expert", re.IGNORECASE)
-_ROUTER = re.compile("rout|gating|topk", re.IGNORECASE)
+ROUTER = re.compile("rout|gating|topk", re.IGNORECASE)
 # Linear weights that stay float without anybody having asked for it are worth a word from here on.
 _NOTABLE_SHARE = 0.01
 
@@ -139,7 +139,7 @@ def _routers(model: nn.Module, found: list[Found[nn.Linear]]) -> set[str]:
                 continue
             within = [inner.rsplit(".", depth)[0] for depth in range(inner.count(".") + 1)]
             classes = [type(modules[prefix + part]).__name__ for part in within if part]
-            called = any(map(_ROUTER.search, [*classes, *inner.split(".")]))
+            called = any(map(ROUTER.search, [*classes, *inner.split(".")]))
             beside = inner.count(".") < 2 and layer.module.out_features in counts
             if called or beside:
                 routers.add(name)
@@ -153,7 +153,7 @@ def _experts_in(block: nn.Module) -> list[str]:
         for name, child in block.named_children()
         if not isinstance(child, nn.Linear)
         and _EXPERTS.search(f"{name} {type(child).__name__}")
-        and not _ROUTER.search(type(child).__name__)
+        and not ROUTER.search(type(child).__name__)
     ]
 
 
@@ -227,7 +227,7 @@ def _expert_tensors(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         for name, module in model.named_modules()
         if not isinstance(module, layers)
         and _EXPERTS.search(f"{name} {type(module).__name__}")
-        and not _ROUTER.search(type(module).__name__)
+        and not ROUTER.search(type(module).__name__)
         for leaf, parameter in module.named_parameters(recurse=False)
         if parameter.dim() >= 2
     ]

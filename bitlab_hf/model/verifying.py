@@ -6,38 +6,40 @@ row at a time. Attention has not, nor have float matrices: torch's kernels add u
 where there are several rows. With int8 activations a last bit becomes a code, and a code another
 text. So guessed tokens attend one by one here, each to the keys that it would have found without
 guesses, and go one by one through routers and through layers of float activations.
+
+A pass without guesses is as it was, and so is what is not known to be attention of this kind.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from bitcore.errors import ArgumentError, LifecycleError
-from bitlab_hf.model.decoding_attention import UNSUPPORTED
+from bitlab_hf.model.left import ROUTER
 from bitlab_hf.model.tree import quantized_layers
 from bitlayers.state import LayerState
 
-VERIFYING = "bitlab_verifying"
-
-
 # The first key that queries need, and their mask.
 Seen = tuple[int, Tensor | None]
+# Of transformers' attention functions; they ask for more than masks and windows.
+_OTHERWISE = ("softcap", "s_aux", "position_bias", "cache", "indices")
 
 
 class _Pass(threading.local):
     """The pass that a thread is in.
 
     Attributes:
-        logits: Of how many tokens it gives logits: the last that is certain, and guesses.
+        logits: Of how many tokens it gives logits: the last that is certain, and guesses. 1 in a
+            pass without guesses.
         seen: What queries see, by mask and place: layers share masks.
     """
 
@@ -56,8 +58,8 @@ def verify_exactly(model: PreTrainedModel) -> None:
     """Lets `generate` with ``prompt_lookup_num_tokens`` or an ``assistant_model`` give the greedy
     text that it gives without; on the CPU bit for bit.
 
-    The model's attention becomes an implementation of BitLab's own: transformers' sdpa, but where a
-    pass is asked for the logits of several tokens.
+    In a pass that is asked for the logits of several tokens of one sequence (``logits_to_keep``)
+    they attend one by one. All others are as before.
 
     Args:
         model: A deployed causal language model with sdpa attention.
@@ -65,8 +67,9 @@ def verify_exactly(model: PreTrainedModel) -> None:
     Numerics:
         The logits are those of passes of one token. Of a head in 16 or 32 bits they may differ by
         rounding, which decides where two tokens are equally likely: it is read once for all
-        guesses. So may those of experts that were left float, or have float activations. Sampled
-        text differs, since random numbers are drawn in another order.
+        guesses. So may those of experts that were left float, or have float activations, and of
+        attention with more than masks and windows. Sampled text differs, since random numbers are
+        drawn in another order.
 
     Raises:
         LifecycleError: The model is not deployed.
@@ -79,14 +82,15 @@ def verify_exactly(model: PreTrainedModel) -> None:
             "Call deploy(model), or load a deployed checkpoint."
         )
     attention = model.config._attn_implementation
-    if attention == VERIFYING:
-        return
     if attention != "sdpa":
         raise ArgumentError(
             f"verify_exactly: attn_implementation must be 'sdpa', got {attention!r}\n"
             "Call model.set_attn_implementation('sdpa'), if the model has it."
         )
-    model.set_attn_implementation(VERIFYING)
+    if _enter in model._forward_pre_hooks.values():
+        return
+    # Under its own name: models ask whether it is that.
+    AttentionInterface.register("sdpa", attend_each_alone)
     model.register_forward_pre_hook(_enter, with_kwargs=True)
     model.register_forward_hook(_leave, always_call=True)
     head = model.get_output_embeddings()
@@ -101,13 +105,16 @@ def _mixes_rows(module: nn.Module) -> bool:
     """
     if isinstance(module, LayerState):
         return module.quant_config.activation == "float" and not isinstance(module, nn.Embedding)
+    if type(module) is nn.Linear:
+        return True
     weight = module._parameters.get("weight")
-    return weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding)
+    is_router = re.search(ROUTER, type(module).__name__) is not None
+    return is_router and weight is not None and weight.dim() == 2
 
 
 def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     kept = kwargs.get("logits_to_keep")
-    _current.begin(kept if isinstance(kept, int) else 1)
+    _current.begin(kept if isinstance(kept, int) and kept > 1 else 1)
 
 
 def _leave(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -130,7 +137,7 @@ class _Alone:
     """The forward of a module whose tokens go through it one by one.
 
     Args:
-        own: Takes tensors [..., M, any]; what it returns is such a one, or some.
+        own: Takes [..., M, any] and perhaps more; what it returns is such a tensor, or some.
     """
 
     def __init__(self, own: Callable[..., Any]) -> None:
@@ -139,9 +146,22 @@ class _Alone:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _Alone(copy.deepcopy(self.own, memo))
 
-    def __call__(self, *inputs: Tensor) -> Any:
-        parts = _parts(inputs[0].shape[-2])
-        found = [self.own(*(x[..., start:stop, :] for x in inputs)) for start, stop in parts]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else None
+        if _current.logits == 1 or not isinstance(x, Tensor) or x.dim() < 2:
+            return self.own(*args, **kwargs)
+
+        def part(value: Any, start: int, stop: int) -> Any:
+            is_of_tokens = isinstance(value, Tensor) and value.shape[:-1] == x.shape[:-1]
+            return value[..., start:stop, :] if is_of_tokens else value
+
+        found = [
+            self.own(
+                *(part(one, start, stop) for one in args),
+                **{name: part(one, start, stop) for name, one in kwargs.items()},
+            )
+            for start, stop in _parts(x.shape[-2])
+        ]
         if len(found) == 1:
             return found[0]
         if isinstance(found[0], Tensor):
@@ -162,19 +182,17 @@ def attend_each_alone(
     Args:
         module: The attention module.
         query: [B, heads, M, D].
-        key: [B, key heads, T, D], T of at least M: the cache's, and these tokens'.
+        key: [B, key heads, T, D].
         value: [B, key heads, T, D'].
-        attention_mask: bool [B, 1, M, T]; None is causal, with M = T.
-        kwargs: Those of transformers' attention functions. Where they ask for more than masks and
-            windows, all attend at once, as they do in attention that is not causal.
+        attention_mask: Those of transformers' attention functions.
+        kwargs: As above.
 
     Returns:
         [B, M, heads, D'] of query's dtype, and no weights.
     """
-    length, total = query.shape[2], key.shape[2]
-    asked = any(kwargs.get(name) is not None for name in UNSUPPORTED)
-    if asked or not getattr(module, "is_causal", True):
+    if not _is_cut(module, query, key, attention_mask, kwargs):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    length, total = query.shape[2], key.shape[2]
     window, outputs = kwargs.get("sliding_window"), []
     for start, stop in _parts(length):
         end = total - length + stop
@@ -189,7 +207,23 @@ def attend_each_alone(
             **kwargs,
         )  # fmt: skip
         outputs.append(output)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), None
+    return torch.cat(outputs, 1), None
+
+
+def _is_cut(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> bool:
+    """Tells whether queries are the tokens of a pass with guesses, which see those before them."""
+    length, total = query.shape[2], key.shape[2]
+    if not 1 < _current.logits <= length or query.shape[0] != 1:
+        return False
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", False) if causal is None else causal
+    if not causal or any(kwargs.get(name) is not None for name in _OTHERWISE):
+        return False
+    if mask is None:
+        return length == total
+    return mask.dtype is torch.bool and mask.shape == (1, 1, length, total)
 
 
 def _seen(mask: Tensor, start: int, stop: int, end: int, window: int | None) -> Seen:
@@ -197,16 +231,16 @@ def _seen(mask: Tensor, start: int, stop: int, end: int, window: int | None) -> 
     alone has: none where it would say nothing, but for a window that is full.
     """
     part = mask[:, :, start:stop, :end]
-    if mask.shape[0] == 1 and stop - start == 1 < mask.shape[2]:
+    if stop - start == 1:
         first = int(part[0, 0, 0].int().argmax())
         full = window is not None and end - first >= window
         if part[0, 0, 0, first:].all():
             return first, part[..., first:] if full else None
-    elif window is not None and end == stop < window and part[0, 0, -1].all():
+    elif window is not None and end == stop < window and _is_triangle(part[0, 0]):
         # A whole prompt that is shorter than the window, which its guesses leave.
         return 0, None
     return 0, part
 
 
-AttentionInterface.register(VERIFYING, attend_each_alone)
-AttentionMaskInterface.register(VERIFYING, sdpa_mask)
+def _is_triangle(mask: Tensor) -> bool:
+    return torch.equal(mask, torch.ones_like(mask).tril())

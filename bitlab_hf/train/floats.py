@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import chain
 from typing import Any
 
 import torch
@@ -12,8 +11,7 @@ from transformers import PreTrainedModel
 
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.model.experts import expert_modules
-from bitlab_hf.model.tree import find_modules
-from bitlayers.quantized import QuantizedModule
+from bitlab_hf.model.tree import quantized_layers
 
 
 def training_dtype(config: BitLabConfig | None = None) -> Any:
@@ -45,11 +43,11 @@ def computes_in_bf16(device: str, asked: bool | None) -> bool:
 
 
 def round_floats(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
-    """Gives the floats that are saved the dtype that the original's file has, parameters and
-    buffers, but for latent and packed weights, scales and what the architecture keeps in float32.
+    """Gives float parameters the dtype that the original's file has, but for latent weights,
+    learned scales and what the architecture keeps in float32.
 
-    Not ``model.to(dtype)``: that rounds the rotary frequencies too, which are not in the file and
-    which a reload computes in float32.
+    Not ``model.to(dtype)``: that rounds the rotary frequencies too, which a reload computes in
+    float32.
 
     Args:
         model: A latent or a deployed model; changed in place.
@@ -57,23 +55,17 @@ def round_floats(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
     """
     if dtype is None:
         return
-    owners: list[nn.Module] = [one.module for one in find_modules(model, QuantizedModule)]
+    owners: list[nn.Module] = [one.module for one in quantized_layers(model)]
     owners += [one.module for one in expert_modules(model)]
-    own = {
-        id(tensor)
+    latent = {
+        id(parameter)
         for owner in owners
-        for name, tensor in (*owner._parameters.items(), *owner._buffers.items())
+        for name, parameter in owner.named_parameters(recurse=False)
         if not name.endswith("bias")
     }
     # As from_pretrained looks for them: patterns of names, in which a star is anything.
     kept = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
-    buffers = ((name, one) for name, one in model.named_buffers() if _is_saved(model, name))
-    for name, tensor in chain(model.named_parameters(), buffers):
-        rounds = tensor.is_floating_point() and id(tensor) not in own
+    for name, parameter in model.named_parameters():
+        rounds = parameter.is_floating_point() and id(parameter) not in latent
         if rounds and not any(re.search(pattern, name) for pattern in kept):
-            tensor.data = tensor.data.to(dtype)
-
-
-def _is_saved(model: nn.Module, buffer: str) -> bool:
-    module, _, name = buffer.rpartition(".")
-    return name not in model.get_submodule(module)._non_persistent_buffers_set
+            parameter.data = parameter.data.to(dtype)

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bitcore.errors import ArgumentError, LifecycleError
@@ -127,17 +133,91 @@ def test_what_it_cannot_do(model: Any) -> None:
         verify_exactly(latent)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_what_attends_otherwise_attends_at_once(causal: bool) -> None:
-    """Encoders, and biases of positions: the guesses of a pass are no special queries there."""
+OTHERWISE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "not causal": ({"is_causal": False}, {}),
+    "not said to be causal": ({}, {}),
+    "not causal by argument": ({"is_causal": True}, {"is_causal": False}),
+    "biases of positions": ({"is_causal": True}, {"position_bias": torch.randn(1, 2, 5, 5)}),
+    "a mask of floats": ({"is_causal": True}, {"attention_mask": torch.randn(1, 2, 5, 5)}),
+    "a mask for each head": (
+        {"is_causal": True}, {"attention_mask": torch.ones(1, 2, 5, 5, dtype=torch.bool).tril()},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_attends_otherwise_attends_at_once(name: str) -> None:
+    """Encoders, biases, masks of other kinds: guesses are no special queries there."""
+    attributes, asked = OTHERWISE[name]
     attention = torch.nn.Module()
-    attention.is_causal = causal  # type: ignore[assignment]
-    query, key, value = torch.randn(3, 1, 2, 5, 16).unbind(0)
-    bias: dict[str, Any] = {"position_bias": torch.randn(1, 2, 5, 5)} if causal else {}
+    for key, value in attributes.items():
+        setattr(attention, key, value)
+    tensors = torch.randn(3, 1, 2, 5, 16).unbind(0)
+    asked = {"attention_mask": None, **asked}
     _current.begin(3)
     try:
-        found, _ = attend_each_alone(attention, query, key, value, None, **bias)
+        found, _ = attend_each_alone(attention, *tensors, **asked)
     finally:
         _current.begin(1)
-    expected, _ = sdpa_attention_forward(attention, query, key, value, None, **bias)
-    assert torch.equal(found, expected)
+    assert torch.equal(found, sdpa_attention_forward(attention, *tensors, **asked)[0])
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+MIXTURE: dict[str, Any] = {
+    "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_experts": 4, "num_dense_layers": 1,
+    "layer_types": ["full_attention"] * 2,
+}  # fmt: skip
+# Norms whose weight has two dimensions, routers that are given more than tokens, short windows.
+UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "norms of heads": ("cohere", {"use_qk_norm": True}),
+    "a router with a bias": ("lfm2_moe", MIXTURE),
+    "a router without one": ("lfm2_moe", {**MIXTURE, "use_expert_bias": False}),
+    "another such router": ("minimax_m2", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "a window": ("mistral", {"sliding_window": 8}),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_models(name: str) -> None:
+    kind, sizes = UNUSUAL[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES, **sizes)
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    replace_linear(model, BitLabConfig())
+    deploy(model)
+    ids = torch.randint(3, 96, (3, 7), generator=torch.Generator().manual_seed(1)).repeat(1, 2)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    with torch.no_grad():
+        plain = model(ids, attention_mask=mask).logits
+        kept = model(ids[:1], logits_to_keep=4).logits
+    expected = generate(model, ids[0], max_new_tokens=12)
+    verify_exactly(model)
+    assert model.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        # Without guesses not a bit is another, and with some the model is the same.
+        assert torch.equal(model(ids, attention_mask=mask).logits, plain)
+        assert torch.allclose(model(ids[:1], logits_to_keep=4).logits, kept, atol=0.05)
+    found = generate(model, ids[0], max_new_tokens=12, prompt_lookup_num_tokens=3)
+    size = min(len(found[1]), len(expected[1]))
+    assert torch.allclose(found[1][:size], expected[1][:size], atol=0.05)
+
+
+def test_a_static_cache_and_models_of_one_configuration(model: Any) -> None:
+    prompt = prompts()[0][None]
+    twin = copy.deepcopy(model)
+    twin.config = model.config
+    verify_exactly(model)
+    verify_exactly(twin)
+    found = generate(twin, prompt[0], prompt_lookup_num_tokens=4)
+    assert torch.equal(found[1], generate(model, prompt[0])[1])
+    with torch.no_grad():
+        plain = model(prompt).logits[:, -4:]
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        kept = model(prompt, past_key_values=cache, logits_to_keep=4).logits
+    assert torch.allclose(kept, plain, atol=0.05)
+    assert not _current.seen
