@@ -48,7 +48,8 @@ class _Pass(threading.local):
 
     def begin(self, logits: int) -> None:
         """Begins another pass."""
-        self.logits, self.seen = logits, dict[tuple[Any, ...], Seen]()
+        self.logits = logits
+        self.seen: dict[tuple[Any, ...], Seen] = {}
 
 
 _current = _Pass()
@@ -59,7 +60,8 @@ def verify_exactly(model: PreTrainedModel) -> None:
     text that it gives without; on the CPU bit for bit.
 
     In a pass that is asked for the logits of several tokens of one sequence (``logits_to_keep``)
-    they attend one by one. All others are as before.
+    they attend one by one, each to none behind it, whatever else a mask allows. All other passes
+    are as before.
 
     Args:
         model: A deployed causal language model with sdpa attention.
@@ -67,9 +69,9 @@ def verify_exactly(model: PreTrainedModel) -> None:
     Numerics:
         The logits are those of passes of one token. Of a head in 16 or 32 bits they may differ by
         rounding, which decides where two tokens are equally likely: it is read once for all
-        guesses. So may those of experts that were left float, or have float activations, and of
-        attention with more than masks and windows. Sampled text differs, since random numbers are
-        drawn in another order.
+        guesses. So may those of experts that were left float, or have float activations, of
+        prompts with padding, and of attention with more than masks and windows. Sampled text
+        differs, since random numbers are drawn in another order.
 
     Raises:
         LifecycleError: The model is not deployed.
@@ -95,7 +97,8 @@ def verify_exactly(model: PreTrainedModel) -> None:
     model.register_forward_hook(_leave, always_call=True)
     head = model.get_output_embeddings()
     for module in model.modules():
-        if module is not head and _mixes_rows(module):
+        is_new = module is not head and not isinstance(module.forward, _Alone)
+        if is_new and _mixes_rows(module):
             module.forward = _Alone(module.forward)
 
 
@@ -114,7 +117,10 @@ def _mixes_rows(module: nn.Module) -> bool:
 
 def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     kept = kwargs.get("logits_to_keep")
-    _current.begin(kept if isinstance(kept, int) and kept > 1 else 1)
+    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+    inputs = next((one for one in given if isinstance(one, Tensor)), None)
+    is_one = inputs is not None and inputs.shape[0] == 1
+    _current.begin(kept if is_one and isinstance(kept, int) and kept > 1 else 1)
 
 
 def _leave(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:

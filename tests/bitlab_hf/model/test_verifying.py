@@ -177,15 +177,24 @@ UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "a router with a bias": ("lfm2_moe", MIXTURE),
     "a router without one": ("lfm2_moe", {**MIXTURE, "use_expert_bias": False}),
     "another such router": ("minimax_m2", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "a router that views": (
+        "deepseek_v3",
+        {
+            "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 32,
+            "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "n_group": 1,
+            "topk_group": 1, "n_routed_experts": 4, "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1, "moe_intermediate_size": 64,
+        },
+    ),
     "a window": ("mistral", {"sliding_window": 8}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_models(name: str) -> None:
     kind, sizes = UNUSUAL[name]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **SIZES, **sizes)
+    config = AutoConfig.for_model(kind, **{**SIZES, **sizes})
     model: Any = AutoModelForCausalLM.from_config(config).eval()
     replace_linear(model, BitLabConfig())
     deploy(model)
@@ -194,6 +203,7 @@ def test_unusual_models(name: str) -> None:
     mask[1, :5] = 0
     with torch.no_grad():
         plain = model(ids, attention_mask=mask).logits
+        several = model(ids, attention_mask=mask, logits_to_keep=4).logits
         kept = model(ids[:1], logits_to_keep=4).logits
     expected = generate(model, ids[0], max_new_tokens=12)
     verify_exactly(model)
@@ -201,6 +211,7 @@ def test_unusual_models(name: str) -> None:
     with torch.no_grad():
         # Without guesses not a bit is another, and with some the model is the same.
         assert torch.equal(model(ids, attention_mask=mask).logits, plain)
+        assert torch.equal(model(ids, attention_mask=mask, logits_to_keep=4).logits, several)
         assert torch.allclose(model(ids[:1], logits_to_keep=4).logits, kept, atol=0.05)
     found = generate(model, ids[0], max_new_tokens=12, prompt_lookup_num_tokens=3)
     size = min(len(found[1]), len(expected[1]))
@@ -221,3 +232,11 @@ def test_a_static_cache_and_models_of_one_configuration(model: Any) -> None:
         kept = model(prompt, past_key_values=cache, logits_to_keep=4).logits
     assert torch.allclose(kept, plain, atol=0.05)
     assert not _current.seen
+
+
+def test_torch_compile_still_takes_all_of_it(model: Any) -> None:
+    verify_exactly(model)
+    compiled = torch.compile(model.__call__, fullgraph=True, backend="eager")
+    prompt = prompts()[0][None]
+    with torch.no_grad():
+        assert torch.allclose(compiled(prompt).logits, model(prompt).logits, atol=0.05)
