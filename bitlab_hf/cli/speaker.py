@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
+import logging
 import time
-from contextlib import suppress
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -13,6 +13,8 @@ import typer
 from bitcore.errors import ArgumentError, LifecycleError
 from bitlab_hf.cli.common import progress
 from bitlab_hf.demo.terminal import printable
+
+logger = logging.getLogger("bitlab")
 
 
 class Compiling(StrEnum):
@@ -107,11 +109,14 @@ class Speaker:
             self._compile_seconds = self._compile(compiling)
 
     def _verify(self) -> None:
-        """Lets guesses change nothing, where the model is one for which they can."""
+        """Lets guesses change nothing; a model for which they may, a float one, is told of."""
         from bitlab_hf import verify_exactly
 
-        with suppress(LifecycleError, ArgumentError):
+        try:
             verify_exactly(self._model)
+        except (LifecycleError, ArgumentError) as error:
+            reason = str(error).splitlines()[0]
+            logger.warning("--prompt-lookup: the text may be another one than without: %s", reason)
 
     def _compile(self, compiling: Compiling) -> float:
         """Compiles by a first token and a step; returns the seconds."""

@@ -120,7 +120,7 @@ def test_compiled(
     assert "; compiled in " in talk.err
 
 
-def test_prompt_lookup(cli: Cli, states: dict[str, Path]) -> None:
+def test_prompt_lookup(cli: Cli, states: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
     command = ("generate", states["deployed"], "import os\nimport sys\nimport", "--max-tokens", 16)
     plain = cli(*command, "--json").json
     done = cli(*command, "--json", "--prompt-lookup", 3)
@@ -128,6 +128,10 @@ def test_prompt_lookup(cli: Cli, states: dict[str, Path]) -> None:
     assert done.json["text"] == plain["text"]
     assert done.json["tokens"] == plain["tokens"] == 16
     assert done.json["tokens_per_second"] > 0
+    assert "may be another one" not in done.err + caplog.text
+    done = cli("generate", states["float"], "import os", "--max-tokens", 2, "--prompt-lookup", 3)
+    assert done.code == 0, done.error
+    assert "the text may be another one than without: verify_exactly" in done.err + caplog.text
 
 
 def test_speed_of_several_tokens_at_a_time(states: dict[str, Path]) -> None:
