@@ -41,6 +41,7 @@ from bitlab_hf.demo.text import Blocks, Perplexity, make_blocks, measure_perplex
 from bitlab_hf.model.deploy import deploy
 from bitlab_hf.model.groups import scales_in_words
 from bitlab_hf.train import RECIPES, BitLabTrainer, record_baseline
+from bitlab_hf.train.defaults import OPTIMIZER, batch_size
 from bitlab_hf.train.floats import round_floats
 from bitlab_hf.train.guard import has_begun
 
@@ -62,7 +63,6 @@ class Settings:
         tokens: Training tokens of each of the two fine-tunings.
         eval_tokens: Held-out tokens to score.
         length: Tokens of a block.
-        batch: Blocks of a training step of the ternary model.
         learning_rate: Its peak learning rate.
         float_batch: Blocks of a training step of the full-precision model.
         float_learning_rate: Its peak learning rate.
@@ -80,7 +80,6 @@ class Settings:
     tokens: int = 500_000
     eval_tokens: int = 100_000
     length: int = 512
-    batch: int = 2
     learning_rate: float = 2e-4
     float_batch: int = 8
     float_learning_rate: float = 1e-4
@@ -93,7 +92,7 @@ class Settings:
 
     def trains(self) -> dict[str, Any]:
         """Returns what makes two trainings of the ternary model the same, by name."""
-        names = ("model", "tokens", "length", "batch", "learning_rate", "seed")
+        names = ("model", "tokens", "length", "learning_rate", "seed")
         scheme = json.loads(json.dumps(self.config.to_dict()))
         return {
             **{name: getattr(self, name) for name in names},
@@ -288,14 +287,11 @@ class Demo:
         arguments = TrainingArguments(
             output_dir=str(self._run) if ternary else self._scratch.name,
             run_name="The demo" if settings.model is None else settings.model,
-            per_device_train_batch_size=settings.batch if ternary else settings.float_batch,
+            per_device_train_batch_size=batch_size(len(train.ids))
+            if ternary
+            else settings.float_batch,
             num_train_epochs=1,
             learning_rate=settings.learning_rate if ternary else settings.float_learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            adam_beta2=0.95,
-            weight_decay=0.0,
-            max_grad_norm=1.0,
             bf16=self._bf16,
             use_cpu=True,
             seed=settings.seed,
@@ -309,6 +305,7 @@ class Demo:
             eval_steps=1 / EVALUATIONS,
             per_device_eval_batch_size=8,
             include_num_input_tokens_seen=True,
+            **OPTIMIZER,
         )
         common = {
             "model": model,

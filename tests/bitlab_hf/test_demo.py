@@ -112,6 +112,9 @@ def test_short_run_through_the_command_line(tmp_path: Path) -> None:
         assert report[name]["resident_bytes"] > 0
         assert len(report[name]["texts"]) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    # As `bitlab train` would: a block a step, where blocks are few.
+    state = json.loads((output / "run" / "trainer_state.json").read_text())
+    assert (state["train_batch_size"], state["max_steps"]) == (1, 6000 // 512)
     assert "bit-identical" in done.stderr
     assert "Scales of the weights: per group of 128 (7-bit" in " ".join(done.stderr.split())
 

@@ -58,10 +58,9 @@ def main() -> None:
     given = json.loads(sys.argv[1])
     jobs = given["jobs"]
     os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    if not given["spread"]:
-        # The engine in this process: vLLM is imported once for all models.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    else:
+    # The engine in this process: vLLM is imported once for all models.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if given["spread"]:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     for job in jobs:
         folder = Path(job["folder"])

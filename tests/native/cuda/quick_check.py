@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from itertools import chain
 from typing import Any
 
 import torch
@@ -106,8 +105,6 @@ def pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]
             reference.linear_int8(x, w, b.abs(), b, torch.bfloat16),
         )
     yield from group_pairs(kernels)
-    yield from multiplied_pairs(kernels)
-    yield from wgmma_pairs(kernels)
     ties, uneven = tied_tokens(), uneven_weight()
     yield lambda: (
         kernels.quantize_activation(ties, False)[0],
@@ -326,11 +323,24 @@ def learned_pairs(kernels: HostKernels) -> Iterator[Callable[[], tuple[Tensor, T
         yield gradients
 
 
+# The calls, whether their results must be exact, and how the sources begin whose faults they notice
+# soonest; `pairs`, of all sources, behind those.
+CALLS = (
+    (wgmma_pairs, True, ("ternary_wgmma",)),
+    (multiplied_pairs, True, ("activations", "multiplied_int8", "ternary_wgmma")),
+    (fused_pairs, True, ("fused",)),
+    (experts_pairs, True, ("experts",)),
+    (learned_pairs, True, ("learned",)),
+    (multiplied_float_pairs, False, ("gradient", "multiplied_float")),
+    (float_pairs, False, ("gradient", "ternary_16", "ternary_f32")),
+    (pairs, True, ("",)),
+)
+
+
 def first_failure(library: ctypes.CDLL, unit: str = "") -> str | None:
     """Returns the first wrong result or what the emulator reports first; None if all is right.
 
-    ``unit``: the source that what is looked for is in; if the calls of its kernels stand by
-    themselves, these come first.
+    ``unit``: the source that what is looked for is in; the calls that notice it soonest come first.
     """
     torch.manual_seed(0)
     for k in (32, 16):
@@ -345,17 +355,8 @@ def first_failure(library: ctypes.CDLL, unit: str = "") -> str | None:
     kernels = HostKernels(library)
     library.bk_emulator_order(1)
     try:
-        floats = chain(float_pairs(kernels), multiplied_float_pairs(kernels))
-        exactly = {
-            "": pairs,
-            "fused": fused_pairs,
-            "experts": experts_pairs,
-            "learned": learned_pairs,
-        }
-        first = [name for name in exactly if name and unit.startswith(name)]
-        ordered = (exactly[name](kernels) for name in dict.fromkeys([*first, *exactly]))
-        for calls, exact in ((chain.from_iterable(ordered), True), (floats, False)):
-            for call in calls:
+        for calls, exact, _ in sorted(CALLS, key=lambda one: not unit.startswith(one[2])):
+            for call in calls(kernels):
                 ours, expected = call()
                 if kernels.count(CONFLICTS):
                     return "bank conflicts"
