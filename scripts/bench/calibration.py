@@ -28,6 +28,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bitlab_hf import BitLabConfig, replace_linear
+from bitlab_hf.demo.begun import bf16_is_faster
 from bitlab_hf.fit.calibrate import calibrate
 
 
@@ -62,6 +63,8 @@ def measure(geometry: Geometry, samples: int, length: int) -> dict[str, Any]:
     )  # fmt: skip
     scheme = BitLabConfig(weight_granularity="per_group", group_size=geometry.group)
     model = replace_linear(LlamaForCausalLM(config).eval(), scheme)
+    # As the demo: many CPUs have no products in bfloat16, and are slower with it.
+    bf16 = bf16_is_faster()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     parts: dict[str, float] = {}
     last = [time.perf_counter()]
@@ -71,11 +74,12 @@ def measure(geometry: Geometry, samples: int, length: int) -> dict[str, Any]:
         parts[name.rpartition(".")[2]], last[0] = now - last[0], now
 
     cpu = time.process_time()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         report = calibrate(model, torch.randint(0, 256, (samples, length)), progress=note)
     return {
         "title": geometry.title,
         "layers": geometry.layers,
+        "bf16": bf16,
         "seconds": report.seconds,
         "cpu_seconds": time.process_time() - cpu,
         "parts": parts,
