@@ -96,6 +96,7 @@ class Settings:
         scheme = json.loads(json.dumps(self.config.to_dict()))
         return {
             **{name: getattr(self, name) for name in names},
+            "batch": batch_size(self.tokens // self.length),
             "text": text_mark(self.text),
             **scheme,
         }

@@ -63,9 +63,9 @@ def measure(geometry: Geometry, samples: int, length: int) -> dict[str, Any]:
     )  # fmt: skip
     scheme = BitLabConfig(weight_granularity="per_group", group_size=geometry.group)
     model = replace_linear(LlamaForCausalLM(config).eval(), scheme)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     # As the demo: many CPUs have no products in bfloat16, and are slower with it.
     bf16 = bf16_is_faster()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     parts: dict[str, float] = {}
     last = [time.perf_counter()]
 

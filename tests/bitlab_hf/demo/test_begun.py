@@ -137,6 +137,11 @@ def test_a_run_of_something_else_is_refused(
         assert f"what {run} was begun with" in str(raised.value)
         # Who does not ask to go on begins anew, in what is faster now.
         assert demo(replace(settings, **other, resume=False))._bf16 is False  # type: ignore[arg-type]
+    # Steps of two blocks, as an earlier version took them.
+    write_begun(run, {**settings.trains(), "batch": 2}, True)
+    with pytest.raises(ArgumentError, match=r"begun with, batch 2, got batch 1\n.*name another"):
+        demo(settings)
+    write_begun(run, settings.trains(), True)
     # The same text elsewhere is the same; another one in its place is not.
     assert settings.text is not None
     moved = settings.text.rename(tmp_path / "moved")
