@@ -115,7 +115,7 @@ def fit_of(model: nn.Module, wanted: Container[nn.Module], blocks: range | None)
         check = zlib.crc32(f"{name} {value.dtype} {list(value.shape)}".encode(), check)
         # Offloaded or quantized ones of other libraries have no bytes of their own.
         if type(value.data) is Tensor and not value.is_meta:
-            check = zlib.crc32(_bytes(value), check)
+            check = zlib.crc32(bytes_of(value), check)
     return {"blocks": None if blocks is None else [blocks.start, blocks.stop], "rest": check}
 
 
@@ -262,8 +262,9 @@ class KeptLayers:
 def _mark(matrix: Matrix) -> list[Any]:
     """Returns what tells a weight and its configuration from others."""
     weight = matrix.weight
-    return [list(weight.shape), zlib.crc32(_bytes(weight)), matrix.config.to_dict()]
+    return [list(weight.shape), zlib.crc32(bytes_of(weight)), matrix.config.to_dict()]
 
 
-def _bytes(tensor: Tensor) -> Any:
+def bytes_of(tensor: Tensor) -> Any:
+    """Returns the bytes of a tensor [...] as an array on the CPU, for checksums."""
     return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()

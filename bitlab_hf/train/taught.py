@@ -8,14 +8,16 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -23,6 +25,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf.checkpoint.atomic import write_atomically
 from bitlab_hf.checkpoint.saving import save
+from bitlab_hf.fit.kept import bytes_of
 from bitlab_hf.train.guard import last_checkpoint, teacher_folder
 from bitlab_hf.train.guarded import GuardMixin
 from bitlab_hf.train.rates import RatesMixin
@@ -38,6 +41,14 @@ logger = logging.getLogger("bitlab")
 _FACTS = "taught.json"
 # Examples of the training data that tell one text from another.
 _COMPARED = 64
+# What of the Trainer's arguments the teacher's training hangs on; what it computes in and on, which
+# changes roundings alone, is no reason to lose what has been taught.
+_ARGUMENTS = (
+    "max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha",
+    "seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last",
+)  # fmt: skip
 # Without an evaluation's examples: one in so many is held out, about so many at most.
 _HELD_OUT, _JUDGED = 20, 64
 
@@ -101,7 +112,9 @@ class TaughtTeacherMixin(_Base):
     def _teach(self, checkpoint: Any) -> None:
         model, teacher = self.accelerator.unwrap_model(self.model), self._teacher
         place = teacher_folder(self.args)
-        taught, dtype = place / "model", next(teacher.parameters()).dtype
+        taught = place / "model"
+        # Not one for all: what an architecture keeps in float32 stays so.
+        dtypes = {name: value.dtype for name, value in _named_tensors(teacher)}
         is_its_own = _has_weights_of(model, teacher)
         if checkpoint:
             if not taught.is_dir():
@@ -118,7 +131,9 @@ class TaughtTeacherMixin(_Base):
         teacher.float().load_state_dict(state)
         if not checkpoint and is_its_own:
             model.load_state_dict(state, strict=False)
-        teacher.to(dtype).eval().requires_grad_(False)
+        for name, value in _named_tensors(teacher):
+            value.data = value.data.to(dtypes[name])
+        teacher.eval().requires_grad_(False)
         # Whether the teacher learned in this process or in one before, the rest is the same.
         set_seed(self.args.seed)
 
@@ -143,33 +158,30 @@ class TaughtTeacherMixin(_Base):
 
     def _facts(self, teacher: nn.Module) -> dict[str, Any]:
         """Returns what makes two trainings of a teacher the same."""
-        args, recipe = self.args, self.recipe
-        weights = hashlib.sha256()
+        args, recipe, data = self.args.to_dict(), self.recipe, self.train_dataset
+        weights, text = 0, hashlib.sha256()
+        # As float32, exactly: a teacher that is loaded in another dtype is still the same.
         for name, value in teacher.state_dict().items():
-            total = value.double().sum().item(), value.double().abs().sum().item()
-            weights.update(f"{name} {total}".encode())
-        data: Any = self.train_dataset
-        text = hashlib.sha256()
+            weights = zlib.crc32(name.encode(), weights)
+            weights = zlib.crc32(bytes_of(value.float()), weights)
         if not isinstance(data, torch.utils.data.IterableDataset):
-            for index in range(0, len(data), max(1, len(data) // _COMPARED)):
-                row = data[index]
-                ids = row.get("input_ids") if isinstance(row, dict) else None
-                text.update(f"{index} {row if ids is None else list(map(int, ids))}".encode())
-            text.update(str(len(data)).encode())
-        return {
-            "steps": args.max_steps,
-            "epochs": args.num_train_epochs,
+            rows: Any = data
+            for index in range(0, len(rows), max(1, len(rows) // _COMPARED)):
+                _add(text, rows[index])
+            text.update(str(len(rows)).encode())
+        facts = {
+            **{name: args[name] for name in _ARGUMENTS},
+            "batch": self.args.train_batch_size * self.args.gradient_accumulation_steps,
             "share": recipe.teacher_share,
-            "rate": args.learning_rate * recipe.teacher_rate,
+            "rate": args["learning_rate"] * recipe.teacher_rate,
             "magnitude": recipe.rate_magnitude,
-            "schedule": [str(args.lr_scheduler_type), args.warmup_steps, args.weight_decay],
-            "optimizer": [str(args.optim), args.adam_beta1, args.adam_beta2, args.max_grad_norm],
-            "batch": args.train_batch_size * args.gradient_accumulation_steps,
             "processes": self.accelerator.num_processes,
-            "seed": args.seed,
-            "weights": weights.hexdigest(),
+            "held_out": self._judges() is None,
+            "weights": weights,
             "text": text.hexdigest(),
         }
+        # As it is read again.
+        return dict(json.loads(json.dumps(facts)))
 
     def _train_teacher(self, place: Path, teacher: Any) -> None:
         given, share = self.args, self.recipe.teacher_share
@@ -216,13 +228,17 @@ class TaughtTeacherMixin(_Base):
                 shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
+    def _judges(self) -> Any:
+        """Returns the examples for evaluation; None where some of the training data have to do."""
+        return None if isinstance(self.eval_dataset, dict) else self.eval_dataset
+
     def _split(self) -> tuple[Any, Any]:
         """Returns what the teacher learns from, and what tells whether it has learned: examples
         for evaluation, or else some of the training data; None for data that cannot be split.
         """
         data: Any = self.train_dataset
-        if self.eval_dataset is not None and not isinstance(self.eval_dataset, dict):
-            return data, self.eval_dataset
+        if (judges := self._judges()) is not None:
+            return data, judges
         if isinstance(data, torch.utils.data.IterableDataset):
             return data, None
         every = max(len(data) // _JUDGED, _HELD_OUT)
@@ -233,6 +249,31 @@ class TaughtTeacherMixin(_Base):
             part = data.select(indices) if selects else torch.utils.data.Subset(data, indices)
             parts.append(part)
         return parts[0], parts[1] if len(parts[1]) else None
+
+
+def _add(digest: Any, value: Any) -> None:
+    """Adds an example to a digest: what it holds, labels and masks too, and not where it lies."""
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            digest.update(f"{name}:".encode())
+            _add(digest, part)
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{len(value)}".encode())
+        for part in value:
+            _add(digest, part)
+    elif isinstance(value, (torch.Tensor, np.ndarray)):
+        tensor = torch.as_tensor(value)
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(bytes_of(tensor))
+    elif isinstance(value, (str, bytes, int, float, type(None))):
+        digest.update(repr(value).encode(errors="surrogateescape"))
+    else:
+        digest.update(type(value).__name__.encode())
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def _has_weights_of(model: nn.Module, teacher: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -173,12 +174,33 @@ def test_another_training_teaches_anew(source: Path, tmp_path: Path) -> None:
         return state_of(read(model))
 
     assert_equal_states(again(), first)
-    for changes in ({"train_dataset": other}, {"learning_rate": 2e-3}, {"max_steps": 3}):
+    masked = [{**row, "labels": row["labels"].index_fill(0, torch.arange(8), -100)} for row in
+              training_data()]  # fmt: skip
+    for changes in (
+        {"train_dataset": other},
+        {"train_dataset": masked},
+        {"learning_rate": 2e-3},
+        {"max_steps": 3},
+        {"adam_epsilon": 1e-3},
+    ):
         found = again(**changes)
         assert any(not torch.equal(found[name], first[name]) for name in first)
     for damaged in ("{", "3"):
         (tmp_path / "teacher" / "taught.json").write_text(damaged)
         assert_equal_states(again(), first)
+
+
+def test_the_same_training_elsewhere_goes_on(source: Path, tmp_path: Path) -> None:
+    """With other threads, another dtype of the same teacher, examples that lie elsewhere."""
+    options: dict[str, Any] = {"max_steps": 1, "recipe": TAUGHT, "eval_dataset": training_data()}
+    coarse = read(source).to(torch.bfloat16)
+    facts = []
+    for threads, teacher in ((1, coarse), (2, copy.deepcopy(coarse).float())):
+        torch.set_num_threads(threads)
+        rows = [{**row, "image": object()} for row in training_data()]
+        trainer = make(source, tmp_path, teacher=teacher, train_dataset=rows, **options)
+        facts.append(trainer._facts(teacher))
+    assert facts[0] == facts[1]
 
 
 def test_a_teacher_of_its_own_kind(source: Path, tmp_path: Path) -> None:
@@ -210,7 +232,18 @@ def test_a_teacher_in_half_precision(source: Path, tmp_path: Path) -> None:
     assert kept["dtype"] == "float32"
     found = read(tmp_path / "teacher" / "model")
     assert not torch.equal(found.lm_head.weight, read(source).lm_head.weight)
-    assert_equal_states(state_of(teacher), state_of(found.to(torch.bfloat16)))
+    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    # All that computes, whether a file has it or not: rotary frequencies stay in float32.
+    assert {name: one.dtype for name, one in teacher.named_buffers()} == {
+        name: one.dtype for name, one in loaded.named_buffers()
+    }
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "teacher" / "model", dtype=torch.bfloat16
+    )
+    ids = training_data()[0]["input_ids"][None]
+    with torch.no_grad():
+        assert torch.equal(teacher(input_ids=ids).logits, again.eval()(input_ids=ids).logits)
+    assert_equal_states(state_of(teacher), state_of(again))
 
 
 def test_bad_input(source: Path, tmp_path: Path) -> None:
