@@ -30,6 +30,10 @@ class QuantizedModule(nn.Module):
         """Returns the dtype of the float weight that `weight` stands for."""
         raise NotImplementedError
 
+    def _set_dtype(self, dtype: torch.dtype) -> None:
+        """Takes another dtype for that of the float weight; changes no value."""
+        raise NotImplementedError
+
     def _weight_shape(self) -> tuple[int, int]:
         """Returns ``(N, K)``."""
         raise NotImplementedError

@@ -102,6 +102,9 @@ class LayerState(QuantizedModule):
     def _float_dtype(self) -> torch.dtype:
         return self.float_dtype
 
+    def _set_dtype(self, dtype: torch.dtype) -> None:
+        self.float_dtype = dtype
+
     def _weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 

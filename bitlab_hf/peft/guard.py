@@ -32,6 +32,7 @@ from bitlayers.experts import BitExperts
 from bitlayers.int8 import Int8Rows
 from bitlayers.lookup import QuantizedEmbedding
 from bitlayers.quantized import QuantizedModule
+from bitlayers.rmsnorm import RMSNormBitLinear
 
 # These write the weight minus the adapter back; ternarized again, it is another model.
 _REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
@@ -42,10 +43,11 @@ _CREATE = ("config", "adapter_name", "target", "target_name", "parent", "current
 
 
 def check_mergeable(model: nn.Module) -> None:
-    """Refuses PEFT's own merge where a packed layer is among the adapted ones.
+    """Refuses PEFT's own merge where an adapted layer has no weight that the sum could become.
 
     Raises:
-        LifecycleError: A packed layer or embedding has an adapter; the message names it.
+        LifecycleError: A packed layer or embedding has an adapter, or a layer with a norm of its
+            own; the message names it.
     """
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
@@ -60,6 +62,22 @@ def check_mergeable(model: nn.Module) -> None:
                 f"merge: {name} must have a float weight to add an adapter to, got "
                 f"{kind_of(base)}\nKeep the adapter unmerged."
             )
+        if isinstance(base, RMSNormBitLinear):
+            raise own_norm("merge", name)
+
+
+def own_norm(op: str, name: str) -> LifecycleError:
+    """Returns the error of merging into a layer whose own norm the adapter does not read through.
+
+    Args:
+        op: Who merges.
+        name: The layer's.
+    """
+    return LifecycleError(
+        f"{op}: {name} must be a layer without a norm of its own, got an RMSNormBitLinear: its "
+        "weight reads the normed input, the adapter the input itself, and no one weight does both"
+        "\nKeep the adapter unmerged."
+    )
 
 
 def check_adapter(config: Any, target: nn.Module, name: str) -> None:

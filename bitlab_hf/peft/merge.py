@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from bitcore.errors import ArgumentError, ArgumentTypeError, LifecycleError, NonFiniteError
 from bitcore.packing import pack_ternary
 from bitcore.quantize import dequantize, group_scale, ternarize, two_levels
+from bitlab_hf.peft.guard import own_norm
 from bitlayers.base import BitLayerBase
 from bitlayers.embedding import TernaryEmbedding
 from bitlayers.int8 import Int8Rows
+from bitlayers.rmsnorm import RMSNormBitLinear
 from bitlayers.state import Packed
 
 _ROUNDS = 10
@@ -184,6 +186,8 @@ def _adapted(peft_model: nn.Module) -> list[tuple[str, Any]]:
                 f"merge_and_requantize: {name} must have a float weight, got {kind} rows\n"
                 "Nothing was changed; keep the adapter unmerged."
             )
+        if isinstance(base, RMSNormBitLinear):
+            raise own_norm("merge_and_requantize", name)
         if isinstance(base, BitLayerBase):
             weight = base.qweight if base.is_deployed else base.weight
             if type(weight.data) is not Tensor or weight.is_meta:

@@ -78,9 +78,10 @@ class DistillationMixin(_Base):
             tokenizer: Any = self.processing_class
             if isinstance(teacher, str | os.PathLike) and hasattr(tokenizer, "get_vocab"):
                 check_vocabulary("BitLabTrainer", "teacher", teacher, tokenizer)
-            self._teacher = load_teacher(teacher, self._inner(), self.recipe)
+            device = self.args.device
+            self._teacher = load_teacher(teacher, self._inner(), self.recipe, device.type)
             if not getattr(self._teacher, "is_quantized", False):
-                self._teacher.to(self.args.device)
+                self._teacher.to(device)
 
     def _inner(self) -> Any:
         inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

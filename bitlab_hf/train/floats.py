@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.tree import quantized_layers
+from bitlayers.experts import BitExperts
+from bitlayers.quantized import QuantizedModule
 
 
 def training_dtype(config: BitLabConfig | None = None) -> Any:
@@ -44,7 +46,8 @@ def computes_in_bf16(device: str, asked: bool | None) -> bool:
 
 def round_floats(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
     """Gives float parameters the dtype that the original's file has, but for latent weights,
-    learned scales and what the architecture keeps in float32.
+    learned scales and what the architecture keeps in float32; the model computes as one that is
+    loaded from its file.
 
     Not ``model.to(dtype)``: that rounds the rotary frequencies too, which a reload computes in
     float32.
@@ -65,7 +68,16 @@ def round_floats(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
     }
     # As from_pretrained looks for them: patterns of names, in which a star is anything.
     kept = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
+
+    def rounds(name: str) -> bool:
+        return not any(re.search(pattern, name) for pattern in kept)
+
     for name, parameter in model.named_parameters():
-        rounds = parameter.is_floating_point() and id(parameter) not in latent
-        if rounds and not any(re.search(pattern, name) for pattern in kept):
+        if parameter.is_floating_point() and id(parameter) not in latent and rounds(name):
             parameter.data = parameter.data.to(dtype)
+    # Codes and latent weights have no such dtype; their modules know that of the file's weight.
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedModule) and rounds(f"{name}.weight"):
+            module._set_dtype(dtype)
+        elif isinstance(module, BitExperts):
+            module.float_dtype = dtype

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from bitcore.errors import ArgumentError
 from bitlab_hf.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def rates_of(model: nn.Module, recipe: Recipe) -> dict[int, float]:
         rate = 1.0
         if name.endswith("learned_scale"):
             rate = recipe.scale_rate
-        elif parameter.dim() == 1:
+        elif len(getattr(parameter, "ds_shape", parameter.shape)) == 1:
             rate = recipe.vector_rate
         if relative and not name.endswith("bias") and parameter.requires_grad:
             elsewhere += not parameter.numel()
@@ -48,6 +49,26 @@ def rates_of(model: nn.Module, recipe: Recipe) -> dict[int, float]:
     return rates
 
 
+def check_shards(recipe: Recipe, plugin: Any) -> None:
+    """Checks that parameters will be known for what they are when the optimizer is made.
+
+    Args:
+        recipe: Whose rates they train with.
+        plugin: accelerate's of FSDP; None without.
+
+    Raises:
+        ArgumentError: The recipe has rates of its own, and FSDP's first version flattens what they
+            are for.
+    """
+    own = (recipe.scale_rate, recipe.vector_rate) != (1, 1) or recipe.rate_magnitude
+    if own and plugin is not None and getattr(plugin, "fsdp_version", 1) == 1:
+        raise ArgumentError(
+            "BitLabTrainer: fsdp must be of version 2 for a recipe with rates of its own, got "
+            "version 1, whose flat shards hide which of them is a matrix, a norm or a scale\n"
+            'Pass fsdp_config={"version": 2, ...}, or --fsdp_version 2 to accelerate launch.'
+        )
+
+
 def _mean_magnitude(parameter: nn.Parameter) -> float:
     """Returns the mean of a parameter's magnitudes; 0 for one of which this process holds none."""
     if not parameter.numel():
@@ -61,9 +82,16 @@ class RatesMixin(_Base):
 
     The schedule and the weight decay stay the Trainer's; an optimizer that is passed in, or that
     has no learning rate of its own, stays as it is.
+
+    Raises:
+        ArgumentError: The recipe has such rates, and the run is one of FSDP's first version.
     """
 
     recipe: Recipe
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_shards(self.recipe, getattr(self.accelerator.state, "fsdp_plugin", None))
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Makes the Trainer's optimizer, its groups of parameters split by their rates."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -59,11 +60,26 @@ class CalibratedStartMixin(_Base):
         calibration: What it did; None if nothing.
         calibration_progress: Called with layers done, layers in all and the layer's name; None for
             the progress bar that the Trainer's other ones look like.
+
+    Raises:
+        ArgumentError: The model comes from ``model_init``, and the recipe changes it before the
+            first step.
     """
 
     recipe: Recipe
     calibration: CalibrationReport | None = None
     calibration_progress: Progress | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        recipe = self.recipe
+        if self.model_init is not None and (recipe.calibration_samples or recipe.teacher_share):
+            raise ArgumentError(
+                "BitLabTrainer: model_init must be None for a recipe that calibrates or teaches "
+                "before the first step, got one: the Trainer makes the model anew behind that\n"
+                "Pass model=; or call bitlab_hf.train.calibrate in model_init, with a recipe whose "
+                "calibration_samples and teacher_share are 0."
+            )
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Calibrates, unless a run goes on; then trains."""
@@ -90,13 +106,15 @@ class CalibratedStartMixin(_Base):
         if is_deepspeed_zero3_enabled():
             logger.warning(
                 "BitLabTrainer: training starts without calibration: ZeRO-3 holds the weights in "
-                "partitions\nCalibrate before with bitlab_hf.fit.calibrate, and save the model."
+                "partitions\nCalibrate before with bitlab_hf.train.calibrate, and save the model."
             )
             return None
         own = {one for layer in layers for one in layer.parameters(recurse=False)}
         # Of what is not ternary a calibration changes the last norm.
         parameters = [one for one in model.parameters() if one in own or one.dim() == 1]
         before = [one.detach().clone() for one in parameters]
+        if self._moves_late():
+            self._move_model_to_device(model, self.args.device)
         batches = self._calibration_batches(_widest(layers))
         with self.accelerator.autocast(), self._calibration_bar() as progress:
             rounded = _loss(model, batches[:_COMPARED])
@@ -186,7 +204,21 @@ class CalibratedStartMixin(_Base):
         collate: Any = self._get_collator_with_removed_columns(self.data_collator)
         with torch.random.fork_rng(devices=()):
             parts = [collate(rows[at : at + _BATCH]) for at in range(0, len(rows), _BATCH)]
-        return [dict(self._prepare_inputs(part)) for part in parts]
+        batches = [dict(self._prepare_inputs(part)) for part in parts]
+        if not self.is_fsdp_enabled:
+            return batches
+        # The model may still be whole then, on the CPU.
+        device = next(self.accelerator.unwrap_model(self.model).parameters()).device
+        return [send_to_device(batch, device) for batch in batches]
+
+    def _moves_late(self) -> bool:
+        """Tells whether the Trainer moves the model to its device only when training begins."""
+        args = self.args
+        elsewhere = self.is_fsdp_enabled or self.is_model_parallel
+        if elsewhere or self.is_distributed_loading_by_transformers:
+            return False
+        late = self.is_deepspeed_enabled or args.fp16_full_eval or args.bf16_full_eval
+        return args.place_model_on_device is None and bool(late)
 
     def _enough(self, examples: Iterator[Any], widest: int) -> list[Any]:
         """Returns as many examples as the recipe asks for, or more of them where they are short."""

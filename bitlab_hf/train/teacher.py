@@ -47,13 +47,16 @@ def check_causal(op: str, argument: str, model: Any) -> None:
         )
 
 
-def load_teacher(teacher: nn.Module | str | os.PathLike[str], model: Any, recipe: Recipe) -> Any:
+def load_teacher(
+    teacher: nn.Module | str | os.PathLike[str], model: Any, recipe: Recipe, device: str
+) -> Any:
     """Returns the teacher in eval mode, frozen, and checked against the model.
 
     Args:
         teacher: A model, or the folder or hub name of one.
         model: The model that learns from it, unwrapped.
         recipe: Whose terms it has to serve.
+        device: The type of the one that it will teach on.
 
     Raises:
         ArgumentError: The teacher is the model itself, no causal language model, or their
@@ -63,7 +66,7 @@ def load_teacher(teacher: nn.Module | str | os.PathLike[str], model: Any, recipe
     given: Any = teacher
     if not isinstance(teacher, nn.Module):
         with _whole():
-            given = _read(teacher, model, recipe)
+            given = _read(teacher, model, recipe, device)
     elif recipe.teacher_8bit:
         raise ArgumentError(
             "BitLabTrainer: teacher must be a path with teacher_8bit, got a model\n"
@@ -142,11 +145,10 @@ def _whole() -> Iterator[None]:
             deepspeed.set_hf_deepspeed_config(config)
 
 
-def _read(path: str | os.PathLike[str], model: Any, recipe: Recipe) -> Any:
+def _read(path: str | os.PathLike[str], model: Any, recipe: Recipe, device: str) -> Any:
     causal = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     source: Any = AutoModelForCausalLM if causal else type(model)
     if not recipe.teacher_8bit:
-        device = next(model.parameters()).device.type
         return source.from_pretrained(path, dtype=teacher_dtype(device))
     try:
         import bitsandbytes  # noqa: F401

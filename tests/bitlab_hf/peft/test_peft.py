@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer
 
 from bitcore.errors import ArgumentTypeError, LifecycleError, NonFiniteError
@@ -16,6 +17,7 @@ from bitcore.quantize import dequantize, two_levels, weight_scale
 from bitlab_hf import BitLabConfig, merge_and_requantize, save
 from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.peft.merge import _requantize
+from bitlayers import RMSNormBitLinear
 from tests.bitlab_hf.models import logits_of, make_float_model, token_ids
 from tests.bitlab_hf.test_trainer import assert_equal_states, make_trainer, state_of
 
@@ -215,6 +217,24 @@ def test_fitted_scales_in_two_levels_never_raise_the_error() -> None:
                     assert torch.equal(new[0], scale)
                     assert torch.equal(new[1], multiplier)
             assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+def test_a_layer_with_a_norm_of_its_own_is_not_merged(deployed: bool) -> None:
+    """Its weight reads the normed input, the adapter the input itself."""
+    model = nn.Sequential(OrderedDict(proj=RMSNormBitLinear(64, 64, bias=False))).eval()
+    if deployed:
+        model.proj.deploy()
+    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["proj"]))
+    x = torch.randn(2, 64)
+    before = peft_model(x)
+    own = "proj must be a layer without a norm of its own"
+    for way in (peft_model.merge_and_unload, peft_model.merge_adapter):
+        with pytest.raises(LifecycleError, match="got a deployed layer" if deployed else own):
+            way()
+    with pytest.raises(LifecycleError, match=own):
+        merge_and_requantize(peft_model)
+    assert torch.equal(peft_model(x), before)
 
 
 def test_adapters_on_float_layers_merge_exactly(source: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bitlab_hf import BitLabConfig, deploy, pretrained_config
+from bitlab_hf import BitLabConfig, deploy, pretrained_config, save
 from bitlab_hf.model.tree import quantized_layers
 from bitlab_hf.train import BitLabTrainer
 from bitlab_hf.train.floats import computes_in_bf16, round_floats, teacher_dtype, training_dtype
@@ -57,6 +57,27 @@ def test_floats_are_rounded_and_ternary_weights_are_not(source: Path, deployed: 
             assert torch.equal(value, held[name])
         else:
             assert value.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("head", ["int8", "ternary", "keep"])
+def test_it_computes_as_it_will_from_its_file(source: Path, tmp_path: Path, head: str) -> None:
+    """An embedding of codes knows the dtype of the floats that it gives."""
+    config = pretrained_config(source)
+    config.head = head
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=config, dtype=torch.float32
+    )
+    round_floats(deploy(model), torch.bfloat16)
+    save(model, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = training_data()[0]["input_ids"][None]
+    with torch.no_grad():
+        found, wanted = (one.eval()(input_ids=ids).logits for one in (model, again))
+    assert found.dtype == wanted.dtype == torch.bfloat16
+    assert torch.equal(found, wanted)
+    assert [one.module.float_dtype for one in quantized_layers(model)] == [
+        one.module.float_dtype for one in quantized_layers(again)
+    ]
 
 
 def test_what_an_architecture_keeps_in_float32_is_not_rounded(source: Path) -> None:

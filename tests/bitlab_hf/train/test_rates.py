@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from bitcore.errors import CheckpointError, ConfigError
+from bitcore.errors import ArgumentError, CheckpointError, ConfigError
 from bitlab_hf import BitLabConfig
 from bitlab_hf.train import BitLabTrainer, Recipe
-from bitlab_hf.train.rates import rates_of
+from bitlab_hf.train.rates import check_shards, rates_of
 from tests.bitlab_hf.models import make_float_model, training_data
 from tests.bitlab_hf.test_trainer import assert_equal_states, state_of
 
@@ -110,6 +111,26 @@ def test_parameters_that_others_hold_are_named(caplog: pytest.LogCaptureFixture)
     with caplog.at_level("WARNING", logger="bitlab"):
         assert rates_of(model, replace(RELATIVE, vector_rate=1.0)) == {id(model.weight): 1.0}
     assert "the magnitudes of 1 parameters are not known here" in caplog.text
+
+
+def test_a_partitioned_matrix_is_no_vector() -> None:
+    """DeepSpeed's ZeRO-3 says what shape a parameter has whose parts are elsewhere."""
+    model = torch.nn.Linear(4, 4)
+    for one, shape in ((model.weight, (4, 4)), (model.bias, (4,))):
+        one.data = torch.empty(0)
+        one.ds_shape = torch.Size(shape)
+    assert rates_of(model, RECIPE) == {id(model.weight): 1.0, id(model.bias): 10.0}
+
+
+def test_flat_shards_are_refused() -> None:
+    """Of FSDP's first version, where a shard of a matrix has one dimension, as a norm has."""
+    flat, whole = SimpleNamespace(fsdp_version=1), SimpleNamespace(fsdp_version=2)
+    for recipe in (RECIPE, replace(Recipe(), rate_magnitude=0.1)):
+        with pytest.raises(ArgumentError, match="fsdp must be of version 2"):
+            check_shards(recipe, flat)
+        check_shards(recipe, whole)
+        check_shards(recipe, None)
+    check_shards(Recipe(), flat)
 
 
 def test_adapters_do_not_follow_magnitudes(source: Path, tmp_path: Path) -> None:
