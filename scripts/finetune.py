@@ -33,6 +33,7 @@ from bitlab_hf.cli.loading import load_model, read_scheme
 from bitlab_hf.cli.scheme import OPTIONS, pretrained_config
 from bitlab_hf.model.groups import scales_in_words
 from bitlab_hf.train import RECIPES, BitLabTrainer, last_checkpoint
+from bitlab_hf.train.begun import blocks_mark, read_begun, scheme_fields, write_begun
 from bitlab_hf.train.defaults import OPTIMIZER, batch_size
 from bitlab_hf.train.floats import computes_in_bf16, round_floats, training_dtype
 
@@ -136,6 +137,25 @@ def common_checkpoint(folder: str) -> str | None:
     return last
 
 
+def check_begun(given: argparse.Namespace, last: str | None, options: dict[str, Any]) -> None:
+    """Lets a run go on only as it was begun; notes how, where it begins.
+
+    Args:
+        given: The command line.
+        last: The checkpoint that it goes on from; None where it begins.
+        options: The scheme, the text and the batch.
+    """
+    file = given.output / "checkpoints" / "bitlab_finetune.json"
+    options |= {name: getattr(given, name) for name in ("learning_rate", "optim")}
+    try:
+        if last is not None:
+            read_begun("finetune", file, options, f"remove {given.output} to begin anew")
+        elif int(os.environ.get("RANK", "0")) == 0:
+            write_begun(file, options)
+    except BitLabError as error:
+        raise SystemExit(str(error)) from error
+
+
 def main() -> None:
     """Trains, evaluates, deploys and saves."""
     given = parse_arguments()
@@ -162,6 +182,8 @@ def main() -> None:
         print(scales + does, file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() and not given.cpu else "cpu"
     dtype = AutoConfig.from_pretrained(given.model).dtype
+    # Before the model is loaded, which fills it in.
+    asked = scheme_fields(config) if held is None else {}
     model = load_model(given.model, quantization_config=config, dtype=training_dtype(config))
     checkpoints = str(given.output / "checkpoints")
     trainer = BitLabTrainer(
@@ -180,6 +202,7 @@ def main() -> None:
         teacher=given.model,
     )  # fmt: skip
     last = common_checkpoint(checkpoints)
+    check_begun(given, last, {**asked, "text": blocks_mark(blocks), "batch": batch})
     before = trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=last)
     after = trainer.evaluate()["eval_loss"]

@@ -17,6 +17,6 @@ import bitlab_hf.demo.run
 import bitlab_hf.train  # noqa: F401
 import tests.bitlab_hf.sweep.life  # noqa: F401
 
-# A collection of garbage in a fork looks at what the fork made, not at a million objects of modules.
+# Garbage collected in a fork is what the fork made: not looked for in a million objects of modules.
 gc.collect()
 gc.freeze()

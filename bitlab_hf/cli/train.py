@@ -43,6 +43,9 @@ from bitlab_hf.cli.places import check_files, check_folder, check_output
 from bitlab_hf.cli.scheme import OPTIONS, check_same, pretrained_config, with_scheme
 from bitlab_hf.demo.terminal import printable
 
+# What a run was begun with.
+_BEGUN = "bitlab_train.json"
+
 
 @with_scheme
 def train(
@@ -106,6 +109,7 @@ def train(
     from bitlab_hf import Facts, save
     from bitlab_hf.model.groups import scales_in_words
     from bitlab_hf.train import BitLabTrainer
+    from bitlab_hf.train.begun import blocks_mark, read_begun, scheme_fields, write_begun
     from bitlab_hf.train.defaults import OPTIMIZER, batch_size
     from bitlab_hf.train.floats import (
         computes_in_bf16,
@@ -131,6 +135,17 @@ def train(
         tokenizer = load_tokenizer(folder)
         blocks = _blocks(tokenizer, text, dataset, length)
         batch = batch or batch_size(len(blocks))
+        # Before a model is loaded, which fills the scheme in.
+        begun = {
+            "text": blocks_mark(blocks),
+            "batch": batch,
+            "seed": seed,
+            "learning_rate": learning_rate,
+            "teacher": Path(teacher or source).name,
+            **(scheme_fields(config) if held is None else {}),
+        }
+        if resume:
+            read_begun("train", run / _BEGUN, begun, "leave --resume out to begin anew")
         does = f"{chosen.in_words(learning_rate)}; {batch} blocks a step"
         typer.echo(printable(f"scales of the weights: {scales}; {does}"), err=True)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,6 +173,8 @@ def train(
             taught = round(chosen.teacher_share * planned)
             trainer.teacher_callbacks = [_advancing(add, "teaching the teacher", taught)]
             trainer.add_callback(_advancing(add, "training", planned))
+            if not resume:
+                write_begun(run / _BEGUN, begun)
             trainer.train(resume_from_checkpoint=resume or None)
     data = dataset or ", ".join(file.name for file in text or ())
     # A path would say where things lie on this machine.

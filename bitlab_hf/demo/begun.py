@@ -8,7 +8,6 @@ dtype would be of no use.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -18,8 +17,8 @@ from typing import Any
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
-from bitcore.errors import ArgumentError, CheckpointError
-from bitlab_hf.checkpoint.atomic import write_atomically
+from bitcore.errors import CheckpointError
+from bitlab_hf.train import begun
 
 BEGUN_FILE = "bitlab_demo.json"
 
@@ -47,33 +46,20 @@ def read_begun(run: Path, options: Mapping[str, Any]) -> bool | None:
         CheckpointError: The record is damaged.
     """
     file = run / BEGUN_FILE
-    if not file.exists():
+    record = begun.read_begun("demo", file, options, f"remove {run} to begin anew")
+    if record is None:
         return None
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        held, bf16 = dict(record["options"]), bool(record["bf16"])
-    except (ValueError, KeyError, TypeError) as error:
+    if not isinstance(record.get("bf16"), bool):
         raise CheckpointError(
-            f"demo: {file} must say what the run was begun with, got {error!r}\n"
+            f"demo: {file} must say what the run was begun with, got bf16 {record.get('bf16')!r}\n"
             f"Remove {run}: the run begins anew."
-        ) from error
-    # What another version of BitLab knows nothing of tells no runs apart.
-    other = [name for name in options if name in held and held[name] != options[name]]
-    if other:
-        wanted = ", ".join(f"{name} {held[name]!r}" for name in other)
-        got = ", ".join(f"{name} {options[name]!r}" for name in other)
-        raise ArgumentError(
-            f"demo: a run that goes on must be asked for what {run} was begun with, {wanted}, got "
-            f"{got}\nAsk for that, name another --output, or remove {run} to begin anew."
         )
-    return bf16
+    return bool(record["bf16"])
 
 
 def write_begun(run: Path, options: Mapping[str, Any], bf16: bool) -> None:
     """Writes the record that `read_begun` reads."""
-    run.mkdir(parents=True, exist_ok=True)
-    record = {"options": dict(options), "bf16": bf16}
-    write_atomically(run / BEGUN_FILE, json.dumps(record, indent=2) + "\n")
+    begun.write_begun(run / BEGUN_FILE, options, bf16=bf16)
 
 
 def forget(run: Path) -> None:

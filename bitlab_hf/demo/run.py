@@ -41,6 +41,7 @@ from bitlab_hf.demo.text import Blocks, Perplexity, make_blocks, measure_perplex
 from bitlab_hf.model.deploy import deploy
 from bitlab_hf.model.groups import scales_in_words
 from bitlab_hf.train import RECIPES, BitLabTrainer, record_baseline
+from bitlab_hf.train.begun import scheme_fields
 from bitlab_hf.train.defaults import OPTIMIZER, batch_size
 from bitlab_hf.train.floats import round_floats
 from bitlab_hf.train.guard import has_begun
@@ -93,12 +94,11 @@ class Settings:
     def trains(self) -> dict[str, Any]:
         """Returns what makes two trainings of the ternary model the same, by name."""
         names = ("model", "tokens", "length", "learning_rate", "seed")
-        scheme = json.loads(json.dumps(self.config.to_dict()))
         return {
             **{name: getattr(self, name) for name in names},
             "batch": batch_size(self.tokens // self.length),
             "text": text_mark(self.text),
-            **scheme,
+            **scheme_fields(self.config),
         }
 
 

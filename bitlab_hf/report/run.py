@@ -10,7 +10,7 @@ from typing import Any
 
 from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf.train.baseline import read_baseline
-from bitlab_hf.train.guard import last_checkpoint
+from bitlab_hf.train.guard import is_earlier, last_checkpoint
 from bitlab_hf.train.recipe import RECIPE_FILE
 from bitlab_hf.train.statistics import QUANTITIES
 from bitlab_hf.train.statistics_files import (
@@ -134,9 +134,10 @@ def read_run(folder: Path) -> Run:
 
 def _state(folder: Path) -> tuple[dict[str, Any], Path]:
     """Returns the state that reaches furthest, of the run or of its newest checkpoint, and where
-    it lies.
+    it lies; none that an earlier run has left.
     """
-    places = [folder] if (folder / STATE_FILE).is_file() else []
+    whole = (folder / STATE_FILE).is_file() and not is_earlier(folder, folder)
+    places = [folder] if whole else []
     newest = last_checkpoint(folder)
     places += [Path(newest)] if newest else []
     found: list[tuple[int, dict[str, Any], Path]] = []

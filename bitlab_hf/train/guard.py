@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bitcore.errors import CheckpointError
+from bitlab_hf.checkpoint.atomic import write_atomically
 from bitlayers.gathered import GatheredWeight
+
+_STATE = "trainer_state.json"
+_EARLIER = "earlier_runs.json"
 
 # What a process found, after the number of things it looked at before: the least one is the first.
 Finding = tuple[int, str]
@@ -112,14 +117,50 @@ def last_checkpoint(directory: str | Path) -> str | None:
     """Returns the newest checkpoint of a run that was written to its end, or None.
 
     A Trainer writes ``trainer_state.json`` last: without it, or with half of it, the process ended
-    while it was saving.
+    while it was saving. Those that were there when the run began are another run's.
     """
-    found = []
-    for folder in Path(directory).glob("checkpoint-*"):
-        number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if number and _is_whole(folder):
-            found.append((int(number.group(1)), str(folder)))
+    found = [
+        (int(number.group(1)), str(folder))
+        for folder in Path(directory).glob("checkpoint-*")
+        if (number := re.fullmatch(r"checkpoint-(\d+)", folder.name))
+        and _is_whole(folder)
+        and not is_earlier(folder, directory)
+    ]
     return max(found)[1] if found else None
+
+
+def leave_behind(directory: str | Path) -> None:
+    """Notes what states a folder holds in which a run begins: it never goes on from them."""
+    run = Path(directory)
+    places = [run, *run.glob("checkpoint-*")]
+    states = {_key(one, run): _checksum(one) for one in places if (one / _STATE).is_file()}
+    if states:
+        write_atomically(run / _EARLIER, json.dumps(states, indent=2) + "\n")
+    else:
+        (run / _EARLIER).unlink(missing_ok=True)
+
+
+def is_earlier(folder: str | Path, directory: str | Path) -> bool:
+    """Tells whether the state in a run's folder, or in a checkpoint of it, is one that the run
+    found when it began.
+
+    Args:
+        folder: Where the state lies.
+        directory: The run's folder.
+    """
+    try:
+        states = dict(json.loads((Path(directory) / _EARLIER).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return False
+    return bool(states.get(_key(Path(folder), Path(directory))) == _checksum(Path(folder)))
+
+
+def _key(folder: Path, run: Path) -> str:
+    return "." if folder == run else folder.name
+
+
+def _checksum(folder: Path) -> int:
+    return zlib.crc32((folder / _STATE).read_bytes())
 
 
 def calibration_folder(args: Any) -> Path:
@@ -144,7 +185,7 @@ def has_begun(args: Any) -> bool:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        json.loads((folder / _STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return True

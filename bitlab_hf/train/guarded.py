@@ -19,6 +19,7 @@ from bitlab_hf.train.guard import (
     has_begun,
     last_checkpoint,
     last_non_finite_gradient,
+    leave_behind,
     non_finite_parameter,
     whole_or_nothing,
 )
@@ -47,7 +48,8 @@ class GuardMixin(_Base):
         super().__init__(model, args, *rest, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole.
+        """Trains; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole, and of
+        this run: not what an earlier one has left in the same folder.
 
         Where there is none yet, it goes on with a calibrated start, or with a teacher's training,
         that was killed.
@@ -56,6 +58,7 @@ class GuardMixin(_Base):
             CheckpointError: There is neither, or it was made with another recipe.
             NonFiniteError: A loss or gradient was NaN or infinite; nothing was updated with it.
         """
+        resumes = bool(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if not has_begun(self.args):
@@ -65,6 +68,8 @@ class GuardMixin(_Base):
                 )
         if isinstance(resume_from_checkpoint, str):
             self._check_recipe(resume_from_checkpoint)
+        elif not resumes and self.args.should_save:
+            leave_behind(str(self.args.output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:

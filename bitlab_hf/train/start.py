@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -207,6 +206,8 @@ class CalibratedStartMixin(_Base):
         batches = [dict(self._prepare_inputs(part)) for part in parts]
         if not self.is_fsdp_enabled:
             return batches
+        from accelerate.utils.operations import send_to_device
+
         # The model may still be whole then, on the CPU.
         device = next(self.accelerator.unwrap_model(self.model).parameters()).device
         return [send_to_device(batch, device) for batch in batches]

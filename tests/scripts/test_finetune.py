@@ -70,6 +70,9 @@ def test_trains_resumes_and_deploys(text: Path, tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "| recipe | default, warmed up over 0.5 of the run |" in card
+    done = run(*options(text, tmp_path, 6, **{"learning-rate": 1e-6}), *scheme)
+    assert done.returncode == 1
+    assert "was begun with, learning_rate 0.0002, got learning_rate 1e-06" in done.stderr
     done = run(*options(text, tmp_path, 6), *scheme)
     assert done.returncode == 0, done.stderr
     assert result(tmp_path)["resumed_from"] == "checkpoint-4"

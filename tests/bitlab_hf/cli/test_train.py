@@ -66,6 +66,15 @@ def test_train_resume_deploy(cli: Cli, states: dict[str, Path], tmp_path: Path) 
     assert "| data | book.txt |" in card
     with pytest.raises(CheckpointError, match="recipe must be the one of"):
         raise cli("train", states["float"], out, *options[:2], *options[4:], "--resume").error
+    other = tmp_path / "other.txt"
+    other.write_text(book.read_text() + "pass\n" * 20)
+    for more, names in (
+        (("--learning-rate", 1e-6), "learning_rate 0.0002, got learning_rate 1e-06"),
+        (("--text", other), "text '\\(.*got text '\\("),
+        (("--teacher", "none"), "teacher 'model', got teacher 'none'"),
+    ):
+        with pytest.raises(ArgumentError, match=f"train: a run that goes on must .*{names}"):
+            raise cli("train", states["float"], out, *options, "--resume", *more).error
 
 
 def test_a_teacher_that_learns_first(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:

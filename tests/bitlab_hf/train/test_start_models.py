@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import operations, send_to_device
 
 from bitcore.errors import ArgumentError
 from bitlab_hf.train import BitLabTrainer, Recipe
-from bitlab_hf.train import start as module
 from tests.bitlab_hf.models import make_float_model, training_data
 from tests.bitlab_hf.train.test_trainer import arguments, load, make
 
@@ -36,7 +35,7 @@ def test_where_the_trainer_moves_the_model_late(
         assert moved == ([(trainer.model, torch.device("cpu"))] if late else [])
     trainer.is_fsdp_enabled = True
     monkeypatch.setattr(trainer, "_prepare_inputs", lambda part: send_to_device(part, "meta"))
-    monkeypatch.setattr(module, "send_to_device", lambda _part, device: device)
+    monkeypatch.setattr(operations, "send_to_device", lambda _part, device: device)
     assert trainer._calibration_batches(64) == [torch.device("cpu")]
 
 
