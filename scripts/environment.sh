@@ -28,7 +28,7 @@ if [ ! -x "$venv/bin/pip" ]; then
     fi
 fi
 # An installation is up to date while what it was made from has not changed.
-state=$("$venv/bin/python" - "$1" <<'PYTHON'
+state=$("$venv/bin/python" - "$1 ${BITLAB_CUDA:-} ${BITLAB_NATIVE:-}" <<'PYTHON'
 import hashlib, pathlib, sys
 digest = hashlib.sha256(sys.argv[1].encode())
 sources = [pathlib.Path("pyproject.toml"), pathlib.Path("constraints.txt")]

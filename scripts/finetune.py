@@ -1,7 +1,7 @@
 """Quantization-aware fine-tuning of any causal language model, to a deployed ternary checkpoint.
 
     python scripts/finetune.py --model MODEL --data notes/*.txt --output out/mine
-    accelerate launch scripts/finetune.py --model MODEL --data wikitext --data-config \
+    accelerate launch scripts/finetune.py --model MODEL --data Salesforce/wikitext --data-config \
         wikitext-2-raw-v1 --output out/mine
 
 A float model gets a scale for each 128 inputs, or 64 where 128 does not divide, unless options of

@@ -39,7 +39,7 @@ if [ "$(cat "$venv/bitlab-vllm" 2>/dev/null || true)" != "$vllm" ]; then
     echo "$vllm" >"$venv/bitlab-vllm"
 fi
 # BitLab is up to date while what it is made from has not changed.
-state=$("$venv/bin/python" - "$root" "$wheel" "${BITLAB_NATIVE:-}" <<'PYTHON'
+state=$("$venv/bin/python" - "$root" "$wheel" "$vllm ${BITLAB_CUDA:-} ${BITLAB_NATIVE:-}" <<'PYTHON'
 import hashlib, pathlib, sys
 root, wheel = pathlib.Path(sys.argv[1]), sys.argv[2]
 digest = hashlib.sha256(sys.argv[3].encode())

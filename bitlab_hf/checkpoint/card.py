@@ -26,7 +26,8 @@ from bitlab_hf.model.int8 import int8_layers, int8_modules
 from bitlab_hf.model.tree import quantized_layers, ternary_modules
 
 CARD = "README.md"
-INSTALL = "pip install bitlab-hf"
+# In a clone: no index has the package.
+INSTALL = "pip install ."
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _BEGIN, _END = "<!-- bitlab facts -->", "<!-- end of bitlab facts -->"
 _BLOCK = re.compile(f"{_BEGIN}.*?{_END}", re.DOTALL)
@@ -203,6 +204,7 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
         f"A ternary (1.58-bit) {architecture}, packed by BitLab: the weights of "
         f"{' and of '.join(parts)} are -1, 0 or +1 times a scale, four to a byte.",
         "## Load it",
+        "In a clone of BitLab (the package `bitlab-hf`), once:",
         f"```bash\n{INSTALL}\n```",
         f"```python\nfrom transformers import {auto}\n\nmodel = {auto}.{_call(title)}\n```",
         "No import of BitLab is needed. Without it installed, loading fails with a size mismatch "

@@ -29,6 +29,7 @@ from bitlab_hf.cli.loading import (
     check_source,
     check_unpacked,
     find_scheme,
+    is_gguf,
     load_model,
     load_whole,
     tokenizer_if_any,
@@ -135,7 +136,7 @@ def import_(
 
     quiet()
     started = time.perf_counter()
-    place, gguf = Path(source), source.endswith(".gguf")
+    place, gguf = Path(source), is_gguf(source)
     held = None if gguf else find_scheme(source)
     compressed = isinstance(held, dict) and held.get("quant_method") == METHOD
     if gguf or compressed:

@@ -359,7 +359,7 @@ def _require_accelerate() -> None:
     except ImportError as error:
         raise MissingExtraError(
             "bitlab demo: the extra 'train' must be installed, got no accelerate\n"
-            'Run `pip install "bitlab-hf[train]"`.'
+            'In BitLab\'s clone, run `pip install ".[train]"`.'
         ) from error
 
 

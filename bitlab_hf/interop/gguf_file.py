@@ -152,7 +152,7 @@ def require_gguf(caller: str) -> None:
     if find_spec("gguf") is None:
         raise MissingExtraError(
             f"{caller}: the package gguf must be installed, got none\n"
-            'Run `pip install "bitlab-hf[gguf]"`.'
+            'In BitLab\'s clone, run `pip install ".[gguf]"`.'
         )
 
 

@@ -93,7 +93,7 @@ def scripts() -> str:
     except ImportError as error:
         raise MissingExtraError(
             "report: the package vl-convert-python must be installed, got none\n"
-            'Run `pip install "bitlab-hf[report]"`.'
+            'In BitLab\'s clone, run `pip install ".[report]"`.'
         ) from error
     return vl_convert.javascript_bundle(_START).replace("</script", "<\\/script")
 

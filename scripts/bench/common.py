@@ -256,7 +256,7 @@ def pyplot() -> Any:
         import matplotlib
     except ImportError:
         raise SystemExit(
-            'The PNG needs matplotlib: pip install "bitlab-hf[bench]", or pass --no-png.'
+            'The PNG needs matplotlib: pip install ".[bench]", or pass --no-png.'
         ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

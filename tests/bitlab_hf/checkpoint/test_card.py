@@ -39,7 +39,8 @@ def test_card_of_a_deployed_model(source: Path, tmp_path: Path) -> None:
     # Two bits a code, a byte for 64 inputs, and four for each row: of 64 inputs, or of 192.
     bits = 2 + 8 / 64 + 32 * (2 * (64 + 32 + 192) + 64) / (ternary / 2)
     assert f"| bits a weight, scales included | {bits:.2f} |" in card.text
-    assert "pip install bitlab-hf" in card.text
+    assert "pip install ." in card.text
+    assert "`bitlab-hf`" in card.text
     assert 'AutoModelForCausalLM.from_pretrained("deployed")' in card.text
 
 

@@ -106,7 +106,7 @@ def test_missing_package(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     done = cli("report", run)
     assert done.code == 1
     assert isinstance(done.error, MissingExtraError)
-    assert 'pip install "bitlab-hf[report]"' in str(done.error)
+    assert 'pip install ".[report]"' in str(done.error)
     assert not (run / "report.html").exists()
 
 
