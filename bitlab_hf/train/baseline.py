@@ -35,12 +35,18 @@ def record_baseline(trainer: Trainer, model: Any, name: str = "full precision") 
         Its loss, in nats a token.
 
     Raises:
-        ArgumentError: The Trainer has no evaluation data.
+        ArgumentError: The Trainer has no evaluation data, or several sets of them.
     """
     if trainer.eval_dataset is None:
         raise ArgumentError(
             "record_baseline: trainer must have an eval_dataset, got none\n"
             "Give the Trainer eval_dataset=... and eval_strategy."
+        )
+    if isinstance(trainer.eval_dataset, dict):
+        raise ArgumentError(
+            "record_baseline: trainer must have one eval_dataset, got a dict of "
+            f"{', '.join(map(str, trainer.eval_dataset))}\n"
+            "Record the baseline with a Trainer that has the one that the report is to show."
         )
     arguments = copy.copy(trainer.args)
     arguments.report_to = []

@@ -15,6 +15,7 @@ from typing import Any
 
 from bitcore.errors import CheckpointError
 from bitlab_hf.checkpoint.atomic import write_atomically
+from bitlab_hf.train.guard import leave_behind
 
 STATISTICS_FILE = "ternary_statistics.jsonl"
 HISTOGRAMS_FILE = "ternary_histograms.json"
@@ -39,7 +40,9 @@ class RunFiles:
         self._lines, self._histograms = folder / STATISTICS_FILE, folder / HISTOGRAMS_FILE
         kept: list[dict[str, Any]] = []
         self._snapshots: list[dict[str, Any]] = []
-        if step > 0:
+        if step == 0:
+            leave_behind(folder)
+        else:
             header, entries = read_statistics(folder)
             if header.get("layers") == layers:
                 kept = [entry for entry in entries if entry["step"] <= step]

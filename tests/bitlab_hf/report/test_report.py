@@ -242,6 +242,15 @@ def test_a_real_run(tmp_path: Path) -> None:
     page = Page(render(run))
     assert len(page.plots) == 8
     assert page.plots["perplexity"].lines == {"ternary": 2}
+    # Of a Trainer that is not BitLab's, too, a second run in the folder is told alone.
+    arguments.max_steps = 1
+    again = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:3])
+    TernaryStatistics(histograms=2).attach(again)
+    again.train()
+    assert (read_run(tmp_path / "run").steps, read_run(tmp_path / "run").max_steps) == (1, 1)
+    trainer.eval_dataset = {"one": data[:3]}
+    with pytest.raises(ArgumentError, match="must have one eval_dataset, got a dict of one"):
+        record_baseline(trainer, original)
     trainer.eval_dataset = None
     with pytest.raises(ArgumentError, match="must have an eval_dataset"):
         record_baseline(trainer, original)
