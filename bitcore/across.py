@@ -249,8 +249,8 @@ def _sums(codes: Tensor, qweight: Tensor, rows: int, multiplier: Tensor | None) 
     if multiplier is None:
         sums = torch.ops.bitlab.matmul(codes, qweight, rows)
         return sums
-    largest = torch.full((1, codes.shape[-1]), 127.0, device=codes.device)
-    ones = torch.ones(rows, dtype=torch.float32, device=codes.device)
+    largest = codes.new_full((1, codes.shape[-1]), 127.0, dtype=torch.float32)
+    ones = codes.new_ones(rows, dtype=torch.float32)
 
     def multiply(parts: Tensor) -> Tensor:
         tokens = torch.cat([parts, largest])

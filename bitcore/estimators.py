@@ -154,6 +154,33 @@ def _checked(name: str, part: Tensor, groups: Tensor) -> Tensor:
     return part
 
 
+def check_scales(scale: Tensor, weight: Tensor | None, name: str, said: str) -> None:
+    """Checks the scales that a weight is to be deployed with, since no file with others is loaded;
+    waits for them on a GPU.
+
+    Args:
+        scale: float32 of any shape, what multiplies the codes.
+        weight: What they are the scales of, or None. They are not looked at where it holds NaN or
+            infinity: that is its own error.
+        name: The estimator.
+        said: What messages call the layer.
+
+    Raises:
+        ArgumentError: A scale is not finite, or not above zero.
+    """
+    if scale.is_meta:
+        return
+    valid = torch.isfinite(scale) & (scale > 0)
+    if bool(valid.all()) or (weight is not None and not bool(torch.isfinite(weight).all())):
+        return
+    place = (~valid).nonzero()[0].tolist()
+    raise ArgumentError(
+        f"estimator {name!r}: scales must be finite and positive to be deployed, got "
+        f"{float(scale[tuple(place)])} at {place} of {said}\n"
+        "Let it clamp them, as to 1e-5: weights that are all zero have a scale too."
+    )
+
+
 def sum_groups(groups: Tensor) -> Tensor:
     """Returns the float64 sums [groups] of float32 [groups, elements], the same for every thread
     count.

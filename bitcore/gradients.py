@@ -45,10 +45,16 @@ def input_gradient(
 def weight_gradient(dy: Tensor, inputs: list[Tensor], dtype: torch.dtype) -> Tensor:
     """``dW = dy.T @ x`` [N, K] of a dtype, for dy [M, N] and x: [..., K], or its codes and scale.
 
-    Computed in dy's dtype, or in float32 on a CPU that does not multiply 16-bit floats; on a CPU in
-    blocks, so that no float copy of all of x, dy or dW is made. Elsewhere codes times scales are
-    written in the dtype that is multiplied: float32 ones would be twice as large as x.
+    Computed in dy's dtype whatever autocast says, or in float32 on a CPU that does not multiply
+    16-bit floats; on a CPU in blocks, so that no float copy of all of x, dy or dW is made.
+    Elsewhere codes times scales are written in the dtype that is multiplied: float32 ones would be
+    twice as large as x.
     """
+    with _no_autocast(dy):
+        return _weight_product(dy, inputs, dtype)
+
+
+def _weight_product(dy: Tensor, inputs: list[Tensor], dtype: torch.dtype) -> Tensor:
     parts = [part.reshape(-1, part.shape[-1]) for part in inputs]
     n, k = dy.shape[1], parts[0].shape[1]
     if dy.device.type != "cpu":
@@ -156,11 +162,10 @@ def qat_gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     rows = dy.reshape(-1, ctx.out_features)
     # torch leaves trailing arguments out that have their defaults.
     if ctx.needs_input_grad[1] or (ctx.is_learned and ctx.needs_input_grad[8]):
-        with _no_autocast(dy):
-            dtype = dy.dtype if ctx.is_learned else ctx.weight_dtype
-            dw = weight_gradient(rows, inputs, dtype)
-            if ctx.is_learned:
-                dw, dscale = torch.ops.bitlab.learned_gradients(dw, weight, step)
+        dtype = dy.dtype if ctx.is_learned else ctx.weight_dtype
+        dw = weight_gradient(rows, inputs, dtype)
+        if ctx.is_learned:
+            dw, dscale = torch.ops.bitlab.learned_gradients(dw, weight, step)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         db = bias_gradient(rows, ctx.bias_dtype)
     return dx, dw, db, None, None, None, None, None, dscale, None

@@ -84,7 +84,7 @@ def _qat_scale(
         if step is not None or multiplier is not None:
             given = "a step" if multiplier is None else "multipliers"
             raise ArgumentError(f"{op}: scale must be given with {given}, got None")
-        return None, torch.empty(0), None
+        return None, weight.new_empty(0, dtype=torch.float32), None
     if multiplier is not None:
         if step is None:
             raise ArgumentError(f"{op}: step must be given with multipliers, got None")

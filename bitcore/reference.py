@@ -118,7 +118,7 @@ def linear(
         y = sums * (x_scale * weight_scale)
     else:
         width = x.shape[-1] // weight_scale.shape[1]
-        y = torch.zeros(())
+        y = x_scale.new_empty(())
         for column in range(weight_scale.shape[1]):
             part = slice(column * width, (column + 1) * width)
             sums = matmul(codes[..., part], qweight[:, part], out_features).float()
@@ -296,7 +296,7 @@ def input_gradient_int8(
 ) -> Tensor:
     """``dx = (dy * weight_scale) @ qweight`` in float32, a block of rows at a time."""
     rows_of_dy = dy.reshape(-1, qweight.shape[0])
-    dx = torch.zeros((rows_of_dy.shape[0], qweight.shape[1]), device=dy.device)
+    dx = dy.new_zeros((rows_of_dy.shape[0], qweight.shape[1]), dtype=torch.float32)
     with torch.autocast(dy.device.type, enabled=False):
         for rows in quantize.row_blocks(*qweight.shape):
             dx.addmm_(rows_of_dy[:, rows].float() * weight_scale[rows], qweight[rows].float())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bitcore.config import BitQuantConfig
 from bitcore.errors import ArgumentError, ArgumentTypeError, LifecycleError
+from bitcore.estimators import check_scales
 from bitcore.prepared import PreparedLinear
 from bitlayers.checks import check_deployable, check_sizes, load_problem, log_deployed_stays
 from bitlayers.deployment import Deployment, Registered
@@ -240,16 +241,21 @@ class BitLayerBase(LayerState):
         Raises:
             LifecycleError: See `bitlayers.checks.check_deployable`.
             NonFiniteError: The weight holds NaN or infinity; nothing is changed.
+            ArgumentError: See `build_deployment`; nothing is changed.
         """
         check_deployable(self, "weight")
         self.commit(self.build_deployment())
         return self
 
-    def build_deployment(self) -> Deployment:
+    def build_deployment(self, name: str = "") -> Deployment:
         """Returns what `_perform_deployment` makes of the layer, which stays as it is.
+
+        Args:
+            name: What messages call the layer.
 
         Raises:
             LifecycleError: It returned anything but two or three tensors or None.
+            ArgumentError: The estimator gave a scale that is not finite and positive.
         """
         before = Registered.of(self)
         try:
@@ -265,6 +271,8 @@ class BitLayerBase(LayerState):
                 "with multipliers these too, or nothing once the layer has packed itself, "
                 f"got {packed!r}"
             )
+        weight = self._parameters.get("weight")
+        check_scales(packed[1], weight, self.quant_config.weight_quantizer, name or repr(self))
         return packed
 
     def commit(self, built: Deployment) -> None:
@@ -343,12 +351,9 @@ class BitLayerBase(LayerState):
         layer = cls(
             in_features, out_features, bias, quant_config=quant_config, device="meta", dtype=dtype
         )
-        layer.commit_packed(
-            *(
-                torch.empty(shape, dtype=kind, device=device)
-                for kind, shape in layer.packed_tensors().values()
-            )
-        )
+        kinds = layer.packed_tensors().values()
+        made = (torch.empty(shape, dtype=kind, device=device) for kind, shape in kinds)
+        layer.commit_packed(*made)
         if layer.bias is not None:
             layer.bias = nn.Parameter(torch.empty_like(layer.bias, device=device), False)
         return layer

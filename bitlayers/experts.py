@@ -19,7 +19,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from bitcore import ops
+from bitcore import estimators, ops
 from bitcore.errors import LifecycleError
 from bitcore.prepared import PreparedExperts
 from bitlayers import learned_experts
@@ -182,6 +182,7 @@ class BitExperts(nn.Module):
         Raises:
             LifecycleError: The module is deployed, on the meta device, sharded or parametrized.
             NonFiniteError: An expert's weights hold NaN or infinity; nothing is changed.
+            ArgumentError: See `build_deployment`; nothing is changed.
         """
         self.check_deployable("experts")
         for name, packed in self.build_deployment().items():
@@ -206,17 +207,22 @@ class BitExperts(nn.Module):
             check_stack(self, stack, f"{module}.{name}")
             learned_experts.check(self, name, f"{module}.{name}")
 
-    def build_deployment(self) -> dict[str, Packed]:
-        """Returns the packed tensors of all experts, by the projection; the module stays as it
-        is.
+    def build_deployment(self, module: str = "experts") -> dict[str, Packed]:
+        """Returns the packed tensors of all experts, by the projection; the module stays as it is.
+
+        Args:
+            module: What messages call it.
+
+        Raises:
+            ArgumentError: The estimator gave a scale that is not finite and positive.
         """
-        return {
-            name: stack.pack_all(
-                stack.apart(self._parameters[name]),  # type: ignore[arg-type]
-                learned_experts.of(self, name),
-            )
-            for name, stack in self.stacks.items()
-        }
+        built = {}
+        for name, stack in self.stacks.items():
+            weight = stack.apart(self._parameters[name])  # type: ignore[arg-type]
+            built[name] = stack.pack_all(weight, learned_experts.of(self, name))
+            quantizer, said = stack.config.weight_quantizer, f"{module}.{name}"
+            estimators.check_scales(built[name][1], weight, quantizer, said)
+        return built
 
     def commit(
         self,
@@ -258,13 +264,10 @@ class BitExperts(nn.Module):
     def make_skeleton(self) -> None:
         """Makes a latent module deployed with empty packed tensors, for a loader to fill."""
         for name, stack in self.stacks.items():
-            weight = self._parameters[name]
-            assert weight is not None
-            shapes = stack.packed_tensors().values()
-            self.commit(
-                name,
-                *(torch.empty(shape, dtype=kind, device=weight.device) for kind, shape in shapes),
-            )
+            device = cast(Tensor, self._parameters[name]).device
+            kinds = stack.packed_tensors().values()
+            made = (torch.empty(shape, dtype=kind, device=device) for kind, shape in kinds)
+            self.commit(name, *made)
 
     def dequantized(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Returns codes times scale of all experts as the float model has them: exactly what the

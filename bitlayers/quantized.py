@@ -107,4 +107,4 @@ class TypedModule(QuantizedModule):
 
 def cast_dtype(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
     """Returns what a module's ``_apply`` makes of tensors of a dtype."""
-    return fn(torch.empty(0, dtype=dtype)).dtype
+    return fn(torch.empty(0, dtype=dtype, device="cpu")).dtype

@@ -1,4 +1,8 @@
-"""The native CPU kernels, behind the same functions as the reference."""
+"""The native CPU kernels, behind the same functions as the reference.
+
+Every tensor that is made here names its device: kernels write through bare pointers, and past the
+dispatcher torch's default device still counts.
+"""
 
 from __future__ import annotations
 
@@ -97,13 +101,13 @@ class CpuKernels(CpuExperts):
             return self._pack_groups(weight, columns)
         sums = None
         if granularity == "per_tensor":
-            sums = torch.empty(out_features, dtype=torch.float64)
+            sums = torch.empty(out_features, dtype=torch.float64, device="cpu")
         scale = self._weight_scale(weight, columns, sums)
         return self.pack_codes(weight, scale), scale, None
 
     def row_sums(self, weight: Tensor) -> Tensor:
         """See `bitcore.reference.row_sums`."""
-        sums = torch.empty(weight.shape[0], dtype=torch.float64)
+        sums = torch.empty(weight.shape[0], dtype=torch.float64, device="cpu")
         self._weight_scale(weight.contiguous(), 0, sums)
         return sums
 
@@ -113,7 +117,8 @@ class CpuKernels(CpuExperts):
         """
         out_features, in_features = weight.shape
         rows = out_features if sums is None else 1
-        scale = torch.empty((out_features, columns) if columns else (rows,), dtype=torch.float32)
+        shape = (out_features, columns) if columns else (rows,)
+        scale = torch.empty(shape, dtype=torch.float32, device="cpu")
         self._check(
             self._library.bk_cpu_weight_scale(
                 address(weight), TYPE_CODES[weight.dtype], address(scale), rows, columns,
@@ -124,9 +129,10 @@ class CpuKernels(CpuExperts):
 
     def _pack_groups(self, weight: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
         out_features, in_features = weight.shape
-        qweight = torch.empty(((out_features + 3) // 4, in_features), dtype=torch.uint8)
-        scale = torch.empty(out_features, dtype=torch.float32)
-        multiplier = torch.empty((out_features, columns), dtype=torch.uint8)
+        rows = (out_features + 3) // 4
+        qweight = torch.empty((rows, in_features), dtype=torch.uint8, device="cpu")
+        scale = torch.empty(out_features, dtype=torch.float32, device="cpu")
+        multiplier = torch.empty((out_features, columns), dtype=torch.uint8, device="cpu")
         self._check(
             self._library.bk_cpu_pack_groups_t2(
                 address(weight), TYPE_CODES[weight.dtype], address(scale), address(multiplier),
@@ -139,7 +145,8 @@ class CpuKernels(CpuExperts):
         """See `bitcore.reference.pack_codes`."""
         weight, step = weight.contiguous(), step.contiguous()
         out_features, in_features = weight.shape
-        qweight = torch.empty(((out_features + 3) // 4, in_features), dtype=torch.uint8)
+        rows = (out_features + 3) // 4
+        qweight = torch.empty((rows, in_features), dtype=torch.uint8, device="cpu")
         self._check(
             self._library.bk_cpu_pack_t2(
                 address(weight), TYPE_CODES[weight.dtype], address(step), step.shape[0],
@@ -153,9 +160,9 @@ class CpuKernels(CpuExperts):
         """See `bitcore.reference.learned_gradients`: one native call."""
         dw, weight, step = dw.contiguous(), weight.contiguous(), step.contiguous()
         out_features, in_features = weight.shape
-        gradient = torch.empty(weight.shape, dtype=weight.dtype)
-        step_gradient = torch.empty(step.shape, dtype=torch.float32)
-        row_sums = torch.empty(out_features, dtype=torch.float64)
+        gradient = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
+        step_gradient = torch.empty(step.shape, dtype=torch.float32, device="cpu")
+        row_sums = torch.empty(out_features, dtype=torch.float64, device="cpu")
         self._check(
             self._library.bk_cpu_learned_gradients(
                 address(dw), TYPE_CODES[dw.dtype], address(weight), TYPE_CODES[weight.dtype],
@@ -181,8 +188,8 @@ class CpuKernels(CpuExperts):
     def quantize_activation(self, x: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
         """See `bitcore.reference.quantize_activation`."""
         tokens = x.reshape(-1, x.shape[-1]).contiguous()
-        codes = torch.empty(x.shape, dtype=torch.int8)
-        scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
+        codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
+        scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device="cpu")
         self._check(
             self._library.bk_cpu_quantize_i8(
                 address(tokens), TYPE_CODES[x.dtype], tokens.shape[1], address(codes),
@@ -205,17 +212,19 @@ class CpuKernels(CpuExperts):
     def _memory(self, size: int) -> Tensor:
         """So many bytes of scratch, or more; few of them are kept for the thread's next call."""
         if size > _KEPT_WORKSPACE:
-            return torch.empty(size, dtype=torch.uint8)
+            return torch.empty(size, dtype=torch.uint8, device="cpu")
         kept: Tensor | None = getattr(self._kept, "workspace", None)
         if kept is None:
-            kept = self._kept.workspace = torch.empty(_KEPT_WORKSPACE, dtype=torch.uint8)
+            kept = torch.empty(_KEPT_WORKSPACE, dtype=torch.uint8, device="cpu")
+            self._kept.workspace = kept
         return kept
 
     def matmul(self, codes: Tensor, qweight: Tensor, out_features: int) -> Tensor:
         """See `bitcore.reference.matmul`."""
         tokens = codes.reshape(-1, codes.shape[-1]).contiguous()
         count, in_features = tokens.shape
-        acc = torch.empty((*codes.shape[:-1], out_features), dtype=torch.int32)
+        shape = (*codes.shape[:-1], out_features)
+        acc = torch.empty(shape, dtype=torch.int32, device="cpu")
         threads = count_threads()
         workspace = self._workspace(count, in_features, 0, 1, threads)
         qweight = qweight.contiguous()

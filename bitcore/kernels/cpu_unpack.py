@@ -42,7 +42,7 @@ class CpuUnpacking:
         qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
         step = max(1, _BLOCK_ELEMENTS // (4 * in_features))
         x = reference.without_gaps(tokens.float())
-        y = torch.empty((x.shape[0], 4 * rows), dtype=torch.float32)
+        y = torch.empty((x.shape[0], 4 * rows), dtype=torch.float32, device="cpu")
         lanes = y.view(-1, 4, rows)
         with torch.autocast("cpu", enabled=False):
             for first in range(0, rows, step):
@@ -75,7 +75,7 @@ class CpuUnpacking:
         rows, in_features = qweight.shape
         shape = (4 * (last_row - first_row), last_column - first_column)
         make = torch.empty if out_features == 4 * rows else torch.zeros
-        weight = make(shape, dtype=dtype)
+        weight = make(shape, dtype=dtype, device="cpu")
         columns = count_columns(weight_scale, multiplier)
         multiplier = None if multiplier is None else multiplier.contiguous()
         self._check(
@@ -124,7 +124,7 @@ class CpuUnpacking:
         step = max(64, _BLOCK_ELEMENTS // (4 * rows) // 64 * 64)
         tokens, compute = dy.reshape(-1, out_features), reference.multiplied_in(dy.dtype)
         count = tokens.shape[0]
-        dx = torch.empty((count, in_features), dtype=dtype)
+        dx = torch.empty((count, in_features), dtype=dtype, device="cpu")
         together = max(1, count if dy.dtype == compute else _WIDENED_TOKENS)
         with torch.autocast("cpu", enabled=False):
             for token in range(0, count, together):

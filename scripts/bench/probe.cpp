@@ -1,5 +1,5 @@
 /*
- * What this machine can do at most, for the benchmarks: compiled on the spot by scripts/bench_common.py with
+ * What this machine can do at most, for the benchmarks: compiled on the spot by scripts/bench/common.py with
  * -march=native, never part of the library.
  */
 #include <stdint.h>

@@ -232,3 +232,25 @@ def test_gradients_are_those_of_one_process(granularity: str, activation: str) -
     for one, other in zip(held, given, strict=True):
         assert one.grad is not None
         assert torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("activation", ["int8_per_token", "float"])
+def test_gradients_do_not_depend_on_autocast(activation: str) -> None:
+    """A float32 gradient is not rounded, whether the backward pass is under autocast or not."""
+    weight = torch.randn(ROWS, 256, generator=torch.Generator().manual_seed(3))
+    packed, x = pack_weight(weight, "per_channel", None), tokens(torch.float32)
+    group = Group(lambda largest: None, lambda sums: None)
+    dy = torch.randn(7, ROWS, generator=torch.Generator().manual_seed(6))
+    given = [one.clone().requires_grad_() for one in (x, weight, packed[1])]
+    layers: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = [
+        lambda x, w, _: across_linear(x, w, *packed, None, ROWS, activation, None, group),
+        lambda x, w, _: qat_linear(x, w, None, "per_channel", None, activation),
+        lambda x, w, scale: qat_linear(x, w, None, "per_channel", None, activation, None, scale),
+    ]
+    for number, layer in enumerate(layers):
+        read, found = given[: 3 if number == 2 else 2], []
+        for within in (False, True):
+            y = layer(*given)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=within):
+                found.append(torch.autograd.grad(y, read, dy))
+        assert all(map(torch.equal, *found))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,34 @@ def test_info_says_why_cuda_does_not_run() -> None:
         assert found["reference"].chosen
         with pytest.raises(BackendError, match="no CUDA device"), bitcore.use_backend("cuda"):
             pass
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, "sm_80 sm_90a compute_90"),
+        ("80", "sm_80 compute_80"),
+        ("90a;86-virtual;100f-real", "sm_90a compute_90a compute_86 sm_100f"),
+        ("native", None),
+        ("80-real;all-major", None),
+    ],
+)
+def test_the_build_says_all_that_it_compiles_for(
+    given: str | None, expected: str | None, tmp_path: Path
+) -> None:
+    """The library reads there what runs: fused kernels are empty in PTX of compute_80."""
+    text = (HEADER.parents[1] / "cuda" / "CMakeLists.txt").read_text()
+    start, end = map(text.index, ("set(BITLAB_CUDA_ARCHITECTURES", "set(CMAKE_CUDA_STANDARD"))
+    script = tmp_path / "architectures.cmake"
+    script.write_text(text[start:end] + 'message("names: ${architectures}.")\n')
+    option = [] if given is None else [f"-DBITLAB_CUDA_ARCHITECTURES={given}"]
+    command = [Path(sys.executable).with_name("cmake"), *option, "-P", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if expected is None:
+        assert done.returncode != 0
+        assert "BITLAB_CUDA_ARCHITECTURES must be numbers such as 80-real" in done.stderr
+    else:
+        assert f"names: {expected}." in done.stderr
 
 
 def test_importing_and_asking_starts_nothing_on_a_device() -> None:
