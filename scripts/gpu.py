@@ -9,8 +9,9 @@ Builds the native libraries for the GPU at hand, then runs its tests, compute-sa
 them, the training step, `generate`, the kernels by shape, experts, quality at 10 and 50 M tokens,
 and the training step under torch.compile. Each part has its share of the time that is left when its
 turn comes. OUT/gpu.json is written anew after each, so that a cut-off loses one part; what is done
-for the same sources on the same GPU is not done again, unless --only names it. OUT/gpu.log has all
-that the parts printed. No network is needed, given the packages that --wheels lists.
+for the same sources on the same GPU is not done again, unless --only names it, and of a part that
+was cut off in several visits the longest run is kept. OUT/gpu.log has all that the parts printed.
+No network is needed, given the packages that --wheels lists.
 
 Prints the tables of docs/benchmarks.md at the end; `scripts/bench/page.py --take OUT/gpu.json` puts
 the figures on that page. The exit status is 0 when all parts that were asked for are done.
@@ -33,7 +34,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from gpu_parts import HOST_LIBRARY_VARIABLE, PARTS, ROOT, Part, Result, Visit, host_library
+from gpu_parts import PARTS
+from gpu_visit import HOST_LIBRARY_VARIABLE, ROOT, Part, Result, Visit
 from results import write_json
 
 # What the parts import: a package, its least version, and who wants it.
@@ -60,6 +62,8 @@ There, `pip check` says what these need besides:
     pip install --no-index --no-deps --target site wheels/*.whl
     PYTHONPATH=$PWD/site scripts/gpu.sh
 """
+# What results are lists of.
+MEASURED = ("rows", "quantizers", "gradients", "engines", "results")
 # Characters of what a part printed that are kept where it did not end well.
 TAIL = 2000
 # Seconds between asking a part to end and ending it.
@@ -74,8 +78,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9, help="of all parts together (9)")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument(
-        "--installed", action="store_true", help="build no library, use what is here"
-    )
+        "--installed", action="store_true",
+        help="build no library, use that of the installed BitLab or of BITLAB_LIBRARY_DIR",
+    )  # fmt: skip
     parser.add_argument("--models", type=Path, help="scripts/real_models.py's folder, for quality")
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="two files: out/gpu")
     parser.add_argument("--work", type=Path, default=Path("out/gpu-work"), help="may be lost")
@@ -86,6 +91,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--minutes must be more than 0, got {options.minutes:g}")
     if options.models is not None and not options.models.is_dir():
         parser.error(f"--models must be a folder of scripts/real_models.py, got {options.models}")
+    options.out, options.work = options.out.absolute(), options.work.absolute()
+    out, work = options.out.resolve(), options.work.resolve()
+    if out == work or work / "results" in (out, *out.parents):
+        parser.error(f"--out must be another folder than --work, where files come and go: {out}")
     return options
 
 
@@ -197,22 +206,20 @@ class Runner:
 
 
 def environment_of(visit: Visit) -> dict[str, str]:
-    """Returns the environment of the parts: with the libraries that are measured."""
-    found = dict(os.environ)
-    if not visit.on_gpu:
-        found[HOST_LIBRARY_VARIABLE] = str(host_library(visit.work))
-    elif not visit.installed:
-        found["BITLAB_LIBRARY_DIR"] = str(visit.work / "libraries")
+    """Returns the environment of the parts: with the library that is measured."""
+    found, library = dict(os.environ), visit.library()
+    if library is not None and visit.on_gpu:
+        found["BITLAB_LIBRARY_DIR"] = str(library.parent)
+    elif library is not None:
+        found[HOST_LIBRARY_VARIABLE] = str(library)
     return found
 
 
 def has_library(visit: Visit) -> bool:
-    """Whether there are kernels to measure."""
-    from bitcore.kernels.native import library_path
-
-    installed = library_path("bitkernels_cuda")
-    built = visit.work / "libraries" / "libbitkernels_cuda.so"
-    return not visit.on_gpu or (installed if visit.installed else built).is_file()
+    """Whether there are kernels to measure: installed ones, or what a build for these sources that
+    was done has left.
+    """
+    return visit.library() is not None
 
 
 def run_part(name: str, part: Part, visit: Visit, runner: Runner, seconds: float) -> Result:
@@ -247,18 +254,39 @@ def plan(options: argparse.Namespace, result: Result) -> list[str]:
     return [name for name in PARTS if name == "build" or name not in done]
 
 
+def amount(found: Result) -> int:
+    """Returns how much there is in a part's result: rows, and tests that ended."""
+    result = found.get("result") or {}
+    lists = [result[name] for name in MEASURED if isinstance(result.get(name), list | dict)]
+    tests = [one for one in (result, *result.values()) if isinstance(one, dict)]
+    ended = [one.get("passed", 0) + len(one.get("failed", ())) for one in tests]
+    return sum(map(len, lists)) + sum(map(int, ended))
+
+
+def better(before: Result | None, found: Result) -> Result:
+    """Returns what is kept of a part, of an earlier visit for the same sources and of this one: the
+    later, unless it was not begun or came less far.
+    """
+    if before is None or before["status"] == "not begun" or found["status"] == "done":
+        return found
+    if found["status"] != "not begun" and amount(found) >= amount(before):
+        return found
+    return {**before, "later": {key: found[key] for key in found if key != "result"}}
+
+
 def visit_all(options: argparse.Namespace, visit: Visit, result: Result) -> bool:
     """Runs the parts, writing the result after each; returns whether all of them are done."""
     names, path = plan(options, result), options.out / "gpu.json"
     runner = Runner(options.out / "gpu.log")
     deadline = time.monotonic() + 60 * options.minutes
+    statuses = []
     for place, name in enumerate(names):
         part, left = PARTS[name], deadline - time.monotonic()
         problem = part.problem(visit)
         others = [PARTS[one] for one in names[place + 1 :] if PARTS[one].problem(visit) is None]
         share = part.weight / (part.weight + sum(one.weight for one in others))
         if problem is None and name != "build" and not has_library(visit):
-            problem = "there is no libbitkernels_cuda (--installed takes one that pip has built)"
+            problem = "there is no libbitkernels_cuda of these sources: the build is not done"
         if problem is None and left < part.least:
             problem = f"{left:.0f} s are left, and it takes {part.least:.0f}"
         if problem is not None:
@@ -266,10 +294,16 @@ def visit_all(options: argparse.Namespace, visit: Visit, result: Result) -> bool
         else:
             print(f"{name} ...", flush=True)
             found = run_part(name, part, visit, runner, min(left, max(part.least, share * left)))
-        result["parts"][name] = found
+            if name == "build" and not visit.installed:
+                visit.end_build(found["status"] == "done")
+        result["parts"][name] = kept = better(result["parts"].get(name), found)
         write_json(path, result)
         print(f"{name}: {describe(found)}", flush=True)
-    return all(result["parts"][name]["status"] == "done" for name in names)
+        if kept is not found:
+            print(f"{name}: kept is what was {describe(kept)}", flush=True)
+        # Nothing is missing where the library of an earlier visit is there.
+        statuses.append("done" if name == "build" and has_library(visit) else found["status"])
+    return all(status == "done" for status in statuses)
 
 
 def describe(found: Result) -> str:
@@ -281,6 +315,7 @@ def describe(found: Result) -> str:
     if "passed" in counts:
         words += f"; {counts['passed']} of {counts['tests']} tests passed"
         words += f", failed: {', '.join(counts['failed'])}" if counts["failed"] else ""
+        words += f", ended in {counts['ended_in']}" if counts.get("ended_in") else ""
     return words
 
 
@@ -297,7 +332,6 @@ def main() -> None:
         raise SystemExit("gpu.sh needs a CUDA device, and torch finds none (but with --quick)")
     missing = [line for line in packages() if "BRING" in line]
     print("\n".join(["missing packages:", *missing] if missing else ["all packages are there"]))
-    options.out, options.work = options.out.absolute(), options.work.absolute()
     options.work.mkdir(parents=True, exist_ok=True)
     models = options.models and options.models.absolute()
     result = begin(options, on_gpu)

@@ -24,7 +24,8 @@ faster or more, else the simpler torch.compile.
 **Generate**: bench/generate.py on this GPU: BitNet-2B-4T's geometry, random weights, static cache
 and transformers' own compilation to CUDA graphs, against dense bf16 and the packed `bitnet`.
 
-Writes out/bench_cuda.json, anew after each shape, and, in Markdown, out/bench_cuda.md.
+A side of a layer with a wrong result is left out, and the run ends as failed when the rest is done.
+Writes out/bench_cuda.json, anew after each number of tokens, and, in Markdown, out/bench_cuda.md.
 """
 
 from __future__ import annotations
@@ -155,7 +156,10 @@ def layer_table(rows: list[Row], limits: dict[str, float]) -> str:
         sides.setdefault((row.shape, row.tokens), {})[row.engine] = row
     lines = []
     for (shape, tokens), engines in sides.items():
-        ours, peer = engines["bitlab"], engines["cublas bf16"]
+        ours, peer = engines.get("bitlab"), engines["cublas bf16"]
+        if ours is None:  # it was wrong
+            lines.append([shape, str(tokens), "-", f"{peer.us:.2f}", *"-" * (len(columns) - 4)])
+            continue
         others = [engines.get(engine) for engine in (*GROUPED, SEVERAL)]
         lines.append([
             shape, str(tokens), f"{ours.us:.2f}", f"{peer.us:.2f}", f"{peer.us / ours.us:.2f}",
@@ -275,6 +279,7 @@ def main() -> None:
     rows: list[Row] = []
     fused: list[Quantizer] = []
     backward: list[Row] = []
+    failed: list[str] = []
     result: dict[str, Any] = {
         "device": words,
         "date": date.today().isoformat(),
@@ -282,6 +287,7 @@ def main() -> None:
         "torch": torch.__version__,
         "quick": options.quick,
         "ceilings": limits,
+        "failed": failed,
     }
 
     def keep() -> None:
@@ -293,10 +299,11 @@ def main() -> None:
     with bitcore.use_backend("cuda" if bench.device.type == "cuda" else "auto"):
         for shape in options.shapes:
             for tokens in options.tokens:
-                measured = measure(bench, shape, tokens)
+                measured, wrong = measure(bench, shape, tokens)
                 rows += measured
+                failed += [f"{shape}, M {tokens}, {side}: {why}" for side, why in wrong.items()]
                 print(layer_table(measured, limits).splitlines()[-1], flush=True)
-            keep()
+                keep()
             if bench.device.type == "cuda":
                 torch.cuda.empty_cache()
         few = 20 if options.quick else TRAINING_TOKENS
@@ -328,6 +335,8 @@ def main() -> None:
         target_table(closing),
     )  # fmt: skip
     options.json.with_suffix(".md").write_text(f"{words}\n\n" + "\n\n".join(tables) + "\n")
+    if failed:
+        raise SystemExit("\n".join(["left out:", *failed]))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,22 +173,27 @@ def copies(bench: Bench, tensor: Tensor) -> list[Tensor]:
     return [tensor.clone() for _ in range(min(MOST_COPIES, max(2, -(-4 * bench.l2_bytes // size))))]
 
 
-def check(x: Tensor, packed: tuple[Tensor, ...], out_features: int) -> None:
-    """Compares the kernels with plain torch on this device, bit for bit, before they are timed.
-
-    Raises:
-        SystemExit: They differ.
+def check(call: Call, x: Tensor, packed: tuple[Tensor, ...], out_features: int) -> str | None:
+    """Compares the first tokens with plain torch on this device, bit for bit, and makes the call
+    that will be timed; returns what is wrong, or None.
     """
     from bitcore import reference
 
     qweight, scale, *multiplier = packed
-    args = (x, qweight, scale, None, out_features, "int8_per_token", torch.float32, *multiplier)
-    if not torch.equal(torch.ops.bitlab.linear(*args), reference.linear(*args)):
-        raise SystemExit(f"{out_features}x{x.shape[1]}, {x.shape[0]} tokens: a wrong result")
+    end = (None, out_features, "int8_per_token", torch.float32, *multiplier)
+    args: tuple[Any, ...] = (x[:64], qweight, scale, *end)
+    try:
+        right = torch.equal(torch.ops.bitlab.linear(*args), reference.linear(*args))
+        call()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+    except Exception as error:  # the other sides are measured all the same
+        return f"{type(error).__name__}: {error}"
+    return None if right else "a wrong result"
 
 
-def measure(bench: Bench, shape: str, tokens: int) -> list[Row]:
-    """Times one layer on both sides."""
+def measure(bench: Bench, shape: str, tokens: int) -> tuple[list[Row], dict[str, str]]:
+    """Times one layer on all sides; returns besides what is wrong with those that are left out."""
     out_features, in_features = (int(size) for size in shape.split("x"))
     x = torch.randn(tokens, in_features, device=bench.device, dtype=torch.bfloat16)
     latent = torch.randn(out_features, in_features, device=bench.device, dtype=torch.bfloat16)
@@ -203,8 +209,12 @@ def measure(bench: Bench, shape: str, tokens: int) -> list[Row]:
         return lambda: torch.ops.bitlab.linear(*args, *multiplier)
 
     sides: dict[str, list[Call]] = {}
+    failed: dict[str, str] = {}
     for engine, (qweight, *scales) in packed.items():
-        check(x[: min(tokens, 64)], (qweight, *scales), out_features)
+        problem = check(layer(qweight, *scales), x, (qweight, *scales), out_features)
+        if problem is not None:
+            failed[engine] = problem
+            continue
         rotated = copies(bench, qweight)
         sides[engine] = [layer(one, *(scale.clone() for scale in scales)) for one in rotated]
     if tokens in SEVERAL_TOKENS:
@@ -228,7 +238,7 @@ def measure(bench: Bench, shape: str, tokens: int) -> list[Row]:
             Row(shape, tokens, engine, us, times[tenth], times[-1 - tenth], size / us / 1e3,
                 work / us / 1e6)
         )  # fmt: skip
-    return rows
+    return rows, failed
 
 
 def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:

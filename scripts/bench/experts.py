@@ -8,8 +8,9 @@ Engines take turns call by call, and every call sends its tokens to other expert
 can keep their weights. All times hold what an engine does from the router's choice to the sum of a
 token's experts, but ggml's, which leaves that sum out. "of DRAM" is of the weights of those
 experts that got tokens, on a GPU of the rate of a copy. Beside them runs BitLab's dense layer, on
-one expert's matrices and as many tokens as an expert gets on average. Writes experts.json, anew
-after each number of tokens, and experts.md.
+one expert's matrices and as many tokens as an expert gets on average. An engine that fails or
+computes another layer is left out, and the run ends as failed when the rest is done. Writes
+experts.json, anew after each number of tokens, and experts.md.
 """
 
 from __future__ import annotations
@@ -101,15 +102,20 @@ def draw_choices(geometry: Geometry, tokens: int) -> list[Tensor]:
     return list(scores.topk(chosen).indices)
 
 
-def measure(layer: Layer, tokens: int, limits: Limits, options: Any) -> list[Row]:
-    """Races the engines and the machine's limits on one number of tokens."""
+def measure(
+    layer: Layer, tokens: int, limits: Limits, options: Any
+) -> tuple[list[Row], dict[str, str]]:
+    """Races the engines and the machine's limits on one number of tokens; returns besides what is
+    wrong with those that are left out.
+    """
     geometry = layer.geometry
     x = torch.randn(tokens, geometry.hidden).to(layer.device)
     weights = torch.rand(tokens, geometry.choices).bfloat16().to(layer.device)
     choices = [choice.to(layer.device) for choice in draw_choices(geometry, tokens)]
     rows = tokens * geometry.choices
-    sides = [one for one in layer.sides() if one.most_rows is None or rows <= one.most_rows]
-    check(sides, x, weights, choices[0])
+    own, *peers = layer.sides()
+    peers = [one for one in peers if one.most_rows is None or rows <= one.most_rows]
+    sides, failed = check([own, *peers], x, weights, choices[0])
     visited = sum(choice.unique().numel() for choice in choices) / len(choices)
     each = max(1, round(rows / visited))
     racing = limits.contenders()
@@ -119,7 +125,7 @@ def measure(layer: Layer, tokens: int, limits: Limits, options: Any) -> list[Row
     read_gbs, peak = limits.rates(times, racing)
     expert = sum(stack.weights for stack in layer.ternary.stacks.values()) // geometry.experts
     reads = {one.name: one.expert_bytes * visited for one in sides}
-    reads[DENSE] = sides[0].expert_bytes
+    reads[DENSE] = own.expert_bytes
     found = []
     for name, size in reads.items():
         gbs = size / times[name].p50 / 1e3
@@ -142,7 +148,7 @@ def measure(layer: Layer, tokens: int, limits: Limits, options: Any) -> list[Row
                 "peak_share": gmacs / peak if peak else None,
             }
         )
-    return found
+    return found, failed
 
 
 def grid_of(title: str, rows: list[Row]) -> Grid:
@@ -152,7 +158,9 @@ def grid_of(title: str, rows: list[Row]) -> Grid:
     for row in rows:
         timing = Timing(**row["us"])
         ours = _find(rows, row["tokens"], "bitlab")
-        ratio = "-" if row["engine"] == DENSE else f"{timing.p50 / ours['us']['p50']:.2f}"
+        ratio = "-"
+        if ours is not None and row["engine"] != DENSE:
+            ratio = f"{timing.p50 / ours['us']['p50']:.2f}"
         share = "-" if row["peak_share"] is None else f"{row['peak_share']:.0%}"
         grid.rows.append(
             [
@@ -164,8 +172,9 @@ def grid_of(title: str, rows: list[Row]) -> Grid:
     return grid
 
 
-def _find(rows: list[Row], tokens: int, engine: str) -> Row:
-    return next(row for row in rows if (row["tokens"], row["engine"]) == (tokens, engine))
+def _find(rows: list[Row], tokens: int, engine: str) -> Row | None:
+    found = (row for row in rows if (row["tokens"], row["engine"]) == (tokens, engine))
+    return next(found, None)
 
 
 def find_targets(rows: list[Row], threads: int) -> list[Target]:
@@ -187,7 +196,7 @@ def find_targets(rows: list[Row], threads: int) -> list[Target]:
     one = [row for row in rows if (row["tokens"], row["engine"]) == (1, "bitlab")]
     many = {row["engine"]: row["gmacs"] for row in rows if row["tokens"] == 512}
     share = one[0]["dram_share"] if one else None
-    rate = many["bitlab"] / many[DENSE] if many else None
+    rate = many["bitlab"] / many[DENSE] if "bitlab" in many else None
     return [
         Target(f"{name}, 1 token: share of DRAM, >= 0.7", share, 0.7, True, ""),
         Target(
@@ -220,7 +229,8 @@ def main() -> None:
     result |= {"isa": kernels.isa, "quick": options.quick, "ggml": ggml is not None}
     result |= {"device": options.device, "gpu": where if on_gpu else None}
     rows: list[Row] = []
-    result["rows"] = rows
+    failed: list[str] = []
+    result |= {"rows": rows, "failed": failed}
     grids: list[Grid] = []
     for short in options.geometry:
         geometry = geometries(options.quick)[short]
@@ -229,7 +239,10 @@ def main() -> None:
             torch.set_num_threads(threads)
             found: list[Row] = []
             for tokens in sorted(options.tokens):
-                found += measure(layer, tokens, limits, options)
+                measured, wrong = measure(layer, tokens, limits, options)
+                found += measured
+                where_wrong = f"{geometry.name}, {tokens} tokens"
+                failed += [f"{where_wrong}, {side}: {why}" for side, why in wrong.items()]
                 write_json(options.json, {**result, "rows": rows + found})
             sizes = f"{geometry.experts} experts, {geometry.choices} a token, H {geometry.hidden}"
             title = f"{geometry.name}: {sizes}, I {geometry.wide}; threads {threads}, {where}"
@@ -241,6 +254,8 @@ def main() -> None:
     targets = find_targets([] if options.quick or on_gpu else rows, max(options.threads))
     close(console, result, grids, targets, disturbance, options.json)
     console.print(f"Results: {options.json}", highlight=False)
+    if failed:
+        raise SystemExit("\n".join(["left out:", *failed]))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 
 Builds the checkpoints locally, then measures each engine in fresh processes that take turns: load
 time with the file in the page cache and imports excluded, prompt and decode speed through
-`generate`, peak resident memory. Writes generate.json, generate.md and generate.png.
-docs/benchmarks.md says what each column means.
+`generate`, peak resident memory. Writes generate.json, anew after each process, generate.md and
+generate.png. docs/benchmarks.md says what each column means.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import Disturbance, Grid, Target, close, header, pyplot
+from results import write_json
 from rich.console import Console
 from rich.progress import Progress
 
@@ -119,6 +122,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
     arguments = parser.parse_args()
     quick = arguments.quick
+    # Checkpoints of one geometry are not another's; those of "2b" lie in the folder itself.
+    place = "quick" if quick else "" if arguments.geometry == "2b" else arguments.geometry
+    arguments.work = arguments.work and arguments.work / place
     arguments.geometry = QUICK if quick else GEOMETRIES[arguments.geometry]
     arguments.rounds = arguments.rounds or (1 if quick else 3)
     arguments.prompt = arguments.prompt or (32 if quick else 512)
@@ -167,6 +173,17 @@ def build(name: str, work: Path, options: Any) -> Path:
         }  # fmt: skip
         run_worker(request, options.threads)
     return target
+
+
+def remove_drafts(work: Path) -> None:
+    """Removes the checkpoints that processes were writing when they were killed, gigabytes each:
+    NAME.PID, and what `bitlab_hf.save` writes beside that.
+    """
+    names = {engine[0] for engine in ENGINES.values()}
+    for path in work.iterdir():
+        draft = re.fullmatch(r"\.?([\w-]+)\.(\d+)(\.bitlab-staged-.+)?", path.name)
+        if draft and draft[1] in names and not Path(f"/proc/{draft[2]}").exists():
+            shutil.rmtree(path)
 
 
 def weight_files(model: Path) -> list[Path]:
@@ -320,15 +337,22 @@ def main() -> None:
         pyplot()
     console = Console()
     disturbance = Disturbance()
-    result = header(console, "bench/generate.py")
+    result = header(console, "bench/generate.py") | {
+        "isa": getattr(kernels_for("cpu"), "isa", "reference"), "threads": options.threads,
+        "geometry": options.geometry, "prompt": options.prompt, "decode": options.decode,
+        "rounds": options.rounds, "quick": options.quick,
+        "device": options.device, "cache": options.cache,
+    }  # fmt: skip
     names = options.engines
     runs: dict[str, list[Result]] = {name: [] for name in names}
+    results: list[Result] = []
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(console=console, transient=True))
         work = options.work
         if work is None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
+        remove_drafts(work)
         task = progress.add_task("", total=len(names) * (options.rounds + 1))
         models = {}
         for name in names:
@@ -339,16 +363,16 @@ def main() -> None:
             for name in names:
                 progress.update(task, description=f"measuring {name}")
                 runs[name].append(measure_once(name, models[name], options))
+                results = [
+                    summarize(one, models[one], runs[one], options.prompt)
+                    for one in names
+                    if runs[one]
+                ]
+                result["engines"] = results
+                write_json(options.json, result)
                 progress.advance(task)
-        results = [summarize(name, models[name], runs[name], options.prompt) for name in names]
     grid = grid_of(results, options.threads, options.prompt)
     grid.show(console)
-    result |= {
-        "isa": getattr(kernels_for("cpu"), "isa", "reference"), "threads": options.threads,
-        "geometry": options.geometry, "prompt": options.prompt, "decode": options.decode,
-        "rounds": options.rounds, "quick": options.quick, "engines": results,
-        "device": options.device, "cache": options.cache,
-    }  # fmt: skip
     on_cpu = options.device == "cpu"
     targets = find_targets(results) if on_cpu else []
     close(console, result, [grid], targets, disturbance, options.json, for_vnni=on_cpu)

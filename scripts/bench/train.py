@@ -14,11 +14,9 @@ anew after each cell, train.md and train.png. docs/benchmarks.md says what each 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from common import Disturbance, Grid, Target, close, device_words, header, pyplot
 from results import write_json
@@ -28,28 +26,22 @@ from train_block import (
     ENGINES,
     GEOMETRIES,
     PRECISIONS,
-    Block,
     describe,
     find_problem,
     has_bfloat16,
 )
 from train_memory import measure_gpu, measure_process
+from train_time import LEAST_ROUNDS, Cell, Row, measure_time
 
 from bitcore.kernels import kernels_for
 
-Row = dict[str, Any]
-# precision, geometry, tokens
-Cell = tuple[str, str, int]
 MEGABYTE = 1e6
 # Of the plain block's time: by device.
 MOST_TIME = {"cpu": 1.15, "cuda": 1.1}
 # Fewer tokens do not fill a GPU: nothing is asked there.
 LEAST_TOKENS = 4096
-WARM_UP = {"cpu": 1, "cuda": 3}
-LEAST_ROUNDS = 3
 # Dynamo's own is 8 versions of a function; here each block and each shape takes one.
 VERSIONS = 64
-PARTS = ("forward", "backward", "optimizer")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -99,67 +91,15 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def make_blocks(engines: list[str], cell: Cell, options: Any) -> tuple[dict[str, Block], Row]:
-    """Returns a block for each engine, warm, with weights of equal values; and for those that
-    fail, why.
-    """
+def measure_memory(engine: str, cell: Cell, options: Any) -> tuple[Row | None, str | None]:
+    """Returns the bytes of one configuration, alone; or None, and why it fails."""
     precision, geometry, tokens = cell
-    if options.compile is not None:
-        torch.compiler.reset()
-    blocks: dict[str, Block] = {}
-    failed: Row = {}
-    for name in engines:
-        try:
-            block = Block(name, geometry, precision, tokens, options.device)
-            if options.compile is not None:
-                block.compile(options.compile)
-            block.step()
-            blocks[name] = block
-        except Exception as error:  # whatever a peer raises is the answer
-            failed[name] = describe(error)
-    return blocks, failed
-
-
-def measure_time(blocks: dict[str, Block], options: Any) -> dict[str, Row]:
-    """Returns the milliseconds of the parts of a step, p50 of interleaved steps."""
-    steps: dict[str, list[dict[str, float]]] = {name: [] for name in blocks}
-    slow = set()
-    taken = 0.0
-    for name, block in blocks.items():
-        for _ in range(WARM_UP[options.device]):
-            first = asdict(block.step())
-        if sum(first.values()) > options.limit:
-            slow.add(name)
-            steps[name].append(first)
-        else:
-            taken += sum(first.values())
-    affordable = options.cell_seconds / max(taken, 1e-9)
-    for _ in range(int(min(options.rounds, max(LEAST_ROUNDS, affordable)))):
-        for name, block in blocks.items():
-            if name not in slow:
-                steps[name].append(asdict(block.step()))
-    found = {}
-    for name, timed in steps.items():
-        parts = {part: 1e3 * np.array([step[part] for step in timed]) for part in PARTS}
-        step = parts["forward"] + parts["backward"]
-        whole = float(np.median(step + parts["optimizer"]))
-        p10, p50, p90 = np.percentile(step, (10, 50, 90))
-        found[name] = {
-            **{f"{part}_ms": float(np.median(values)) for part, values in parts.items()},
-            "step_ms": float(p50), "step_p10": float(p10), "step_p90": float(p90),
-            "with_optimizer_ms": whole,
-            "tokens_per_second": 1e3 * blocks[name].x.shape[1] / whole,
-            "repeats": len(timed),
-        }  # fmt: skip
-    return found
-
-
-def measure_memory(engine: str, cell: Cell, options: Any) -> Row:
-    """Returns the bytes of one configuration."""
-    precision, geometry, tokens = cell
-    if options.device == "cpu":
-        return measure_process(engine, geometry, precision, tokens, options.threads)
-    return measure_gpu(engine, geometry, precision, tokens, options.compile)
+    try:
+        if options.device == "cpu":
+            return measure_process(engine, geometry, precision, tokens, options.threads), None
+        return measure_gpu(engine, geometry, precision, tokens, options.compile), None
+    except Exception as error:  # whatever a peer raises is the answer
+        return None, describe(error)
 
 
 def measure(options: Any, engines: list[str], result: Row, console: Console) -> list[Row]:
@@ -181,21 +121,19 @@ def measure(options: Any, engines: list[str], result: Row, console: Console) -> 
         for cell in cells:
             precision, geometry, m = cell
             progress.update(task, description=f"{precision}, {geometry}, M={m}")
-            failed: Row = {}
+            failed: dict[str, str] = {}
             times: dict[str, Row] = {}
             if not options.no_time:
                 running = [name for name in engines if (name, *cell[:2]) not in slow]
-                blocks, failed = make_blocks(running, cell, options)
-                times = measure_time(blocks, options)
-                del blocks
+                times, failed = measure_time(running, cell, options)
             for engine in engines:
-                time, memory = times.get(engine), None
+                time, memory, problem = times.get(engine), None, failed.get(engine)
                 if time is not None and time["with_optimizer_ms"] > 1e3 * options.limit:
                     slow.add((engine, *cell[:2]))
-                if not options.no_memory and engine not in failed:
-                    memory = measure_memory(engine, cell, options)
+                if not options.no_memory and problem is None:
+                    memory, problem = measure_memory(engine, cell, options)
                 key = {"precision": precision, "geometry": geometry, "m": m, "engine": engine}
-                rows.append({**key, "time": time, "bytes": memory, "failed": failed.get(engine)})
+                rows.append({**key, "time": time, "bytes": memory, "failed": problem})
             write_json(options.json, result)
             progress.advance(task)
     return rows

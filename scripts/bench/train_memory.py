@@ -93,7 +93,7 @@ def measure_process(
     """Returns the same, out of a fresh process.
 
     Raises:
-        SystemExit: It failed; the message holds what it printed.
+        RuntimeError: It failed; the message holds the last line that it printed.
     """
     request = {
         "engine": engine, "precision": precision, "tokens": tokens, "threads": threads,
@@ -105,9 +105,17 @@ def measure_process(
     command = [sys.executable, __file__, json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
-        raise SystemExit(f"{engine}, {precision}, M={tokens} failed:\n{done.stderr}")
+        printed = done.stderr.strip().splitlines() or ["nothing printed"]
+        raise RuntimeError(f"exit status {done.returncode}: {printed[-1]}")
     found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def free() -> None:
+    """Gives back what nobody holds any more, on a GPU too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def measure_gpu(
@@ -116,8 +124,7 @@ def measure_gpu(
     """Returns the same on the GPU, of what torch's allocator has given out there; `backend` is
     torch.compile's, None for a block that is not compiled.
     """
-    gc.collect()
-    torch.cuda.empty_cache()
+    free()
     before = torch.cuda.memory_allocated()
     block = Block(engine, geometry, precision, tokens, "cuda")
     held = torch.cuda.memory_allocated()

@@ -22,9 +22,9 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts/bench")]
 
 import gpu  # noqa: E402
 import gpu_parts  # noqa: E402
-import native_build  # noqa: E402
+import gpu_visit  # noqa: E402
 import page  # noqa: E402
-from gpu_parts import Part, Visit  # noqa: E402
+from gpu_visit import Part, Visit  # noqa: E402
 
 
 def python(code: str) -> list[str]:
@@ -62,7 +62,7 @@ def test_a_part_that_takes_too_long_keeps_what_it_wrote(visit: Visit, runner: gp
     code = (
         f"import json, subprocess, sys, time; from pathlib import Path\n"
         f"child = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
-        f"Path({str(visit.work / 'some.json')!r}).write_text(json.dumps({{'pid': child.pid}}))\n"
+        f"Path({str(visit.results / 'some.json')!r}).write_text(json.dumps({{'pid': child.pid}}))\n"
         f"time.sleep(60)"
     )
     slow = part(
@@ -86,11 +86,12 @@ def test_a_part_that_takes_too_long_keeps_what_it_wrote(visit: Visit, runner: gp
 def test_what_an_earlier_part_wrote_is_not_taken_for_this_ones(
     visit: Visit, runner: gpu.Runner
 ) -> None:
-    (visit.work / "some.json").write_text('{"of": "before"}')
-    (visit.work / "kept").mkdir()
+    visit.results.mkdir()
+    (visit.results / "some.json").write_text('{"of": "before"}')
+    (visit.work / "notes.txt").write_text("somebody's")
     bad = part("raise SystemExit(1)", result=lambda visit: visit.read("some.json"))
     assert gpu.run_part("bad", bad, visit, runner, 60)["result"] is None
-    assert (visit.work / "kept").is_dir()
+    assert (visit.work / "notes.txt").read_text() == "somebody's"
 
 
 def test_a_part_that_fails_says_why(visit: Visit, runner: gpu.Runner) -> None:
@@ -157,6 +158,94 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert gpu.plan(options(tmp_path, only=["one"]), result) == ["build", "one"]
 
 
+@pytest.mark.parametrize(
+    ("rows", "code", "kept"),
+    [
+        (12, "raise SystemExit(1)", 12),
+        (1, "raise SystemExit(1)", 2),
+        (2, "pass", 2),
+        (12, "pass", 2),
+    ],
+)
+def test_a_later_visit_that_comes_less_far_takes_nothing_away(
+    rows: int, code: str, kept: int, tmp_path: Path, visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is done counts, however few its rows are."""
+    again = part(code, result=lambda visit: {"rows": [1, 2]})
+    monkeypatch.setattr(gpu, "PARTS", {"build": part("pass"), "train": again})
+    monkeypatch.setattr(gpu, "has_library", lambda visit: True)
+    before = {"status": "cut off", "result": {"rows": [*range(rows)]}}
+    result: dict[str, Any] = {"parts": {"train": before}}
+    assert gpu.visit_all(options(tmp_path), visit, result) == (code == "pass")
+    found = json.loads((tmp_path / "out/gpu.json").read_text())["parts"]["train"]
+    assert len(found["result"]["rows"]) == kept
+    assert ("later" in found) == (kept == 12)
+
+
+@pytest.mark.parametrize("status", ["done", "cut off", "failed"])
+def test_a_part_that_is_not_begun_takes_nothing_away(
+    status: str, tmp_path: Path, visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"build": part("pass"), "tests": part("pass", least=3600)}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "has_library", lambda visit: True)
+    before = {"status": status, "result": {"passed": 1, "tests": 2, "failed": ["a::b"]}}
+    result: dict[str, Any] = {"parts": {"tests": before}}
+    assert not gpu.visit_all(options(tmp_path, only=["tests"]), visit, result)
+    found = json.loads((tmp_path / "out/gpu.json").read_text())["parts"]["tests"]
+    assert "it takes 3600" in found.pop("later")["why"]
+    assert found == before
+
+
+def test_the_amount_of_what_a_part_found() -> None:
+    tests = {"passed": 3, "tests": 9, "failed": ["a", "b"], "groups": {"ops": {"passed": 3}}}
+    assert gpu.amount({"result": tests}) == 5
+    assert gpu.amount({"result": {"memcheck": {"passed": 4}, "racecheck": {"problems": 0}}}) == 4
+    assert gpu.amount({"result": {"rows": [1, 2], "quantizers": [3], "date": "2026-12-01"}}) == 3
+    assert gpu.amount({"result": None}) == gpu.amount({}) == 0
+
+
+def test_nothing_is_measured_of_other_sources(
+    tmp_path: Path, visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where a build fails nor where there is none."""
+    visit.on_gpu, visit.sources = True, "new"
+    visit.libraries.mkdir()
+    library = visit.libraries / "libbitkernels_cuda.so"
+
+    def visited(code: str, sources: str, build: Part) -> dict[str, Any]:
+        library.write_text("of the old")
+        visit.sources = "old"
+        visit.end_build(True)
+        visit.sources = sources
+        monkeypatch.setattr(gpu, "PARTS", {"build": build, "kernels": part(code)})
+        result: dict[str, Any] = {"parts": {}}
+        done = gpu.visit_all(options(tmp_path), visit, result)
+        statuses = {name: one["status"] for name, one in result["parts"].items()}
+        assert done == (statuses["kernels"] == "done")
+        return statuses
+
+    def building(code: str) -> Part:
+        def commands(visit: Visit) -> Iterator[list[str]]:
+            visit.begin_build()
+            yield python(code)
+
+        return Part(1, 0, commands, lambda visit: None)
+
+    never = "raise SystemExit('not reached')"
+    failing = visited(never, "new", building("raise SystemExit('nvcc: error')"))
+    assert failing == {"build": "failed", "kernels": "not begun"}
+    late = f"open({str(library)!r}, 'w').close(); raise SystemExit('the other library: error')"
+    assert visited(never, "new", building(late)) == failing
+    assert visited(never, "old", part("exit(1)")) == failing
+    barred = Part(1, 0, lambda visit: iter(()), lambda visit: None, lambda visit: "no nvcc")
+    assert visited(never, "new", barred) == {"build": "not begun", "kernels": "not begun"}
+    # For the same sources an earlier build is as good as one of today.
+    assert visited("pass", "old", barred) == {"build": "not begun", "kernels": "done"}
+    write = f"open({str(library)!r}, 'w').close()"
+    assert visited("pass", "new", building(write)) == {"build": "done", "kernels": "done"}
+
+
 def test_results_of_other_sources_are_kept_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +276,8 @@ def test_a_file_of_something_else_stays(tmp_path: Path, text: str) -> None:
     [
         (["--minutes", "0"], "--minutes must be more than 0, got 0"),
         (["--models", "no-such-folder"], "--models must be a folder of scripts/real_models.py"),
+        (["--out", "x/../a", "--work", "a"], "--out must be another folder than --work"),
+        (["--out", "a/results/b", "--work", "a"], "--out must be another folder than --work"),
     ],
 )
 def test_options_that_cannot_be(
@@ -248,120 +339,12 @@ def test_packages_that_do_not_serve_are_named(monkeypatch: pytest.MonkeyPatch) -
     assert "not there" in lines["safetensors"]
 
 
-def test_the_sanitizers_summaries(tmp_path: Path) -> None:
-    visit = Visit(tmp_path, True, False, None)
-    assert gpu_parts.PARTS["sanitizer"].result(visit) is None
-    (tmp_path / "memcheck.txt").write_text(
-        "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
-    )
-    (tmp_path / "racecheck.txt").write_text(
-        "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)\n"
-    )
-    report = (
-        '<testsuites><testsuite tests="9" failures="1" errors="0" skipped="2">'
-        '<testcase classname="a" name="b"><failure/></testcase></testsuite></testsuites>'
-    )
-    (tmp_path / "memcheck.xml").write_text(report)
-    found = gpu_parts.PARTS["sanitizer"].result(visit)
-    assert found == {
-        "memcheck": {"problems": 0, "tests": 6}, "racecheck": {"problems": 2, "tests": None},
-    }  # fmt: skip
-    (tmp_path / "tests.xml").write_text(report)
-    found = gpu_parts.PARTS["tests"].result(visit)
-    assert found is not None
-    assert found["failed"] == ["a::b"]
-
-
-def test_which_library_is_measured(visit: Visit, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That which was built; the installed one only where it is asked for."""
-    monkeypatch.delenv("BITLAB_LIBRARY_DIR", raising=False)
-    visit.on_gpu = True
-    assert not gpu.has_library(visit)
-    (visit.work / "libraries").mkdir()
-    (visit.work / "libraries/libbitkernels_cuda.so").touch()
-    assert gpu.has_library(visit)
-    assert gpu.environment_of(visit)["BITLAB_LIBRARY_DIR"] == str(visit.work / "libraries")
-    visit.installed = True
-    assert "BITLAB_LIBRARY_DIR" not in gpu.environment_of(visit)
-    assert not list(gpu_parts.PARTS["build"].commands(visit))
-    monkeypatch.setenv("BITLAB_LIBRARY_DIR", str(visit.work))
-    assert not gpu.has_library(visit)
-
-
-def test_tests_for_a_gpu_are_found() -> None:
-    found = gpu_parts.marked_tests()
-    assert {"tests/bitcore/test_cuda_gpu.py", "tests/bitlab_hf/test_gpu.py"} <= set(found)
-    assert all((ROOT / name).is_file() for name in found)
-
-
-@pytest.mark.parametrize("quick", [False, True])
-def test_commands_for_a_gpu(quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What cannot run here: every script is there and has every option that it is given."""
-    monkeypatch.setattr(gpu_parts, "_is_hopper", lambda: True)
-    monkeypatch.setattr(gpu_parts, "find_program", lambda name: f"/bin/{name}")
-    visit = Visit(tmp_path, True, quick, tmp_path / "models")
-    made = tmp_path / "quality-/smollm2-135m/default-10m/seed-1/making.json"
-    made.parent.mkdir(parents=True)
-    made.write_text('{"seconds": 1.0}')
-    checked = 0
-    for name, one in gpu_parts.PARTS.items():
-        commands = list(one.commands(visit))
-        assert commands, name
-        assert name != "quality" or len(commands) == (1 if quick else 2)
-        for command in commands:
-            scripts = [
-                word for word in command if word.startswith(str(ROOT)) and word.endswith(".py")
-            ]
-            for script in scripts:
-                text = Path(script).read_text()
-                options = [word for word in command if word.startswith("--")]
-                assert all(f'"{option}"' in text for option in options), command
-                checked += len(options)
-            assert ("--device" in command) <= ("cuda" in command)
-            assert ("--quick" in command) <= quick
-    assert checked > 30
-
-
-def test_what_a_build_is_for_and_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert native_build.architecture((9, 0)) == "90a-real"
-    assert native_build.architecture((8, 6)) == "86-real"
-    monkeypatch.setattr(native_build, "find_program", lambda name: None)
-    missing = "; ".join(native_build.missing_programs())
-    assert all(name in missing for name in ("nvcc", "cmake", "c++"))
-    with pytest.raises(SystemExit, match=r"missing nvcc"):
-        native_build.build_libraries(tmp_path, "90a-real")
-
-
-def test_the_tables_of_a_visit() -> None:
-    """Of each part that the page shows, and "Not measured" where a cut-off came first."""
-    rows = [
-        {"precision": "bfloat16", "geometry": "8B", "m": 4096, "engine": engine,
-         "time": {"step_ms": ms}, "bytes": {"peak": 2e9}, "failed": None}
-        for engine, ms in (("plain", 10.0), ("bitlab", 11.0))
-    ]  # fmt: skip
-    machine = {"cpu": "a CPU", "cores": 2, "memory_bytes": 2**30, "versions": {"torch": "2.13.0"}}
-    command = "python scripts/bench/train.py --json /x/y.json"
-    train = {
-        "device": "cuda",
-        "date": "2026-12-01",
-        "command": command,
-        "rows": rows,
-        "targets": [],
-    }
-    result = {"gpu": "NVIDIA H200", "cuda": "13.0", "machine": machine,
-              "parts": {"train": {"result": train}, "generate": {"result": None}}}  # fmt: skip
-    tables = page.visit_tables(result)
-    assert "| 8B, bfloat16 | 4096 | plain | 11.0 | 10.0 | 1.10 | H200 | 2026-12-01 |" in tables
-    assert "| 8B, bfloat16 | 4096 | plain | 2000 | 2000 | 1.00 | H200 | 2026-12-01 |" in tables
-    assert tables.count("Not measured.") == len(page.GPU_TABLES) - 2
-
-
 @pytest.mark.ci
 def test_all_of_it_without_a_gpu(tmp_path: Path, host_library: ctypes.CDLL) -> None:
     command = [str(ROOT / "scripts/gpu.sh"), "--quick", "--minutes", "60"]
     command += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     environment = {
-        **os.environ, "PYTHON": sys.executable, gpu_parts.HOST_LIBRARY_VARIABLE: host_library._name,
+        **os.environ, "PYTHON": sys.executable, gpu_visit.HOST_LIBRARY_VARIABLE: host_library._name,
     }  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     log = (tmp_path / "out/gpu.log").read_text()

@@ -118,7 +118,7 @@ def test_generate(tmp_path: Path) -> None:
         assert one["above_bytes"] == pytest.approx(above)
         assert len(one["runs"]) == result["rounds"]
     assert found["bitlab keep"]["file_bytes"] < found["dense bf16"]["file_bytes"]
-    assert {path.name for path in work.iterdir()} == {
+    assert {path.name for path in (work / "quick").iterdir()} == {
         "dense", "bitlab-int8", "bitlab-keep", "bitlab-g64", "bitnet",
     }  # fmt: skip
     asked = next(one for one in result["targets"] if "groups of 64" in one["name"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from bitcore import reference
 from bitcore.kernels.cuda import UNPACKED_TOKENS
 from tests import processes
 
@@ -56,6 +58,9 @@ def test_targets_and_table(bench: ModuleType) -> None:
     assert (other.bound, other.verdict) == (0.85, "not in this run")
     line = "| 8192x8192 | 1 | 8.00 | 50.00 | 6.25 | 2097 | 81% | 16.8 | 3% | - | 0.80 | 0.62 |"
     assert bench.layer_table(rows, limits).splitlines()[2] == line
+    # Where BitLab's own side was wrong.
+    rest = bench.layer_table(rows[3:4], limits).splitlines()[2]
+    assert rest == "| 8192x8192 | 1 | - | 50.00 " + 8 * "| - " + "|"
 
 
 def test_the_simpler_quantizer_is_kept_unless_the_kernel_is_clearly_faster(
@@ -97,6 +102,52 @@ def test_everything_runs_without_a_gpu(
     tables = (tmp_path / "quick.md").read_text()
     assert "| quantizer | shape | dtype |" in tables
     assert "| target | measured | met |" in tables
+
+
+def test_a_wrong_side_is_left_out_and_the_rest_goes_on(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    right = reference.linear
+
+    def linear(*args: Any) -> torch.Tensor:
+        x, out_features, multiplier = args[0], args[4], args[7:]
+        if out_features == 96 and len(x) == 20:
+            raise RuntimeError("a launch failed")
+        return right(*args) + bool(multiplier)
+
+    monkeypatch.setattr(reference, "linear", linear)
+    with pytest.raises(SystemExit, match="64x128, M 1, bitlab, groups of 128: a wrong result"):
+        run_quick(bench, monkeypatch, tmp_path / "quick.json", "--no-generate")
+    result = json.loads((tmp_path / "quick.json").read_text())
+    assert result["failed"][-2:] == [
+        "96x64, M 20, bitlab: RuntimeError: a launch failed",
+        "96x64, M 20, bitlab, groups of 64: RuntimeError: a launch failed",
+    ]
+    engines = [(row["shape"], row["tokens"], row["engine"]) for row in result["rows"]]
+    for shape, tokens in product(("64x128", "96x64"), (1, 20)):
+        assert (shape, tokens, "cublas bf16") in engines
+        assert ((shape, tokens, "bitlab") in engines) == ((shape, tokens) != ("96x64", 20))
+    assert not any("groups" in engine for _, _, engine in engines)
+    # What comes behind the layers, too.
+    assert len(result["quantizers"]) == 12
+    assert "| target | measured | met |" in (tmp_path / "quick.md").read_text()
+
+
+def test_every_number_of_tokens_is_written(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    right = bench.measure
+
+    def measure(how: Any, shape: str, tokens: int) -> Any:
+        if tokens == 20:
+            raise SystemExit("cut off")
+        return right(how, shape, tokens)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    with pytest.raises(SystemExit, match="cut off"):
+        run_quick(bench, monkeypatch, tmp_path / "quick.json", "--no-generate")
+    rows = json.loads((tmp_path / "quick.json").read_text())["rows"]
+    assert [row["tokens"] for row in rows] == [1] * 4
 
 
 @pytest.mark.ci
