@@ -43,17 +43,17 @@ def come_back(model: Any, again: Any) -> str:
         for (codes, scale), (theirs, found) in zip(ours, other[key], strict=True):
             if not torch.equal(codes, theirs):
                 return f"other codes in {key}"
-            groups = max(scale.shape[-1] if scale.dim() == 2 else 1, found.shape[-1])
-            spread = [_spread(one, len(codes), groups) for one in (scale, found)]
+            columns = [_columns(one, len(codes)) for one in (scale, found)]
+            groups = max(one.shape[1] for one in columns)
+            spread = [one.repeat_interleave(groups // one.shape[1], 1) for one in columns]
             used = codes.view(len(codes), groups, -1).any(-1)
             change, matrices = max(change, relative_change(*spread, used)), matrices + 1
     return f"{matrices} matrices: codes equal, scales within {change:.3%}"
 
 
-def _spread(scale: Tensor, rows: int, groups: int) -> Tensor:
-    """Returns scales [1], [N] or [N, K / G] as [N, groups]."""
-    columns = scale if scale.dim() == 2 else scale.view(-1, 1).expand(rows, 1)
-    return columns.repeat_interleave(groups // columns.shape[1], 1)
+def _columns(scale: Tensor, rows: int) -> Tensor:
+    """Returns scales [1], [N] or [N, K / G] as [N, 1] or [N, K / G]."""
+    return scale if scale.dim() == 2 else scale.view(-1, 1).expand(rows, 1)
 
 
 def size_of(place: Path) -> int:

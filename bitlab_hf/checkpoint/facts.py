@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,18 @@ class Facts:
             old, new = getattr(self, name), getattr(newer, name)
             values[name] = {**old, **new} if isinstance(old, Mapping) else new or old
         return Facts(**values)
+
+    def handed_down(self, *, computes_same: bool) -> Facts | None:
+        """Returns those that are true of a model made from this one too; None if there are none.
+
+        How this one was made stays so; how fast it is does not.
+
+        Args:
+            computes_same: Whether the other model's results are this one's, and with them its
+                perplexities.
+        """
+        kept = replace(self, perplexities=self.perplexities if computes_same else {}, speeds={})
+        return kept if kept != Facts() else None
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes them into a model's folder, in one step."""

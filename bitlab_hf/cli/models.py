@@ -56,6 +56,7 @@ def deploy(
     what it can: ternarizing is for after quantization-aware training.
     """
     from bitlab_hf import Facts, save
+    from bitlab_hf.model.int8 import int8_modules
 
     quiet()
     check_output(source, output)
@@ -64,9 +65,9 @@ def deploy(
     started = time.perf_counter()
     with library_bars(), as_folder(source) as folder:
         model = load_packed("deploy", folder, scheme, held)
-        # What training recorded beside the latent model goes into the deployed one's card.
-        known = Facts.load(folder)
-        facts = known if known != Facts() else None
+        # What was measured stays true where the weights were ternary and nothing becomes int8 now.
+        same = held is not None and not int8_modules(model)
+        facts = Facts.load(folder).handed_down(computes_same=same)
         with doing(f"writing {output}"):
             save(model, output, tokenizer=tokenizer_if_any(folder), facts=facts)
     _report("deployed", source, output, started, as_json)

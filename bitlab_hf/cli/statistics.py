@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitcore.errors import CheckpointError
-from bitlab_hf.checkpoint.files import read_config, scheme_of, weight_files
+from bitlab_hf.checkpoint.files import read_config, scheme_of, shard_keys, weight_files
 
 _BLOCK = 2**22
 
@@ -66,7 +66,8 @@ def examine(folder: Path, advance: Callable[[float], None]) -> Found:
 
     Raises:
         ArgumentError: There is no config.json.
-        CheckpointError: config.json is damaged, or a file is missing or damaged.
+        CheckpointError: config.json is damaged, a file is missing or damaged, a packed layer has no
+            scale, or a tensor stands in two files.
         ConfigError: BitLab does not know the scheme.
     """
     files = weight_files(folder, "info")
@@ -77,10 +78,11 @@ def examine(folder: Path, advance: Callable[[float], None]) -> Found:
         scheme=scheme_of(config.get("quantization_config"), str(folder)),
     )
     total = torch.zeros(3, dtype=torch.int64)
+    places = shard_keys(files, "info")
     for file in files:
         try:
             with safe_open(file, framework="pt") as handle:
-                total += _examine_file(handle, found, advance)
+                total += _examine_file(handle, places, found, advance)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{file.name}: the file must be a whole safetensors file, got: {error}"
@@ -100,10 +102,11 @@ def _architecture(config: dict[str, Any]) -> str:
     return first if isinstance(first, str) else "unknown architecture"
 
 
-def _examine_file(handle: Any, found: Found, advance: Callable[[float], None]) -> Tensor:
+def _examine_file(
+    handle: Any, places: dict[str, Path], found: Found, advance: Callable[[float], None]
+) -> Tensor:
     total = torch.zeros(3, dtype=torch.int64)
-    keys = set(handle.keys())
-    for key in sorted(keys):
+    for key in sorted(handle.keys()):
         tensor = handle.get_tensor(key)
         base, _, leaf = key.rpartition(".")
         # BitLab's and bitnet's names of packed weights.
@@ -111,9 +114,14 @@ def _examine_file(handle: Any, found: Found, advance: Callable[[float], None]) -
         experts = leaf.endswith("_qweight") and tensor.dtype == torch.uint8 and tensor.dim() == 3
         weights = tensor.numel()
         if packed or experts:
-            scale_key, multiplier_key = f"{key}_scale", f"{key}_multiplier"
-            scale = handle.get_tensor(scale_key) if scale_key in keys else torch.ones(1)
-            multiplier = handle.get_tensor(multiplier_key) if multiplier_key in keys else None
+            scale, multiplier = (
+                _beside(f"{key}_{suffix}", places) for suffix in ("scale", "multiplier")
+            )
+            if scale is None:
+                raise CheckpointError(
+                    f"info: {key}_scale must be in the checkpoint, got none\n"
+                    "The checkpoint is incomplete; fetch or write it again."
+                )
             name = key.removesuffix("_qweight") if experts else base
             layer, counts = _examine_layer(name, tensor, scale, multiplier)
             found.layers.append(layer)
@@ -135,6 +143,15 @@ def _examine_file(handle: Any, found: Found, advance: Callable[[float], None]) -
         part.bytes += tensor.nbytes
         advance(tensor.nbytes)
     return total
+
+
+def _beside(key: str, places: dict[str, Path]) -> Tensor | None:
+    """Returns a tensor from whichever file of the checkpoint holds it; None if none does."""
+    if key not in places:
+        return None
+    with safe_open(places[key], framework="pt") as handle:
+        tensor: Tensor = handle.get_tensor(key)
+    return tensor
 
 
 def _examine_layer(

@@ -7,7 +7,6 @@ one is meant stands in config.json and nowhere else. ``AutoBitLinear`` online ho
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from pathlib import Path
@@ -30,6 +29,7 @@ from bitlab_hf.checkpoint.rotated import check_not_rotated
 from bitlab_hf.checkpoint.saving import save
 from bitlab_hf.config import BitLabConfig, checked_patterns
 from bitlab_hf.interop.expressible import check_modules
+from bitlab_hf.interop.view import view_of
 from bitlab_hf.model.marks import mark_quantized
 from bitlab_hf.model.parts import check_whole
 from bitlab_hf.model.tree import Found, find_modules, quantized_layers
@@ -329,12 +329,7 @@ def export_bitnet(
             state[f"{name}.weight_scale"] = 1.0 / scale.float()
             if found.module.bias is not None:
                 state[f"{name}.bias"] = found.module.bias.detach().clone()
-    # A shallow copy, so that neither the model nor its configuration is touched.
-    view: Any = copy.copy(model)
-    view.__dict__.pop("hf_quantizer", None)
-    view.__dict__.pop("quantization_method", None)
-    view.config = copy.deepcopy(model.config)
-    view.config.quantization_config = {
+    scheme = {
         "quant_method": "bitnet",
         "linear_class": "bitlinear",
         "quantization_mode": "offline",
@@ -346,6 +341,7 @@ def export_bitnet(
         "use_rms_norm": isinstance(layers[0].module, RMSNormBitLinear),
         "rms_norm_eps": EPSILON,
     }
+    view = view_of("export_bitnet", model, layers, scheme)
     save(view, directory, tokenizer=tokenizer, state_dict=state, **kwargs)
 
 

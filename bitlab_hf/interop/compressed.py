@@ -8,7 +8,6 @@ Activations are not quantized in it: its readers compute in the model's dtype.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections import Counter
 from typing import Any
@@ -26,6 +25,7 @@ from bitlab_hf.interop.expressible import check_modules
 from bitlab_hf.interop.matrices import Matrices, expert_matrices
 from bitlab_hf.interop.packed_stream import relative_change
 from bitlab_hf.interop.two_bits import pack_fields, unpack_fields
+from bitlab_hf.interop.view import view_of
 from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.parts import check_whole
 from bitlab_hf.model.tree import Found, quantized_layers
@@ -113,12 +113,9 @@ def export_compressed_tensors(
             name = files[one.key].format(expert)
             state.update({f"{name}.{leaf}": tensor for leaf, tensor in held.items()})
             change = max(change, rounded(held[SCALE]))
-    # A shallow copy, so that neither the model nor its configuration is touched.
-    view: Any = copy.copy(model)
-    view.__dict__.pop("hf_quantizer", None)
-    view.__dict__.pop("quantization_method", None)
-    view.config = copy.deepcopy(model.config)
-    view.config.quantization_config = _configuration(model, layers, experts)
+    view = view_of(
+        "export_compressed_tensors", model, layers, _configuration(model, layers, experts)
+    )
     save(view, directory, tokenizer=tokenizer, state_dict=state, **kwargs)
     return change
 

@@ -26,7 +26,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError
 from bitcore.quantize import dequantize
 from bitlab_hf.checkpoint.card import CARD, model_card
-from bitlab_hf.checkpoint.files import companions, read_config, shard_keys, weight_files
+from bitlab_hf.checkpoint.facts import Facts
+from bitlab_hf.checkpoint.files import (
+    FACTS_FILE,
+    companions,
+    read_config,
+    shard_keys,
+    weight_files,
+)
 from bitlab_hf.checkpoint.saving import replacing
 from bitlab_hf.interop.compressed import FORMAT, METHOD, PACKED, SCALE, SHAPE, WORD, unpack_words
 from bitlab_hf.interop.compressed_experts import model_names, names_of
@@ -167,13 +174,17 @@ def import_compressed_tensors(
             change = write_file(_OP, staged / "model.safetensors", sources, structures, advance)
             prove_file(staged / "model.safetensors", sources, structures)
             for file in companions(source):
-                if file.name not in (CARD, "config.json"):
+                if file.name not in (CARD, FACTS_FILE, "config.json"):
                     shutil.copyfile(file, staged / file.name)
             fields["quantization_config"] = quantization.to_dict()
             (staged / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
             swap_skeleton(model, quantization)
+            # Activations may be other ones than where its perplexity was measured.
+            facts = Facts.load(source).handed_down(computes_same=False)
+            if facts is not None:
+                facts.save(staged)
             title = Path(directory).resolve().name
-            (staged / CARD).write_text(model_card(model, title), encoding="utf-8")
+            (staged / CARD).write_text(model_card(model, title, facts), encoding="utf-8")
     return change
 
 

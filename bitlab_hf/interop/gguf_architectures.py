@@ -94,12 +94,16 @@ def check_architecture(model: PreTrainedModel) -> Architecture:
             f"export_gguf: hidden_act must be {known.activation!r}, the one that llama.cpp "
             f"computes for {known.name!r}, got {activation!r}{ALTERNATIVES}"
         )
-    rope = rope_of(config).get("rope_type", "default")
-    if rope not in known.ropes:
-        raise ArgumentError(
-            f"export_gguf: rope_type must be one of {known.ropes} for {kind}, got {rope!r}"
-            f"{ALTERNATIVES}"
-        )
+    local = (config.rope_parameters or {}).get(_SLIDING, {})
+    # Of layers with a window it scales nothing.
+    for rope, allowed in ((rope_of(config), known.ropes), (local, ("default",))):
+        found = rope.get("rope_type", "default")
+        if found not in allowed:
+            where = " where it looks at a window" if rope is local else ""
+            raise ArgumentError(
+                f"export_gguf: rope_type must be one of {allowed} for {kind}{where}, "
+                f"got {found!r}{ALTERNATIVES}"
+            )
     for name, required in _required(known.name, config).items():
         value = getattr(config, name, required)
         if value != required:
@@ -236,7 +240,9 @@ def add_metadata(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(size)
     writer.add_value_length(size)
-    writer.add_rope_dimension_count(int(size * rope.get("partial_rotary_factor", 1.0)))
+    # The others rotate whole heads, whatever their configuration says.
+    share = rope.get("partial_rotary_factor", 1.0) if known.name == "phi3" else 1.0
+    writer.add_rope_dimension_count(int(size * share))
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)

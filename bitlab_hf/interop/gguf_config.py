@@ -54,8 +54,20 @@ _MIXTURES: dict[str, tuple[Any, str]] = {
     "olmoe": (OlmoeConfig, "OlmoeForCausalLM"),
     "granitemoe": (GraniteMoeConfig, "GraniteMoeForCausalLM"),
 }
-# What a file may hold besides the one value that is computed without it.
-_WINDOWED = ("gemma3",)
+_GRANITE = ("granite", "granitemoe")
+# What at most some architectures compute, and the value with which the others are right without it.
+_COMPUTED_BY: dict[str, tuple[float, tuple[str, ...]]] = {
+    "attention.sliding_window": (0, ("gemma3",)),
+    "expert_count": (0, (*_MIXTURES,)),
+    "final_logit_softcapping": (0.0, ("gemma3",)),
+    "attn_logit_softcapping": (0.0, ()),
+    "attention.scale": (0.0, _GRANITE),
+    "embedding_scale": (1.0, _GRANITE),
+    "residual_scale": (1.0, _GRANITE),
+    "logit_scale": (1.0, _GRANITE),
+    "rope.scale_linear": (1.0, ()),
+    "rope.scaling.attn_factor": (1.0, ()),
+}
 _LARGEST = 2**31 - 1
 
 
@@ -108,17 +120,17 @@ def read_config(
     blocks = number("block_count")
     mixture = architecture not in _KINDS or fields.get(f"{architecture}.expert_count", 0) != 0
     rotated = number("rope.dimension_count", head_dim)
-    for name, required in (
-        ("attention.value_length", head_dim),
-        ("rope.dimension_count", rotated if architecture == "phi3" else head_dim),
-        ("attention.sliding_window", 0),
-        ("attention.sliding_window_pattern", GEMMA_PERIOD),
-        ("expert_count", 0),
-    ):
-        if name == "attention.sliding_window" and architecture in _WINDOWED:
-            continue
-        if name == "expert_count" and architecture in _MIXTURES:
-            continue
+    without = {
+        name: value
+        for name, (value, architectures) in _COMPUTED_BY.items()
+        if architecture not in architectures
+    }
+    for name, required in {
+        "attention.value_length": head_dim,
+        "rope.dimension_count": rotated if architecture == "phi3" else head_dim,
+        "attention.sliding_window_pattern": GEMMA_PERIOD,
+        **without,
+    }.items():
         value = fields.get(f"{architecture}.{name}", required)
         if value != required:
             raise CheckpointError(
@@ -153,7 +165,7 @@ def read_config(
         tie_word_embeddings="output.weight" not in shapes,
         attention_bias="blk.0.attn_q.bias" in shapes,
         mlp_bias="blk.0.ffn_up.bias" in shapes,
-        **_own(architecture, number, real, rope, rotated / head_dim),
+        **_own(fields, architecture, number, real, rope, rotated / head_dim),
         **experts,
         **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **special},
     )
@@ -162,11 +174,17 @@ def read_config(
 
 
 def _own(
-    architecture: str, number: Any, real: Any, rope: dict[str, Any], partial: float
+    fields: dict[str, Any],
+    architecture: str,
+    number: Any,
+    real: Any,
+    rope: dict[str, Any],
+    partial: float,
 ) -> dict[str, Any]:
     """Returns the fields that not every architecture has, or has under this name.
 
     Args:
+        fields: The file's.
         architecture: llama.cpp's name.
         number: Gives a positive integer of the file.
         real: Gives a positive number of the file.
@@ -178,8 +196,9 @@ def _own(
     layers = number("block_count")
     if architecture == "phi3":
         own["rope_parameters"] = {**rope, "partial_rotary_factor": partial}
-        own["original_max_position_embeddings"] = number("context_length")
-    if architecture in ("granite", "granitemoe"):
+        original = number("rope.scaling.original_context_length", number("context_length"))
+        own["original_max_position_embeddings"] = original
+    if architecture in _GRANITE:
         own.update(
             attention_multiplier=real("attention.scale"),
             embedding_multiplier=real("embedding_scale"),
@@ -201,6 +220,12 @@ def _own(
             "query_pre_attn_scalar": attention_scalar(layers, hidden // heads, whole),
             "use_bidirectional_attention": False,
             "attn_logit_softcapping": None,
+            # 0 is llama.cpp's word for none.
+            "final_logit_softcapping": (
+                real("final_logit_softcapping")
+                if fields.get("gemma3.final_logit_softcapping")
+                else None
+            ),
         }
     return own
 
@@ -250,10 +275,11 @@ def _token(fields: dict[str, Any], name: str, rows: int) -> int:
 
 
 def _rope(fields: dict[str, Any], architecture: str, theta: float) -> dict[str, Any]:
-    scaling = fields.get(f"{architecture}.rope.scaling.type", "none")
+    factor = fields.get(f"{architecture}.rope.scaling.factor")
+    # llama.cpp takes a factor alone for a linear one.
+    scaling = fields.get(f"{architecture}.rope.scaling.type", "linear" if factor else "none")
     if scaling == "none":
         return {"rope_type": "default", "rope_theta": theta}
-    factor = fields.get(f"{architecture}.rope.scaling.factor")
     if scaling != "linear" or not isinstance(factor, float) or not factor > 0:
         raise CheckpointError(
             f"load_gguf: {architecture}.rope.scaling.type must be 'linear' with a factor, "

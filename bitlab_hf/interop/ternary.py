@@ -24,7 +24,14 @@ from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError
 from bitlab_hf.checkpoint.card import CARD, model_card
-from bitlab_hf.checkpoint.files import INDEX, read_config, shard_keys, weight_files
+from bitlab_hf.checkpoint.facts import Facts
+from bitlab_hf.checkpoint.files import (
+    FACTS_FILE,
+    INDEX,
+    read_config,
+    shard_keys,
+    weight_files,
+)
 from bitlab_hf.checkpoint.headers import LAYERS_KEY, Checkpoint, read_checkpoint, with_tied
 from bitlab_hf.checkpoint.previous import weights_of
 from bitlab_hf.checkpoint.saving import replacing
@@ -46,6 +53,8 @@ Advance = Callable[[int], None]
 _FLOATS = ("F32", "BF16", "F16")
 # What older files hold although it follows from the configuration.
 _LEFT_OVER = (r"rotary_emb\.inv_freq$", r"\.masked_bias$")
+# An adapter's, and what need not be true of the output.
+_NOT_OF_THE_OUTPUT = ("adapter_config.json", FACTS_FILE)
 
 
 @dataclass
@@ -157,26 +166,32 @@ def convert_ternary(
     with replacing(directory, "convert_ternary") as staged:
         weight_map: dict[str, str] = {}
         for index, file in enumerate(files):
+            # The source's index may give any names, and name a single file too.
+            shard = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
+            target = staged / (shard if len(files) > 1 else "model.safetensors")
             own_sentinel = sentinel if index == 0 else None
-            keys, change = _write(file, staged / file.name, structures, copies, own_sentinel)
+            keys, change = _write(file, target, structures, copies, own_sentinel)
             report.scale_change = max(report.scale_change, change)
-            weight_map.update(dict.fromkeys(keys, file.name))
-            _prove(file, staged / file.name, structures, copies, advance or (lambda size: None))
-        report.bytes_after = sum((staged / file.name).stat().st_size for file in files)
+            weight_map.update(dict.fromkeys(keys, target.name))
+            _prove(file, target, structures, copies, advance or (lambda size: None))
+            report.bytes_after += target.stat().st_size
         if len(files) > 1:
             metadata = {"total_size": report.bytes_after}
             index_file = {"metadata": metadata, "weight_map": weight_map}
             (staged / INDEX).write_text(json.dumps(index_file, indent=2) + "\n")
         for file in source.iterdir():
             beside = file.suffix in (".json", ".txt", ".model", ".jinja") and file.is_file()
-            if beside and not weights_of(file.name) and file.name != "adapter_config.json":
+            if beside and not weights_of(file.name) and file.name not in _NOT_OF_THE_OUTPUT:
                 shutil.copyfile(file, staged / file.name)
         written = read_config(source)
         written["quantization_config"] = config.to_dict()
         (staged / "config.json").write_text(json.dumps(written, indent=2) + "\n")
         swap_skeleton(model, config)
+        facts = Facts.load(source).handed_down(computes_same=not report.scale_change)
+        if facts is not None:
+            facts.save(staged)
         title = Path(directory).resolve().name
-        (staged / CARD).write_text(model_card(model, title), encoding="utf-8")
+        (staged / CARD).write_text(model_card(model, title, facts), encoding="utf-8")
     return report
 
 

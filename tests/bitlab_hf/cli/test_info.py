@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from tests.bitlab_hf.models import make_float_model
 from tests.bitlab_hf.ternary import make_packed
 
 Cli = Callable[..., Any]
+LAYER = "model.layers.1.mlp.up_proj"
 
 
 def test_machine(cli: Cli) -> None:
@@ -112,6 +115,34 @@ def test_bits_a_weight(
     assert f"| bits a weight, scales included | {said} |" in (tmp_path / "README.md").read_text()
     one = f"{layers[0]['scheme']}, {layers[0]['bits_per_weight']:.2f} bits a weight"
     assert one in cli("info", tmp_path, "--layers").out
+
+
+@pytest.mark.parametrize("scheme", [{}, {"weight_granularity": "per_group", "group_size": 64}])
+def test_shards(cli: Cli, states: dict[str, Path], tmp_path: Path, scheme: dict[str, Any]) -> None:
+    """A shard may end between a layer's codes and its scales."""
+    config = BitLabConfig(mode="infer", **scheme)
+    model = AutoModelForCausalLM.from_pretrained(states["float"], quantization_config=config)
+    save(model, tmp_path / "whole")
+    expected = cli("info", tmp_path / "whole", "--json").json
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    copyfile(tmp_path / "whole/config.json", folder / "config.json")
+    tensors = load_file(tmp_path / "whole/model.safetensors")
+    weight_map = {key: f"{key.rpartition('_')[2]}.safetensors" for key in tensors}
+    for name in {*weight_map.values()}:
+        held = {key: tensors[key] for key, file in weight_map.items() if file == name}
+        save_file(held, folder / name, {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert weight_map[f"{LAYER}.qweight"] != weight_map[f"{LAYER}.qweight_scale"]
+    found = cli("info", folder, "--json").json
+    assert {**found, "bytes": 0} == {**expected, "bytes": 0}
+    # Without its scale nothing is known of a layer.
+    del tensors[f"{LAYER}.qweight_scale"]
+    save_file(tensors, tmp_path / "whole/model.safetensors", {"format": "pt"})
+    error = cli("info", tmp_path / "whole").error
+    assert isinstance(error, CheckpointError)
+    assert f"{LAYER}.qweight_scale must be in the checkpoint, got none" in str(error)
 
 
 def test_float_and_latent(cli: Cli, states: dict[str, Path]) -> None:

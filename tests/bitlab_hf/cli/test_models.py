@@ -13,7 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitcore.errors import ArgumentError
-from bitlab_hf import deploy, load_bitnet
+from bitlab_hf import (
+    BitLabConfig,
+    Facts,
+    deploy,
+    export_compressed_tensors,
+    load_bitnet,
+    save,
+)
 from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.interop import test_ternary
 from tests.bitlab_hf.interop.stock import build
@@ -46,6 +53,64 @@ def test_deploy_of_float(cli: Cli, states: dict[str, Path], tmp_path: Path) -> N
     assert "deployed" in done.out
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.quantization_config
     assert (config.group_size, config.activation_dtype) == (64, "float32")
+
+
+MADE: dict[str, Any] = {"base_model": "someone/a-model", "recipe": "default", "data": "notes"}
+FACTS = Facts(**MADE, perplexities={"held out": 9.875}, speeds={"2 threads": 41.25})
+
+
+def assert_told(folder: Path, measured: bool) -> None:
+    """A folder and its card tell how the model was made, and with ``measured`` its perplexity."""
+    perplexities = FACTS.perplexities if measured else {}
+    assert Facts.load(folder) == Facts(**MADE, perplexities=perplexities)
+    card = (folder / "README.md").read_text()
+    assert "| data | notes |" in card
+    assert ("| held out | 9.875 |" in card) == measured
+    assert "41.2" not in card
+
+
+@pytest.mark.parametrize(
+    ("scheme", "measured"),
+    [
+        (None, False),
+        ({}, True),
+        ({"head": "int8"}, False),
+        ({"int8_layers": ["down_proj"]}, False),
+    ],
+)
+def test_deploy_tells_what_stays_true(
+    cli: Cli, states: dict[str, Path], tmp_path: Path, scheme: dict[str, Any] | None, measured: bool
+) -> None:
+    """Nothing that was measured on other weights, and no speed."""
+    source = states["float" if scheme is None else "latent"]
+    if scheme:
+        config = BitLabConfig(**scheme)
+        model = AutoModelForCausalLM.from_pretrained(states["float"], quantization_config=config)
+        source = tmp_path / "made"
+        save(model, source, tokenizer=AutoTokenizer.from_pretrained(states["float"]))
+    shutil.copytree(source, tmp_path / "source")
+    FACTS.save(tmp_path / "source")
+    done = cli("deploy", tmp_path / "source", tmp_path / "out")
+    assert done.code == 0, done.error
+    assert_told(tmp_path / "out", measured)
+
+
+def test_convert_and_import_tell_what_stays_true(
+    cli: Cli, states: dict[str, Path], tmp_path: Path
+) -> None:
+    source = test_ternary.build(tmp_path / "source")
+    FACTS.save(source)
+    for dtype in ("float32", "uint8"):
+        done = cli("convert", source, tmp_path / dtype, "--group-scale-dtype", dtype)
+        assert done.code == 0, done.error
+        # Of rounded scales, others.
+        assert_told(tmp_path / dtype, measured=dtype == "float32")
+    deployed = AutoModelForCausalLM.from_pretrained(states["deployed"])
+    export_compressed_tensors(deployed, tmp_path / "compressed")
+    FACTS.save(tmp_path / "compressed")
+    done = cli("import", tmp_path / "compressed", tmp_path / "imported")
+    assert done.code == 0, done.error
+    assert_told(tmp_path / "imported", measured=False)
 
 
 def test_deploy_refuses(cli: Cli, states: dict[str, Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf import BitLabConfig, deploy, export_gguf, load_gguf, replace_linear
 from bitlab_hf.interop.gguf_architectures import ARCHITECTURES
+from bitlab_hf.interop.gguf_config import read_config
 from bitlab_hf.interop.gguf_file import read_gguf
 from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.tree import quantized_layers
@@ -75,6 +76,23 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 MIXTURES = [name for name, (_, fields, _) in KINDS.items() if "num_experts_per_tok" in fields]
 LENGTH = 96
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+CHANGED: list[tuple[str, dict[str, Any]]] = [
+    ("LlamaForCausalLM", {"rope_parameters": LINEAR}),
+    # A share means nothing to this class.
+    ("LlamaForCausalLM", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    (
+        "Gemma3ForCausalLM",
+        {
+            "final_logit_softcapping": 0.7,
+            "sliding_window": 24,
+            "rope_parameters": {
+                "full_attention": {**LINEAR, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+    ),
+]
 
 
 def latent(name: str, **changes: Any) -> Any:
@@ -137,6 +155,86 @@ def test_there_and_back(name: str, qtype: str, tokenizer: Any, tmp_path: Path) -
     same_experts(model, again)
 
 
+class Asked(dict[str, Any]):
+    """A file's fields, which note what is asked for."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        super().__init__(fields)
+        self.names: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+
+@pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in KINDS), *CHANGED])
+def test_all_that_is_written_is_read(
+    name: str, changes: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    """No field of the file is left out, and those of the configuration come back."""
+    model = build(name, **changes)
+    export_gguf(model, tmp_path / "model.gguf", "BF16", tokenizer=tokenizer)
+    file = read_gguf(tmp_path / "model.gguf")
+    fields = Asked(file.fields)
+    shapes = {key: item.shape for key, item in file.tensors.items()}
+    found = read_config(fields, shapes, None).to_dict()
+    own = {key for key in fields if key.startswith(f"{ARCHITECTURES[name].name}.")}
+    # The embedding shows it.
+    assert own - fields.names == {f"{ARCHITECTURES[name].name}.vocab_size"}
+    expected = model.config.to_dict()
+    # Of the class; of the tokenizer; what it may leave open; what scales nothing.
+    left = ("architectures", "model_type", "quantization_config", "pad_token_id", "head_dim",
+            "original_max_position_embeddings")  # fmt: skip
+    rope, held = found.pop("rope_parameters"), expected["rope_parameters"]
+    assert {key: expected.get(key, value) for key, value in found.items() if key not in left} == {
+        key: value for key, value in found.items() if key not in left
+    }
+    parts = [(rope[key], held[key]) for key in rope] if "full_attention" in rope else [(rope, held)]
+    for theirs, ours in parts:
+        assert theirs.items() <= {"rope_type": "default", **ours}.items()
+
+
+@pytest.mark.parametrize(("name", "changes"), CHANGED)
+def test_changed_models_there_and_back(
+    name: str, changes: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    model = build(name, **changes)
+    export_gguf(model, tmp_path / "model.gguf", "BF16", tokenizer=tokenizer)
+    again = load_gguf(tmp_path / "model.gguf", dtype=torch.float32, activation_dtype="float32")
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("final_logit_softcapping", 30.0, r"final_logit_softcapping must be 0\.0, got 30\.0"),
+        ("attn_logit_softcapping", 50.0, r"attn_logit_softcapping must be 0\.0, got 50\.0"),
+        ("attention.scale", 0.5, r"attention\.scale must be 0\.0, got 0\.5"),
+        ("embedding_scale", 2.0, r"embedding_scale must be 1\.0, got 2\.0"),
+        ("residual_scale", 2.0, r"residual_scale must be 1\.0, got 2\.0"),
+        ("logit_scale", 2.0, r"logit_scale must be 1\.0, got 2\.0"),
+        ("rope.scale_linear", 2.0, r"rope\.scale_linear must be 1\.0, got 2\.0"),
+        ("rope.scaling.attn_factor", 2.0, r"attn_factor must be 1\.0, got 2\.0"),
+    ],
+)
+def test_what_the_class_does_not_compute(
+    field: str, value: float, message: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    export_gguf(build("LlamaForCausalLM"), tmp_path / "model.gguf", tokenizer=tokenizer)
+    file = read_gguf(tmp_path / "model.gguf")
+    shapes = {key: item.shape for key, item in file.tensors.items()}
+    with pytest.raises(CheckpointError, match=message):
+        read_config({**file.fields, f"llama.{field}": value}, shapes, None)
+
+
+def test_a_factor_alone_is_linear(tokenizer: Any, tmp_path: Path) -> None:
+    export_gguf(build("LlamaForCausalLM"), tmp_path / "model.gguf", tokenizer=tokenizer)
+    file = read_gguf(tmp_path / "model.gguf")
+    shapes = {key: item.shape for key, item in file.tensors.items()}
+    found = read_config({**file.fields, "llama.rope.scaling.factor": 4.0}, shapes, None)
+    assert found.rope_parameters == {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+
 def same_experts(model: Any, again: Any) -> None:
     """Codes, scales and schemes of experts are equal."""
     for ours, theirs in zip(expert_modules(model), expert_modules(again), strict=True):
@@ -175,8 +273,13 @@ def test_a_window_becomes_the_context(name: str, tokenizer: Any, tmp_path: Path)
         ("OlmoeForCausalLM", {"num_key_value_heads": 2}, "num_key_value_heads must be 4"),
         (
             "GraniteForCausalLM",
-            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            {"rope_parameters": LINEAR},
             "rope_type must be one of",
+        ),
+        (
+            "Gemma3ForCausalLM",
+            {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LINEAR}},
+            "where it looks at a window, got 'linear'",
         ),
     ],
 )

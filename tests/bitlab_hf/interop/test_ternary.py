@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from bitcore import unpack_ternary
 from bitcore.errors import ArgumentError, CheckpointError, ConfigError
 from bitlab_hf import BitLabConfig, convert_ternary, save
+from bitlab_hf.checkpoint.files import INDEX
 from bitlab_hf.interop.stream import Entry, StreamWriter
 from bitlab_hf.interop.structure import find_structure
 from bitlab_hf.model.tree import ternary_modules
@@ -135,6 +136,25 @@ def test_shards_head_and_progress(tmp_path: Path) -> None:
     # It saves and loads as any deployed model.
     save(packed, tmp_path / "again")
     assert_same_model(source, tmp_path / "again")
+
+
+@pytest.mark.parametrize("names", [["model-00001-of-00001"], ["weights"], ["b", "a"]])
+def test_files_have_the_names_that_a_load_looks_for(names: list[str], tmp_path: Path) -> None:
+    """An index may give its files any names, and be there for a single file."""
+    source = build(tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    weight_map = {key: names[i % len(names)] + ".safetensors" for i, key in enumerate(tensors)}
+    for name in {*weight_map.values()}:
+        held = {key: tensors[key] for key, file in weight_map.items() if file == name}
+        save_file(held, source / name, {"format": "pt"})
+    (source / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    # What was there before goes only where the new one loads.
+    build(tmp_path / "out", "per_tensor")
+    convert_ternary(source, tmp_path / "out")
+    assert_same_model(source, tmp_path / "out")
+    assert len([*(tmp_path / "out").glob("*.safetensors")]) == len(names)
+    assert (tmp_path / "out" / INDEX).exists() == (len(names) > 1)
 
 
 def test_mixed_schemes_become_overrides(tmp_path: Path) -> None:
