@@ -48,7 +48,8 @@ class BitLabConfig(QuantizationConfigMixin):
         modules_to_not_convert: Names, or patterns as transformers takes them, of further modules
             to leave alone; transformers' own defaults and the output head always are.
         overrides: ``{pattern: {field: value}}``: for modules whose name matches the glob pattern,
-            other values of the quantization fields; later patterns win.
+            other values of the quantization fields; later patterns win. Of a linear layer that
+            stands under several names the first counts, here and in ``sub_norm``.
         head: ``"keep"`` leaves the output head alone. ``"int8"`` stores it, and the embedding tied
             to it, in int8 with a scale per row, from `deploy` or ``mode="infer"`` on; a latent
             model keeps it float. ``"ternary"`` converts it like the other layers.
@@ -61,13 +62,14 @@ class BitLabConfig(QuantizationConfigMixin):
             holds so.
         experts: ``None`` converts experts that a model keeps as tensors, where it is known how
             these lie; ``"ternary"`` insists on it; ``"keep"`` leaves them float. A file says
-            ``"ternary"`` where its experts are. An estimator that trains a scale does so for
-            linear layers; experts get ``"absmean"`` beside it.
+            ``"ternary"`` where its experts are.
         sub_norm: Glob patterns of modules, by their whole or their last name (``["o_proj",
             "down_proj"]``), that get an RMS norm of their input, as BitNet does
             (arXiv 2402.17764); its weights start at one.
         activation_dtype, activation_granularity, weight_granularity, group_size, weight_quantizer:
-            See `bitcore.BitQuantConfig`.
+            See `bitcore.BitQuantConfig`. Where the estimator trains a scale, layers and experts
+            that the model ties to others of their kind get ``"absmean"``: they have one weight, and
+            a file can say nothing of a scale for each.
         group_scale_dtype: How layers with groups keep their scales, wherever groups come from:
             ``"uint8"`` (the default) is a float32 scale a row and an integer from 1 to 127 a group.
             ``"float32"`` is a float a group, several times slower: for what was trained or exported

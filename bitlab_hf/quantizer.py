@@ -35,7 +35,7 @@ from bitlab_hf.model.count import bits_per_weight
 from bitlab_hf.model.embedding import restore_embeddings, ternary_embeddings
 from bitlab_hf.model.expert_forms import give_back
 from bitlab_hf.model.experts import expert_modules
-from bitlab_hf.model.int8 import restore_float
+from bitlab_hf.model.int8 import int8_modules, restore_float
 from bitlab_hf.model.marks import mark_latent, mark_quantized, unmark
 from bitlab_hf.model.parallel import finish_parallel, plan_experts, plan_parallel
 from bitlab_hf.model.parts import check_whole, save_tied_once
@@ -184,6 +184,8 @@ class BitLabHfQuantizer(HfQuantizer):
             _check_dequantizable(found)
         for embedding in ternary_embeddings(model):
             _check_data(embedding.names[0], embedding.module.qweight)
+        for rows in int8_modules(model):
+            _check_data(rows.names[0], rows.module.qweight)
         for one in expert_modules(model):
             _check_data(one.names[0], next(one.module.parameters(recurse=False)))
         weights: dict[int, nn.Parameter] = {}

@@ -86,7 +86,7 @@ def check_folder(directory: str | os.PathLike[str], op: str) -> None:
 
     Raises:
         ArgumentError: It is a file, a pipe or a mount point, lies below a file, may not be
-            written, or holds the working directory; or its name leads nowhere.
+            written, or holds the working directory or a mount point; or its name leads nowhere.
     """
     path = check_place(directory, op)
     if path == Path.cwd() or path in Path.cwd().parents:
@@ -95,10 +95,16 @@ def check_folder(directory: str | os.PathLike[str], op: str) -> None:
             "The directory is exchanged for a new one; name a folder inside it."
         )
     if path.exists():
-        if _is_mount_point(path):
+        mounts = _mounts_within(path)
+        if path in mounts:
             raise ArgumentError(
                 f"{op}: the output must not be a mount point, got {directory}\n"
                 "The directory is exchanged for a new one; name a folder inside it."
+            )
+        if mounts:
+            raise ArgumentError(
+                f"{op}: the output must hold no mount point, got {directory}, where {mounts[0]} "
+                "is one\nThe directory is exchanged for a new one; name another folder."
             )
         _check_writable(path.parent, directory, op)
 
@@ -153,16 +159,16 @@ def _check_writable(folder: Path, directory: str | os.PathLike[str], op: str) ->
         )
 
 
-def _is_mount_point(path: Path) -> bool:
-    if os.path.ismount(path):
-        return True
+def _mounts_within(path: Path) -> list[Path]:
+    """Returns where something is mounted at a folder or below it, links not followed."""
+    found = {path} if os.path.ismount(path) else set()
     with suppress(OSError):
         # A folder mounted from the same disk shows here only; blanks are written as \040.
         for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
             place = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[4])
-            if place == str(path):
-                return True
-    return False
+            if path == Path(place) or path in Path(place).parents:
+                found.add(Path(place))
+    return sorted(found)
 
 
 @contextmanager
@@ -251,18 +257,24 @@ def _remove_abandoned(target: Path) -> None:
             continue
         try:
             owned = os.fstat(lock).st_uid == os.geteuid()
-            if owned and _is_locked(lock) and _is_at(lock, entry):
-                _remove(entry)
+            if owned and _is_locked(lock) and _is_at(lock, entry) and _remove(entry):
                 logger.warning("%s: removed; a process that was killed left it behind", entry)
         finally:
             os.close(lock)
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path) -> bool:
+    """Removes a file or folder, but no folder that something is mounted in; tells whether."""
     if path.is_dir() and not path.is_symlink():
+        mounts = _mounts_within(path)
+        if mounts:
+            # Mounted since the place was checked; what it holds is no part of the checkpoint.
+            logger.warning("%s: left, because %s is a mount point", path, mounts[0])
+            return False
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+    return True
 
 
 def keep_access(held: Path, new: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import html
 import json
 import keyword
+import math
 import os
 import re
 from collections import Counter
@@ -22,7 +23,9 @@ from bitlab_hf.checkpoint.facts import Facts
 from bitlab_hf.model.count import bits_per_weight
 from bitlab_hf.model.embedding import ternary_embeddings
 from bitlab_hf.model.experts import expert_modules
-from bitlab_hf.model.int8 import int8_layers, int8_modules
+from bitlab_hf.model.int8 import int8_layers, int8_modules, is_borrower
+from bitlab_hf.model.parts import shares, whole_shapes
+from bitlab_hf.model.rows import stored_elsewhere
 from bitlab_hf.model.tree import quantized_layers, ternary_modules
 
 CARD = "README.md"
@@ -154,20 +157,42 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
     """
     facts = facts or Facts()
     layers = [found.module for found in quantized_layers(model)]
+    elsewhere = stored_elsewhere(model)
+    stored = [
+        found.module
+        for found in ternary_modules(model)
+        if elsewhere.isdisjoint(f"{name}.qweight" for name in found.names)
+    ]
+    sizes = [one.in_features * one.out_features * shares(one) for one in stored]
     packed = {
-        id(one if one.packs_itself else one.qweight): one.in_features * one.out_features
-        for one in (found.module for found in ternary_modules(model))
+        id(one if one.packs_itself else one.qweight): size
+        for one, size in zip(stored, sizes, strict=True)
     }
     embeddings = [found.module for found in ternary_embeddings(model)]
     experts = [found.module for found in expert_modules(model)]
     stacks = [stack for one in experts for stack in one.stacks.values()]
-    ternary = sum(packed.values()) + sum(stack.weights for stack in stacks)
-    matrices = len(packed) + sum(stack.experts * stack.parts for stack in stacks)
-    int8 = {id(one.module.qweight): one.module.qweight.numel() for one in int8_modules(model)}
-    int8_linears = {id(one.module.qweight) for one in int8_layers(model)}
+    held = [
+        (stack, shares(found.module))
+        for found in expert_modules(model)
+        for stack in found.module.stacks.values()
+        if elsewhere.isdisjoint(f"{name}.{stack.name}_qweight" for name in found.names)
+    ]
+    ternary = sum(packed.values()) + sum(stack.weights * count for stack, count in held)
+    matrices = len(packed) + sum(stack.experts * stack.parts * count for stack, count in held)
+    int8 = {
+        id(one.module.qweight): one.module.qweight.numel()
+        for one in int8_modules(model)
+        if not is_borrower(model, one)
+    }
+    int8_linears = int8.keys() & {id(one.module.qweight) for one in int8_layers(model)}
     of_linears = sum(int8[key] for key in int8_linears)
     of_head = sum(int8.values()) - of_linears
-    floats = {id(p): p.numel() for p in model.parameters() if p.is_floating_point()}
+    whole = whole_shapes(model)
+    floats = {
+        id(one): math.prod(whole.get(name, one.shape))
+        for name, one in model.named_parameters(remove_duplicate=False)
+        if one.is_floating_point() and name not in elsewhere
+    }
     schemes = Counter(_scheme(layer.quant_config) for layer in layers)
     of_experts = Counter(_scheme(stack.config) for stack in stacks)
     rows = [f"| {count} layers | {scheme} |" for scheme, count in schemes.items()]
@@ -194,7 +219,7 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
     if facts.base_model is None and _REPOSITORY.fullmatch(loaded) and not Path(loaded).exists():
         facts = facts.merged(Facts(base_model=loaded))
     base = _base_lines(facts.base_model) if facts.base_model else []
-    stored = _stored_bytes(model)
+    size = _stored_bytes(model)
     half = 2 * (ternary + sum(int8.values()) + sum(floats.values()))
     auto = "AutoModelForCausalLM" if causal else architecture
     lines = [
@@ -216,18 +241,23 @@ def model_card(model: PreTrainedModel, title: str, facts: Facts | None = None) -
         + (f"| output head, int8 | {of_head:,} |\n" * bool(of_head))
         + (f"| {len(int8_linears)} linear layers, int8 | {of_linears:,} |\n" * bool(of_linears))
         + f"| other parameters | {sum(floats.values()):,}, {_dtypes(model)} |\n"
-        + f"| size | {stored / 1e6:.1f} MB; {half / 1e6:.1f} MB in 16 bits a weight |\n"
+        + f"| size | {size / 1e6:.1f} MB; {half / 1e6:.1f} MB in 16 bits a weight |\n"
         + "\n".join(rows),
         _facts_block(facts),
     ]
     return sealed("\n\n".join(lines) + "\n")
 
 
-def _stored_bytes(model: nn.Module) -> int:
+def _stored_bytes(model: PreTrainedModel) -> int:
     """Returns the bytes of what a file of the model holds; a tensor held twice counts once."""
+    elsewhere, whole = stored_elsewhere(model), whole_shapes(model)
     # Not by address: a skeleton's tensors have none.
-    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
-    return sum(tensor.nbytes for tensor in tensors.values())
+    sizes = {
+        id(tensor): tensor.itemsize * math.prod(whole.get(name, tensor.shape))
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name not in elsewhere
+    }
+    return sum(sizes.values())
 
 
 def _scales(config: BitQuantConfig) -> str:

@@ -34,6 +34,7 @@ from bitlab_hf.model.marks import retie_packed, scales_of, tied_groups
 from bitlab_hf.model.packing import PackAtLoad
 from bitlab_hf.model.parts import cut, cut_experts
 from bitlab_hf.model.replace import OwnTensors, swap_latent, swap_packed
+from bitlab_hf.model.schemes import check_names
 from bitlab_hf.model.tree import Found, quantized_layers, ternary_modules
 from bitlayers import learned_experts
 from bitlayers.base import BitLayerBase
@@ -90,6 +91,8 @@ class Loading:
             self._verification = self._begin_verification()
             self._swap_packed(model)
         else:
+            if not plan.source.was_converted:
+                check_names(model, plan.layers, plan.config)
             swap_latent(model, plan.layers, plan.config, plan.experts)
             self._unlearned = expect_learned_scales(model, self._learned_scales())
             if plan.source.builds_packed:
@@ -179,6 +182,7 @@ class Loading:
     def _expect_floats(self, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
         """Prepares packing of what arrives: checked by its headers, in the file's own dtype."""
         checkpoint = self.plan.checkpoint
+        # Patterns, of which one that is not anchored would match longer names, such as a bias's.
         keep = set(model._keep_in_fp32_modules_strict or ())
         layers = [f for f in quantized_layers(model) if f.module.learned_scale is None]
         for tied in tied_groups(model, layers):
@@ -192,7 +196,7 @@ class Loading:
                 unknown = checkpoint is None or (header is not None and header.dtype == "F32")
                 if unknown and dtype != torch.float32:
                     # transformers would round it to the model's dtype before packing.
-                    keep.add(name)
+                    keep.add(f"^{re.escape(name)}$")
         # Where learned scales arrive beside weights, packing has to wait for both.
         unlearned = [one for one in self._unlearned if isinstance(one, BitExperts)]
         experts = [
@@ -206,7 +210,7 @@ class Loading:
             for name in (f"{name}.{leaf}" for name in one.names for leaf in one.module.stacks):
                 header = checkpoint.tensors.get(name) if checkpoint else None
                 if dtype != torch.float32 and (header is None or header.dtype == "F32"):
-                    keep.add(name)
+                    keep.add(f"^{re.escape(name)}$")
         for rows in self.plan.int8:
             # Quantized from the model's dtype, as `deploy` does it.
             self.packing.add_int8(rows)

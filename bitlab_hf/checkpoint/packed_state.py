@@ -21,7 +21,8 @@ def packed_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, s
     """Returns the state dict of a deployed model with its sentinel, and the metadata.
 
     A module under two names is stored once, and so are tensors that the model ties. A qweight that
-    two layers share without being tied by name is stored twice: a file has no way to say so.
+    two layers, or experts, share without being tied by name is stored twice: a file has no way to
+    say so.
     """
     layers, int8 = quantized_layers(model), int8_modules(model)
     state = dict(model.state_dict())
@@ -55,7 +56,14 @@ def packed_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, s
     )
     experts = expert_modules(model)
     for one in experts:
-        _drop(state, one.names[1:])
+        name, *aliases = one.names
+        _drop(state, aliases)
+        for leaf in one.module.stacks:
+            own = one.module.packed_stack(leaf)
+            if f"{name}.{leaf}_qweight" not in tied and id(own["qweight"]) in stored:
+                keys = [f"{name}.{leaf}_{end}" for end in own]
+                state |= {key: state[key].clone() for key in keys}
+            stored.add(id(own["qweight"]))
     if sentinel is not None:
         state[f"{sentinel}.weight"] = torch.empty(0, dtype=torch.uint8)
     elif experts:

@@ -296,6 +296,13 @@ def _check_ternary_head(model: PreTrainedModel, plan: Plan) -> None:
             "bitlab: a packed head must not be tied, got tie_word_embeddings=true\n"
             "config.json and the tensors do not belong together."
         )
+    others = sorted(model.all_tied_weights_keys.keys() - names)
+    if others:
+        # One field ties all of them, and a packed head is tied to none.
+        raise ConfigError(
+            "bitlab: a ternary head must be all that tie_word_embeddings ties to the embedding, "
+            f"got {others[0]} tied too\nPass head='keep' or head='int8'."
+        )
     if plan.source.builds_packed:
         raise ConfigError(
             "bitlab: a tied head must not be packed at load, got one tied to the embedding\n"

@@ -49,17 +49,19 @@ def take_over(previous: Path, staged: Path) -> None:
 
     Left behind are: its weights; an adapter of it; the tokenizer, where there is a new one; and,
     unless the new model is the same to the last bit, what was recorded of it, `Facts` and the card.
-    A card that somebody wrote or edited stays, with the new model's facts.
+    A card that somebody wrote or edited stays, with the new model's facts. A new adapter takes the
+    place of another one only.
 
     Args:
         previous: The folder as it was.
         staged: The new one.
     """
-    same = _is_same_model(previous, staged)
     new_facts = (staged / FACTS_FILE).exists()
     written = {entry.name for entry in staged.iterdir()}
     weights = {held for held in map(weights_of, written) if held is not None}
     whole_model = any(not adapter for adapter, _ in weights)
+    # An adapter leaves the model as it is.
+    same = not whole_model or _is_same_model(previous, staged)
     for entry in previous.iterdir():
         copy = staged / entry.name
         if entry.name == CARD:

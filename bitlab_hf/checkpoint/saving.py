@@ -47,6 +47,8 @@ def save(
     with the owner and mode of the one before. Other files of the directory are kept; weight files
     of the previous checkpoint are not, and what was recorded of it only where the model is the
     same. A deployed model gets a model card, README.md, unless there is one that somebody wrote.
+    Of a model with an adapter transformers saves the adapter alone: a model that is there stays,
+    with its card and what was recorded of it.
 
     Args:
         model: A transformers model, latent or deployed.
@@ -58,7 +60,7 @@ def save(
     Raises:
         ArgumentTypeError: model is no transformers model.
         ArgumentError: directory is no folder, may not be written or exchanged, or holds the
-            working directory; or push_to_hub is asked for.
+            working directory; or push_to_hub is asked for, or facts are given with an adapter.
         OSError: Writing failed; the previous checkpoint is as it was.
     """
     if not isinstance(model, PreTrainedModel):
@@ -91,6 +93,11 @@ def save(
         check_written(model, staged, given="state_dict" in kwargs)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
+        if not (staged / "config.json").exists():
+            # An adapter alone; the model that it belongs to may be in the same directory.
+            if facts is not None:
+                raise ArgumentError("save: facts must be left out of an adapter, got some")
+            return
         if facts is not None:
             facts.save(staged)
         card = staged / CARD

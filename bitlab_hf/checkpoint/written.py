@@ -12,8 +12,8 @@ from bitcore.errors import CheckpointError
 from bitlab_hf.checkpoint.headers import Checkpoint, read_checkpoint, with_tied
 from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.parts import whole_shapes
+from bitlab_hf.model.rows import with_scales
 from bitlab_hf.model.tree import quantized_layers
-from bitlayers.state import SCALES
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
@@ -45,14 +45,8 @@ def check_written(model: PreTrainedModel, folder: Path, given: bool) -> None:
     checkpoint = read_checkpoint(model, files, getattr(model, "hf_quantizer", None), str(folder))
     assert checkpoint is not None
     known = with_tied(checkpoint, model)
-    tied = {name for pair in (model.all_tied_weights_keys or {}).items() for name in pair}
-    # Scales go with what they scale.
-    tied |= {
-        name.removesuffix("qweight") + leaf
-        for name in tied
-        if name.endswith((".qweight", "_qweight"))
-        for leaf in SCALES
-    }
+    pairs = (model.all_tied_weights_keys or {}).items()
+    tied = with_scales(name for pair in pairs for name in pair)
     for found in layers:
         if found.module.packs_itself or (found.module.is_deployed and not checkpoint.own_names):
             # What another format calls the packed weights is for its writer to know.

@@ -69,27 +69,17 @@ def check_output(source: str | None, output: Path) -> None:
         ArgumentError: The output cannot be a folder that BitLab may replace, or would take the
             source's place.
     """
-    from bitlab_hf.checkpoint.atomic import check_folder as check_name
+    from bitlab_hf.checkpoint.atomic import check_folder as check_exchange
 
     target = _resolved(output, "a folder or a new name")
-    check_name(output, str(output))
+    check_exchange(output, str(output))
     both = source is not None and output.exists() and Path(source).exists()
     if source is not None and both and output.samefile(source):
         raise ArgumentError(
             f"{output}: the output must be another folder than the model's, got the same\n"
             "The model would be replaced by what is made of it."
         )
-    if target == Path.cwd() or target in Path.cwd().parents:
-        raise ArgumentError(
-            f"{output}: the output must not hold the working directory, got it\n"
-            "The folder is exchanged for a new one; name a folder inside it."
-        )
     if target.exists():
-        if _is_mount(target):
-            raise ArgumentError(
-                f"{output}: the output must be a folder that can be exchanged for a new one, got a "
-                "mount point\nName a folder inside it."
-            )
         check_files(Path(place, name) for place, _, names in os.walk(target) for name in names)
     _check_writable(output, target.parent)
 
@@ -100,7 +90,7 @@ def check_output_file(output: Path) -> None:
     Raises:
         ArgumentError: The output is no ordinary file and no new name, or cannot be written there.
     """
-    from bitlab_hf.checkpoint.atomic import check_folder as check_name
+    from bitlab_hf.checkpoint.atomic import check_place
 
     target = _resolved(output, "a file or a new name")
     kind = "a folder" if target.is_dir() else special(target)
@@ -109,7 +99,7 @@ def check_output_file(output: Path) -> None:
             f"{output}: the output must be a file or a new name, got {kind}, which is no file\n"
             f"Name a file in a folder: {target / 'NAME' if target.is_dir() else 'FOLDER/NAME'}."
         )
-    check_name(target.parent, str(output))
+    check_place(target.parent, str(output))
     _check_writable(output, target.parent)
 
 
@@ -145,15 +135,3 @@ def _check_writable(output: Path, folder: Path) -> None:
             f"{output}: the output must lie where it can be written, got {nearest}, which refuses "
             f"it: {error.strerror}\nName another place, or change its permissions."
         ) from error
-
-
-def _is_mount(folder: Path) -> bool:
-    """Tells whether something is mounted at a folder, be it a part of the same file system."""
-    if os.path.ismount(folder):
-        return True
-    try:
-        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    places = {line.split()[4] for line in mounts.splitlines()}
-    return str(folder).replace(" ", r"\040") in places

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from bitcore.errors import ArgumentError
 from bitlab_hf.model.experts import expert_modules
+from bitlab_hf.model.parts import packed_shapes, shares
+from bitlab_hf.model.rows import stored_elsewhere
 from bitlab_hf.model.tree import ternary_modules
 from bitlayers.lookup import QuantizedEmbedding
 from bitlayers.state import LayerState
@@ -23,7 +25,7 @@ def bits_per_weight(model: nn.Module) -> float:
 
     A ternary embedding's are among them. A layer that is latent is counted as it will be deployed,
     one that packed itself with all that it stores but a bias; a matrix that several modules share
-    counts once.
+    counts once, and one that is spread over processes as it is whole.
 
     Args:
         model: Any module tree with ternary layers, in any state.
@@ -33,20 +35,26 @@ def bits_per_weight(model: nn.Module) -> float:
     """
     bits: dict[int, int] = {}
     weights: dict[int, int] = {}
+    # By name, too: offloaded weights that are tied are Parameters of their own.
+    elsewhere = stored_elsewhere(model) if isinstance(model, PreTrainedModel) else set[str]()
     for found in ternary_modules(model):
         layer = found.module
+        if not elsewhere.isdisjoint(f"{name}.qweight" for name in found.names):
+            continue
         if layer.packs_itself:
             own = (tensor for name, tensor in layer.state_dict().items() if name != "bias")
             key, stored = id(layer), sum(tensor.nbytes for tensor in own)
         else:
             key = id(layer.qweight if layer.is_deployed else layer.weight)
-            held = layer.packed_tensors().values()
+            held = packed_shapes(layer).values()
             stored = sum(dtype.itemsize * math.prod(shape) for dtype, shape in held)
-        bits[key], weights[key] = 8 * stored, layer.out_features * layer.in_features
+        bits[key] = 8 * stored
+        weights[key] = layer.out_features * layer.in_features * shares(layer)
     for one in expert_modules(model):
-        held = one.module.packed_tensors().values()
+        held = packed_shapes(one.module).values()
         bits[id(one.module)] = 8 * sum(dtype.itemsize * math.prod(shape) for dtype, shape in held)
-        weights[id(one.module)] = sum(stack.weights for stack in one.module.stacks.values())
+        here = sum(stack.weights for stack in one.module.stacks.values())
+        weights[id(one.module)] = here * shares(one.module)
     if not weights:
         raise ArgumentError(
             f"bits_per_weight: model must hold ternary layers, got {type(model).__name__} without"

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from bitcore.config import BitQuantConfig
 from bitcore.kernels.inductor import inductor_options
+from bitlayers.stack import Stack
 
 # What differs between layers without making their steps differ.
 _PLACES = ("layer_idx", "training", "forward")
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, BitQuantConfig)
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, BitQuantConfig, Stack)
 _NOT_INPUTS = ("past_key_values", "attention_mask")
 # Up to how many tokens the cache is read, where what is beyond the last does no harm.
 _GRAIN = 64

@@ -23,7 +23,7 @@ from bitlab_hf.model.int8 import (
 )
 from bitlab_hf.model.marks import mark_quantized, retie_packed
 from bitlab_hf.model.replace import check_single_weight
-from bitlab_hf.model.tree import Found, quantized_layers
+from bitlab_hf.model.tree import Found, find_modules, quantized_layers
 from bitlab_hf.model.vocabulary import guard_vocabulary
 from bitlayers.base import BitLayerBase
 from bitlayers.checks import check_deployable
@@ -56,6 +56,7 @@ def deploy(model: Model) -> Model:
         LifecycleError: The model has no latent layers, is deployed already, sharded, or wrapped by
             an adapter or a data-parallel module.
         NonFiniteError: A weight holds NaN or infinity; the message names it.
+        ArgumentError: An estimator gave scales that no file may have; the message names the layer.
         ConfigError: Int8 is asked of a head, or of a layer, that has no int8 form.
     """
     _check_unwrapped(model)
@@ -85,7 +86,8 @@ def deploy(model: Model) -> Model:
     int8 = plan_int8(inner)
     built = [_build(group) for group in groups.values()]
     owners = owners_of(experts)
-    packed = {id(one): one.build_deployment() for one in owners.values()}
+    names = {one.module: one.names[0] for one in experts}
+    packed = {id(one): one.build_deployment(names[one]) for one in owners.values()}
     for group, deployments in zip(groups.values(), built, strict=True):
         for layer, deployment in zip(group, deployments, strict=True):
             layer.module.commit(deployment)
@@ -108,10 +110,10 @@ def deploy(model: Model) -> Model:
 
 def _build(group: list[Found[BitLayerBase]]) -> list[Deployment]:
     """Packs layers that share a weight, once for all of them unless they pack themselves."""
-    first = group[0].module.build_deployment()
+    first = group[0].module.build_deployment(group[0].names[0])
     if isinstance(first, tuple):
         return [first] * len(group)
-    return [first, *(layer.module.build_deployment() for layer in group[1:])]
+    return [first, *(layer.module.build_deployment(layer.names[0]) for layer in group[1:])]
 
 
 def _check_unwrapped(model: nn.Module) -> None:
@@ -174,12 +176,22 @@ def settle_vocabulary(model: PreTrainedModel, config: BitLabConfig) -> None:
         config.modules_to_not_convert = sorted({*(config.modules_to_not_convert or []), *names})
 
 
-def _borrows(model: nn.Module, head: QuantizedModule) -> bool:
-    """Tells whether a head shares its weight with an embedding, the encoder's or the decoder's."""
-    return any(
-        isinstance(module, QuantizedEmbedding) and module.qweight is head.qweight
-        for module in model.modules()
+def _borrows(model: PreTrainedModel, head: QuantizedModule) -> bool:
+    """Tells whether a head shares its weight with an embedding, the encoder's or the decoder's.
+
+    By name, too, as a file is written: offloaded weights are put in anew after every forward pass,
+    each as a Parameter of its own.
+    """
+    embeddings = find_modules(model, QuantizedEmbedding)
+    if any(found.module.qweight is head.qweight for found in embeddings):
+        return True
+    tied = model.all_tied_weights_keys or {}
+    modules = [one for one in find_modules(model, QuantizedModule) if one.module is head]
+    own, others = (
+        {tied.get(key, key) for one in some for name in one.names for key in [f"{name}.qweight"]}
+        for some in (modules, embeddings)
     )
+    return not own.isdisjoint(others)
 
 
 def described(model: PreTrainedModel) -> BitLabConfig:

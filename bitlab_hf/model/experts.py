@@ -8,6 +8,7 @@ here.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -301,6 +302,7 @@ def swap_experts(
     planned = [(found, stacks_of(model, found, config)) for found in experts]
     if planned:
         check_choice(model, max(stacks[0].experts for _, stacks in planned))
+    converted = []
     for found, stacks in planned:
         module, form = found.module, form_of(found.module)
         # What the forward asks for; of a decorated class as it was.
@@ -312,11 +314,28 @@ def swap_experts(
                 run_for_holder(holder, ternary)
         if packed:
             ternary.make_skeleton()
-        elif config.latent_dtype == "float32":
-            for name in ternary.stacks:
-                weight = ternary._parameters[name]
-                assert weight is not None
-                if weight.dtype != torch.float32:
-                    ternary._parameters[name] = nn.Parameter(
-                        weight.detach().float(), weight.requires_grad
-                    )
+        converted.append(ternary)
+    if config.latent_dtype == "float32" and not packed:
+        _widen(converted)
+
+
+def _widen(experts: list[BitExperts]) -> None:
+    """Makes latent weights float32; those that are shared are shared still."""
+    held = Counter(id(one._parameters[name]) for one in experts for name in one.stacks)
+    # Weights with what was made of them, so that their ids stay theirs; of shared ones alone, since
+    # all of them are a model's memory.
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for one in experts:
+        for name in one.stacks:
+            weight = one._parameters[name]
+            assert weight is not None
+            if weight.dtype == torch.float32:
+                continue
+            key = id(weight)
+            if key in made:
+                one._parameters[name] = made[key][1]
+                continue
+            wide = nn.Parameter(weight.detach().float(), weight.requires_grad)
+            if held[key] > 1:
+                made[key] = weight, wide
+            one._parameters[name] = wide

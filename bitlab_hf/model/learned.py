@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bitcore.errors import CheckpointError
+from bitlab_hf.model.marks import tied_groups
 from bitlab_hf.model.tree import Found, find_modules
 from bitlayers import learned_experts
 from bitlayers.base import BitLayerBase
@@ -30,10 +31,15 @@ def expect_learned_scales(
 
     Returns:
         The layers and experts whose scales have to start from the weights, once these are loaded.
+
+    Raises:
+        CheckpointError: The files hold scales of layers that are tied to others.
     """
     lacking: list[BitLayerBase | BitExperts] = []
     missing = set(model._keys_to_ignore_on_load_missing or ())
-    for found in find_modules(model, BitLayerBase):
+    layers = find_modules(model, BitLayerBase)
+    _check_tied(tied_groups(model, layers), stored or set())
+    for found in layers:
         names = {f"{name}.learned_scale" for name in found.names}
         there = stored is None or not stored.isdisjoint(names)
         if found.module.learned_scale is not None and not there:
@@ -48,6 +54,23 @@ def expect_learned_scales(
     if lacking:
         model._keys_to_ignore_on_load_missing = missing
     return lacking
+
+
+def _check_tied(groups: list[list[Found[BitLayerBase]]], stored: set[str]) -> None:
+    """Refuses files of earlier releases, which trained a scale for each of the layers that have one
+    weight, and deployed all with one of them.
+    """
+    for group in groups:
+        for found in group if len(group) > 1 else ():
+            names = [f"{name}.learned_scale" for name in found.names]
+            if found.module.learned_scale is None and not stored.isdisjoint(names):
+                other = next(one for one in group if one is not found)
+                raise CheckpointError(
+                    f"{names[0]} must not be in the checkpoint, got one beside that of "
+                    f"{other.names[0]}, which has the same weight\nAn earlier release trained a "
+                    "scale for each, of which deploy can keep one; train again from the float "
+                    "model."
+                )
 
 
 def expect_sub_norms(

@@ -15,7 +15,7 @@ from bitlayers.base import BitLayerBase
 from bitlayers.experts import BitExperts
 from bitlayers.state import SCALES
 
-Quantized = TypeVar("Quantized", BitLayerBase, BitExperts)
+Weighted = TypeVar("Weighted", nn.Linear, BitLayerBase, BitExperts)
 
 
 def mark_quantized(model: PreTrainedModel, quantizer: HfQuantizer) -> None:
@@ -92,16 +92,14 @@ def retie_packed(model: PreTrainedModel, apart: set[str]) -> None:
                 part._tied_weights_keys = again
 
 
-def tied_groups(
-    model: PreTrainedModel, found: list[Found[Quantized]]
-) -> list[list[Found[Quantized]]]:
+def tied_groups(model: nn.Module, found: list[Found[Weighted]]) -> list[list[Found[Weighted]]]:
     """Groups layers, or experts, by the weight that transformers will make one."""
-    groups: dict[str, list[Found[Quantized]]] = {}
+    groups: dict[str, list[Found[Weighted]]] = {}
     for one in found:
         stacks = one.module.stacks if isinstance(one.module, BitExperts) else ["weight"]
         group = [one]
         groups.update({f"{name}.{leaf}": group for name in one.names for leaf in stacks})
-    for pair in (model.all_tied_weights_keys or {}).items():
+    for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         first, second = map(groups.get, pair)
         if first is not None and second is not None and first is not second:
             first += second

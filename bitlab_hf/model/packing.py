@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 
-from bitcore.errors import CheckpointError, NonFiniteError
+from bitcore.errors import ArgumentError, CheckpointError, NonFiniteError
+from bitcore.estimators import check_scales
 from bitcore.quantize import quantize_rows_int8
 from bitlab_hf.model.int8 import swap_quantized
 from bitlab_hf.model.marks import retie_packed
@@ -28,12 +29,14 @@ class PackAtLoad(ConversionOps):
     Attributes:
         nonfinite: Names of weights with NaN or infinity met on the way.
         differing: Names of weights that differ from one that they are tied to.
+        refused: What was wrong with the scales that estimators gave.
     """
 
     def __init__(self) -> None:
         # Not raised on the way: transformers would make a RuntimeError of it.
         self.nonfinite: list[str] = []
         self.differing: list[str] = []
+        self.refused: list[ArgumentError] = []
         # Every name of a weight to take, by each of its names.
         self._names: dict[str, set[str]] = {}
         self._tied: dict[str, list[BitLayerBase]] = {}
@@ -76,6 +79,7 @@ class PackAtLoad(ConversionOps):
 
         Raises:
             NonFiniteError: One held NaN or infinity.
+            ArgumentError: An estimator gave scales that no file may have.
             CheckpointError: One differs from another that it is tied to.
         """
         if self.nonfinite:
@@ -83,6 +87,8 @@ class PackAtLoad(ConversionOps):
                 f"{self.nonfinite[0]} must be finite to be packed, got NaN or infinity"
                 + (f" (and {len(self.nonfinite) - 1} more)" if len(self.nonfinite) > 1 else "")
             )
+        if self.refused:
+            raise self.refused[0]
         if self.differing:
             raise CheckpointError(
                 f"{self.differing[0]} must have the values of the weight that it is tied "
@@ -128,7 +134,11 @@ class PackAtLoad(ConversionOps):
             return self._compare(name, weight, layer)
         for one in (layer, *others):
             one.weight = nn.Parameter(weight, requires_grad=False)
-            built = one.build_deployment()
+            try:
+                built = one.build_deployment(name.removesuffix(".weight"))
+            except ArgumentError as error:
+                self.refused.append(error)
+                return torch.ones(())
             if isinstance(built, tuple) and one is not layer:
                 built = layer.packed()
             one.commit(built)
@@ -175,6 +185,11 @@ class PackAtLoad(ConversionOps):
             vars(tensor)["_is_hf_initialized"] = True
         finite = torch.isfinite(module.packed_stack(leaf)["qweight_scale"]).flatten(1).all(1)
         self.nonfinite += [f"{name} of expert {int(one)}" for one in (~finite).nonzero()[:1]]
+        try:
+            if bool(finite.all()):
+                check_scales(packed[1], None, stack.config.weight_quantizer, name)
+        except ArgumentError as error:
+            self.refused.append(error)
         if missing_keys is not None:
             missing_keys -= self._names[name]
             missing_keys -= {f"{one}_learned_scale" for one in self._names[name]}

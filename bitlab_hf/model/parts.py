@@ -24,6 +24,7 @@ from bitlab_hf.model.experts import expert_modules
 from bitlab_hf.model.tree import Found, quantized_layers
 from bitlayers.base import BitLayerBase
 from bitlayers.experts import BitExperts
+from bitlayers.state import LayerState
 
 _FIELD = "bitlab_part"
 
@@ -103,6 +104,24 @@ def whole_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
             f"{name}.{leaf}": part.whole[leaf] for name in found.names for leaf in part.whole
         }
     return shapes
+
+
+def shares(module: nn.Module) -> int:
+    """Returns in how many parts of this module's size the whole is; 1 of a whole one."""
+    part = part_of(module)
+    return part.count if part is not None and part.whole else 1
+
+
+def packed_shapes(
+    module: LayerState | BitExperts,
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Returns dtype and shape that each packed tensor has where it is whole, by its name within
+    the module.
+    """
+    part = part_of(module)
+    whole = {} if part is None else part.whole
+    held = module.packed_tensors()
+    return {leaf: (dtype, whole.get(leaf, shape)) for leaf, (dtype, shape) in held.items()}
 
 
 def save_tied_once(model: PreTrainedModel) -> None:

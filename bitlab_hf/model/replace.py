@@ -5,8 +5,6 @@ Also for models outside transformers: `replace_linear` needs nothing but a modul
 
 from __future__ import annotations
 
-import fnmatch
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,11 +14,10 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from bitcore.errors import ArgumentError, BitLabError, ConfigError
+from bitcore.errors import ArgumentError, ConfigError
 from bitlab_hf.config import BitLabConfig
 from bitlab_hf.model.experts import (
     experts_to_convert,
-    names_for_overrides,
     swap_experts,
     tied_tensors,
 )
@@ -33,6 +30,7 @@ from bitlab_hf.model.int8 import (
 )
 from bitlab_hf.model.left import check_found, leave_float
 from bitlab_hf.model.reads import find_reads
+from bitlab_hf.model.schemes import Naming, check_names, check_overrides, layer_schemes
 from bitlab_hf.model.tree import (
     Found,
     aliases_of,
@@ -47,7 +45,6 @@ from bitlayers.bitlinear import BitLinear
 from bitlayers.deployment import expect_own, meta_twin
 from bitlayers.registry import get_layer
 
-logger = logging.getLogger("bitlab")
 # Tensors that a layer registered when it packed itself: dtype and shape by name.
 OwnTensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -116,35 +113,6 @@ def _tied_linears(model: PreTrainedModel) -> set[str]:
     return alone - others
 
 
-def check_overrides(
-    model: nn.Module,
-    linears: list[Found[nn.Linear]],
-    config: BitLabConfig,
-    experts: Sequence[Found[nn.Module]],
-) -> None:
-    """Raises if an override's pattern names no layer, and no experts, that are converted.
-
-    Raises:
-        ConfigError: A pattern matches nothing.
-    """
-    names = [
-        alias for found in linears for name in found.names for alias in aliases_of(model, name)
-    ]
-    if config.sub_norm and not any(map(config.norms, names)):
-        raise ConfigError(
-            f"BitLabConfig: sub_norm must match converted layers, got {config.sub_norm!r}, which "
-            "match none"
-        )
-    names += names_for_overrides(model, experts)
-    for pattern in config.overrides:
-        if not fnmatch.filter(names, pattern):
-            raise ConfigError(
-                f"BitLabConfig: overrides must match converted layers, got {pattern!r}, which "
-                f"matches none\nPatterns match whole names such as {names[0]!r}; "
-                f"try '*{pattern}'."
-            )
-
-
 def replace_linear(model: nn.Module, config: BitLabConfig | None = None) -> nn.Module:
     """Swaps the linear layers of any model for latent quantized ones that share their weights, and
     makes experts that are kept as tensors ternary where they lie.
@@ -182,6 +150,7 @@ def replace_linear(model: nn.Module, config: BitLabConfig | None = None) -> nn.M
         names = [name for rows in layer_rows(model, int8) for name in rows.names]
     experts = experts_to_convert(model, config, skip)
     _check_in_place(linears)
+    check_names(model, linears, config)
     swap_latent(model, linears, config, experts)
     # Such a model has no quantization config of its own; `deploy` looks here.
     if config.head == "int8":
@@ -231,17 +200,17 @@ def swap_latent(
     weights: dict[int, nn.Parameter] = {}
     scales: dict[int, nn.Parameter] = {}
     layers = []
-    for found in linears:
+    for found, scheme in zip(linears, layer_schemes(model, linears, config), strict=True):
         linear = found.module
         weight: torch.Tensor = linear.weight
         if config.latent_dtype == "float32" and weight.dtype != torch.float32:
             if id(weight) not in weights:
                 weights[id(weight)] = nn.Parameter(weight.detach().float(), weight.requires_grad)
             weight = weights[id(weight)]
-        with _Naming(found.names[0]):
+        with Naming(found.names[0]):
             aliases = aliases_of(model, found.names[0])
             layer_class = get_layer(config.layer_name(*aliases))
-            layer = layer_class.from_linear(linear, config.layer_config(*aliases))
+            layer = layer_class.from_linear(linear, scheme)
         layer.weight = weight
         layer.latent_dtype, layer.float_dtype = weight.dtype, linear.weight.dtype
         if layer.learned_scale is not None:
@@ -277,7 +246,7 @@ def swap_packed(
     first: dict[tuple[Any, ...], BitLayerBase] = {}
     for found in linears:
         linear = found.module
-        with _Naming(found.names[0]):
+        with Naming(found.names[0]):
             aliases = aliases_of(model, found.names[0])
             sizes = linear.in_features, linear.out_features, linear.bias is not None
             scheme = config.layer_config(*aliases), linear.weight.device, linear.weight.dtype
@@ -316,27 +285,11 @@ __all__ = [
 ]
 
 
-class _Naming:
-    """Adds the module's name to an error of its construction."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: object
-    ) -> None:
-        if isinstance(error, BitLabError):
-            raise ConfigError(f"{self._name}: {error}") from error
-
-
 def check_single_weight(found: list[Found[BitLayerBase]]) -> dict[int, list[Found[BitLayerBase]]]:
     """Groups latent layers by the weight they hold; layers that share one must be quantized alike.
 
     Raises:
-        ArgumentError: Two layers share a weight but not a configuration.
+        ArgumentError: Two layers share a weight but not a configuration, or not a learned scale.
     """
     groups: dict[int, list[Found[BitLayerBase]]] = {}
     for layer in found:
@@ -348,5 +301,14 @@ def check_single_weight(found: list[Found[BitLayerBase]]) -> dict[int, list[Foun
             raise ArgumentError(
                 f"deploy: {', '.join(layer.names[0] for layer in group)} share one weight and "
                 "must have one configuration, got different ones"
+            )
+        first, *others = [layer.module.learned_scale for layer in group]
+        if first is not None and any(
+            one is not None and one is not first and not torch.equal(one, first) for one in others
+        ):
+            raise ArgumentError(
+                f"deploy: {', '.join(layer.names[0] for layer in group)} share one weight and "
+                "must have one learned scale, got different ones\nGive all the learned_scale of "
+                "the first before they are trained."
             )
     return groups

@@ -7,6 +7,7 @@ is found here, and whether there is a quantized form that does the same.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from bitcore.errors import ConfigError
 from bitlab_hf.model.tree import Found
 from bitlayers.lookup import QuantizedEmbedding
 from bitlayers.quantized import QuantizedModule
+from bitlayers.state import SCALES
 
 
 @dataclass
@@ -139,11 +141,19 @@ def _tried_factor(embedding: nn.Embedding, factor: float) -> tuple[float, bool] 
 
 def stored_elsewhere(model: PreTrainedModel) -> set[str]:
     """Returns the names of the tensors that a file holds under another one's name, as transformers
-    ties them; those whose other half is no longer in the model are not among them.
+    ties them, packed weights with their scales; those whose other half is no longer in the model
+    are not among them.
     """
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied = model.all_tied_weights_keys or {}
-    return {target for target, source in tied.items() if source in names}
+    return with_scales(target for target, source in tied.items() if source in names)
+
+
+def with_scales(names: Iterable[str]) -> set[str]:
+    """Returns names of tensors with those of the scales that go with the packed ones among them."""
+    found = set(names)
+    packed = [name for name in found if name.endswith((".qweight", "_qweight"))]
+    return found | {name.removesuffix("qweight") + leaf for name in packed for leaf in SCALES}
 
 
 def unsupported(model: PreTrainedModel, rows: Rows) -> str | None:

@@ -130,7 +130,7 @@ def test_without_bitlab_a_load_fails(deployed: Path, stock: Elsewhere) -> None:
     assert "size mismatch" in done.stderr.lower() or "mismatched" in done.stderr.lower()
     assert "Unknown quantization type, got bitlab" in done.stderr
     # Where the message leads: the card says what to install.
-    assert "pip install bitlab-hf" in (deployed / "README.md").read_text()
+    assert "pip install ." in (deployed / "README.md").read_text()
     assert "ModuleNotFoundError" in stock.run("-c", "import bitlab_hf").stderr
 
 

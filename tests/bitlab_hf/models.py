@@ -86,6 +86,11 @@ def rewrite(
     save_file(tensors, file, metadata)
 
 
+def counts_of(folder: Path) -> str:
+    """Returns what a deployed model's card says of its sizes."""
+    return (folder / "README.md").read_text().split("## What is in it")[1].split("<!--")[0]
+
+
 def taught(path: Path) -> Path:
     """Trains a float model to know `training_data`, and saves it in its place."""
     model = AutoModelForCausalLM.from_pretrained(path).train()

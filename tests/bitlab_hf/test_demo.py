@@ -173,5 +173,5 @@ def test_usage() -> None:
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(MissingExtraError, match=r"pip install \"bitlab-hf\[train\]\""):
+    with pytest.raises(MissingExtraError, match=r"pip install \"\.\[train\]\""):
         bitlab_hf.demo.run._require_accelerate()

@@ -88,14 +88,16 @@ def test_the_whole_road(name: str, scheme: str, tmp_path: Path) -> None:
 
 
 def test_a_float_file_is_packed_at_load(tmp_path: Path) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        source = make_moe("gpt_oss", tmp_path, dtype)
+    half = torch.bfloat16
+    for stored, dtype in ((torch.float32, torch.float32), (half, half), (torch.float32, half)):
+        source = make_moe("gpt_oss", tmp_path, stored)
         wanted = deploy(load(source, quantization_config=BitLabConfig(), dtype=dtype))
         model = load(source, quantization_config=BitLabConfig(mode="infer"), dtype=dtype)
         assert model.dtype == dtype
         assert torch.equal(logits_of(model), logits_of(wanted))
         for one in expert_modules(model):
             assert not any(p.requires_grad for p in one.module.parameters())
+            assert {p.dtype for p in one.module.parameters()} == {dtype, torch.uint8}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -88,15 +88,45 @@ def test_a_mount_point() -> None:
                 check_folder(place, "save")
 
 
+def mount(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    """Makes the system's list say that a folder is mounted from the same disk."""
+    line = f"36 35 98:0 / {str(place).replace(' ', chr(92) + '040')} rw - ext4 /dev/sda rw\n"
+    monkeypatch.setattr(Path, "read_text", lambda _path, **_options: line)
+
+
 def test_a_folder_mounted_from_the_same_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "my model").mkdir()
-    line = f"36 35 98:0 / {tmp_path}/my\\040model rw - ext4 /dev/sda rw\n"
-    monkeypatch.setattr(Path, "read_text", lambda _path, **_options: line)
+    for name in ("my model", "my model 2"):
+        (tmp_path / name).mkdir()
+    mount(monkeypatch, tmp_path / "my model")
     with pytest.raises(ArgumentError, match="must not be a mount point"):
         check_folder(tmp_path / "my model", "save")
-    check_folder(tmp_path, "save")
+    check_folder(tmp_path / "my model 2", "save")
+
+
+def test_a_volume_below_the_folder_keeps_what_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would move along with the folder that is exchanged, and be emptied with it."""
+    target = tmp_path / "target"
+    volume = target / "deep" / "a volume"
+    volume.mkdir(parents=True)
+    (volume / "precious").touch()
+    with monkeypatch.context() as context:
+        mount(context, volume)
+        with pytest.raises(ArgumentError, match="must hold no mount point, got .*/deep/a volume"):
+            check_folder(target, "save")
+        with (
+            pytest.raises(ArgumentError, match="must hold no mount point"),
+            saving.replacing(target, "save"),
+        ):
+            pass
+    with saving.replacing(target, "save") as staged:
+        (staged / "model.safetensors").touch()
+        mount(monkeypatch, staged / "deep" / "a volume")
+    assert (staged / "deep" / "a volume" / "precious").exists()
+    assert f"{staged}: left, because {staged}/deep/a volume is a mount point" in caplog.text
 
 
 def test_a_folder_that_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+from bitcore.errors import ArgumentError
 from bitlab_hf import BitLabConfig, Facts, record_facts, save
 from bitlab_hf.checkpoint.previous import weights_of
 from tests.bitlab_hf.models import logits_of, make_float_model
@@ -107,6 +109,19 @@ def test_an_adapter_does_not_outlive_its_base(model: Any, target: Path) -> None:
     assert not list(target.glob("adapter*"))
     again = AutoModelForCausalLM.from_pretrained(target)
     assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_the_base_of_an_adapter_keeps_what_was_recorded(model: Any, target: Path) -> None:
+    held = {entry.name: entry.read_bytes() for entry in target.iterdir()}
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    save(model, target)
+    with pytest.raises(ArgumentError, match="facts must be left out of an adapter"):
+        save(model, target, facts=MEASURED)
+    now = {entry.name: entry.read_bytes() for entry in target.iterdir()}
+    assert now.keys() - held.keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {name: now[name] for name in held} == held
+    save(model, target.parent / "alone")
+    assert not (target.parent / "alone" / "README.md").exists()
 
 
 def test_a_new_tokenizer_takes_the_place_of_the_old_one(model: Any, target: Path) -> None:

@@ -184,7 +184,10 @@ def test_nothing_of_a_file_steers_the_terminal(
     shown = r"\x1b]0;owned\x07[bold]x[/nonsense]"
     model = shutil.copytree(states["deployed"], tmp_path / "model")
     set_config(model, architectures=[evil])
-    change(model, lambda held: held.update({f"{evil}.qweight": held[f"{UP}.qweight"]}))
+    leaves = ("qweight", "qweight_scale")
+    change(
+        model, lambda held: held.update({f"{evil}.{one}": held[f"{UP}.{one}"] for one in leaves})
+    )
     done = bitlab("info", model, "--layers")
     assert done.code == 0, done.err
     assert f"{shown}: bitlab, packed" in done.out

@@ -73,6 +73,14 @@ def test_good_outputs(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_file_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but the file is exchanged: neither this folder nor a mount point is in the way."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os.path, "ismount", lambda place: Path(place) == tmp_path)
+    check_output_file(Path("new.gguf"))
+    check_output_file(tmp_path.parent / "new.gguf")
+
+
 def test_a_part_of_the_same_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is bound to a folder has the device of its parent; the system's list tells."""
     place = tmp_path / "a place"
@@ -81,6 +89,8 @@ def test_a_part_of_the_same_file_system(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(places.Path, "read_text", lambda *_given, **_options: line)
     with pytest.raises(ArgumentError, match="be a mount point"):
         check_output(None, place)
+    with pytest.raises(ArgumentError, match="must hold no mount point, got .*/a place is one"):
+        check_output(None, tmp_path)
 
 
 def test_files(bitlab: Run, states: dict[str, Path], tmp_path: Path) -> None:

@@ -18,7 +18,15 @@ import bitlab_hf.model.decoding as decoding
 import bitlab_hf.model.decoding_step as decoding_step
 from bitcore.errors import ArgumentError, BackendError, LifecycleError
 from bitlab_hf import BitLabConfig, compile_decoding, deploy, replace_linear
-from bitlab_hf.model.decoding_inputs import FittedStep, Inputs, Surroundings, UnfitError
+from bitlab_hf.model.decoding_inputs import (
+    FittedStep,
+    Inputs,
+    Surroundings,
+    UnfitError,
+    _describe,
+    _is_plain,
+    weights_of,
+)
 
 VOCABULARY, TOKENS = 97, 12
 
@@ -328,6 +336,32 @@ def test_what_a_step_depends_on() -> None:
     other = Inputs((), {**kwargs, "use_cache": False}, 5, exact=True)
     assert not fitted.fits(layer, hidden, other, same_weights=True)
     assert not fitted.fits(layer, hidden.expand(2, 1, 128), inputs, same_weights=True)
+
+
+def test_layers_whose_experts_differ_have_steps_of_their_own() -> None:
+    config = AutoConfig.for_model("qwen3_moe", **SIZES, **OTHERS["qwen3_moe"])
+    model = AutoModelForCausalLM.from_config(config)
+    overrides = {"model.layers.1.mlp.experts": {"activation_dtype": "float32"}}
+    first, second = deploy(replace_linear(model, BitLabConfig(overrides=overrides))).model.layers
+    shapes = [{name: one.shape for name, one in weights_of(o).items()} for o in (first, second)]
+    assert shapes[0] == shapes[1]
+    assert _describe(first) != _describe(second)
+
+
+@pytest.mark.parametrize("kind", ["llama", *OTHERS])
+def test_which_fields_a_step_does_not_depend_on(kind: str) -> None:
+    """What is neither plain nor a tensor or module is left out of the key, so it may say nothing
+    that the model's configuration and the classes do not.
+    """
+    layers = make(kind, **OTHERS.get(kind, {})).model.layers
+    fields = {
+        key
+        for module in layers.modules()
+        for key, value in vars(module).items()
+        if not _is_plain(value)
+    }
+    tables = {"_parameters", "_buffers", "_modules"}
+    assert fields - tables <= {"config", "_cache", "act"}
 
 
 def test_how_much_of_the_cache_is_read() -> None:

@@ -22,7 +22,7 @@ from bitlab_hf.checkpoint.card import model_card
 from bitlab_hf.model.count import bits_per_weight
 from bitlab_hf.model.tree import ternary_modules
 from bitlayers import BitLinear, TernaryEmbedding
-from tests.bitlab_hf.models import logits_of, rewrite, token_ids
+from tests.bitlab_hf.models import counts_of, logits_of, rewrite, token_ids
 from tests.bitlab_hf.ternary import EMBEDDING, KINDS, make_packed, make_source
 
 TIED = {"qwen2": True, "gemma": True, "llama": False}
@@ -99,6 +99,23 @@ def test_the_whole_road(name: str, kind: str, group_scale_dtype: str, tmp_path: 
         assert torch.equal(logits_of(again), logits_of(model))
         assert scheme_of(tmp_path / folder)["embedding"] == "ternary"
     assert load_file(tmp_path / "saved/model.safetensors").keys() == keys
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_offloaded_and_saved_again(name: str, tmp_path: Path) -> None:
+    """What is tied is brought in as a Parameter of its own for each of the modules."""
+    packed = make_packed(name, tmp_path)
+    expected = logits_of(load(packed))
+    places = {EMBEDDING: "disk", "model.layers": "cpu", "model.norm": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "disk"}  # fmt: skip
+    model = load(packed, device_map=places, offload_folder=tmp_path / "offload")
+    assert torch.equal(logits_of(model), expected)
+    save(model, tmp_path / "again")
+    again = load(tmp_path / "again")
+    if TIED[name]:
+        assert_shared(again)
+    assert torch.equal(logits_of(again), expected)
+    assert counts_of(tmp_path / "again") == counts_of(packed)
 
 
 @pytest.mark.parametrize("name", list(TIED))

@@ -57,6 +57,27 @@ def test_a_model_in_memory(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits_of(load(tmp_path / "packed")), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_that_share_their_weights_share_them_still(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Latent, deployed, and twice in the file, which has no way to say so."""
+    model = load(make_moe("qwen3_moe", tmp_path, dtype), dtype=dtype)
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    for name in projections(first):
+        setattr(second, name, getattr(first, name))
+    replace_linear(model)
+    for name in first.stacks:
+        assert getattr(first, name).dtype == torch.float32
+        assert getattr(second, name) is getattr(first, name)
+    deploy(model)
+    for name in first.stacks:
+        held = [one._parameters[f"{name}_qweight"] for one in (first, second)]
+        assert held[0] is held[1]
+    save(model, tmp_path / "packed")
+    assert torch.equal(logits_of(load(tmp_path / "packed")), logits_of(model))
+
+
 def test_the_head_and_routers_stay_float(tmp_path: Path) -> None:
     model = latent("qwen2_moe", tmp_path)
     converted = {name for layer in quantized_layers(model) for name in layer.names}

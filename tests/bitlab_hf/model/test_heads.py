@@ -11,12 +11,14 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import (
+    BartConfig,
     T5Config,
     ViTConfig,
     Wav2Vec2Config,
     WhisperConfig,
 )
 
+from bitcore.errors import ConfigError
 from bitlab_hf import BitLabConfig, deploy
 from bitlab_hf.model.tree import quantized_layers
 from tests.bitlab_hf.models import CONFIGS, token_ids
@@ -26,6 +28,10 @@ LLAMA, BERT = CONFIGS["llama"], CONFIGS["bert"]
 T5 = T5Config(
     vocab_size=97, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0
 )
+BART = BartConfig(
+    vocab_size=97, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+    decoder_attention_heads=4, encoder_ffn_dim=128, decoder_ffn_dim=128,
+)  # fmt: skip
 VIT = ViTConfig(
     hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
     image_size=32, patch_size=16,
@@ -113,3 +119,14 @@ def test_an_int8_head_that_its_model_initializes(tmp_path: Path) -> None:
     again = auto.from_pretrained(tmp_path / "packed")
     for value, other in zip(outputs(again, inputs), outputs(model, inputs), strict=True):
         assert torch.equal(value, other)
+
+
+@pytest.mark.parametrize("config", [T5, BART], ids=["t5", "bart"])
+def test_a_ternary_head_among_others_that_are_tied(config: Any, tmp_path: Path) -> None:
+    """One field ties the encoder's and the decoder's embeddings too, which would be lost."""
+    made: Any = transformers.AutoModelForSeq2SeqLM.from_config(copy.deepcopy(config))
+    made.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="embed_tokens.weight tied too\nPass head='keep'"):
+        transformers.AutoModelForSeq2SeqLM.from_pretrained(
+            tmp_path, quantization_config=BitLabConfig(head="ternary")
+        )

@@ -27,7 +27,14 @@ from bitlab_hf import BitLabConfig, deploy, replace_linear, save
 from bitlayers import Int8Embedding
 from tests.bitlab_hf.fresh import fresh_outputs, outputs_of
 from tests.bitlab_hf.int8 import EMBEDDING, OWNERS, assert_int8, int8, load
-from tests.bitlab_hf.models import VOCABULARY, logits_of, make_float_model, rewrite, token_ids
+from tests.bitlab_hf.models import (
+    VOCABULARY,
+    counts_of,
+    logits_of,
+    make_float_model,
+    rewrite,
+    token_ids,
+)
 
 DEMO_MODEL = Path(str(files("bitlab_hf.demo") / "model"))
 
@@ -205,6 +212,17 @@ def test_device_maps(deployed: Path, tmp_path: Path, places: Any, name: str) -> 
                   "model.rotary_emb": "cpu", "lm_head": "disk"}  # fmt: skip
     model = load(deployed, device_map=places, offload_folder=tmp_path / "offload")
     assert torch.equal(logits_of(model), expected)
+    if places != "auto":
+        before = [type(module) for module in model.modules()]
+        with pytest.raises(LifecycleError, match="must hold data, got a weight on the meta device"):
+            model.dequantize()
+        assert [type(module) for module in model.modules()] == before
+    # What is tied is one tensor in the file, though offloaded weights are Parameters of their own.
+    save(model, tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert_int8(again, name != "llama")
+    assert torch.equal(logits_of(again), expected)
+    assert counts_of(tmp_path / "again") == counts_of(deployed)
 
 
 def test_gradients_reach_the_inputs(deployed: Path) -> None:

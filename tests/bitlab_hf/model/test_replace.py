@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from bitcore.errors import ConfigError, LifecycleError
 from bitlab_hf import BitLabConfig, deploy, replace_linear, save
-from bitlayers import BitLayerBase, BitLinear
+from bitlayers import BitLayerBase, BitLinear, RMSNormBitLinear
 from tests.bitlab_hf.models import logits_of, make_float_model
 
 
@@ -75,6 +75,24 @@ def test_replace_linear_keeps_a_tied_head(tmp_path: Path) -> None:
 def test_replace_linear_refuses_a_bare_linear() -> None:
     with pytest.raises(ConfigError, match="BitLinear.from_linear"):
         replace_linear(nn.Linear(4, 4))
+
+
+def test_settings_for_a_later_name_of_a_layer_are_refused() -> None:
+    """They would do nothing: the first name decides."""
+    given: tuple[dict[str, Any], ...] = (
+        {"overrides": {"twin": {"activation_dtype": "float32"}}},
+        {"overrides": {"t*": {"activation_dtype": "float32"}}},
+        {"sub_norm": ["twin"]},
+    )
+    for fields in given:
+        model = Plain()
+        with pytest.raises(ConfigError, match=r"by its first name, got 'twin' for 'body\.0'"):
+            replace_linear(model, BitLabConfig(**fields))
+        assert type(model.twin) is nn.Linear
+    # What says the same of both, or of the first, means something.
+    overrides = {"body.0": {"group_size": None}, "twin": {"activation_granularity": "per_token"}}
+    model = replace_linear(Plain(), BitLabConfig(sub_norm=["body.0", "twin"], overrides=overrides))
+    assert isinstance(model.twin, RMSNormBitLinear)
 
 
 def test_replace_linear_changes_nothing_when_it_fails() -> None:

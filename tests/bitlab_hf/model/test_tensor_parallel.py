@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.bitlab_hf.model.split import SCHEMES
+from tests.bitlab_hf.models import counts_of
 from tests.processes import run_once
 
 pytestmark = pytest.mark.ci
@@ -89,6 +90,8 @@ def test_a_deployed_model_is_saved_whole(runs: Path, name: str, way: str) -> Non
         (folder / "config.json").read_text() for folder in (runs / name, runs / f"{name}-{way}-2")
     }
     assert len(texts) == 1
+    if way == "again":
+        assert counts_of(runs / f"{name}-again-2") == counts_of(runs / name)
 
 
 @pytest.mark.parametrize("name", SCHEMES)

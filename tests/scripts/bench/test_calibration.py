@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from tests import processes
 
 SCRIPT = Path(__file__).parents[3] / "scripts/bench/calibration.py"
@@ -24,7 +22,7 @@ def test_a_toy_s_layer(tmp_path: Path) -> None:
     assert set(layer["parts"]) == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
-    assert sum(layer["parts"].values()) == pytest.approx(layer["seconds"], rel=0.2)
+    assert 0 < sum(layer["parts"].values()) <= layer["seconds"]
     assert layer["peak_bytes"] >= layer["model_bytes"] > 1e8
     assert (found["samples"], found["length"], found["threads"]) == (4, 16, 1)
     assert "a toy" in done.stdout
