@@ -149,7 +149,7 @@ def check_begun(given: argparse.Namespace, last: str | None, options: dict[str, 
     options |= {name: getattr(given, name) for name in ("learning_rate", "optim")}
     try:
         if last is not None:
-            read_begun("finetune", file, options, f"remove {given.output} to begin anew")
+            read_begun("finetune", file, options, f"remove {file.parent} to begin anew")
         elif int(os.environ.get("RANK", "0")) == 0:
             write_begun(file, options)
     except BitLabError as error:

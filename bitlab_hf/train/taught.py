@@ -261,10 +261,12 @@ def _add(digest: Any, value: Any) -> None:
         digest.update(f"{len(value)}".encode())
         for part in value:
             _add(digest, part)
-    elif isinstance(value, (torch.Tensor, np.ndarray)):
-        tensor = torch.as_tensor(value)
-        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(bytes_of(tensor))
+    elif isinstance(value, (np.ndarray, np.generic)):
+        # Of strings and objects too, which no tensor holds.
+        _add(digest, value.tolist())
+    elif isinstance(value, torch.Tensor):
+        digest.update(f"{value.dtype} {list(value.shape)}".encode())
+        digest.update(bytes_of(value))
     elif isinstance(value, (str, bytes, int, float, type(None))):
         digest.update(repr(value).encode(errors="surrogateescape"))
     else:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerCallback
 
 from bitcore.errors import ArgumentError, CheckpointError
 from bitlab_hf import BitLabConfig
@@ -17,23 +16,13 @@ from bitlab_hf.train import last_checkpoint
 from bitlab_hf.train.begun import read_begun, scheme_fields, write_begun
 from tests.bitlab_hf.models import make_float_model
 from tests.bitlab_hf.test_trainer import assert_equal_states, state_of
+from tests.bitlab_hf.train.test_taught import Kill
 from tests.bitlab_hf.train.test_trainer import make
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_float_model("llama", tmp_path_factory.mktemp("float"))
-
-
-class Kill(TrainerCallback):
-    """Ends a training after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def test_a_run_goes_on_from_its_own_checkpoints(source: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -201,6 +202,13 @@ def test_the_same_training_elsewhere_goes_on(source: Path, tmp_path: Path) -> No
         trainer = make(source, tmp_path, teacher=teacher, train_dataset=rows, **options)
         facts.append(trainer._facts(teacher))
     assert facts[0] == facts[1]
+    for kind in (np.int64, np.asarray, str, np.str_):
+        texts = set()
+        for one in (1, 2):
+            rows = [{"input_ids": [3, 4], "labels": [kind(one)], "more": np.array(["x", None])}]
+            trainer.train_dataset = rows
+            texts.add(trainer._facts(teacher)["text"])
+        assert len(texts) == 2, kind
 
 
 def test_a_teacher_of_its_own_kind(source: Path, tmp_path: Path) -> None:
